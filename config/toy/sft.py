@@ -1,0 +1,11 @@
+# The toy world's policy: 0.5 M parameters, trained from scratch in about 20 seconds on two cores.
+out_dir = "out/demo/sft"
+data = "toy/sft"
+eval_data = "toy/sft/test"
+hidden_size = 96
+intermediate_size = 256
+num_hidden_layers = 3
+epochs = 2.0
+batch_size = 32
+learning_rate = 3e-3  # a hundred times a 7B model's: small models take large steps
+save_interval = 0

@@ -1,0 +1,164 @@
+"""
+A script's globals + config files + flags -> one checked configuration.
+
+    learning_rate = 1e-5  # peak learning rate, after warm-up
+    config = configure(globals())
+
+    $ torchrun --nproc_per_node=8 train_ppo_lag.py config/beaver_7b/ppo_lag.py --kl_coef=0.02
+
+A knob is a global that the script assigns above its call of configure(): a bool, int, float or str, in lower case, with a
+comment behind it. Config files are Python files of assignments to knobs. Defaults < files from left to right < flags, wherever
+the flags stand. The default's type decides how a value is read, and a name that is no knob stops the run.
+"""
+
+import ast
+import difflib
+import json
+import os
+import sys
+
+TYPES = (bool, int, float, str)
+
+
+def configure(script):
+    """Set the knobs in `script` (a module's globals()) from sys.argv; return them as a dict, in the script's order.
+
+    Stops with one line (SystemExit) on an unknown name, a value of the wrong type or a missing file.
+    """
+    knobs = read_knobs(script)
+    config = {name: script[name] for name in knobs}
+    origin = {}
+    flags, files = {}, []
+    for arg in sys.argv[1:]:
+        if arg in ("-h", "--help"):
+            sys.exit(help_text(script, knobs, config))
+        elif arg.startswith("--"):
+            name, equals, text = arg[2:].partition("=")
+            if not equals:
+                stop(f"{arg}: flags are written --key=value")
+            flags[name] = text
+        elif arg.endswith(".py"):
+            files.append(arg)
+        else:
+            stop(f"{arg!r} is neither a config file (*.py) nor a flag (--key=value)")
+    for file in files:
+        for name, value in run_file(find_file(file, script)).items():
+            config[name] = check(name, value, config, where=file)
+            origin[name] = file
+    for name, text in flags.items():
+        config[name] = parse(name, text, config)
+        origin[name] = "flag"
+    script.update(config)
+    if os.environ.get("RANK", "0") == "0":
+        width = max([len(name) for name in origin], default=0)
+        for name in origin:
+            print(f"{name:<{width}} = {config[name]!r}  ({origin[name]})", flush=True)
+    return config
+
+
+def save(config, path):
+    """Write `config` to `path` as a config file that configure() reads back to the same values."""
+    lines = [f"{name} = {value!r}\n" for name, value in config.items()]
+    with open(path, "w", encoding="utf-8") as f:
+        f.writelines(lines)
+
+
+def read_knobs(script):
+    """{name: comment} of the knobs: what the script's source assigns at module level before it calls configure()."""
+    with open(script["__file__"], encoding="utf-8") as f:
+        source = f.read()
+    lines = source.splitlines()
+    knobs = {}
+    for node in ast.parse(source).body:
+        if calls_configure(node):
+            break
+        if not (isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)):
+            continue
+        name = node.targets[0].id
+        if name.startswith("_") or name != name.lower():
+            continue
+        if type(script[name]) not in TYPES:
+            stop(f"knob {name!r} has the default {script[name]!r}: a default must be a bool, an int, a float or a str")
+        knobs[name] = lines[node.end_lineno - 1][node.end_col_offset:].strip().lstrip("# ")
+    return knobs
+
+
+def calls_configure(node):
+    return any(isinstance(n, ast.Call) and getattr(n.func, "id", getattr(n.func, "attr", "")) == "configure"
+               for n in ast.walk(node))
+
+
+def find_file(file, script):
+    """A config file is looked for from the current folder, then from the script's own."""
+    beside = os.path.join(os.path.dirname(os.path.abspath(script["__file__"])), file)
+    for path in (file, beside):
+        if os.path.isfile(path):
+            return path
+    stop(f"config file {file!r} does not exist")
+
+
+def run_file(path):
+    """The assignments of a config file, run in a namespace of its own: it cannot read knobs, and its imports stay inside."""
+    space = {"__file__": path, "__name__": "config"}
+    with open(path, encoding="utf-8") as f:
+        source = f.read()
+    try:
+        exec(compile(source, path, "exec"), space)
+    except NameError as error:
+        stop(f"{path}: {error}; a config file holds constants, derived values belong in the script after configure()")
+    except SyntaxError as error:
+        stop(f"{path}, line {error.lineno}: {error.msg}")
+    is_module = type(os)
+    return {name: value for name, value in space.items() if not name.startswith("_") and type(value) is not is_module}
+
+
+def check(name, value, config, where):
+    """A value from a config file: the knob must exist and the type must be its default's (an int will do for a float)."""
+    known(name, config, where)
+    want = type(config[name])
+    if want is float and type(value) is int:
+        value = float(value)
+    if want is int and type(value) is float and value == int(value):
+        value = int(value)  # 1e5
+    if type(value) is not want:
+        stop(f"{where}: {name} must be {want.__name__}, given {value!r}")
+    return value
+
+
+def parse(name, text, config):
+    """A value from a flag, read as the type of the knob's default."""
+    known(name, config, "flag")
+    want = type(config[name])
+    try:
+        if want is bool:
+            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        if want is int:
+            try:
+                return int(text)
+            except ValueError:
+                if float(text) == int(float(text)):
+                    return int(float(text))
+                raise
+        return want(text)
+    except (KeyError, ValueError, OverflowError):
+        kinds = {bool: "true, false, 1 or 0", int: "a whole number", float: "a number"}
+        stop(f"--{name}={text}: {name} takes {kinds[want]}")
+
+
+def known(name, config, where):
+    if name not in config:
+        near = difflib.get_close_matches(name, config, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else "; -h lists all knobs"
+        stop(f"{where}: unknown knob {name!r}{hint}")
+
+
+def help_text(script, knobs, config):
+    lines = [(script.get("__doc__") or "").strip(), "", "Knobs (defaults < config files from left to right < --key=value):"]
+    width = max(len(f"{name} = {json.dumps(config[name])}") for name in knobs)
+    for name, comment in knobs.items():
+        lines.append(f"  {f'{name} = {json.dumps(config[name])}':<{width}}  {comment}")
+    return "\n".join(lines)
+
+
+def stop(message):
+    raise SystemExit(f"error: {message}")

@@ -1,0 +1,102 @@
+"""
+The only file that knows an attention kernel's name.
+
+A batch is a `Packed` (whole sequences laid end to end: training, scoring, prefill) or a `Step` (one new token for each of n
+cached sequences: decoding). Both know how their queries meet their keys: .attend(q, k, v, cache).
+
+Shapes: N packed tokens, B sequences, H heads, K kv heads, E head width, S cache slots, T cache length.
+"""
+
+import inspect
+from typing import NamedTuple, Optional
+
+import torch
+import torch.nn.functional as F
+
+try:
+    from torch.nn.attention.varlen import varlen_attn  # FlashAttention-2 over packed sequences; CUDA only
+    VARLEN_OPTIONS = inspect.signature(varlen_attn).parameters
+except ImportError:
+    varlen_attn, VARLEN_OPTIONS = None, {}
+
+
+class Packed(NamedTuple):
+    """Sequences laid end to end, each of which sees itself only, and only backwards."""
+    cu_seqlens: torch.Tensor  # (B+1,) int32: where each sequence begins, and N at the end
+    max_seqlen: int  # length of the longest
+    positions: torch.Tensor  # (N,) position of each token in its sequence
+    rows: torch.Tensor  # (N,) the sequence each token belongs to
+    slots: Optional[torch.Tensor] = None  # (B,) cache slot of each sequence, for prefill
+
+    def attend(self, q, k, v, cache):
+        """q (N, H, E), k and v (N, K, E) -> (N, H, E)."""
+        if cache is not None:
+            slots = self.slots[self.rows]
+            cache.k[slots, :, self.positions] = k
+            cache.v[slots, :, self.positions] = v
+        if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and varlen_attn is not None:
+            return self.varlen(q, k, v)
+        return self.padded(q, k, v)
+
+    def varlen(self, q, k, v):
+        options = {}
+        if k.shape[1] != q.shape[1]:
+            if "enable_gqa" in VARLEN_OPTIONS:  # torch 2.12
+                options["enable_gqa"] = True
+            else:
+                k, v = repeat_heads(q, k, v)
+        if "window_size" in VARLEN_OPTIONS:  # torch 2.11
+            options["window_size"] = (-1, 0)  # any distance back, none ahead
+        else:
+            options["is_causal"] = True
+        return varlen_attn(q, k, v, self.cu_seqlens, self.cu_seqlens, self.max_seqlen, self.max_seqlen, **options)
+
+    def padded(self, q, k, v):
+        """Right-padded scaled_dot_product_attention. It needs no mask: a causal row never looks at what stands to its right."""
+        B, L = len(self.cu_seqlens) - 1, self.max_seqlen
+        k, v = repeat_heads(q, k, v)
+        N, H, E = q.shape
+        ragged = N != B * L
+        if ragged:
+            places = self.rows * L + self.positions
+            q, k, v = (x.new_zeros(B * L, H, E).index_copy(0, places, x) for x in (q, k, v))
+        q, k, v = (x.view(B, L, H, E).transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(B * L, H, E)
+        return out[places] if ragged else out
+
+
+class Step(NamedTuple):
+    """One new token for each of the first n cache slots."""
+    positions: torch.Tensor  # (n,) position of the new token in its sequence
+    mask: torch.Tensor  # (n, 1, 1, extent) True where a slot has a key that the new token may see
+    rows: torch.Tensor  # (n,) 0 .. n-1
+
+    def attend(self, q, k, v, cache):
+        """q (n, H, E), k and v (n, K, E) -> (n, H, E)."""
+        n, H, E = q.shape
+        K, extent = k.shape[1], self.mask.shape[-1]
+        cache.k[self.rows, :, self.positions] = k
+        cache.v[self.rows, :, self.positions] = v
+        # The heads of a group share their keys: lay them out as that many queries, and no key is repeated.
+        q = q.view(n, K, H // K, E)
+        out = F.scaled_dot_product_attention(q, cache.k[:n, :, :extent], cache.v[:n, :, :extent], attn_mask=self.mask)
+        return out.reshape(n, H, E)
+
+
+class Cache(NamedTuple):
+    """Keys and values of one layer."""
+    k: torch.Tensor  # (S, K, T, E)
+    v: torch.Tensor
+
+
+def pack(cu_seqlens, max_seqlen, n_tokens, slots=None):
+    """The `Packed` of sequences that begin at cu_seqlens (B+1,)."""
+    lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
+    rows = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths, output_size=n_tokens)
+    positions = torch.arange(n_tokens, device=lengths.device) - cu_seqlens.long()[rows]
+    return Packed(cu_seqlens, max_seqlen, positions, rows, slots)
+
+
+def repeat_heads(q, k, v):
+    groups = q.shape[1] // k.shape[1]
+    return (k, v) if groups == 1 else (k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1))

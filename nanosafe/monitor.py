@@ -1,0 +1,117 @@
+"""
+What a run tells: a progress bar, metrics.jsonl, and TensorBoard or W&B when asked.
+"""
+
+import json
+import os
+import signal
+import sys
+
+from tqdm import tqdm
+
+from nanosafe import parallel
+
+
+class Monitor:
+    """Writes a row per optimizer step to out_dir/metrics.jsonl and shows a few numbers on a progress bar.
+
+    out_dir   the run's folder
+    steps     optimizer steps of the whole run
+    start     the step the run resumes at; rows from there on, left by a run that died, are dropped
+    log_to    comma-separated: tensorboard, wandb
+    shown     names of the metrics on the bar
+    """
+
+    def __init__(self, out_dir, steps, start=0, log_to="", shown=(), config=None):
+        self.main, self.shown = parallel.rank() == 0, shown
+        self.sinks = []
+        if not self.main:
+            return
+        self.out_dir = out_dir
+        self.metrics = reopen(os.path.join(out_dir, "metrics.jsonl"), start)
+        self.samples = reopen(os.path.join(out_dir, "samples.jsonl"), start)
+        often = 0.2 if sys.stderr.isatty() else 10  # seconds: a log file needs few lines
+        self.bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, mininterval=often)
+        for sink in filter(None, log_to.split(",")):
+            self.sinks.append(open_sink(sink.strip(), out_dir, config))
+
+    def log(self, step, metrics):
+        """Record the metrics (name -> number) of optimizer step `step`."""
+        if not self.main:
+            return
+        row = {"step": step, **{name: round(float(value), 8) for name, value in metrics.items()}}
+        self.metrics.write(json.dumps(row) + "\n")
+        for sink in self.sinks:
+            sink(step, row)
+        self.bar.set_postfix_str(" ".join(f"{name} {row[name]:.3g}" for name in self.shown if name in row))
+        self.bar.update(step + 1 - self.bar.n)
+
+    def sample(self, step, **record):
+        """Record something to read: a prompt, a response and its scores."""
+        if self.main:
+            self.samples.write(json.dumps({"step": step, **record}, ensure_ascii=False) + "\n")
+
+    def say(self, text):
+        """Print a line without breaking the bar."""
+        if self.main:
+            tqdm.write(text, file=sys.stderr)
+
+    def flush(self):
+        """Bring the rows to the disk: before a state is saved that counts on them."""
+        if self.main:
+            for file in (self.metrics, self.samples):
+                file.flush()
+                os.fsync(file.fileno())
+
+    def close(self):
+        if self.main:
+            self.flush()
+            self.bar.close()
+
+
+def reopen(path, start):
+    """Open a jsonl file for appending, with the rows of steps before `start` kept."""
+    rows = []
+    if start > 0 and os.path.exists(path):
+        with open(path, encoding="utf-8") as f:
+            rows = [line for line in f if line.endswith("\n") and json.loads(line)["step"] < start]
+    file = open(path + ".tmp", "w", encoding="utf-8", buffering=1)
+    file.writelines(rows)
+    os.replace(path + ".tmp", path)
+    return file
+
+
+def open_sink(name, out_dir, config):
+    """A function (step, metrics) that writes to TensorBoard or W&B."""
+    if name == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+        writer = SummaryWriter(out_dir)
+        return lambda step, row: [writer.add_scalar(key, value, step) for key, value in row.items()]
+    if name == "wandb":
+        import wandb
+        run = wandb.init(project="nanosafe", name=os.path.basename(out_dir), dir=out_dir, config=config)
+        return lambda step, row: run.log(row, step=step)
+    raise SystemExit(f"error: log_to={name!r}: choose tensorboard or wandb, or leave it empty")
+
+
+class Stop:
+    """Whether the run was asked to stop: SIGTERM or SIGINT sets it, and the run ends after the step. A second one kills."""
+
+    def __init__(self):
+        self.asked = False
+        for sig in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(sig, self.ask)
+
+    def ask(self, sig, frame):
+        self.asked = True
+        signal.signal(sig, signal.SIG_DFL)
+
+    def agreed(self, device):
+        """True on all ranks once any was asked."""
+        return parallel.any_rank(self.asked, device)
+
+
+def table(rows):
+    """Lines of a table: rows of cells, the first row being the head."""
+    widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(str(cell).ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)

@@ -1,0 +1,266 @@
+"""
+The only file that imports torch.distributed.
+
+    world = parallel.init(device)              # one process, or one of many under torchrun
+    trained, frozen = parallel.places(world, ...)
+    model = parallel.put(model, trained)       # inside checkpoint.load(), before the weights are read
+    parallel.backward(model, loss)             # gradients add up over ranks and calls
+    with parallel.whole(model): ...            # parameters whole on every rank, to sample from
+
+One mechanism serves every layout: FSDP2 over a mesh (replicate, shard). DDP is (N, 1): whole copies
+whose gradients are averaged. FSDP is (1, N): every tensor cut into N row slices. HSDP is (nodes,
+N / nodes): slices inside a node, copies across nodes. It also brings mixed precision (float32 master
+weights, bfloat16 compute, float32 reduction), so a single GPU that trains in bfloat16 is (1, 1).
+A single process that computes in float32 is left plain: no wrapper at all.
+"""
+
+import os
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy,
+                                    OffloadPolicy, fully_shard)
+from torch.distributed.tensor import DTensor, Shard
+
+LAYOUTS = ("auto", "plain", "ddp", "fsdp", "hsdp")
+meshes = {}
+
+
+class World(NamedTuple):
+    rank: int
+    size: int
+    device: torch.device
+    main: bool  # the rank that prints and writes
+
+
+def init(device="auto", timeout_minutes=30):
+    """Join the processes that torchrun started, or be alone. device: auto | cpu | cuda."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        stop("device='cuda', but torch sees no GPU: use --device=cpu")
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device(device)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    if "RANK" in os.environ and not dist.is_initialized():
+        join(device, timeout_minutes)
+    return World(rank, size, device, rank == 0)
+
+
+def join(device, timeout_minutes=30, **options):
+    # gloo beside nccl: gradients that are offloaded to the CPU are reduced there
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes), **options)
+
+
+class Place(NamedTuple):
+    """Where and how a model lives."""
+    device: torch.device
+    layout: str = "plain"  # plain | ddp | fsdp | hsdp
+    dtype: torch.dtype = None  # of the parameters; None: that of the files
+    compute_dtype: torch.dtype = None  # None: that of the parameters
+    offload: bool = False  # parameters wait in host memory
+    use_compile: bool = False
+    activation_checkpointing: bool = False
+
+
+def places(world, dtype, layout, offload, use_compile, activation_checkpointing, parameters):
+    """The Place of trained models, and that of frozen ones, from a trainer's knobs.
+
+    dtype       auto | bfloat16 | float32: what is computed in; trained weights are float32 always
+    layout      auto | plain | ddp | fsdp | hsdp
+    offload     none | frozen | all: which models wait in host memory (GPU only)
+    parameters  how many are trained, over all models: decides what "auto" is
+    """
+    on_gpu = world.device.type == "cuda"
+    known = {"auto": torch.bfloat16 if on_gpu else torch.float32,
+             "bfloat16": torch.bfloat16, "float32": torch.float32}
+    if dtype == "float16":
+        stop("dtype='float16' overflows in RLHF training and is not supported: use bfloat16")
+    if dtype not in known:
+        stop(f"dtype={dtype!r}: choose one of {', '.join(known)}")
+    if layout not in LAYOUTS:
+        stop(f"parallel={layout!r}: choose one of {', '.join(LAYOUTS)}")
+    if offload not in ("none", "frozen", "all"):
+        stop(f"offload={offload!r}: choose one of none, frozen, all")
+    if layout == "plain" and world.size > 1:
+        stop(f"parallel='plain' is for one process, this is one of {world.size}: use auto")
+    compute = known[dtype]
+    if layout in ("auto", "plain"):
+        # AdamW in float32 holds weights, gradients and two moments: 16 bytes per parameter
+        room = torch.cuda.mem_get_info(world.device)[1] if on_gpu else 16 * 2**30
+        layout = "ddp" if 16 * parameters < 0.25 * room or world.size == 1 else "fsdp"
+        if world.size == 1 and compute == torch.float32 and offload == "none":
+            layout = "plain"
+    trained = Place(world.device, layout, torch.float32, compute, offload == "all" and on_gpu,
+                    use_compile and on_gpu, activation_checkpointing)
+    away = offload != "none" and on_gpu
+    frozen = Place(world.device, "plain" if layout == "ddp" and not away else layout, compute,
+                   compute, away, use_compile and on_gpu)
+    return trained, frozen
+
+
+def put(model, place):
+    """Lay `model` (on the meta device) out over the ranks and take its memory, not yet filled.
+
+    Its parameters become this rank's row slices. The order is checkpoint, compile, shard.
+    """
+    model.activation_checkpointing = place.activation_checkpointing
+    if place.use_compile:
+        for layer in model.layers:
+            layer.compile()
+    if place.layout == "plain":
+        return model.to_empty(device=place.device)
+    if not dist.is_initialized():  # a single GPU that wants mixed precision
+        join(place.device, store=dist.HashStore(), rank=0, world_size=1)
+    policy = MixedPrecisionPolicy(param_dtype=place.compute_dtype, reduce_dtype=torch.float32)
+    options = dict(mesh=mesh(place.layout, place.device.type), mp_policy=policy,
+                   offload_policy=CPUOffloadPolicy() if place.offload else OffloadPolicy())
+    for layer in model.layers:  # a layer is gathered when it is needed, and dropped after it
+        fully_shard(layer, **options, reshard_after_forward=place.layout != "ddp")
+    fully_shard(model, **options, reshard_after_forward=False)
+    model.layout = place.layout
+    return model.to_empty(device="cpu" if place.offload else place.device)
+
+
+def mesh(layout, device_type):
+    """The (replicate, shard) mesh of a layout; DDP replicates everywhere, HSDP across nodes."""
+    size = dist.get_world_size()
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    sharded = {"ddp": 1, "fsdp": size, "hsdp": local}[layout]
+    key = device_type, size // sharded, sharded
+    if key not in meshes:
+        if size % sharded:
+            stop(f"parallel='hsdp': {size} ranks are no multiple of the {sharded} in a node")
+        if sharded == size:
+            meshes[key] = init_device_mesh(device_type, (size,), mesh_dim_names=("shard",))
+        else:
+            names = ("replicate", "shard")
+            meshes[key] = init_device_mesh(device_type, (size // sharded, sharded), mesh_dim_names=names)
+    return meshes[key]
+
+
+@contextmanager
+def whole(model):
+    """Gather every parameter on every rank for the length of the block, as sampling needs.
+
+    No collective runs inside the block, so ranks may do different amounts of work in it.
+    """
+    parts = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        yield model
+    finally:
+        for part in parts:
+            part.reshard()
+            part.set_reshard_after_forward(part is not model and model.layout != "ddp", recurse=False)
+
+
+def backward(model, loss, last=True):
+    """Back-propagate; over all ranks and calls the gradients add up (FSDP takes their mean, hence the factor).
+
+    last  whether this is the step's last call for `model`: whole copies exchange their gradients then only
+    """
+    if getattr(model, "layout", "plain") == "ddp":
+        model.set_requires_gradient_sync(last)
+    (loss * world_size()).backward()
+
+
+def local_rows(p):
+    """(tensor, first row, row count, writer): this rank's part of parameter `p`, and whether it is the one to save it."""
+    if not isinstance(p, DTensor):
+        return p.data, 0, len(p), rank() == 0
+    start, writer = 0, True
+    coordinate = p.device_mesh.get_coordinate()
+    for dim, placement in enumerate(p.placements):
+        if isinstance(placement, Shard):  # torch.chunk's rule: ceil(rows / ranks) each, the last ones may be short
+            start = min(len(p), coordinate[dim] * -(-len(p) // p.device_mesh.size(dim)))
+        else:
+            writer = writer and coordinate[dim] == 0
+    local = p.data.to_local()
+    return local, start, len(local), writer
+
+
+def local(tensor):
+    """This rank's slice of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def full(p):
+    """The whole of a parameter, on every rank. A collective."""
+    return p.data.full_tensor() if isinstance(p, DTensor) else p.data
+
+
+def like(p, value):
+    """A tensor of `p`'s layout with every element `value`."""
+    return torch.full_like(p.data, value)
+
+
+def grad_norm(parameters):
+    """The 2-norm of all gradients over all ranks, as a float32 scalar tensor."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def add(tensor):
+    """Sum a tensor over ranks, in place. Where each element is written by one rank and 0 on the others, that gathers it."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def any_rank(flag, device):
+    """Whether `flag` holds on at least one rank: so that all stop, or skip, at the same step."""
+    return bool(add(torch.tensor(float(flag), device=device)) > 0)
+
+
+def share(value):
+    """Rank 0's value (any plain Python value), on every rank."""
+    if world_size() > 1:
+        box = [value]
+        dist.broadcast_object_list(box)
+        value = box[0]
+    return value
+
+
+def barrier():
+    if world_size() > 1:
+        dist.barrier()
+
+
+@contextmanager
+def main_first():
+    """Rank 0 runs the block before the others do: it makes what they find made."""
+    if rank() > 0:
+        barrier()
+    yield
+    if rank() == 0:
+        barrier()
+
+
+def close():
+    """Leave the group. Without it a background thread may abort the process at exit."""
+    if dist.is_initialized():
+        barrier()
+        dist.destroy_process_group()
+
+
+def stop(message):
+    raise SystemExit(f"error: {message}")

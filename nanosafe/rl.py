@@ -1,0 +1,149 @@
+"""
+What comes before a PPO loss: KL-shaped rewards and costs, GAE, normalisers, the Lagrange multiplier.
+
+Shapes: B responses, R response positions, float32 and right-padded; `mask` is 1 on a response's own tokens, the end-of-sequence
+token included. Position t of logps, values, rewards and advantages belongs to the response's t-th token: log p of emitting it,
+and the value of the state before it.
+"""
+
+import math
+from collections import deque
+
+import torch
+
+
+def shaped_rewards(scores, logps, ref_logps, mask, kl_coef, clip_score):
+    """Per-token rewards: -kl_coef * (logp - ref_logp), the score added on the last token, then clipped. -> (B, R)
+
+    scores (B,): the reward model's. clip_score bounds the sum, at every position, as Safe-RLHF does.
+    """
+    return shape(scores, -kl_coef * (logps - ref_logps), mask, clip_score)
+
+
+def shaped_costs(scores, logps, ref_logps, mask, kl_coef, clip_score):
+    """Per-token costs: the same with +kl_coef. In (r - lambda c) / (1 + lambda) the KL weight stays kl_coef at every lambda."""
+    return shape(scores, kl_coef * (logps - ref_logps), mask, clip_score)
+
+
+def shape(scores, penalty, mask, clip_score):
+    lengths = mask.sum(dim=1).long()
+    last = torch.arange(mask.shape[1], device=mask.device) == (lengths - 1)[:, None]  # (B, R)
+    rewards = torch.where(last, penalty + scores[:, None], penalty).clamp(-clip_score, clip_score)
+    return torch.where(mask.bool(), rewards, torch.zeros_like(rewards))
+
+
+def gae(rewards, values, mask, gamma, gae_lambda):
+    """Generalised advantage estimation (arXiv:1506.02438 Eq. 16) -> advantages, returns, (B, R) each, 0 where mask is 0.
+
+    delta_t = r_t + gamma V_{t+1} - V_t,  A_t = delta_t + gamma lambda A_{t+1},  return_t = A_t + V_t.
+    A response ends with its last token: nothing is bootstrapped behind it, also when it was cut by length.
+    """
+    rewards = torch.where(mask.bool(), rewards, torch.zeros_like(rewards))
+    values = torch.where(mask.bool(), values, torch.zeros_like(values))
+    advantages = torch.zeros_like(values)
+    next_value = next_advantage = torch.zeros_like(values[:, 0])
+    for t in reversed(range(values.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        next_advantage = delta + gamma * gae_lambda * next_advantage
+        next_value = values[:, t]
+        advantages[:, t] = next_advantage
+    return advantages, advantages + values
+
+
+def mix_advantages(reward_adv, cost_adv, lambda_):
+    """(A_r - lambda A_c) / (1 + lambda): the Lagrangian's gradient, on one scale for every lambda. arXiv:2310.12773 Eq. 29."""
+    return (reward_adv - lambda_ * cost_adv) / (1 + lambda_)
+
+
+class LagrangeMultiplier:
+    """Gradient ascent on log lambda: lambda grows while the mean cost of recent responses is above the limit.
+
+    log lambda <- min(log lambda + lr * (J_C - cost_limit) * lambda, log max)      arXiv:2310.12773 Eq. 31
+
+    init, max  first and greatest lambda (max 0: no bound)
+    lr         step on log lambda; 0 keeps lambda at init, which is fixed reward shaping
+    window     responses over which J_C is the mean
+    delay      updates to sit out before the first
+    """
+
+    def __init__(self, init, lr, max, window, delay):
+        self.log_lambda = math.log(init)
+        self.lr, self.log_max, self.delay = lr, math.log(max) if max > 0 else math.inf, delay
+        self.costs = deque(maxlen=window)
+        self.updates = 0
+
+    @property
+    def value(self):
+        return math.exp(self.log_lambda)
+
+    @property
+    def mean_cost(self):
+        """J_C: the mean cost in the window."""
+        return sum(self.costs) / len(self.costs)
+
+    def observe(self, costs):
+        """Take in the raw costs of new responses, (B,) tensor or list."""
+        self.costs.extend(float(c) for c in costs)
+
+    def update(self, cost_limit):
+        """One step against `cost_limit` (Safe-RLHF's threshold, the paper's -d); returns the new lambda."""
+        if self.updates >= self.delay and self.lr > 0:
+            step = self.lr * (self.mean_cost - cost_limit) * self.value
+            self.log_lambda = min(self.log_lambda + step, self.log_max)
+        self.updates += 1
+        return self.value
+
+    def state_dict(self):
+        return {"log_lambda": self.log_lambda, "costs": list(self.costs), "updates": self.updates}
+
+    def load_state_dict(self, state):
+        self.log_lambda, self.updates = state["log_lambda"], state["updates"]
+        self.costs.clear()
+        self.costs.extend(state["costs"])
+
+
+class RunningMeanStd:
+    """Mean and variance of all scores seen. Batch variances are unbiased, as in Safe-RLHF; a batch of one counts none."""
+
+    def __init__(self, mean=0.0, var=1.0, count=0):
+        self.mean, self.var, self.count = mean, var, count
+
+    def update(self, x):
+        n, mean, var = batch_moments(x)
+        delta, total = mean - self.mean, self.count + n
+        self.mean += delta * n / total
+        self.var = (self.var * self.count + var * n + delta**2 * self.count * n / total) / total
+        self.count = total
+
+    def affine(self, x):
+        """(x - mean) / std: for rewards."""
+        return (x - self.mean) / (math.sqrt(self.var) + 1e-8)
+
+    def scale(self, x):
+        """x / std: for costs, whose zero must stay where it is."""
+        return x / (math.sqrt(self.var) + 1e-8)
+
+    def state_dict(self):
+        return {"mean": self.mean, "var": self.var, "count": self.count}
+
+    def load_state_dict(self, state):
+        self.mean, self.var, self.count = state["mean"], state["var"], state["count"]
+
+
+class ExponentialMovingAverage(RunningMeanStd):
+    """Mean and variance that forget: `momentum` is the weight of what was known before the batch."""
+
+    def __init__(self, momentum, mean=0.0, var=1.0, count=0):
+        super().__init__(mean, var, count)
+        self.momentum = momentum
+
+    def update(self, x):
+        n, mean, var = batch_moments(x)
+        self.mean = self.momentum * self.mean + (1 - self.momentum) * mean
+        self.var = self.momentum * self.var + (1 - self.momentum) * var
+        self.count += n
+
+
+def batch_moments(x):
+    x = torch.as_tensor(x, dtype=torch.float64)
+    return len(x), x.mean().item(), x.var().item() if len(x) > 1 else 0.0
