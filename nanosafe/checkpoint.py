@@ -345,8 +345,10 @@ def save_state(out_dir, step, trained, extra, keep=2):
             moments = {key: parallel.local(state[key]) for key in ("exp_avg", "exp_avg_sq") if key in state}
             for key, tensor in {"weight": rows, **moments}.items():
                 key = f"{model_name}/{name}/{key}"
-                tensors[key], starts[key] = tensor.detach().contiguous().cpu(), str(start)
-    save_file(tensors, os.path.join(temporary, f"rank_{parallel.rank():05d}.safetensors"), metadata=starts)
+                tensors[key], starts[key] = tensor.detach().contiguous().cpu(), start
+    name = f"rank_{parallel.rank():05d}"
+    save_file(tensors, os.path.join(temporary, name + ".safetensors"))
+    write_json(starts, temporary, name + ".json")  # the first row of each tensor
     parallel.barrier()
     if main:
         steps = {name: max((int(s["step"]) for s in optimizer.state.values()), default=0)
@@ -379,9 +381,8 @@ def load_state(out_dir, trained):
     pieces = {}  # tensor -> [(first row, slice)]
     for rank in range(state["ranks"]):
         handle = safe_open(os.path.join(folder, f"rank_{rank:05d}.safetensors"), framework="pt")
-        starts = handle.metadata() or {}
-        for key in handle.keys():
-            pieces.setdefault(key, []).append((int(starts[key]), handle.get_slice(key)))
+        for key, start in read_json(folder, f"rank_{rank:05d}.json").items():
+            pieces.setdefault(key, []).append((start, handle.get_slice(key)))
     for model_name, (model, optimizer) in trained.items():
         steps = state["optimizer_steps"][model_name]
         for name, p in unique_parameters(model):

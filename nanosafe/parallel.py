@@ -126,7 +126,7 @@ def put(model, place):
     for layer in model.layers:  # a layer is gathered when it is needed, and dropped after it
         fully_shard(layer, **options, reshard_after_forward=place.layout != "ddp")
     fully_shard(model, **options, reshard_after_forward=False)
-    model.layout = place.layout
+    model.place, model.started = place, False
     return model.to_empty(device="cpu" if place.offload else place.device)
 
 
@@ -154,6 +154,11 @@ def whole(model):
     No collective runs inside the block, so ranks may do different amounts of work in it.
     """
     parts = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    if parts and not model.started:  # FSDP learns which module is the root in its first forward
+        token = torch.zeros(1, dtype=torch.int64, device=model.place.device)
+        with torch.no_grad():
+            model(token, torch.tensor([0, 1], dtype=torch.int32, device=token.device), 1)
+        model.started = True
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()
@@ -162,7 +167,7 @@ def whole(model):
     finally:
         for part in parts:
             part.reshard()
-            part.set_reshard_after_forward(part is not model and model.layout != "ddp", recurse=False)
+            part.set_reshard_after_forward(part is not model and model.place.layout != "ddp", recurse=False)
 
 
 def backward(model, loss, last=True):
@@ -170,7 +175,7 @@ def backward(model, loss, last=True):
 
     last  whether this is the step's last call for `model`: whole copies exchange their gradients then only
     """
-    if getattr(model, "layout", "plain") == "ddp":
+    if isinstance(model, FSDPModule) and model.place.layout == "ddp":
         model.set_requires_gradient_sync(last)
     (loss * world_size()).backward()
 
