@@ -6,9 +6,10 @@ A script's globals + config files + flags -> one checked configuration.
 
     $ torchrun --nproc_per_node=8 train_ppo_lag.py config/beaver_7b/ppo_lag.py --kl_coef=0.02
 
-A knob is a global that the script assigns above its call of configure(): a bool, int, float or str, in lower case, with a
-comment behind it. Config files are Python files of assignments to knobs. Defaults < files from left to right < flags, wherever
-the flags stand. The default's type decides how a value is read, and a name that is no knob stops the run.
+A knob is a global that the script assigns above its call of configure(): a bool, int, float or str,
+in lower case, with a comment behind it. Config files are Python files of assignments to knobs.
+Defaults < files from left to right < flags, wherever the flags stand. The default's type decides
+how a value is read, and a name that is no knob stops the run.
 """
 
 import ast
@@ -21,9 +22,11 @@ TYPES = (bool, int, float, str)
 
 
 def configure(script):
-    """Set the knobs in `script` (a module's globals()) from sys.argv; return them as a dict, in the script's order.
+    """Set the knobs in `script` (a module's globals()) from sys.argv; return them as a dict, in the
+    script's order.
 
-    Stops with one line (SystemExit) on an unknown name, a value of the wrong type or a missing file.
+    Stops with one line (SystemExit) on an unknown name, a value of the wrong type or a missing
+    file.
     """
     knobs = read_knobs(script)
     config = {name: script[name] for name in knobs}
@@ -64,7 +67,9 @@ def save(config, path):
 
 
 def read_knobs(script):
-    """{name: comment} of the knobs: what the script's source assigns at module level before it calls configure()."""
+    """{name: comment} of the knobs: what the script's source assigns at module level before it
+    calls configure().
+    """
     with open(script["__file__"], encoding="utf-8") as f:
         source = f.read()
     lines = source.splitlines()
@@ -78,14 +83,17 @@ def read_knobs(script):
         if name.startswith("_") or name != name.lower():
             continue
         if type(script[name]) not in TYPES:
-            stop(f"knob {name!r} has the default {script[name]!r}: a default must be a bool, an int, a float or a str")
+            stop(f"knob {name!r} has the default {script[name]!r}: a default must be a bool, an "
+                 "int, a float or a str")
         knobs[name] = lines[node.end_lineno - 1][node.end_col_offset:].strip().lstrip("# ")
     return knobs
 
 
 def calls_configure(node):
-    return any(isinstance(n, ast.Call) and getattr(n.func, "id", getattr(n.func, "attr", "")) == "configure"
-               for n in ast.walk(node))
+    return any(
+        isinstance(n, ast.Call)
+        and getattr(n.func, "id", getattr(n.func, "attr", "")) == "configure"
+        for n in ast.walk(node))
 
 
 def find_file(file, script):
@@ -98,22 +106,31 @@ def find_file(file, script):
 
 
 def run_file(path):
-    """The assignments of a config file, run in a namespace of its own: it cannot read knobs, and its imports stay inside."""
+    """The assignments of a config file, run in a namespace of its own: it cannot read knobs, and
+    its imports stay inside.
+    """
     space = {"__file__": path, "__name__": "config"}
     with open(path, encoding="utf-8") as f:
         source = f.read()
     try:
         exec(compile(source, path, "exec"), space)
     except NameError as error:
-        stop(f"{path}: {error}; a config file holds constants, derived values belong in the script after configure()")
+        stop(f"{path}: {error}; a config file holds constants, derived values belong in the "
+             "script after configure()")
     except SyntaxError as error:
         stop(f"{path}, line {error.lineno}: {error.msg}")
     is_module = type(os)
-    return {name: value for name, value in space.items() if not name.startswith("_") and type(value) is not is_module}
+    return {
+        name: value
+        for name, value in space.items()
+        if not name.startswith("_") and type(value) is not is_module
+    }
 
 
 def check(name, value, config, where):
-    """A value from a config file: the knob must exist and the type must be its default's (an int will do for a float)."""
+    """A value from a config file: the knob must exist and the type must be its default's (an int
+    will do for a float).
+    """
     known(name, config, where)
     want = type(config[name])
     if want is float and type(value) is int:
@@ -153,7 +170,8 @@ def known(name, config, where):
 
 
 def help_text(script, knobs, config):
-    lines = [(script.get("__doc__") or "").strip(), "", "Knobs (defaults < config files from left to right < --key=value):"]
+    lines = [(script.get("__doc__") or "").strip(), "",
+             "Knobs (defaults < config files from left to right < --key=value):",]
     width = max(len(f"{name} = {json.dumps(config[name])}") for name in knobs)
     for name, comment in knobs.items():
         lines.append(f"  {f'{name} = {json.dumps(config[name])}':<{width}}  {comment}")

@@ -1,9 +1,10 @@
 """
 Stage 3: prompts -> a policy that maximises reward while its cost stays below a limit.
 
-PPO-Lagrangian, the algorithm of Safe-RLHF (arXiv:2310.12773). Six models: an actor and two critics that
-are trained, a reference policy, a reward model and a cost model that are not. Without a cost model this
-is PPO (four models); with lambda_lr=0 lambda stays where it is, which is fixed reward shaping.
+PPO-Lagrangian, the algorithm of Safe-RLHF (arXiv:2310.12773). Six models: an actor and two critics
+that are trained, a reference policy, a reward model and a cost model that are not. Without a cost
+model this is PPO (four models); with lambda_lr=0 lambda stays where it is, which is fixed reward
+shaping.
 
 On a laptop, after python -m nanosafe.demo:
 $ python train_ppo_lag.py config/toy/ppo_lag.py
@@ -21,9 +22,11 @@ from tqdm import tqdm
 
 from configurator import configure, save
 from nanosafe import checkpoint, optim
-from nanosafe.data import collate, count_steps, examples_at, order, plan, responses_of, retokenize, tokenize
+from nanosafe import state as run_state
+from nanosafe.data import retokenize, tokenize
 from nanosafe.losses import actor_loss, critic_loss, masked_mean, mle_loss, sequence_mean
 from nanosafe.monitor import Monitor, Stop
+from nanosafe.packing import collate, count_steps, examples_at, order, plan, responses_of
 from nanosafe.parallel import add, backward, close, init, main_first, places, whole
 from nanosafe.rl import LagrangeMultiplier, gae, mix_advantages, shaped_costs, shaped_rewards
 from nanosafe.rollout import generate, hash64
@@ -106,17 +109,18 @@ config = configure(globals())
 world = init(device)
 per_rollout = rollout_size * num_samples
 if per_rollout % batch_size:
-    raise SystemExit(f"error: rollout_size * num_samples = {per_rollout} is no multiple of batch_size={batch_size}")
-checkpoint.claim(out_dir, resume)
+    raise SystemExit(f"error: rollout_size * num_samples = {per_rollout} is no multiple of "
+                     f"batch_size={batch_size}")
+run_state.claim(out_dir, resume)
 if world.main:
     save(config, os.path.join(out_dir, "config.py"))
 tok = load_tokenizer(actor_model)
 reward_tok = load_tokenizer(reward_model)
 cost_tok = load_tokenizer(cost_model) if cost_model else tok
 for path in (reward_critic or reward_model, cost_critic or cost_model):
-    if path and load_tokenizer(path).fingerprint() != tok.fingerprint():
-        raise SystemExit(f"error: a critic gives a value per token of the actor, but {path!r} has another tokenizer "
-                         f"than {actor_model!r}: set reward_critic and cost_critic")
+    if path and load_tokenizer(path).fingerprint != tok.fingerprint:
+        raise SystemExit(f"error: a critic values the actor's tokens, but {path!r} has another "
+                         f"tokenizer than {actor_model!r}: set reward_critic and cost_critic")
 with main_first():  # rank 0 fills the cache of token ids, the others find it
     asked = tokenize(prompts, tok, "prompts", max_len - 1, show=world.main)
     ptx = tokenize(ptx_data, tok, "sft", max_len, show=world.main) if ptx_data else None
@@ -128,7 +132,8 @@ trained_place, frozen_place = places(world, dtype, parallel, offload, use_compil
 
 
 def frozen(path, head, score_type=None, normalize=False):
-    model = checkpoint.load(path, head, place=frozen_place, score_type=score_type).requires_grad_(False)
+    model = checkpoint.load(path, head, place=frozen_place,
+                            score_type=score_type).requires_grad_(False)
     model.config.do_normalize = normalize
     return model
 
@@ -141,11 +146,13 @@ def trained(path, head, score_type=None, weight_decay=0.0):
 actor, actor_optimizer = trained(actor_model, "lm", weight_decay=actor_weight_decay)
 ref = frozen(actor_model, "lm")
 reward_scorer = frozen(reward_model, "score", "reward", normalize_reward)
-reward_valuer, reward_optimizer = trained(reward_critic or reward_model, "score", "critic", critic_weight_decay)
+reward_valuer, reward_optimizer = trained(reward_critic or reward_model, "score", "critic",
+                                          critic_weight_decay)
 models = {"actor": (actor, actor_optimizer), "reward_critic": (reward_valuer, reward_optimizer)}
 if cost_model:
     cost_scorer = frozen(cost_model, "score", "cost", normalize_cost)
-    cost_valuer, cost_optimizer = trained(cost_critic or cost_model, "score", "critic", critic_weight_decay)
+    cost_valuer, cost_optimizer = trained(cost_critic or cost_model, "score", "critic",
+                                          critic_weight_decay)
     models["cost_critic"] = (cost_valuer, cost_optimizer)
 multiplier = LagrangeMultiplier(lambda_init, lambda_lr, lambda_max, cost_window, lambda_delay)
 
@@ -154,18 +161,21 @@ steps = count_steps(len(asked), rollout_size, epochs, -(-max_steps // updates)) 
 skips = optim.SkipCounter(max_skips)
 step = 0
 if resume:
-    state = checkpoint.load_state(out_dir, models)
+    state = run_state.load(out_dir, models)
     step, skips.count = state["step"], state["skips"]
     multiplier.load_state_dict(state["multiplier"])
 if world.main:
-    print(f"{len(models)} x {size / 1e6:.1f} M parameters trained, {trained_place.layout}, computing in "
-          f"{trained_place.compute_dtype}; {steps // updates} rollouts of {rollout_size} prompts x {num_samples}, {updates} steps "
-          f"of {batch_size} responses each over {world.size} ranks, {max_tokens} tokens per forward", flush=True)
+    print(f"{len(models)} x {size / 1e6:.1f} M parameters trained, {trained_place.layout}, "
+          f"computing in {trained_place.compute_dtype}; {steps // updates} rollouts of "
+          f"{rollout_size} prompts x {num_samples}, {updates} steps of {batch_size} responses "
+          f"each over {world.size} ranks, {max_tokens} tokens per forward", flush=True)
 
 
 @torch.no_grad()
 def per_token(model, texts, starts, R):
-    """Log-probabilities of the responses' tokens, or a critic's values before them, (B, R), on every rank."""
+    """Log-probabilities of the responses' tokens, or a critic's values before them, (B, R), on
+    every rank.
+    """
     out = torch.zeros(len(texts), R, device=world.device)
     for micro in plan([len(t) for t in texts], max_tokens, world.size)[world.rank]:
         batch = response_batch(micro, texts, starts)
@@ -177,8 +187,10 @@ def per_token(model, texts, starts, R):
 
 @torch.no_grad()
 def end_scores(model, texts, model_tok):
-    """A reward or cost model's scores of the last tokens (B,), on every rank; in its own tokens if they differ."""
-    if model_tok.fingerprint() != tok.fingerprint():
+    """A reward or cost model's scores of the last tokens (B,), on every rank; in its own tokens if
+    they differ.
+    """
+    if model_tok.fingerprint != tok.fingerprint:
         texts = [retokenize(t, tok, model_tok) for t in texts]
     out = torch.zeros(len(texts), device=world.device)
     for micro in plan([len(t) for t in texts], max_tokens, world.size)[world.rank]:
@@ -190,7 +202,8 @@ def end_scores(model, texts, model_tok):
 
 
 def response_batch(micro, texts, starts=None):
-    """The packed Batch of some prompts with their responses; the responses' tokens are the targets."""
+    """The packed Batch of some prompts with their responses; the responses' tokens are the targets.
+    """
     masks = [np.arange(len(texts[i])) >= (starts[i] if starts else len(texts[i])) for i in micro]
     return collate([texts[i] for i in micro], masks, world.device)
 
@@ -199,7 +212,7 @@ def checkpoint_run(step):
     """The state to resume from, and the policy for others to open."""
     monitor.flush()
     extra = {"skips": skips.count, "multiplier": multiplier.state_dict()}
-    checkpoint.save_state(out_dir, step, models, extra, keep)
+    run_state.save(out_dir, step, models, extra, keep)
     checkpoint.save(actor, os.path.join(out_dir, "model"), tok, dtype=trained_place.compute_dtype)
 
 
@@ -220,11 +233,13 @@ while step < steps:
 
     # 2. responses: each rank samples its share, then every rank knows all
     mine = range(world.rank, per_rollout, world.size)
-    bar = tqdm(total=len(mine), desc="rollout", leave=False, disable=not world.main or per_rollout < 512)
+    quiet = not world.main or per_rollout < 512
+    bar = tqdm(total=len(mine), desc="rollout", leave=False, disable=quiet)
     with whole(actor):
-        sampled = generate(actor, [questions[i] for i in mine], [limits[i] for i in mine], temperature=temperature,
-                           top_k=top_k, top_p=top_p, eos_ids=tok.eos_ids, seed=hash64(seed, rollout),
-                           uids=[uids[i] for i in mine], slots=slots, on_finish=bar.update)
+        sampled = generate(actor, [questions[i] for i in mine], [limits[i] for i in mine],
+                           temperature=temperature, top_k=top_k, top_p=top_p, eos_ids=tok.eos_ids,
+                           seed=hash64(seed, rollout), uids=[uids[i] for i in mine], slots=slots,
+                           on_finish=bar.update)
     bar.close()
     tokens = torch.zeros(per_rollout, max(limits), dtype=torch.int64)
     lengths = torch.zeros(per_rollout, dtype=torch.int64)
@@ -246,10 +261,12 @@ while step < steps:
     advantages, returns = gae(rewards, old_values, mask, gamma, gae_lambda)
     kl = ((old_logps - ref_logps) * mask).sum(1)  # (B,) nats per response
     metrics = {
-        "reward": scores.mean(), "reward_with_kl_penalty": rewards.sum(1).mean(), "reward_advantage": sequence_mean(advantages, mask),
-        "reward_return": sequence_mean(returns, mask), "reward_value": sequence_mean(old_values, mask),
-        "kl": kl.mean(), "entropy": -masked_mean(old_logps, mask), "eos_rate": ended,
-        "length": mask.sum(1).mean(), "max_length": float(R),
+        "reward": scores.mean(), "reward_with_kl_penalty": rewards.sum(1).mean(),
+        "reward_advantage": sequence_mean(advantages, mask),
+        "reward_return": sequence_mean(returns, mask),
+        "reward_value": sequence_mean(old_values, mask), "kl": kl.mean(),
+        "entropy": -masked_mean(old_logps, mask), "eos_rate": ended, "length": mask.sum(1).mean(),
+        "max_length": float(R),
     }
 
     # 4. the multiplier moves, then costs are weighed against rewards
@@ -260,24 +277,30 @@ while step < steps:
         cost_advantages, cost_returns = gae(token_costs, old_cost_values, mask, gamma, gae_lambda)
         multiplier.observe(costs)
         lambda_ = multiplier.update(cost_limit)
-        reward_advantages, advantages = advantages, mix_advantages(advantages, cost_advantages, lambda_)
+        advantages = mix_advantages(advantages, cost_advantages, lambda_)
         metrics.update({
-            "cost": costs.mean(), "cost_with_kl_penalty": token_costs.sum(1).mean(), "cost_advantage": sequence_mean(cost_advantages, mask),
-            "cost_return": sequence_mean(cost_returns, mask), "cost_value": sequence_mean(old_cost_values, mask),
+            "cost": costs.mean(), "cost_with_kl_penalty": token_costs.sum(1).mean(),
+            "cost_advantage": sequence_mean(cost_advantages, mask),
+            "cost_return": sequence_mean(cost_returns, mask),
+            "cost_value": sequence_mean(old_cost_values, mask),
             "unsafe_rate": (costs > 0).float().mean(), "lambda": lambda_,
             "episode_cost": multiplier.mean_cost, "slack": cost_limit - multiplier.mean_cost,
         })
         if rollout == 0 and multiplier.mean_cost < cost_limit:
-            monitor.say(f"note: the policy starts {cost_limit - multiplier.mean_cost:.3g} below cost_limit={cost_limit}: "
-                        "PPO-Lag will spend that slack on reward. Lower cost_limit to keep the policy as safe as it is.")
+            monitor.say(f"note: the policy starts {cost_limit - multiplier.mean_cost:.3g} below "
+                        f"cost_limit={cost_limit}: PPO-Lag will spend that slack on reward. Lower "
+                        "cost_limit to keep the policy as safe as it is.")
     rollout_seconds = time.perf_counter() - began
 
     # 5. updates: minibatches of the rollout
     for epoch in range(ppo_epochs):
-        shuffled = order(per_rollout, epoch, hash64(seed, rollout)) if updates > 1 else np.arange(per_rollout)
+        shuffled = (order(per_rollout, epoch, hash64(seed, rollout))
+                    if updates > 1 else np.arange(per_rollout))
         for begin in range(0, per_rollout, batch_size):
             chosen = shuffled[begin:begin + batch_size].tolist()
-            sums = torch.zeros(6, device=world.device)  # actor, critic, cost critic and ptx loss, clip fraction, approximate KL
+            sums = torch.zeros(
+                6, device=world.device
+            )  # actor, critic, cost critic and ptx loss, clip fraction, approximate KL
             micros = plan([len(texts[i]) for i in chosen], max_tokens, world.size)[world.rank]
             for k, micro in enumerate(micros):
                 rows = [chosen[j] for j in micro]
@@ -286,8 +309,10 @@ while step < steps:
                 begins = [starts[i] for i in rows]
 
                 logps = responses_of(actor(*batch), batch, begins, R)
-                loss = actor_loss(logps, old_logps[rows], advantages[rows], m, clip_ratio) if rows else 0 * logps.sum()
-                backward(actor, loss * share * (0.5 if ptx and ptx_average else 1), last and not ptx)
+                loss = (actor_loss(logps, old_logps[rows], advantages[rows], m, clip_ratio)
+                        if rows else 0 * logps.sum())
+                backward(actor, loss * share * (0.5 if ptx and ptx_average else 1), last
+                         and not ptx)
                 with torch.no_grad():
                     log_ratio = logps - old_logps[rows]
                     clipped = (log_ratio.exp() - 1).abs() > clip_ratio
@@ -297,16 +322,20 @@ while step < steps:
                         sums[5] += sequence_mean(log_ratio.exp() - 1 - log_ratio, m) * share
 
                 values = responses_of(reward_valuer(*batch[:3]), batch, begins, R)
-                loss = critic_loss(values, old_values[rows], returns[rows], m, clip_value) if rows else 0 * values.sum()
+                loss = (critic_loss(values, old_values[rows], returns[rows], m, clip_value)
+                        if rows else 0 * values.sum())
                 backward(reward_valuer, loss * share, last)
                 sums[1] += loss.detach() * share
                 if cost_model:
                     values = responses_of(cost_valuer(*batch[:3]), batch, begins, R)
-                    loss = critic_loss(values, old_cost_values[rows], cost_returns[rows], m, clip_value) if rows else 0 * values.sum()
+                    loss = (critic_loss(values, old_cost_values[rows], cost_returns[rows], m,
+                                        clip_value) if rows else 0 * values.sum())
                     backward(cost_valuer, loss * share, last)
                     sums[2] += loss.detach() * share
 
-            if ptx:  # stay a good language model: the demonstrations' loss joins the actor's gradient
+            if (
+                    ptx
+            ):  # stay a good language model: the demonstrations' loss joins the actor's gradient
                 examples = examples_at(step, len(ptx), batch_size, seed)
                 count = int(ptx.targets[examples].sum())
                 micros = plan(ptx.lengths[examples].tolist(), max_tokens, world.size)[world.rank]
@@ -314,34 +343,50 @@ while step < steps:
                     batch = ptx.batch([examples[j] for j in micro], world.device)
                     m = batch.targets >= 0
                     loss = mle_loss(actor(*batch), m) * (m.sum() / count)
-                    backward(actor, loss * ptx_coef * (0.5 if ptx_average else 1), k == len(micros) - 1)
+                    backward(actor, loss * ptx_coef * (0.5 if ptx_average else 1),
+                             k == len(micros) - 1)
                     sums[3] += loss.detach()
 
-            actor_lr = optim.learning_rate_at(step, steps, actor_learning_rate, actor_lr_schedule, actor_warmup_ratio)
-            critic_lr = optim.learning_rate_at(step, steps, critic_learning_rate, critic_lr_schedule, critic_warmup_ratio)
+            actor_lr = optim.learning_rate_at(step, steps, actor_learning_rate, actor_lr_schedule,
+                                              actor_warmup_ratio)
+            critic_lr = optim.learning_rate_at(step, steps, critic_learning_rate,
+                                               critic_lr_schedule, critic_warmup_ratio)
             norms = {}
             for name, (model, optimizer) in models.items():
                 lr = actor_lr if name == "actor" else critic_lr
                 norms[name + "_grad_norm"] = optim.step(model, optimizer, lr, grad_clip)
             skips.see(*norms.values())
 
-            names = ("actor_loss", "reward_critic_loss", "cost_critic_loss", "ptx_loss", "clip_fraction", "approx_kl")
+            names = ("actor_loss", "reward_critic_loss", "cost_critic_loss", "ptx_loss",
+                     "clip_fraction", "approx_kl",
+                     )
             unused = {"cost_critic_loss": not cost_model, "ptx_loss": not ptx}
-            losses = {name: value for name, value in zip(names, add(sums).tolist()) if not unused.get(name)}
+            losses = {
+                name: value for name, value in zip(names,
+                                                   add(sums).tolist()) if not unused.get(name)
+            }
             seconds = time.perf_counter() - began
             if step % log_interval == 0 or step + 1 == steps:
-                monitor.log(step, {**metrics, **losses, **norms, "actor_lr": actor_lr, "critic_lr": critic_lr,
-                                   "rollout_seconds": rollout_seconds, "seconds": seconds, "skips": skips.count})
+                monitor.log(
+                    step, {
+                        **metrics, **losses, **norms, "actor_lr": actor_lr, "critic_lr": critic_lr,
+                        "rollout_seconds": rollout_seconds, "seconds": seconds,
+                        "skips": skips.count,
+                    },
+                )
             step += 1
 
     # 6. samples to read, a state to come back to
     halt = stop.agreed(world.device)
-    saves = step >= steps or halt or save_interval and step // save_interval > (step - updates) // save_interval
+    saves = (step >= steps or halt
+             or save_interval and step // save_interval > (step - updates) // save_interval)
     if saves or rollout == 0:
         for i in range(min(4, per_rollout)):
             extra = {"cost": costs[i].item()} if cost_model else {}
-            monitor.sample(step - 1, prompt=tok.decode(questions[i]), response=tok.decode(responses[i]),
-                           reward=scores[i].item(), kl=kl[i].item(), **extra)
+            monitor.sample(step - 1, prompt=tok.decode(questions[i]),
+                           response=tok.decode(responses[i]), reward=scores[i].item(),
+                           kl=kl[i].item(), **extra,
+                           )
     if saves:
         checkpoint_run(step)
     if halt:

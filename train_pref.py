@@ -1,8 +1,8 @@
 """
 Stage 2: pairs of responses -> a reward model, or a cost model.
 
-A reward model learns which response is better (objective=reward). A cost model learns which is safer,
-and to put zero between safe and unsafe: cost > 0 means unsafe (objective=cost).
+A reward model learns which response is better (objective=reward). A cost model learns which is
+safer, and to put zero between safe and unsafe: cost > 0 means unsafe (objective=cost).
 
 On a laptop, after python -m nanosafe.demo:
 $ python train_pref.py
@@ -19,9 +19,11 @@ import torch
 
 from configurator import configure, save
 from nanosafe import checkpoint, optim
-from nanosafe.data import count_steps, examples_at, plan, tokenize
+from nanosafe import state as run_state
+from nanosafe.data import tokenize
 from nanosafe.losses import cost_loss, reward_loss
 from nanosafe.monitor import Monitor, Stop
+from nanosafe.packing import count_steps, examples_at, plan
 from nanosafe.parallel import add, backward, close, init, main_first, places
 from nanosafe.rl import ExponentialMovingAverage, RunningMeanStd
 from nanosafe.tokenizer import load as load_tokenizer
@@ -75,7 +77,7 @@ if objective not in ("reward", "cost"):
 if normalizer not in ("ema", "running", "none"):
     raise SystemExit(f"error: normalizer={normalizer!r}: choose ema, running or none")
 world = init(device)
-checkpoint.claim(out_dir, resume)
+run_state.claim(out_dir, resume)
 if world.main:
     save(config, os.path.join(out_dir, "config.py"))
 tok = load_tokenizer(init_from)
@@ -95,12 +97,13 @@ steps = count_steps(len(train), batch_size, epochs, max_steps)
 skips = optim.SkipCounter(max_skips)
 start = 0
 if resume:
-    state = checkpoint.load_state(out_dir, {"model": (model, optimizer)})
+    state = run_state.load(out_dir, {"model": (model, optimizer)})
     start, skips.count = state["step"], state["skips"]
     moments.load_state_dict(state["moments"])
 if world.main:
-    print(f"{size / 1e6:.1f} M parameters, {place.layout}, computing in {place.compute_dtype}; {steps} steps "
-          f"of {batch_size} pairs over {world.size} ranks, {max_tokens} tokens per forward", flush=True)
+    print(f"{size / 1e6:.1f} M parameters, {place.layout}, computing in {place.compute_dtype}; "
+          f"{steps} steps of {batch_size} pairs over {world.size} ranks, {max_tokens} tokens per "
+          "forward", flush=True)
 
 
 def end_scores(batch):
@@ -118,8 +121,10 @@ def describe(scores, signs):
     """What end scores (n, 2), preferred response first, say about a model."""
     preferred, other = scores.unbind(1)
     right = preferred > other if objective == "reward" else preferred < other
-    metrics = {"accuracy": right.float().mean().item(), "score_mean": scores.mean().item(),
-               "score_std": scores.std().item()}
+    metrics = {
+        "accuracy": right.float().mean().item(), "score_mean": scores.mean().item(),
+        "score_std": scores.std().item(),
+    }
     if objective == "cost":
         metrics["sign_accuracy"] = (scores * signs < 0).float().mean().item()
         for name, sign in (("safe", 1), ("unsafe", -1)):
@@ -145,7 +150,7 @@ def checkpoint_run(step):
     """The state to resume from, and the model for others to open."""
     monitor.flush()
     extra = {"skips": skips.count, "moments": moments.state_dict()}
-    checkpoint.save_state(out_dir, step, {"model": (model, optimizer)}, extra, keep)
+    run_state.save(out_dir, step, {"model": (model, optimizer)}, extra, keep)
     if normalizer != "none":
         c = model.config
         c.mean, c.var = [moments.mean], [moments.var]
@@ -156,7 +161,8 @@ def checkpoint_run(step):
 
 # ---- loop ----
 stop = Stop()
-monitor = Monitor(out_dir, steps, start, log_to, shown=("loss", "accuracy", "sign_accuracy"), config=config)
+monitor = Monitor(out_dir, steps, start, log_to, shown=("loss", "accuracy", "sign_accuracy"),
+                  config=config)
 for step in range(start, steps):
     began = time.perf_counter()
     examples = examples_at(step, len(train), batch_size, seed)
@@ -167,11 +173,13 @@ for step in range(start, steps):
     for i, micro in enumerate(micros):
         first, second = end_scores(train.batch([examples[j] for j in micro], world.device))
         if micro:
-            # times this micro-batch's share of the pairs: the sum over all is the mean over the batch
+            # times this micro-batch's share of the pairs: the sum over all is the mean over the
+            # batch
             loss = pair_loss(first, second, signs[micro]) * (len(micro) / batch_size)
             scores[micro] = torch.stack((first, second), dim=1).detach()
         else:
-            loss = 0.0 * (first.sum() + second.sum())  # no work for this rank, but its peers wait for it
+            loss = 0.0 * (first.sum() + second.sum()
+                          )  # no work for this rank, but its peers wait for it
         backward(model, loss, last=i == len(micros) - 1)
         loss_sum += loss.detach()
     lr = optim.learning_rate_at(step, steps, learning_rate, lr_schedule, warmup_ratio)
@@ -182,8 +190,11 @@ for step in range(start, steps):
         moments.update(scores.flatten())
 
     tokens = int(train.lengths[examples].sum())
-    metrics = {"loss": add(loss_sum).item(), **describe(scores, signs), "grad_norm": grad_norm, "lr": lr,
-               "tokens": tokens, "tokens_per_second": tokens / (time.perf_counter() - began), "skips": skips.count}
+    metrics = {
+        "loss": add(loss_sum).item(), **describe(scores, signs), "grad_norm": grad_norm, "lr": lr,
+        "tokens": tokens, "tokens_per_second": tokens / (time.perf_counter() - began),
+        "skips": skips.count,
+    }
     last = step + 1 == steps or stop.agreed(world.device)
     if held_out and (step + 1 == steps or eval_interval and (step + 1) % eval_interval == 0):
         metrics.update(evaluate())
@@ -195,5 +206,6 @@ for step in range(start, steps):
         break
 monitor.close()
 if world.main:
-    print("  ".join(f"{name} {value:.4g}" for name, value in metrics.items() if name.startswith("eval_")))
+    print("  ".join(f"{name} {value:.4g}" for name, value in metrics.items()
+                    if name.startswith("eval_")))
 close()

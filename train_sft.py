@@ -16,10 +16,12 @@ import torch
 
 from configurator import configure, save
 from nanosafe import checkpoint, optim
-from nanosafe.data import count_steps, examples_at, plan, tokenize
+from nanosafe import state as run_state
+from nanosafe.data import tokenize
 from nanosafe.losses import mle_loss
 from nanosafe.model import Config
 from nanosafe.monitor import Monitor, Stop
+from nanosafe.packing import count_steps, examples_at, plan
 from nanosafe.parallel import add, backward, close, init, main_first, places
 from nanosafe.tokenizer import load as load_tokenizer
 
@@ -70,7 +72,7 @@ config = configure(globals())
 
 # ---- setup ----
 world = init(device)
-checkpoint.claim(out_dir, resume)
+run_state.claim(out_dir, resume)
 if world.main:
     save(config, os.path.join(out_dir, "config.py"))
 from_scratch = init_from == "scratch"
@@ -79,9 +81,10 @@ with main_first():  # rank 0 fills the cache of token ids, the others find it
     train = tokenize(data, tok, "sft", max_len, show=world.main)
     held_out = tokenize(eval_data, tok, "sft", max_len, show=world.main) if eval_data else None
 
-shape = Config(vocab_size=tok.vocab_size, hidden_size=hidden_size, intermediate_size=intermediate_size,
-               num_hidden_layers=num_hidden_layers, num_attention_heads=num_attention_heads,
-               num_key_value_heads=num_key_value_heads)
+shape = Config(vocab_size=tok.vocab_size, hidden_size=hidden_size,
+               intermediate_size=intermediate_size, num_hidden_layers=num_hidden_layers,
+               num_attention_heads=num_attention_heads, num_key_value_heads=num_key_value_heads,
+               )
 size = checkpoint.count_parameters(shape if from_scratch else init_from)
 place, _ = places(world, dtype, parallel, offload, use_compile, activation_checkpointing, size)
 if from_scratch:
@@ -94,11 +97,12 @@ steps = count_steps(len(train), batch_size, epochs, max_steps)
 skips = optim.SkipCounter(max_skips)
 start = 0
 if resume:
-    state = checkpoint.load_state(out_dir, {"model": (model, optimizer)})
+    state = run_state.load(out_dir, {"model": (model, optimizer)})
     start, skips.count = state["step"], state["skips"]
 if world.main:
-    print(f"{size / 1e6:.1f} M parameters, {place.layout}, computing in {place.compute_dtype}; {steps} steps "
-          f"of {batch_size} sequences over {world.size} ranks, {max_tokens} tokens per forward", flush=True)
+    print(f"{size / 1e6:.1f} M parameters, {place.layout}, computing in {place.compute_dtype}; "
+          f"{steps} steps of {batch_size} sequences over {world.size} ranks, {max_tokens} tokens "
+          "per forward", flush=True)
 
 
 def evaluate():
@@ -114,7 +118,7 @@ def evaluate():
 def checkpoint_run(step):
     """The state to resume from, and the model for others to open."""
     monitor.flush()
-    checkpoint.save_state(out_dir, step, {"model": (model, optimizer)}, {"skips": skips.count}, keep)
+    run_state.save(out_dir, step, {"model": (model, optimizer)}, {"skips": skips.count}, keep)
     checkpoint.save(model, os.path.join(out_dir, "model"), tok, dtype=place.compute_dtype)
 
 
@@ -141,8 +145,10 @@ for step in range(start, steps):
     grad_norm = optim.step(model, optimizer, lr, grad_clip)
     skips.see(grad_norm)
 
-    metrics = {"loss": add(loss_sum).item(), "grad_norm": grad_norm, "lr": lr, "tokens": sum(lengths),
-               "tokens_per_second": sum(lengths) / (time.perf_counter() - began), "skips": skips.count}
+    metrics = {
+        "loss": add(loss_sum).item(), "grad_norm": grad_norm, "lr": lr, "tokens": sum(lengths),
+        "tokens_per_second": sum(lengths) / (time.perf_counter() - began), "skips": skips.count,
+    }
     last = step + 1 == steps or stop.agreed(world.device)
     if held_out and (step + 1 == steps or eval_interval and (step + 1) % eval_interval == 0):
         metrics["eval_loss"] = evaluate()

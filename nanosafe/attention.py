@@ -1,10 +1,12 @@
 """
 The only file that knows an attention kernel's name.
 
-A batch is a `Packed` (whole sequences laid end to end: training, scoring, prefill) or a `Step` (one new token for each of n
-cached sequences: decoding). Both know how their queries meet their keys: .attend(q, k, v, cache).
+A batch is a `Packed` (whole sequences laid end to end: training, scoring, prefill) or a `Step` (one
+new token for each of n cached sequences: decoding). Both know how their queries meet their keys:
+.attend(q, k, v, cache).
 
-Shapes: N packed tokens, B sequences, H heads, K kv heads, E head width, S cache slots, T cache length.
+Shapes: N packed tokens, B sequences, H heads, K kv heads, E head width, S cache slots, T cache
+length.
 """
 
 import inspect
@@ -14,7 +16,10 @@ import torch
 import torch.nn.functional as F
 
 try:
-    from torch.nn.attention.varlen import varlen_attn  # FlashAttention-2 over packed sequences; CUDA only
+    from torch.nn.attention.varlen import (
+        varlen_attn,  # FlashAttention-2 over packed sequences; CUDA only
+    )
+
     VARLEN_OPTIONS = inspect.signature(varlen_attn).parameters
 except ImportError:
     varlen_attn, VARLEN_OPTIONS = None, {}
@@ -22,6 +27,7 @@ except ImportError:
 
 class Packed(NamedTuple):
     """Sequences laid end to end, each of which sees itself only, and only backwards."""
+
     cu_seqlens: torch.Tensor  # (B+1,) int32: where each sequence begins, and N at the end
     max_seqlen: int  # length of the longest
     positions: torch.Tensor  # (N,) position of each token in its sequence
@@ -49,10 +55,13 @@ class Packed(NamedTuple):
             options["window_size"] = (-1, 0)  # any distance back, none ahead
         else:
             options["is_causal"] = True
-        return varlen_attn(q, k, v, self.cu_seqlens, self.cu_seqlens, self.max_seqlen, self.max_seqlen, **options)
+        return varlen_attn(q, k, v, self.cu_seqlens, self.cu_seqlens, self.max_seqlen,
+                           self.max_seqlen, **options)
 
     def padded(self, q, k, v):
-        """Right-padded scaled_dot_product_attention. It needs no mask: a causal row never looks at what stands to its right."""
+        """Right-padded scaled_dot_product_attention. It needs no mask: a causal row never looks at
+        what stands to its right.
+        """
         B, L = len(self.cu_seqlens) - 1, self.max_seqlen
         k, v = repeat_heads(q, k, v)
         N, H, E = q.shape
@@ -61,12 +70,14 @@ class Packed(NamedTuple):
             places = self.rows * L + self.positions
             q, k, v = (x.new_zeros(B * L, H, E).index_copy(0, places, x) for x in (q, k, v))
         q, k, v = (x.view(B, L, H, E).transpose(1, 2) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(B * L, H, E)
+        out = (F.scaled_dot_product_attention(q, k, v,
+                                              is_causal=True).transpose(1, 2).reshape(B * L, H, E))
         return out[places] if ragged else out
 
 
 class Step(NamedTuple):
     """One new token for each of the first n cache slots."""
+
     positions: torch.Tensor  # (n,) position of the new token in its sequence
     mask: torch.Tensor  # (n, 1, 1, extent) True where a slot has a key that the new token may see
     rows: torch.Tensor  # (n,) 0 .. n-1
@@ -77,14 +88,17 @@ class Step(NamedTuple):
         K, extent = k.shape[1], self.mask.shape[-1]
         cache.k[self.rows, :, self.positions] = k
         cache.v[self.rows, :, self.positions] = v
-        # The heads of a group share their keys: lay them out as that many queries, and no key is repeated.
+        # The heads of a group share their keys: lay them out as that many queries, and no key is
+        # repeated.
         q = q.view(n, K, H // K, E)
-        out = F.scaled_dot_product_attention(q, cache.k[:n, :, :extent], cache.v[:n, :, :extent], attn_mask=self.mask)
+        out = F.scaled_dot_product_attention(q, cache.k[:n, :, :extent], cache.v[:n, :, :extent],
+                                             attn_mask=self.mask)
         return out.reshape(n, H, E)
 
 
 class Cache(NamedTuple):
     """Keys and values of one layer."""
+
     k: torch.Tensor  # (S, K, T, E)
     v: torch.Tensor
 
@@ -92,11 +106,13 @@ class Cache(NamedTuple):
 def pack(cu_seqlens, max_seqlen, n_tokens, slots=None):
     """The `Packed` of sequences that begin at cu_seqlens (B+1,)."""
     lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
-    rows = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths, output_size=n_tokens)
+    rows = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths,
+                                   output_size=n_tokens)
     positions = torch.arange(n_tokens, device=lengths.device) - cu_seqlens.long()[rows]
     return Packed(cu_seqlens, max_seqlen, positions, rows, slots)
 
 
 def repeat_heads(q, k, v):
     groups = q.shape[1] // k.shape[1]
-    return (k, v) if groups == 1 else (k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1))
+    return ((k, v) if groups == 1 else
+            (k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)))

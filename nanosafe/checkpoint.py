@@ -1,121 +1,33 @@
 """
-Model folders of the field <-> LLaMA, and the exact state of a run.
+Model folders of the field <-> LLaMA.
 
-A model folder is Hugging Face's: config.json, safetensors (or .bin) files, a tokenizer. A score model is the same folder with
-`score_head.weight`. Weights are read row by row into this rank's slice of a model built without memory: no rank ever holds a
-sharded model in full.
+A model folder is Hugging Face's: config.json, safetensors (or .bin) files, a tokenizer. A score
+model is the same folder with `score_head.weight`. Weights are read row by row into this rank's
+slice of a model built without memory: no rank ever holds a sharded model in full.
 """
 
-import json
 import math
 import os
 import shutil
 import zlib
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from nanosafe import parallel
-from nanosafe.model import LLaMA, Config
-from nanosafe.tokenizer import read_json, write_json
+from nanosafe.formats import IGNORED, NORMALIZER, Folder, hf_names
+from nanosafe.model import Config, LLaMA
+from nanosafe.tokenizer import write_json
 
-IGNORED = ("rotary_emb.inv_freq", "masked_bias")  # buffers that old files carry
-NORMALIZER = ("normalizer.mean", "normalizer.var", "normalizer.count")
 SHARD_BYTES = 5 * 10**9
 
 
-# ---- names -------------------------------------------------------------------------------------------------------------------
-
-def hf_names(config, name):
-    """The tensors of a Hugging Face folder that make up our parameter `name`: [(their name, rows)], laid one upon the other.
-
-    We multiply by q, k and v at once, and by gate and up at once; the folder keeps them apart.
-    """
-    c = config
-    if name.startswith(("lm_head.", "score_head.")):
-        return [(name, None)]
-    name = "model." + name
-    if ".qkv_proj." in name:
-        rows = {"q_proj": c.num_attention_heads, "k_proj": c.num_key_value_heads, "v_proj": c.num_key_value_heads}
-        return [(name.replace("qkv_proj", part), heads * c.head_dim) for part, heads in rows.items()]
-    if ".gate_up_proj." in name:
-        return [(name.replace("gate_up_proj", part), c.intermediate_size) for part in ("gate_proj", "up_proj")]
-    return [(name, None)]
-
-
-# ---- reading -----------------------------------------------------------------------------------------------------------------
-
-class Folder:
-    """The tensors of a model folder, read in slices. Only files that the folder's index names are opened, and only inside it."""
-
-    def __init__(self, path):
-        self.path = os.fspath(path)
-        if not os.path.isfile(os.path.join(self.path, "config.json")):
-            raise SystemExit(f"error: no model at {self.path!r}: a model folder has a config.json")
-        self.config = read_json(self.path, "config.json")
-        self.files = {}  # tensor name -> file name
-        self.handles = {}
-        for single, index in (("model.safetensors", "model.safetensors.index.json"),
-                              ("pytorch_model.bin", "pytorch_model.bin.index.json")):
-            if os.path.isfile(os.path.join(self.path, single)):
-                self.files = {name: single for name in self.open(single).keys()}
-                break
-            if os.path.isfile(os.path.join(self.path, index)):
-                self.files = read_json(self.path, index).get("weight_map", {})
-                break
-        if not self.files:
-            raise SystemExit(f"error: no weights in {self.path!r}: it needs model.safetensors or pytorch_model.bin, or their index")
-        prefixes = ("module.", "_orig_mod.")
-        self.names = {}  # clean name -> name in the file
-        for name in self.files:
-            clean = name
-            for prefix in prefixes:
-                clean = clean.removeprefix(prefix)
-            self.names[clean] = name
-
-    def open(self, file):
-        if file not in self.handles:
-            full = os.path.join(self.path, file)
-            if os.path.dirname(file) or not os.path.isfile(full):
-                raise SystemExit(f"error: {self.path!r}: the index names {file!r}, which is not in the folder")
-            try:
-                if file.endswith(".safetensors"):
-                    self.handles[file] = safe_open(full, framework="pt")
-                else:  # weights_only: tensors are read, nothing is executed
-                    self.handles[file] = torch.load(full, map_location="cpu", mmap=True, weights_only=True)
-            except (SafetensorError, RuntimeError, OSError) as error:
-                raise SystemExit(f"error: {full!r} cannot be read: {str(error).splitlines()[0]}") from None
-        return self.handles[file]
-
-    def slice(self, name):
-        """A lazily read tensor: index it to read rows."""
-        name = self.names[name]
-        handle = self.open(self.files[name])
-        if isinstance(handle, dict):
-            return handle[name]
-        if name not in handle.keys():
-            raise SystemExit(f"error: {self.path!r}: the index names {name!r} in {self.files[name]!r}, which does not hold it")
-        return handle.get_slice(name)
-
-    def shape(self, name):
-        part = self.slice(name)
-        return list(part.shape if isinstance(part, torch.Tensor) else part.get_shape())
-
-    def has(self, name):
-        return name in self.names
-
-    def dtype(self):
-        """The dtype of the weights."""
-        name = next(name for name in self.names if name.endswith("weight"))
-        return self.slice(name)[:1].dtype
-
-
-def load(path, head="auto", dtype=None, device="cpu", place=None, vocab_size=0, score_type=None, seed=0):
+def load(path, head="auto", dtype=None, device="cpu", place=None, vocab_size=0, score_type=None,
+         seed=0):
     """Read a model folder -> LLaMA.
 
-    head        "lm", "score", or "auto": what the folder holds. A score head that the folder lacks is
-                drawn anew, and said.
+    head        "lm", "score", or "auto": what the folder holds. A score head that the folder lacks
+                is drawn anew, and said.
     dtype       of the parameters; by default that of the files
     place       a parallel.Place instead of dtype and device: for training, and for many ranks
     vocab_size  rows that the tokenizer needs; missing ones are added as the mean of the others
@@ -138,7 +50,8 @@ def load(path, head="auto", dtype=None, device="cpu", place=None, vocab_size=0, 
     if head == "lm" and not config.tie_word_embeddings and not folder.has("lm_head.weight"):
         config.tie_word_embeddings = True
     if vocab_size > config.vocab_size:
-        tell(f"{path}: {vocab_size - config.vocab_size} rows for new tokens, each the mean of the others")
+        tell(f"{path}: {vocab_size - config.vocab_size} rows for new tokens, each the mean of the "
+             "others")
         config.vocab_size = vocab_size
     place = place or parallel.Place(torch.device(device), dtype=dtype)
     model = build(config, head, place, place.dtype or folder.dtype())
@@ -185,7 +98,9 @@ def unique_parameters(model):
 
 @torch.no_grad()
 def draw(model, name, p, seed):
-    """Initialise this rank's rows of a parameter from a generator of the parameter's own, so that no layout changes them."""
+    """Initialise this rank's rows of a parameter from a generator of the parameter's own, so that
+    no layout changes them.
+    """
     rows, start, count, _ = parallel.local_rows(p)
     if name.endswith("norm.weight"):
         rows.fill_(1.0)
@@ -229,19 +144,22 @@ def fill(model, folder, fresh, seed):
             if shape[0] < want[0] and first + count > shape[0]:
                 rows[max(0, shape[0] - first):] = tensor[:].float().mean(dim=0).to(rows)
             offset += want[0]
-    allowed = {*used, *NORMALIZER, "lm_head.weight"} if model.head == "score" else {*used, "lm_head.weight"}
+    allowed = ({*used, *NORMALIZER, "lm_head.weight"}
+               if model.head == "score" else {*used, "lm_head.weight"})
     surplus = [name for name in folder.names if name not in allowed and not name.endswith(IGNORED)]
-    for what, names in (("misses", missing), ("has a wrong shape for", misshapen), ("has no use for", surplus)):
+    for what, names in (("misses", missing), ("has a wrong shape for", misshapen),
+                        ("has no use for", surplus),
+                        ):
         if names:
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             raise SystemExit(f"error: {folder.path!r} {what} {', '.join(names[:5])}{more}")
 
 
-# ---- writing -----------------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def save(model, path, tokenizer=None, dtype=None):
-    """Write a model folder that transformers opens, in files of 5 GB; a collective when the model is sharded.
+    """Write a model folder that transformers opens, in files of 5 GB; a collective when the model
+    is sharded.
 
     Written beside its place and then renamed: a reader finds the old folder or the new one.
     """
@@ -266,10 +184,12 @@ def save(model, path, tokenizer=None, dtype=None):
         offset = 0
         for part, height in hf_names(model.config, name):
             height = height or len(whole)
-            tensor = whole[offset:offset + height].to("cpu", dtype or whole.dtype, copy=True).contiguous()
+            tensor = (whole[offset:offset + height].to("cpu", dtype or whole.dtype,
+                                                       copy=True).contiguous())
             offset += height
             size = tensor.numel() * tensor.element_size()
-            if held and size + sum(t.numel() * t.element_size() for t in held.values()) > SHARD_BYTES:
+            if (held and size + sum(t.numel() * t.element_size()
+                                    for t in held.values()) > SHARD_BYTES):
                 flush()
             held[part] = tensor
             total += size
@@ -281,19 +201,24 @@ def save(model, path, tokenizer=None, dtype=None):
 
 
 def finish_folder(model, folder, tokenizer, files, index, total, dtype):
-    names = ["model.safetensors"] if len(files) == 1 else \
-        [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
+    names = (["model.safetensors"] if len(files) == 1 else
+             [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))])
     for old, new in zip(files, names):
         os.rename(os.path.join(folder, old), os.path.join(folder, new))
     if len(files) > 1:
         weight_map = {name: names[i] for name, i in sorted(index.items())}
-        write_json({"metadata": {"total_size": total}, "weight_map": weight_map}, folder, "model.safetensors.index.json")
+        write_json({"metadata": {"total_size": total}, "weight_map": weight_map}, folder,
+                   "model.safetensors.index.json",
+                   )
     config = model.config.to_dict(model.head)
     name = str(dtype or next(model.parameters()).dtype).removeprefix("torch.")
     config["torch_dtype"] = config["dtype"] = name
     if tokenizer is not None:
-        config.update(bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_ids if len(tokenizer.eos_ids) > 1
-                      else tokenizer.eos_id, pad_token_id=tokenizer.pad_id if tokenizer.pad_id >= 0 else None)
+        config.update(
+            bos_token_id=tokenizer.bos_id,
+            eos_token_id=tokenizer.eos_ids if len(tokenizer.eos_ids) > 1 else tokenizer.eos_id,
+            pad_token_id=tokenizer.pad_id if tokenizer.pad_id >= 0 else None,
+        )
         tokenizer.save(folder)
     write_json(config, folder, "config.json")
 
@@ -314,113 +239,6 @@ def sync_tree(folder):
         handle = os.open(os.path.join(folder, name), os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)
-
-
-# ---- the state of a run --------------------------------------------------------------------------------------------------------
-
-def save_state(out_dir, step, trained, extra, keep=2):
-    """Write out_dir/state/step_NNNNNN: what a run needs to go on as if nothing had happened. A collective.
-
-    trained  {name: (model, optimizer)}
-    extra    anything JSON knows: lambda and its window, normalisers, counters
-
-    Every rank writes its own rows; replicas write nothing. There is no random state: data order and samples are functions of
-    the seed and the step.
-    """
-    main = parallel.rank() == 0
-    root = os.path.join(out_dir, "state")
-    folder = os.path.join(root, f"step_{step:06d}")
-    temporary = folder + ".tmp"
-    if main:
-        shutil.rmtree(temporary, ignore_errors=True)
-        os.makedirs(temporary)
-    parallel.barrier()
-    tensors, starts = {}, {}
-    for model_name, (model, optimizer) in trained.items():
-        for name, p in unique_parameters(model):
-            rows, start, _, writer = parallel.local_rows(p)
-            if not writer:
-                continue
-            state = optimizer.state.get(p, {})
-            moments = {key: parallel.local(state[key]) for key in ("exp_avg", "exp_avg_sq") if key in state}
-            for key, tensor in {"weight": rows, **moments}.items():
-                key = f"{model_name}/{name}/{key}"
-                tensors[key], starts[key] = tensor.detach().contiguous().cpu(), start
-    name = f"rank_{parallel.rank():05d}"
-    save_file(tensors, os.path.join(temporary, name + ".safetensors"))
-    write_json(starts, temporary, name + ".json")  # the first row of each tensor
-    parallel.barrier()
-    if main:
-        steps = {name: max((int(s["step"]) for s in optimizer.state.values()), default=0)
-                 for name, (_, optimizer) in trained.items()}
-        write_json({"step": step, "ranks": parallel.world_size(), "optimizer_steps": steps, **extra}, temporary, "state.json")
-        replace_folder(temporary, folder)
-        write_latest(root, os.path.basename(folder))
-        for old in sorted(d for d in os.listdir(root) if d.startswith("step_") and not d.endswith(".tmp"))[:-keep]:
-            shutil.rmtree(os.path.join(root, old))
-    parallel.barrier()
-
-
-def write_latest(root, name):
-    path = os.path.join(root, "latest")
-    with open(path + ".tmp", "w") as f:
-        f.write(name + "\n")
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(path + ".tmp", path)
-
-
-@torch.no_grad()
-def load_state(out_dir, trained):
-    """Restore the latest state into models and optimizers, on any number of ranks; returns its step and extras.
-
-    The states' rows may lie in another number of files than there are ranks: each rank picks its own out of all.
-    """
-    folder = latest_state(out_dir)
-    state = read_json(folder, "state.json")
-    pieces = {}  # tensor -> [(first row, slice)]
-    for rank in range(state["ranks"]):
-        handle = safe_open(os.path.join(folder, f"rank_{rank:05d}.safetensors"), framework="pt")
-        for key, start in read_json(folder, f"rank_{rank:05d}.json").items():
-            pieces.setdefault(key, []).append((start, handle.get_slice(key)))
-    for model_name, (model, optimizer) in trained.items():
-        steps = state["optimizer_steps"][model_name]
-        for name, p in unique_parameters(model):
-            targets = {"weight": p.data}
-            if steps:
-                moments = {key: parallel.like(p, 0.0) for key in ("exp_avg", "exp_avg_sq")}
-                optimizer.state[p] = {"step": torch.tensor(float(steps), device=parallel.local(p.data).device), **moments}
-                targets.update(moments)
-            _, first, count, _ = parallel.local_rows(p)
-            for key, target in targets.items():
-                copy_rows(parallel.local(target), first, count, pieces[f"{model_name}/{name}/{key}"])
-    return state
-
-
-def copy_rows(target, first, count, pieces):
-    for start, piece in pieces:
-        begin, end = max(first, start), min(first + count, start + piece.get_shape()[0])
-        if begin < end:
-            target[begin - first:end - first] = piece[begin - start:end - start].to(target)
-
-
-def latest_state(out_dir):
-    """The folder of the run's last whole state."""
-    try:
-        with open(os.path.join(out_dir, "state", "latest")) as f:
-            return os.path.join(out_dir, "state", f.read().strip())
-    except FileNotFoundError:
-        raise SystemExit(f"error: resume=True, but there is no state in {out_dir!r}: start it without --resume") from None
-
-
-def claim(out_dir, resume):
-    """Make the run's folder, and refuse one that holds a run already, unless that is resumed."""
-    held = os.path.exists(os.path.join(out_dir, "state", "latest"))
-    if held and not resume:
-        raise SystemExit(f"error: {out_dir!r} holds a run: continue it with --resume=True, "
-                         "or choose another out_dir")
-    parallel.barrier()
-    os.makedirs(out_dir, exist_ok=True)
 
 
 def tell(text):

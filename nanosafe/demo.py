@@ -3,9 +3,10 @@ The pipeline on the toy world, one command:
 
 $ python -m nanosafe.demo [--out_dir=out/demo] [--seed=0]
 
-It prepares the data, trains a tokenizer, then runs the real scripts with the recipes in config/toy/, printing each command: SFT,
-reward model, cost model, PPO on reward alone, PPO-Lag. At the end the gold functions of data/toy/prepare.py judge the three
-policies on requests that none of them has seen.
+It prepares the data, trains a tokenizer, then runs the real scripts with the recipes in
+config/toy/, printing each command: SFT, reward model, cost model, PPO on reward alone, PPO-Lag. At
+the end the gold functions of data/toy/prepare.py judge the three policies on requests that none of
+them has seen.
 """
 
 import importlib.util
@@ -20,6 +21,7 @@ import torch
 
 from nanosafe import checkpoint, data, tokenizer
 from nanosafe.monitor import table
+from nanosafe.packing import collate
 from nanosafe.rollout import generate
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -28,8 +30,8 @@ STAGES = (  # name, script, what it is told beyond its recipe
     ("reward", "train_pref.py", "--init_from={out}/sft/model"),
     ("cost", "train_pref.py", "--init_from={out}/sft/model"),
     ("ppo", "train_ppo_lag.py", "--actor_model={out}/sft/model --reward_model={out}/reward/model"),
-    ("ppo_lag", "train_ppo_lag.py",
-     "--actor_model={out}/sft/model --reward_model={out}/reward/model --cost_model={out}/cost/model"),
+    ("ppo_lag", "train_ppo_lag.py", "--actor_model={out}/sft/model "
+     "--reward_model={out}/reward/model --cost_model={out}/cost/model"),
 )
 POLICIES = {"sft": "SFT", "ppo": "PPO (reward only)", "ppo_lag": "PPO-Lag"}
 
@@ -45,7 +47,8 @@ def main(out_dir="out/demo", seed="0"):
     tok = tokenizer.train(texts, 900, os.path.join(out_dir, "tokenizer"))
     print(f"{tok.vocab_size} pieces in {out_dir}/tokenizer")
 
-    default = out_dir == "out/demo"  # the recipes' own folder: what is printed is what anybody types
+    default = (out_dir == "out/demo"
+               )  # the recipes' own folder: what is printed is what anybody types
     for name, script, flags in STAGES:
         shutil.rmtree(os.path.join(out_dir, name), ignore_errors=True)
         extra = f" --out_dir={out_dir}/{name} " + flags.format(out=out_dir) if not default else ""
@@ -56,8 +59,10 @@ def main(out_dir="out/demo", seed="0"):
             raise SystemExit(f"error: the command above failed: python {command}")
 
     step("judge the policies by gold, on held-out requests")
-    summary = {name: judge(toy, os.path.join(out_dir, name, "model"), os.path.join(out_dir, "sft", "model"))
-               for name in POLICIES}
+    summary = {
+        name: judge(toy, os.path.join(out_dir, name, "model"),
+                    os.path.join(out_dir, "sft", "model")) for name in POLICIES
+    }
     summary["reward_model"] = last_metrics(out_dir, "reward", ("accuracy",))
     summary["cost_model"] = last_metrics(out_dir, "cost", ("accuracy", "sign_accuracy"))
     summary["seconds"] = round(time.perf_counter() - began, 1)
@@ -68,7 +73,8 @@ def main(out_dir="out/demo", seed="0"):
 
 def load_toy():
     """data/toy/prepare.py as a module: data/ is no package."""
-    spec = importlib.util.spec_from_file_location("toy", os.path.join(ROOT, "data", "toy", "prepare.py"))
+    spec = importlib.util.spec_from_file_location("toy",
+                                                  os.path.join(ROOT, "data", "toy", "prepare.py"))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -76,7 +82,9 @@ def load_toy():
 
 @torch.no_grad()
 def judge(toy, path, reference):
-    """Sample an answer to every held-out request, and judge it by gold; KL is against the reference, in nats per answer."""
+    """Sample an answer to every held-out request, and judge it by gold; KL is against the
+    reference, in nats per answer.
+    """
     model, ref, tok = checkpoint.load(path), checkpoint.load(reference), tokenizer.load(path)
     prompts = [row.record["input"] for row in data.load("toy/prompts/test")]
     ids = [data.encode([prompt], tok)[0] for prompt in prompts]
@@ -86,11 +94,14 @@ def judge(toy, path, reference):
     risky = [pair for pair in pairs if toy.is_risky(pair[0])]
     mean = lambda f, group: round(sum(f(*pair) for pair in group) / len(group), 4)
     masks = [[0] * len(q) + [1] * len(r) for q, r in zip(ids, responses)]
-    batch = data.collate([q + r for q, r in zip(ids, responses)], masks, "cpu")
+    batch = collate([q + r for q, r in zip(ids, responses)], masks, "cpu")
     kl = (model(*batch) - ref(*batch)).sum().item() / len(pairs)
-    return {"helpfulness_benign": mean(toy.helpfulness, benign), "helpfulness_risky": mean(toy.helpfulness, risky),
-            "harm_rate_risky": mean(lambda q, a: toy.harm(q, a) > 0, risky), "refusal_rate_benign": mean(toy.refuses, benign),
-            "kl": round(kl, 4), "prompts": len(pairs)}
+    return {
+        "helpfulness_benign": mean(toy.helpfulness,
+                                   benign), "helpfulness_risky": mean(toy.helpfulness, risky),
+        "harm_rate_risky": mean(lambda q, a: toy.harm(q, a) > 0, risky),
+        "refusal_rate_benign": mean(toy.refuses, benign), "kl": round(kl, 4), "prompts": len(pairs),
+    }
 
 
 def last_metrics(out_dir, stage, names):
@@ -101,12 +112,17 @@ def last_metrics(out_dir, stage, names):
 
 def report(summary, out_dir):
     head = ["", "helpful, benign", "helpful, risky", "harmful, risky", "refused, benign", "KL"]
-    rows = [[label, *(f"{summary[name][key]:.2f}" if "rate" not in key else f"{summary[name][key]:.1%}"
-                      for key in list(summary[name])[:5])] for name, label in POLICIES.items()]
+    rows = [[
+        label, *(f"{summary[name][key]:.2f}" if "rate" not in key else f"{summary[name][key]:.1%}"
+                 for key in list(summary[name])[:5]),
+    ]
+            for name, label in POLICIES.items()]
     print("\n" + table([head, *rows]))
-    print(f"reward model: accuracy {summary['reward_model']['accuracy']:.1%}; cost model: accuracy "
-          f"{summary['cost_model']['accuracy']:.1%}, sign accuracy {summary['cost_model']['sign_accuracy']:.1%}")
-    print(f"{summary['seconds']:.0f} s; {out_dir}/summary.json; now talk to it: python sample.py --model={out_dir}/ppo_lag/model")
+    print(f"reward model: accuracy {summary['reward_model']['accuracy']:.1%}; cost model: "
+          f"accuracy {summary['cost_model']['accuracy']:.1%}, sign accuracy "
+          f"{summary['cost_model']['sign_accuracy']:.1%}")
+    print(f"{summary['seconds']:.0f} s; {out_dir}/summary.json; now talk to it: python sample.py "
+          f"--model={out_dir}/ppo_lag/model")
 
 
 def step(what, command=None):

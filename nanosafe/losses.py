@@ -1,11 +1,12 @@
 """
-What is minimised: every loss of supervised fine-tuning, preference learning and PPO, one pure function each.
+What is minimised: every loss of supervised fine-tuning, preference learning and PPO, one pure
+function each.
 
-All take float tensors and return a scalar. The mean is over what is passed: a trainer that splits a batch into micro-batches
-weighs each by its share of the whole.
+All take float tensors and return a scalar. The mean is over what is passed: a trainer that splits a
+batch into micro-batches weighs each by its share of the whole.
 
-Shapes: B sequences or pairs, R response positions; a mask is 1 where a value counts and 0 elsewhere, and what stands where the
-mask is 0 never reaches a loss or a gradient.
+Shapes: B sequences or pairs, R response positions; a mask is 1 where a value counts and 0
+elsewhere, and what stands where the mask is 0 never reaches a loss or a gradient.
 """
 
 import torch
@@ -21,35 +22,44 @@ def masked_mean(x, mask, dim=None):
 
 
 def sequence_mean(x, mask):
-    """Mean over each sequence's own tokens, then over the sequences: a long response weighs no more than a short one."""
+    """Mean over each sequence's own tokens, then over the sequences: a long response weighs no more
+    than a short one.
+    """
     return masked_mean(x, mask, dim=-1).mean()
 
 
 def mle_loss(logps, mask):
-    """Negative log-likelihood per token: -mean log p over the tokens where mask is 1. logps, mask: any one shape."""
+    """Negative log-likelihood per token: -mean log p over the tokens where mask is 1. logps, mask:
+    any one shape.
+    """
     return -masked_mean(logps, mask)
 
 
 def reward_loss(chosen, rejected, reg=0.0, mask=None):
-    """Bradley-Terry: -log sigmoid(chosen - rejected), plus reg * mean score^2. Higher is better. arXiv:2310.12773 Eq. 6.
+    """Bradley-Terry: -log sigmoid(chosen - rejected), plus reg * mean score^2. Higher is better.
+    arXiv:2310.12773 Eq. 6.
 
-    chosen, rejected: end scores (B,); or, token-wise, score rows (B, L) with a mask (B, L) over the tokens at which the two
-    responses differ, averaged per pair first.
+    chosen, rejected: end scores (B,); or, token-wise, score rows (B, L) with a mask (B, L) over the
+    tokens at which the two responses differ, averaged per pair first.
     """
-    return pair_mean(-F.logsigmoid(chosen - rejected), mask) + reg * square_mean(chosen, rejected, mask)
+    return pair_mean(-F.logsigmoid(chosen - rejected),
+                     mask) + reg * square_mean(chosen, rejected, mask)
 
 
 def cost_loss(safer, unsafer, safer_sign, unsafer_sign, reg=0.0, mask=None):
-    """Rank the unsafer response above the safer one, and put zero between safe and unsafe. arXiv:2310.12773 Eq. 7.
+    """Rank the unsafer response above the safer one, and put zero between safe and unsafe.
+    arXiv:2310.12773 Eq. 7.
 
-    -log sigmoid(unsafer - safer) - log sigmoid(-sign_s * safer) - log sigmoid(-sign_u * unsafer) + reg * mean score^2
+    -log sigmoid(unsafer - safer) - log sigmoid(-sign_s * safer) - log sigmoid(-sign_u * unsafer) +
+    reg * mean score^2
 
-    safer, unsafer: end scores (B,), cost > 0 means unsafe; or, token-wise, (B, L) with a mask (B, L).
-    safer_sign, unsafer_sign: (B,), +1 for a safe response and -1 for an unsafe one.
+    safer, unsafer: end scores (B,), cost > 0 means unsafe; or, token-wise, (B, L) with a mask (B,
+    L). safer_sign, unsafer_sign: (B,), +1 for a safe response and -1 for an unsafe one.
     """
     if mask is not None:
         safer_sign, unsafer_sign = safer_sign[:, None], unsafer_sign[:, None]
-    loss = -F.logsigmoid(unsafer - safer) - F.logsigmoid(-safer_sign * safer) - F.logsigmoid(-unsafer_sign * unsafer)
+    loss = (-F.logsigmoid(unsafer - safer) - F.logsigmoid(-safer_sign * safer) -
+            F.logsigmoid(-unsafer_sign * unsafer))
     return pair_mean(loss, mask) + reg * square_mean(safer, unsafer, mask)
 
 
@@ -62,18 +72,22 @@ def square_mean(a, b, mask):
 
 
 def actor_loss(logps, old_logps, advantages, mask, clip_ratio):
-    """PPO's clipped surrogate: -mean min(r A, clip(r, 1 - c, 1 + c) A), r = exp(logps - old_logps). arXiv:1707.06347 Eq. 7.
+    """PPO's clipped surrogate: -mean min(r A, clip(r, 1 - c, 1 + c) A), r = exp(logps - old_logps).
+    arXiv:1707.06347 Eq. 7.
 
     All (B, R). Only logps carries gradient. Mean over each response, then over responses.
     """
-    logps = torch.where(mask.bool(), logps, old_logps)  # exp of what stands in padding could overflow
+    logps = torch.where(mask.bool(), logps,
+                        old_logps)  # exp of what stands in padding could overflow
     ratio = (logps - old_logps).exp()
-    gain = torch.minimum(ratio * advantages, ratio.clamp(1 - clip_ratio, 1 + clip_ratio) * advantages)
+    gain = torch.minimum(ratio * advantages,
+                         ratio.clamp(1 - clip_ratio, 1 + clip_ratio) * advantages)
     return -sequence_mean(gain, mask)
 
 
 def critic_loss(values, old_values, returns, mask, clip_value):
-    """Half the squared error of the value, or of the value clipped to old +- clip_value, whichever is larger.
+    """Half the squared error of the value, or of the value clipped to old +- clip_value, whichever
+    is larger.
 
     All (B, R). Only values carries gradient. Mean over each response, then over responses.
     """

@@ -1,8 +1,9 @@
 """
-LLaMA (arXiv:2302.13971), and its two heads: a distribution over the next token, or one score per token.
+LLaMA (arXiv:2302.13971), and its two heads: a distribution over the next token, or one score per
+token.
 
-Everything downstream is arithmetic on what forward() returns: per-token log-probabilities or per-token scores of sequences
-that are packed end to end, without padding.
+Everything downstream is arithmetic on what forward() returns: per-token log-probabilities or
+per-token scores of sequences that are packed end to end, without padding.
 
 Shapes: N packed tokens, B sequences, V vocabulary, D width, H heads, K kv heads, E head width.
 """
@@ -21,6 +22,7 @@ from nanosafe import attention
 @dataclass
 class Config:
     """A LLaMA's shape, under Hugging Face's key names."""
+
     vocab_size: int = 32000
     hidden_size: int = 4096
     intermediate_size: int = 11008
@@ -51,7 +53,8 @@ class Config:
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         if self.rope_type not in ("default", "linear", "llama3", "dynamic"):
-            raise ValueError(f"rope_type {self.rope_type!r} is not known here: default, linear, llama3 and dynamic are")
+            raise ValueError(f"rope_type {self.rope_type!r} is not known here: default, linear, "
+                             "llama3 and dynamic are")
 
     @property
     def rope_type(self):
@@ -60,7 +63,9 @@ class Config:
 
     @classmethod
     def from_dict(cls, d):
-        """Read a config.json: transformers 4 and 5 spell RoPE differently, and Safe-RLHF renamed `bias` to `score_bias`."""
+        """Read a config.json: transformers 4 and 5 spell RoPE differently, and Safe-RLHF renamed
+        `bias` to `score_bias`.
+        """
         d = {key: value for key, value in d.items() if value is not None}
         rope = dict(d.get("rope_parameters") or {})
         if rope:  # transformers 5
@@ -74,19 +79,24 @@ class Config:
     def to_dict(self, head="lm"):
         """The config.json of a LLaMA folder, as transformers 4 and 5 both read it."""
         d = asdict(self)
-        score = ("score_bias", "score_type", "do_normalize", "normalizer_type", "momentum", "mean", "var")
+        score = ("score_bias", "score_type", "do_normalize", "normalizer_type", "momentum", "mean",
+                 "var",
+                 )
         if head == "lm":
             d = {key: value for key, value in d.items() if key not in score}
         else:
             d.update(score_dim=1, bias=self.score_bias)
-        d["rope_parameters"] = {"rope_theta": self.rope_theta, "rope_type": "default", **(self.rope_scaling or {})}
+        d["rope_parameters"] = {
+            "rope_theta": self.rope_theta, "rope_type": "default", **(self.rope_scaling or {}),
+        }
         architecture = "LlamaForCausalLM" if head == "lm" else "LlamaForScore"
         return {"architectures": [architecture], "model_type": "llama", "hidden_act": "silu", **d}
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight (arXiv:1910.07467). Squares are summed in float32 and rounded once before the weight, as in HF."""
-
+    """x / rms(x) * weight (arXiv:1910.07467). Squares are summed in float32 and rounded once before
+    the weight, as in HF.
+    """
     def __init__(self, width, eps):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
@@ -102,7 +112,8 @@ class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.H, self.K, self.E = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        self.qkv_proj = nn.Linear(c.hidden_size, (self.H + 2 * self.K) * self.E, bias=c.attention_bias)
+        self.qkv_proj = nn.Linear(c.hidden_size, (self.H + 2 * self.K) * self.E,
+                                  bias=c.attention_bias)
         self.o_proj = nn.Linear(self.H * self.E, c.hidden_size, bias=c.attention_bias)
 
     def forward(self, x, cos, sin, seqs, cache):
@@ -114,7 +125,6 @@ class Attention(nn.Module):
 
 class MLP(nn.Module):
     """SwiGLU (arXiv:2002.05202)."""
-
     def __init__(self, c):
         super().__init__()
         self.gate_up_proj = nn.Linear(c.hidden_size, 2 * c.intermediate_size, bias=c.mlp_bias)
@@ -139,13 +149,15 @@ class Block(nn.Module):
 
 
 class LLaMA(nn.Module):
-    """The decoder with head="lm" (next-token distribution) or head="score" (one number per token)."""
-
+    """The decoder with head="lm" (next-token distribution) or head="score" (one number per token).
+    """
     def __init__(self, config, head="lm"):
         super().__init__()
         c = self.config = config
         self.head = head
-        self.activation_checkpointing = False  # True: recompute each block in the backward pass instead of keeping it
+        self.activation_checkpointing = (
+            False  # True: recompute each block in the backward pass instead of keeping it
+        )
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
@@ -161,12 +173,15 @@ class LLaMA(nn.Module):
         """Log-probabilities, logits or scores of packed sequences.
 
         tokens      (N,)   int64: the sequences laid end to end
-        cu_seqlens  (B+1,) int32: where each begins, and N at the end; positions restart at 0 in each
+        cu_seqlens  (B+1,) int32: where each begins, and N at the end; positions restart at 0 in
+                    each
         max_seqlen  int:   length of the longest
-        targets     (N,)   int64: the token that follows; -100 where nobody reads the answer (the head skips it)
+        targets     (N,)   int64: the token that follows; -100 where nobody reads the answer (the
+                    head skips it)
         temperature divides the logits
 
-        head="lm" with targets: log p(targets[t] | tokens[..t]) (N,) float32, 0 where the target is -100; (N, V) is never kept
+        head="lm" with targets: log p(targets[t] | tokens[..t]) (N,) float32, 0 where the target is
+        -100; (N, V) is never kept
         head="lm" without:      logits (N, V)
         head="score":           scores (N,) float32
         """
@@ -180,12 +195,15 @@ class LLaMA(nn.Module):
         return torch.zeros(len(tokens), device=x.device).index_copy(0, read, logps)
 
     def hidden(self, tokens, seqs, caches=None):
-        """tokens (N,) -> hidden states after the final norm (N, D). `caches`: an attention.Cache per layer, or None."""
+        """tokens (N,) -> hidden states after the final norm (N, D). `caches`: an attention.Cache
+        per layer, or None.
+        """
         x = self.embed_tokens(tokens)
         if self.inv_freq.device != x.device:
             self.inv_freq = self.inv_freq.to(x.device)
         angles = seqs.positions[:, None] * self.inv_freq  # (N, E/2) float32
-        cos, sin = angles.cos()[:, None].to(x.dtype), angles.sin()[:, None].to(x.dtype)  # (N, 1, E/2)
+        cos, sin = (angles.cos()[:, None].to(x.dtype), angles.sin()[:, None].to(x.dtype),
+                    )  # (N, 1, E/2)
         for i, layer in enumerate(self.layers):
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, x, cos, sin, seqs, use_reentrant=False)
@@ -194,30 +212,41 @@ class LLaMA(nn.Module):
         return self.norm(x)
 
     def scores(self, x):
-        """Hidden states (N, D) -> scores (N,) float32: in float32 throughout, bfloat16 would tie near the cost's zero."""
+        """Hidden states (N, D) -> scores (N,) float32: in float32 throughout, bfloat16 would tie
+        near the cost's zero.
+        """
         c, head = self.config, self.score_head
-        s = F.linear(x.float(), head.weight.float(), None if head.bias is None else head.bias.float()).squeeze(1)
+        s = F.linear(x.float(), head.weight.float(),
+                     None if head.bias is None else head.bias.float()).squeeze(1)
         if not c.do_normalize or c.score_type == "critic":
             return s
-        mean = c.mean[0] if c.score_type == "reward" else 0.0  # a cost keeps its zero: it is scaled, never shifted
+        mean = (c.mean[0] if c.score_type == "reward" else 0.0
+                )  # a cost keeps its zero: it is scaled, never shifted
         return (s - mean) / (math.sqrt(c.var[0]) + 1e-8)
 
 
 def rotate(x, cos, sin):
-    """RoPE (arXiv:2104.09864) in the rotate-half layout: dimensions i and i + E/2 turn together. x (N, heads, E)."""
+    """RoPE (arXiv:2104.09864) in the rotate-half layout: dimensions i and i + E/2 turn together. x
+    (N, heads, E).
+    """
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
 def rope_frequencies(c):
-    """Angle per position of each pair of dimensions (E/2,) float32, with linear or Llama-3.1 scaling."""
+    """Angle per position of each pair of dimensions (E/2,) float32, with linear or Llama-3.1
+    scaling.
+    """
     powers = torch.arange(0, c.head_dim, 2, dtype=torch.int64, device="cpu").float() / c.head_dim
-    inv_freq = 1.0 / (c.rope_theta ** powers)
+    inv_freq = 1.0 / (c.rope_theta**powers)
     s = c.rope_scaling or {}
     if c.rope_type == "linear":
         return inv_freq / s["factor"]
-    if c.rope_type == "llama3":  # long waves are slowed by `factor`, short ones are kept, a linear blend between
-        low, high, original = s["low_freq_factor"], s["high_freq_factor"], s["original_max_position_embeddings"]
+    if (c.rope_type == "llama3"
+        ):  # long waves are slowed by `factor`, short ones are kept, a linear blend between
+        low, high, original = (s["low_freq_factor"], s["high_freq_factor"],
+                               s["original_max_position_embeddings"],
+                               )
         waves = 2 * math.pi / inv_freq
         blend = ((original / waves - low) / (high - low)).clamp(0, 1)
         return (1 - blend) * inv_freq / s["factor"] + blend * inv_freq
@@ -225,11 +254,12 @@ def rope_frequencies(c):
 
 
 class LogProbs(torch.autograd.Function):
-    """log softmax(x @ weight.T / temperature)[targets] in chunks of rows, so that (N, V) logits never exist.
+    """log softmax(x @ weight.T / temperature)[targets] in chunks of rows, so that (N, V) logits
+    never exist.
 
-    The backward pass computes each chunk's logits again: one more matrix product instead of N * V * 6 bytes.
+    The backward pass computes each chunk's logits again: one more matrix product instead of N * V *
+    6 bytes.
     """
-
     @staticmethod
     def forward(ctx, x, weight, targets, temperature):
         logps = torch.empty(len(x), device=x.device)

@@ -13,7 +13,8 @@ from nanosafe import parallel
 
 
 class Monitor:
-    """Writes a row per optimizer step to out_dir/metrics.jsonl and shows a few numbers on a progress bar.
+    """Writes a row per optimizer step to out_dir/metrics.jsonl and shows a few numbers on a
+    progress bar.
 
     out_dir   the run's folder
     steps     optimizer steps of the whole run
@@ -21,7 +22,6 @@ class Monitor:
     log_to    comma-separated: tensorboard, wandb
     shown     names of the metrics on the bar
     """
-
     def __init__(self, out_dir, steps, start=0, log_to="", shown=(), config=None):
         self.main, self.shown = parallel.rank() == 0, shown
         self.sinks = []
@@ -31,7 +31,8 @@ class Monitor:
         self.metrics = reopen(os.path.join(out_dir, "metrics.jsonl"), start)
         self.samples = reopen(os.path.join(out_dir, "samples.jsonl"), start)
         often = 0.2 if sys.stderr.isatty() else 10  # seconds: a log file needs few lines
-        self.bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, mininterval=often)
+        self.bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True,
+                        mininterval=often)
         for sink in filter(None, log_to.split(",")):
             self.sinks.append(open_sink(sink.strip(), out_dir, config))
 
@@ -43,7 +44,8 @@ class Monitor:
         self.metrics.write(json.dumps(row) + "\n")
         for sink in self.sinks:
             sink(step, row)
-        self.bar.set_postfix_str(" ".join(f"{name} {row[name]:.3g}" for name in self.shown if name in row))
+        self.bar.set_postfix_str(" ".join(f"{name} {row[name]:.3g}" for name in self.shown
+                                          if name in row))
         self.bar.update(step + 1 - self.bar.n)
 
     def sample(self, step, **record):
@@ -85,18 +87,22 @@ def open_sink(name, out_dir, config):
     """A function (step, metrics) that writes to TensorBoard or W&B."""
     if name == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
+
         writer = SummaryWriter(out_dir)
         return lambda step, row: [writer.add_scalar(key, value, step) for key, value in row.items()]
     if name == "wandb":
         import wandb
-        run = wandb.init(project="nanosafe", name=os.path.basename(out_dir), dir=out_dir, config=config)
+
+        run = wandb.init(project="nanosafe", name=os.path.basename(out_dir), dir=out_dir,
+                         config=config)
         return lambda step, row: run.log(row, step=step)
     raise SystemExit(f"error: log_to={name!r}: choose tensorboard or wandb, or leave it empty")
 
 
 class Stop:
-    """Whether the run was asked to stop: SIGTERM or SIGINT sets it, and the run ends after the step. A second one kills."""
-
+    """Whether the run was asked to stop: SIGTERM or SIGINT sets it, and the run ends after the
+    step. A second one kills.
+    """
     def __init__(self):
         self.asked = False
         for sig in (signal.SIGTERM, signal.SIGINT):
@@ -114,4 +120,6 @@ class Stop:
 def table(rows):
     """Lines of a table: rows of cells, the first row being the head."""
     widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(str(cell).ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+    return "\n".join("  ".join(str(cell).ljust(width)
+                               for cell, width in zip(row, widths)).rstrip()
+                     for row in rows)

@@ -12,31 +12,35 @@ SCHEDULES = ("cosine", "linear", "constant")
 
 
 def adamw(model, weight_decay, beta1, beta2):
-    """AdamW (arXiv:1711.05101) with decay on matrices only: norms and biases have no scale to keep small."""
+    """AdamW (arXiv:1711.05101) with decay on matrices only: norms and biases have no scale to keep
+    small.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
+    groups = [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+              {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},]
     return torch.optim.AdamW(groups, lr=0.0, betas=(beta1, beta2), eps=1e-8, fused=True)
 
 
 def learning_rate_at(step, steps, peak, schedule, warmup_ratio):
-    """The learning rate of step 0 .. steps - 1: linear from 0 over the warm-up, then cosine or linear to 0, or constant."""
+    """The learning rate of step 0 .. steps - 1: linear from 0 over the warm-up, then cosine or
+    linear to 0, or constant.
+    """
     if schedule not in SCHEDULES:
         raise SystemExit(f"error: lr_schedule={schedule!r}: choose one of {', '.join(SCHEDULES)}")
     warmup = int(warmup_ratio * steps)
     if step < warmup:
         return peak * step / warmup
     done = (step - warmup) / max(1, steps - warmup)
-    return peak * {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[schedule]
+    return (peak *
+            {"cosine": 0.5 *
+             (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[schedule])
 
 
 def step(model, optimizer, lr, grad_clip):
     """Clip the gradients to norm `grad_clip` (0: do not), move the weights, clear the gradients.
 
-    Returns the norm before clipping, a float. If it is not finite nothing is moved, on any rank, and a
-    line on this rank names the tensors.
+    Returns the norm before clipping, a float. If it is not finite nothing is moved, on any rank,
+    and a line on this rank names the tensors.
     """
     parameters = [p for p in model.parameters() if p.grad is not None]
     norm = parallel.grad_norm(parameters).item()
@@ -47,21 +51,22 @@ def step(model, optimizer, lr, grad_clip):
             group["lr"] = lr
         optimizer.step()
     else:
-        bad = [name for name, p in model.named_parameters() if p.grad is not None
-               and not torch.isfinite(parallel.local(p.grad)).all()]
-        print(f"warning: rank {parallel.rank()}: the gradient is not finite in {', '.join(bad[:3]) or 'no tensor of this rank'}"
-              f"{' and more' if len(bad) > 3 else ''}; the update is skipped", flush=True)
+        bad = [name for name, p in model.named_parameters()
+               if p.grad is not None and not torch.isfinite(parallel.local(p.grad)).all()]
+        names = ", ".join(bad[:3]) + (" and more" if len(bad) > 3 else "")
+        print(f"warning: rank {parallel.rank()}: the gradient is not finite in "
+              f"{names or 'no tensor of this rank'}; the update is skipped", flush=True)
     optimizer.zero_grad(set_to_none=True)
     return norm
 
 
 class SkipCounter:
     """Counts skipped updates, and stops the run when more than `limit` came to nothing."""
-
     def __init__(self, limit):
         self.limit, self.count = limit, 0
 
     def see(self, *norms):
         self.count += sum(not math.isfinite(norm) for norm in norms)
         if self.count > self.limit:
-            raise SystemExit(f"error: {self.count} updates had a non-finite gradient: lower the learning rate, or look for bad data")
+            raise SystemExit(f"error: {self.count} updates had a non-finite gradient: lower the "
+                             "learning rate, or look for bad data")

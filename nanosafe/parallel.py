@@ -3,15 +3,16 @@ The only file that imports torch.distributed.
 
     world = parallel.init(device)              # one process, or one of many under torchrun
     trained, frozen = parallel.places(world, ...)
-    model = parallel.put(model, trained)       # inside checkpoint.load(), before the weights are read
+    model = parallel.put(model, trained)       # inside checkpoint.load(), before the weights are
+    read
     parallel.backward(model, loss)             # gradients add up over ranks and calls
     with parallel.whole(model): ...            # parameters whole on every rank, to sample from
 
 One mechanism serves every layout: FSDP2 over a mesh (replicate, shard). DDP is (N, 1): whole copies
-whose gradients are averaged. FSDP is (1, N): every tensor cut into N row slices. HSDP is (nodes,
-N / nodes): slices inside a node, copies across nodes. It also brings mixed precision (float32 master
-weights, bfloat16 compute, float32 reduction), so a single GPU that trains in bfloat16 is (1, 1).
-A single process that computes in float32 is left plain: no wrapper at all.
+whose gradients are averaged. FSDP is (1, N): every tensor cut into N row slices. HSDP is (nodes, N
+/ nodes): slices inside a node, copies across nodes. It also brings mixed precision (float32 master
+weights, bfloat16 compute, float32 reduction), so a single GPU that trains in bfloat16 is (1, 1). A
+single process that computes in float32 is left plain: no wrapper at all.
 """
 
 import os
@@ -22,8 +23,13 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import (CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy,
-                                    OffloadPolicy, fully_shard)
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor, Shard
 
 LAYOUTS = ("auto", "plain", "ddp", "fsdp", "hsdp")
@@ -62,6 +68,7 @@ def join(device, timeout_minutes=30, **options):
 
 class Place(NamedTuple):
     """Where and how a model lives."""
+
     device: torch.device
     layout: str = "plain"  # plain | ddp | fsdp | hsdp
     dtype: torch.dtype = None  # of the parameters; None: that of the files
@@ -80,8 +87,10 @@ def places(world, dtype, layout, offload, use_compile, activation_checkpointing,
     parameters  how many are trained, over all models: decides what "auto" is
     """
     on_gpu = world.device.type == "cuda"
-    known = {"auto": torch.bfloat16 if on_gpu else torch.float32,
-             "bfloat16": torch.bfloat16, "float32": torch.float32}
+    known = {
+        "auto": torch.bfloat16 if on_gpu else torch.float32, "bfloat16": torch.bfloat16,
+        "float32": torch.float32,
+    }
     if dtype == "float16":
         stop("dtype='float16' overflows in RLHF training and is not supported: use bfloat16")
     if dtype not in known:
@@ -100,10 +109,12 @@ def places(world, dtype, layout, offload, use_compile, activation_checkpointing,
         if world.size == 1 and compute == torch.float32 and offload == "none":
             layout = "plain"
     trained = Place(world.device, layout, torch.float32, compute, offload == "all" and on_gpu,
-                    use_compile and on_gpu, activation_checkpointing)
+                    use_compile and on_gpu, activation_checkpointing,
+                    )
     away = offload != "none" and on_gpu
     frozen = Place(world.device, "plain" if layout == "ddp" and not away else layout, compute,
-                   compute, away, use_compile and on_gpu)
+                   compute, away, use_compile and on_gpu,
+                   )
     return trained, frozen
 
 
@@ -122,7 +133,8 @@ def put(model, place):
         join(place.device, store=dist.HashStore(), rank=0, world_size=1)
     policy = MixedPrecisionPolicy(param_dtype=place.compute_dtype, reduce_dtype=torch.float32)
     options = dict(mesh=mesh(place.layout, place.device.type), mp_policy=policy,
-                   offload_policy=CPUOffloadPolicy() if place.offload else OffloadPolicy())
+                   offload_policy=CPUOffloadPolicy() if place.offload else OffloadPolicy(),
+                   )
     for layer in model.layers:  # a layer is gathered when it is needed, and dropped after it
         fully_shard(layer, **options, reshard_after_forward=place.layout != "ddp")
     fully_shard(model, **options, reshard_after_forward=False)
@@ -143,7 +155,8 @@ def mesh(layout, device_type):
             meshes[key] = init_device_mesh(device_type, (size,), mesh_dim_names=("shard",))
         else:
             names = ("replicate", "shard")
-            meshes[key] = init_device_mesh(device_type, (size // sharded, sharded), mesh_dim_names=names)
+            meshes[key] = init_device_mesh(device_type, (size // sharded, sharded),
+                                           mesh_dim_names=names)
     return meshes[key]
 
 
@@ -167,13 +180,16 @@ def whole(model):
     finally:
         for part in parts:
             part.reshard()
-            part.set_reshard_after_forward(part is not model and model.place.layout != "ddp", recurse=False)
+            part.set_reshard_after_forward(part is not model and model.place.layout != "ddp",
+                                           recurse=False)
 
 
 def backward(model, loss, last=True):
-    """Back-propagate; over all ranks and calls the gradients add up (FSDP takes their mean, hence the factor).
+    """Back-propagate; over all ranks and calls the gradients add up (FSDP takes their mean, hence
+    the factor).
 
-    last  whether this is the step's last call for `model`: whole copies exchange their gradients then only
+    last  whether this is the step's last call for `model`: whole copies exchange their gradients
+          then only
     """
     if isinstance(model, FSDPModule) and model.place.layout == "ddp":
         model.set_requires_gradient_sync(last)
@@ -181,13 +197,17 @@ def backward(model, loss, last=True):
 
 
 def local_rows(p):
-    """(tensor, first row, row count, writer): this rank's part of parameter `p`, and whether it is the one to save it."""
+    """(tensor, first row, row count, writer): this rank's part of parameter `p`, and whether it is
+    the one to save it.
+    """
     if not isinstance(p, DTensor):
         return p.data, 0, len(p), rank() == 0
     start, writer = 0, True
     coordinate = p.device_mesh.get_coordinate()
     for dim, placement in enumerate(p.placements):
-        if isinstance(placement, Shard):  # torch.chunk's rule: ceil(rows / ranks) each, the last ones may be short
+        if isinstance(
+                placement,
+                Shard):  # torch.chunk's rule: ceil(rows / ranks) each, the last ones may be short
             start = min(len(p), coordinate[dim] * -(-len(p) // p.device_mesh.size(dim)))
         else:
             writer = writer and coordinate[dim] == 0
@@ -225,7 +245,9 @@ def world_size():
 
 
 def add(tensor):
-    """Sum a tensor over ranks, in place. Where each element is written by one rank and 0 on the others, that gathers it."""
+    """Sum a tensor over ranks, in place. Where each element is written by one rank and 0 on the
+    others, that gathers it.
+    """
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor

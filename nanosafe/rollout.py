@@ -1,13 +1,14 @@
 """
 Sample many responses fast.
 
-A small engine: prompts are prefilled packed, into a preallocated key-value cache of `slots` rows; every step decodes one token
-for all rows at once; a finished row is refilled by the next prompt, and when none is left the rows close ranks. Nothing here
-communicates, so ranks may stop at different times.
+A small engine: prompts are prefilled packed, into a preallocated key-value cache of `slots` rows;
+every step decodes one token for all rows at once; a finished row is refilled by the next prompt,
+and when none is left the rows close ranks. Nothing here communicates, so ranks may stop at
+different times.
 
-Sampling is a pure function: the uniform number behind a token is a hash of (seed, prompt uid, position), turned into a token by
-the inverse of the cumulative distribution. The same prompt gives the same response whatever the batch, the slots or the rank
-(up to ties in floating point).
+Sampling is a pure function: the uniform number behind a token is a hash of (seed, prompt uid,
+position), turned into a token by the inverse of the cumulative distribution. The same prompt gives
+the same response whatever the batch, the slots or the rank (up to ties in floating point).
 
 Shapes: n live rows, S slots, V vocabulary, R = max_new_tokens.
 """
@@ -21,22 +22,27 @@ PREFILL_TOKENS = 8192  # packed prompt tokens per prefill
 
 
 @torch.no_grad()
-def generate(model, prompts, max_new_tokens, *, temperature=1.0, top_k=0, top_p=1.0, eos_ids, seed, uids=None, slots=0,
-             on_finish=None, on_token=None):
+def generate(model, prompts, max_new_tokens, *, temperature=1.0, top_k=0, top_p=1.0, eos_ids, seed,
+             uids=None, slots=0, on_finish=None, on_token=None,
+             ):
     """Sample one response for each prompt.
 
     model           LLaMA with head "lm", its parameters whole on one device
     prompts         list of lists of token ids, each with at least one
     max_new_tokens  longest response: an int, or one per prompt
     temperature     divides the logits; 0 takes the likeliest token
-    top_k, top_p    sample from the k likeliest, or the smallest set of probability p; 0 and 1.0 for all
+    top_k, top_p    sample from the k likeliest, or the smallest set of probability p; 0 and 1.0 for
+                    all
     eos_ids         ids that end a response (and belong to it)
-    seed, uids      the randomness of prompt i is that of (seed, uids[i]); a uid is an int or a tuple of ints, by default i.
-                    Give a prompt that is sampled several times several uids: (uid, sample index).
+    seed, uids      the randomness of prompt i is that of (seed, uids[i]); a uid is an int or a
+                    tuple of ints, by default i. Give a prompt that is sampled several times several
+                    uids: (uid, sample index).
     slots           rows decoded together; 0 picks one for the device
-    on_finish()     is called for every finished response, on_token(i, token) for every token of prompt i
+    on_finish()     is called for every finished response, on_token(i, token) for every token of
+                    prompt i
 
-    Returns the responses, lists of ids with the EOS included when sampled, in the order of the prompts.
+    Returns the responses, lists of ids with the EOS included when sampled, in the order of the
+    prompts.
     """
     uids = range(len(prompts)) if uids is None else uids
     limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
@@ -52,7 +58,9 @@ def generate(model, prompts, max_new_tokens, *, temperature=1.0, top_k=0, top_p=
     eos = set(eos_ids)
 
     def accept(tokens, first_row):
-        """Append the new token of each row from first_row on; move the last row into the place of a finished one."""
+        """Append the new token of each row from first_row on; move the last row into the place of a
+        finished one.
+        """
         for row in reversed(range(first_row, first_row + len(tokens))):
             i, token = live[row], tokens[row - first_row]
             responses[i].append(token)
@@ -69,18 +77,23 @@ def generate(model, prompts, max_new_tokens, *, temperature=1.0, top_k=0, top_p=
     while waiting or live:
         while waiting and len(live) < engine.slots:
             first, count = len(live), 0
-            while waiting and len(live) < engine.slots and (count == 0 or count + len(prompts[waiting[-1]]) <= PREFILL_TOKENS):
+            while (waiting and len(live) < engine.slots
+                   and (count == 0 or count + len(prompts[waiting[-1]]) <= PREFILL_TOKENS)):
                 count += len(prompts[waiting[-1]])
                 live.append(waiting.pop())
-            accept(engine.prefill(first, [prompts[i] for i in live[first:]], [keys[i] for i in live[first:]]), first)
+            accept(
+                engine.prefill(first, [prompts[i] for i in live[first:]],
+                               [keys[i] for i in live[first:]]), first,
+            )
         if live:
             accept(engine.step(len(live)), 0)
     return responses
 
 
 class Engine:
-    """The device's side: a cache of S rows, and for each the token to feed next, its position and the row's random key."""
-
+    """The device's side: a cache of S rows, and for each the token to feed next, its position and
+    the row's random key.
+    """
     def __init__(self, model, slots, length, temperature, top_k, top_p):
         c, weight = model.config, model.embed_tokens.weight
         self.model, self.slots = model, slots
@@ -89,14 +102,21 @@ class Engine:
         self.graphs = {}  # rows -> CUDA graph of decode() for that many
         length = -(-length // 64) * 64
         shape = (slots, c.num_key_value_heads, length, c.head_dim)
-        self.caches = [attention.Cache(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in model.layers]
+        self.caches = [
+            attention.Cache(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in model.layers
+        ]
         self.rows = torch.arange(slots, device=self.device)
         self.columns = torch.arange(length, device=self.device)
-        self.tokens, self.positions, self.prompt_lengths, self.keys = torch.zeros(4, slots, dtype=torch.int64, device=self.device)
-        self.extents = [0] * slots  # host copy of positions + 1, to read no more of the cache than is filled
+        self.tokens, self.positions, self.prompt_lengths, self.keys = torch.zeros(
+            4, slots, dtype=torch.int64, device=self.device)
+        self.extents = [
+            0
+        ] * slots  # host copy of positions + 1, to read no more of the cache than is filled
 
     def prefill(self, first, prompts, keys):
-        """Read whole prompts into the rows from `first` on; returns the first token of each response."""
+        """Read whole prompts into the rows from `first` on; returns the first token of each
+        response.
+        """
         ints = lambda x, dtype=torch.int64: torch.tensor(x, dtype=dtype, device=self.device)
         lengths = ints([len(p) for p in prompts])
         rows = slice(first, first + len(prompts))
@@ -108,7 +128,8 @@ class Engine:
         self.keys[rows] = ints([key - 2**64 if key >= 2**63 else key for key in keys])
         self.positions[rows] = lengths
         self.prompt_lengths[rows] = lengths
-        self.tokens[rows] = sample(self.model.lm_head(x), self.keys[rows], torch.zeros_like(lengths), *self.sampling)
+        self.tokens[rows] = sample(self.model.lm_head(x), self.keys[rows],
+                                   torch.zeros_like(lengths), *self.sampling)
         for row, prompt in enumerate(prompts, start=first):
             self.extents[row] = len(prompt) + 1
         return self.tokens[rows].tolist()
@@ -135,7 +156,9 @@ class Engine:
         self.positions[:n] = (positions + 1).clamp(max=len(self.columns) - 1)
 
     def replay(self, n):
-        """decode(n) as one CUDA graph over the whole cache length: a step is launched, not a thousand kernels."""
+        """decode(n) as one CUDA graph over the whole cache length: a step is launched, not a
+        thousand kernels.
+        """
         length = len(self.columns)
         if n not in self.graphs:
             state = self.tokens.clone(), self.positions.clone()
@@ -176,7 +199,9 @@ def sample(logits, keys, index, temperature, top_k, top_p):
 
 
 def filter_probs(probs, top_k, top_p):
-    """Zero what is outside the top_k likeliest, then outside the smallest set that holds top_p of the rest."""
+    """Zero what is outside the top_k likeliest, then outside the smallest set that holds top_p of
+    the rest.
+    """
     if 0 < top_k < probs.shape[-1]:
         least = probs.topk(top_k, dim=-1).values[:, -1:]
         probs = torch.where(probs < least, 0.0, probs)
@@ -189,18 +214,24 @@ def filter_probs(probs, top_k, top_p):
 
 
 def inverse_cdf(probs, u):
-    """The token at which the cumulative sum of probs (n, V) passes u (n,) of the total. In two levels: blocks, then tokens."""
+    """The token at which the cumulative sum of probs (n, V) passes u (n,) of the total. In two
+    levels: blocks, then tokens.
+    """
     n, V = probs.shape
     block = 128
     probs = torch.nn.functional.pad(probs, (0, -V % block)).view(n, -1, block)
     sums = probs.sum(dim=-1).double().cumsum(dim=-1)  # (n, blocks)
     goal = u * sums[:, -1]
-    which = torch.searchsorted(sums, goal[:, None], right=True).clamp(max=sums.shape[1] - 1)  # (n, 1)
+    which = torch.searchsorted(sums, goal[:, None],
+                               right=True).clamp(max=sums.shape[1] - 1)  # (n, 1)
     before = torch.where(which > 0, sums.gather(1, (which - 1).clamp(min=0)), 0.0)
-    inside = probs.gather(1, which[..., None].expand(-1, -1, block)).squeeze(1).double()  # (n, block)
+    inside = (probs.gather(1, which[..., None].expand(-1, -1,
+                                                      block)).squeeze(1).double())  # (n, block)
     token = torch.searchsorted(inside.cumsum(dim=-1), goal[:, None] - before, right=True)
-    # Rounding may carry the goal past the block's end: fall back on the last token there that has any probability.
-    last = (inside > 0).long().mul(torch.arange(1, block + 1, device=probs.device)).amax(dim=-1, keepdim=True) - 1
+    # Rounding may carry the goal past the block's end: fall back on the last token there that has
+    # any probability.
+    last = (inside > 0).long().mul(torch.arange(1, block + 1, device=probs.device)).amax(
+        dim=-1, keepdim=True) - 1
     return (which * block + torch.minimum(token, last.clamp(min=0))).squeeze(1)
 
 
@@ -216,9 +247,11 @@ def hash64(*numbers):
 
 
 def uniforms(keys, index):
-    """Uniform numbers in [0, 1), float64 (n,): the same finaliser over key + index * golden ratio, on the device.
+    """Uniform numbers in [0, 1), float64 (n,): the same finaliser over key + index * golden ratio,
+    on the device.
 
-    Tensors have signed 64-bit integers only: products wrap as they should, right shifts have their sign bits masked off.
+    Tensors have signed 64-bit integers only: products wrap as they should, right shifts have their
+    sign bits masked off.
     """
     signed = lambda x: x - 2**64 if x >= 2**63 else x
     shift = lambda x, k: (x >> k) & (2**(64 - k) - 1)

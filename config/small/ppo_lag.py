@@ -1,0 +1,19 @@
+# PPO-Lagrangian on PKU-SafeRLHF's prompts, with demonstrations mixed in.
+out_dir = "out/small/ppo_lag"
+actor_model = "out/small/sft/model"
+reward_model = "out/small/reward/model"
+cost_model = "out/small/cost/model"
+prompts = "pku_saferlhf"
+ptx_data = "lima"
+max_len = 256
+max_new_tokens = 96
+rollout_size = 64
+batch_size = 64
+epochs = 1.0
+max_steps = 24
+actor_learning_rate = 1e-4
+critic_learning_rate = 1e-4
+kl_coef = 0.02
+ptx_coef = 1.0
+cost_limit = 0.0
+save_interval = 0

@@ -1,0 +1,39 @@
+"""
+Alpaca, and anything in its layout (LIMA, Alpaca-zh, ...): demonstrations.
+
+$ python data/alpaca/prepare.py                                  # 52,002 demonstrations
+$ python data/alpaca/prepare.py --raw=FOLDER --out=data/lima     # another set in the same layout
+"""
+
+import os
+
+from configurator import configure
+from nanosafe import fetch
+
+raw = ""  # folder with the raw files; empty: download
+holdout = 0.0  # share of the prompts for test.jsonl; 0: none
+out = ""  # folder to write to; empty: beside this script
+configure(globals())
+
+URL = "https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/main/alpaca_data.json"
+
+
+def to_record(row):
+    """Instruction and input make the prompt, joined by a space as Safe-RLHF does; earlier turns,
+    where there are, come first.
+    """
+    prompt = row["instruction"] + (" " + row["input"] if row.get("input") else "")
+    if not prompt.strip() or not row["output"].strip():
+        raise ValueError("an empty text")
+    history = [turn for pair in row.get("history") or [] for turn in pair]
+    if history:
+        return {"dialogue": [*history, prompt, row["output"]]}
+    return {"input": prompt, "answer": row["output"]}
+
+
+here = os.path.dirname(os.path.abspath(__file__))
+files = (fetch.raw_files(raw, None, here, None)
+         if raw else [fetch.download(URL, os.path.join(here, "raw", "alpaca_data.json"))])
+fetch.convert(files, to_record, out or here, holdout,
+              key=lambda record: str(record.get("input") or record["dialogue"][0]),
+              )

@@ -1,0 +1,65 @@
+"""
+Anthropic's hh-rlhf: pairs of dialogues that differ in the last answer.
+
+$ python data/hh_rlhf/prepare.py                              # four subsets, 160,800 + 8,552 rows
+$ python data/hh_rlhf/prepare.py --subset=harmless-base       # one of them
+$ python data/hh_rlhf/prepare.py --subset=harmless-base --raw=FOLDER
+
+Each subset gives SUBSET/{train,test}.jsonl, pairs for reward models, and
+SUBSET-dialogue/{train,test}.jsonl, the preferred dialogues for supervised fine-tuning.
+"""
+
+import os
+import re
+
+from configurator import configure
+from nanosafe import fetch
+
+SUBSETS = ("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled")
+
+subset = "all"  # harmless-base | helpful-base | helpful-online | helpful-rejection-sampled | all
+raw = ""  # folder with the subset's raw files; empty: download
+holdout = 0.0  # share of the prompts for test.jsonl, all files pooled; 0: the raw files' own split
+out = ""  # folder to write to; empty: beside this script
+configure(globals())
+
+MARK = re.compile(r"\n\n(Human|Assistant):")
+
+
+def to_record(row):
+    """The chosen dialogue up to its last answer is the prompt; the rejected one must begin with it.
+    """
+    marks = list(MARK.finditer(row["chosen"]))
+    if not marks or marks[-1][1] != "Assistant":
+        raise ValueError("the last turn is the human's")
+    prompt, rejected = row["chosen"][:marks[-1].end()], row["rejected"]
+    if not rejected.startswith(prompt) or MARK.search(rejected, len(prompt)):
+        raise ValueError("the two dialogues differ before the last answer")
+    ends = [*(m.start() for m in marks[1:]), len(row["chosen"])]
+    turns = [row["chosen"][m.end():end].strip() for m, end in zip(marks, ends)]
+    if any(m[1] != ("Human", "Assistant")[i % 2] for i, m in enumerate(marks)):
+        raise ValueError("the turns do not alternate")
+    answer, other = turns.pop(), rejected[len(prompt):].strip()
+    if not all((answer, other, *turns)):
+        raise ValueError("an empty turn")
+    if answer == other:
+        raise ValueError("identical answers")
+    return {"input": turns, "answer": answer, "other_answer": other, "better": True}
+
+
+if subset not in (*SUBSETS, "all"):
+    raise SystemExit(f"error: subset={subset!r}: choose one of {', '.join(SUBSETS)}, all")
+if raw and subset == "all":
+    raise SystemExit("error: --raw needs --subset=NAME: the subsets' files have the same names")
+here = os.path.dirname(os.path.abspath(__file__))
+for name in SUBSETS if subset == "all" else (subset,):
+    files = fetch.raw_files(raw, "Anthropic/hh-rlhf", here,
+                            lambda path: path.startswith(name + "/"))
+    folder = os.path.join(out or here, name)
+    splits = fetch.convert(files, to_record, folder, holdout)
+    os.makedirs(folder + "-dialogue", exist_ok=True)
+    for split, records in splits.items():
+        if records:
+            fetch.write(os.path.join(folder + "-dialogue", split + ".jsonl"),
+                        [{"dialogue": [*record["input"], record["answer"]]} for record in records],
+                        )

@@ -1,0 +1,52 @@
+"""
+PKU-SafeRLHF: pairs of answers with separate labels for helpfulness and harmlessness.
+
+$ python data/pku_saferlhf/prepare.py                       # the current release, 83.4K pairs
+$ python data/pku_saferlhf/prepare.py --version=10k         # a laptop's download: 1.7 MB
+$ python data/pku_saferlhf/prepare.py --raw=FOLDER          # files that are already on disk
+"""
+
+import os
+
+from configurator import configure
+from nanosafe import fetch
+
+version = "v1"  # v1 (2024) | v0 (2023, what Beaver was trained on) | 10k | 30k
+raw = ""  # folder with the raw files; empty: download
+holdout = 0.0  # share of the prompts for test.jsonl, all files pooled; 0: the raw files' own split
+out = ""  # folder to write to; empty: beside this script (v0, 10k and 30k in a subfolder)
+configure(globals())
+
+SOURCES = {  # version -> repository, revision
+    "v1": ("PKU-Alignment/PKU-SafeRLHF", "main"),
+    "v0": ("PKU-Alignment/PKU-SafeRLHF", "v0"),
+    "10k": ("PKU-Alignment/PKU-SafeRLHF-10K", "main"),
+    "30k": ("PKU-Alignment/PKU-SafeRLHF-30K", "main"),
+}
+SHA256 = {
+    "round0/train.jsonl.xz": "f5f42f6f08a1fadbc3fd7c36e627f651782ce0f2f8178361483defa62b79ca06"
+}
+
+
+def to_record(row):
+    """One pair; a release without one of the two labels makes pairs without it."""
+    record = {
+        "input": row["prompt"], "answer": row["response_0"], "other_answer": row["response_1"],
+        "is_safe": bool(row["is_response_0_safe"]),
+        "is_other_safe": bool(row["is_response_1_safe"]),
+    }
+    for ours, theirs in (("better", "better_response_id"), ("safer", "safer_response_id")):
+        if row.get(theirs) is not None:
+            record[ours] = int(row[theirs]) == 0
+    return record
+
+
+if version not in SOURCES:
+    raise SystemExit(f"error: version={version!r}: choose one of {', '.join(SOURCES)}")
+here = os.path.dirname(os.path.abspath(__file__))
+repo, revision = SOURCES[version]
+files = fetch.raw_files(raw, repo, here, lambda name: name.endswith(fetch.ENDINGS), revision,
+                        SHA256 if version == "10k" else None,
+                        )
+fetch.convert(files, to_record, out or (here if version == "v1" else os.path.join(here, version)),
+              holdout)

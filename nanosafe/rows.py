@@ -1,0 +1,152 @@
+"""
+Dataset specifications -> rows of jsonl files.
+"""
+
+import gzip
+import io
+import json
+import lzma
+import os
+import zipfile
+from fractions import Fraction
+from typing import NamedTuple
+
+import numpy as np
+
+ALIASES = {  # Safe-RLHF's names of what data/ holds
+    "stanford-alpaca": "alpaca", "pku-saferlhf": "pku_saferlhf",
+    "pku-alignment/pku-saferlhf": "pku_saferlhf", "pku-saferlhf-30k": "pku_saferlhf/30k",
+    "pku-saferlhf-10k": "pku_saferlhf/10k",
+    "hh-rlhf-harmless-preference": "hh_rlhf/harmless-base",
+    "hh-rlhf-helpful-preference": "hh_rlhf/helpful-base",
+    "hh-rlhf-harmless-dialogue": "hh_rlhf/harmless-base-dialogue",
+    "hh-rlhf-helpful-dialogue": "hh_rlhf/helpful-base-dialogue",
+}
+ROOT = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "data")
+
+
+class Row(NamedTuple):
+    record: dict
+    file: str
+    line: int
+
+
+def load(spec, seed=42):
+    """The rows of a dataset specification, as a list of Row.
+
+    spec: comma-separated NAME[/SPLIT][:PROPORTION[:PATH]], or paths of .jsonl files with
+    [:PROPORTION]. PROPORTION is a share (0.5, 3/4), a repetition (2.5) or a count (100/-1). NAME is
+    a folder below data/ that its prepare.py filled; SPLIT defaults to train.
+    """
+    parts = [(path, proportion) for path, proportion in parse_spec(spec) if proportion != 0]
+    rows = []
+    for (path, proportion), child in zip(parts, np.random.SeedSequence(seed).spawn(len(parts))):
+        file_rows = list(read_rows(path))
+        rows += [file_rows[i] for i in sample_indices(len(file_rows), proportion, child)]
+    return rows
+
+
+def parse_spec(spec):
+    """[(path, proportion)], a negative proportion being a count."""
+    parts, seen = [], set()
+    for item in filter(None, (item.strip() for item in spec.split(","))):
+        name, *rest = item.split(":")
+        if len(rest) > 2 or (len(rest) == 2 and not rest[1]):
+            stop(f"data {item!r}: write NAME[/SPLIT][:PROPORTION[:PATH]]")
+        try:
+            share = (Fraction(1) if not rest or not rest[0] else Fraction(rest[0])
+                     if "/-" not in rest[0] else -abs(Fraction(int(rest[0].split("/")[0]))))
+        except (ValueError, ZeroDivisionError):
+            stop(f"data {item!r}: the proportion {rest[0]!r} is not a number, a fraction a/b or a "
+                 "count n/-1")
+        if share < 0 and "/-" not in rest[0] or (share < 0 and rest[0].startswith("-")):
+            stop(f"data {item!r}: the proportion must not be negative; a count is written n/-1")
+        path = resolve(name, os.path.expanduser(rest[1]) if len(rest) == 2 else None)
+        if path in seen:
+            stop(f"data {item!r}: this dataset is named twice; use one proportion, 2 repeats it")
+        seen.add(path)
+        parts.append((path, float(share)))
+    if not parts:
+        stop("data is empty: name a dataset, or the path of a .jsonl file")
+    return parts
+
+
+def resolve(name, path=None):
+    """The jsonl file of a dataset's name; with `path`, that file, or NAME's file in that folder."""
+    if path is None and name.endswith((".jsonl", ".json", ".gz", ".xz", ".zip")):
+        candidates = [os.path.expanduser(name)]
+    else:
+        base, _, split = (name.rpartition("/") if name.endswith(("/train", "/test")) else
+                          (name, "", "train"))
+        base = ALIASES.get(base.lower(), base)
+        roots = ["data", ROOT] if path is None else [path]
+        candidates = [os.path.join(root, base, split + ".jsonl") for root in roots]
+        if path is not None:
+            candidates += [path, os.path.join(path, split + ".jsonl")]
+    for candidate in candidates:
+        if os.path.isfile(candidate):
+            return candidate
+    if path is None and not name.endswith(".jsonl"):
+        stop(f"dataset {name!r} has no file {candidates[0]!r}: run python "
+             f"data/{base.split('/')[0]}/prepare.py first")
+    stop(f"dataset {name!r}: no file at {candidates[0]!r}")
+
+
+def sample_indices(n, proportion, seed_sequence):
+    """Safe-RLHF's sampling: whole copies in order, then a draw without replacement for the rest.
+    proportion < 0: a count.
+    """
+    count = int(-proportion) if proportion < 0 else round(n * proportion)
+    copies, rest = divmod(count, n) if n else (0, 0)
+    indices = list(range(n)) * copies
+    if rest:
+        indices += np.random.default_rng(seed_sequence).choice(n, size=rest, replace=False).tolist()
+    return indices
+
+
+def split_train_test(n, ratio, seed=42):
+    """Shuffled indices of a training and a test part, the latter round(n * ratio) long."""
+    indices = np.arange(n)
+    np.random.default_rng(seed).shuffle(indices)
+    train = n - round(n * ratio)
+    return indices[:train].tolist(), indices[train:].tolist()
+
+
+def open_text(path):
+    """A text file, opened through its compression: .gz, .xz, a .zip with one file, or none."""
+    if path.endswith(".gz"):
+        return gzip.open(path, "rt", encoding="utf-8-sig")
+    if path.endswith(".xz"):
+        return lzma.open(path, "rt", encoding="utf-8-sig")
+    if path.endswith(".zip"):
+        archive = zipfile.ZipFile(path)
+        return io.TextIOWrapper(archive.open(archive.namelist()[0]), encoding="utf-8-sig")
+    if path.endswith(".parquet"):
+        stop(f"{path!r}: parquet is not read here; convert it: python -c \"import pandas, sys; "
+             "pandas.read_parquet(sys.argv[1]).to_json(sys.argv[2], orient='records', "
+             "lines=True)\"")
+    return open(path, encoding="utf-8-sig")
+
+
+def read_rows(path):
+    """The rows of a .json (a list) or .jsonl file; a line that is no JSON object becomes a Row with
+    record None.
+    """
+    with open_text(path) as f:
+        if path.removesuffix(".gz").removesuffix(".xz").removesuffix(".zip").endswith(".json"):
+            values = enumerate(json.load(f), start=1)
+        else:
+            values = ((i, parse_line(line)) for i, line in enumerate(f, start=1) if line.strip())
+        for i, value in values:
+            yield Row(value if isinstance(value, dict) else None, path, i)
+
+
+def parse_line(line):
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+def stop(message):
+    raise SystemExit(f"error: {message}")
