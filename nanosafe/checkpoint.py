@@ -68,7 +68,7 @@ def scratch(config, head="lm", seed=0, place=None):
     N(0, initializer_range); outputs into the residual stream are scaled by depth, as in GPT-2.
     """
     model = build(config, head, place or parallel.Place(torch.device("cpu")), torch.float32)
-    for name, p in unique_parameters(model):
+    for name, p in parallel.parameters(model):
         draw(model, name, p, seed)
     return model
 
@@ -91,11 +91,6 @@ def count_parameters(source):
     return sum(p.numel() for p in model.parameters())
 
 
-def unique_parameters(model):
-    """named_parameters, a tied one once."""
-    return model.named_parameters(remove_duplicate=True)
-
-
 @torch.no_grad()
 def draw(model, name, p, seed):
     """Initialise this rank's rows of a parameter from a generator of the parameter's own, so that
@@ -110,7 +105,7 @@ def draw(model, name, p, seed):
         std = model.config.initializer_range
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             std /= math.sqrt(2 * model.config.num_hidden_layers)
-        generator = torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
         rows.copy_(torch.normal(0.0, std, p.shape, generator=generator)[start:start + count])
 
 
@@ -118,7 +113,7 @@ def draw(model, name, p, seed):
 def fill(model, folder, fresh, seed):
     """Copy this rank's rows of every parameter from the folder; draw those in `fresh`."""
     missing, misshapen, used = [], [], set()
-    for name, p in unique_parameters(model):
+    for name, p in parallel.parameters(model):
         if name in fresh:
             draw(model, name, p, seed)
             continue
@@ -177,7 +172,7 @@ def save(model, path, tokenizer=None, dtype=None):
         index.update({name: len(files) - 1 for name in held})
         held.clear()
 
-    for name, p in unique_parameters(model):
+    for name, p in parallel.parameters(model):
         whole = parallel.full(p)
         if not main:
             continue

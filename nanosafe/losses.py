@@ -15,10 +15,15 @@ import torch.nn.functional as F
 
 def masked_mean(x, mask, dim=None):
     """Mean of x where mask is 1; 0 where nothing is."""
-    x = torch.where(mask.bool(), x, torch.zeros_like(x))  # not x * mask: 0 * nan is nan
+    x, = keep(mask, x)
     if dim is None:
         return x.sum() / mask.sum().clamp(min=1)
     return x.sum(dim) / mask.sum(dim).clamp(min=1)
+
+
+def keep(mask, *tensors):
+    """The tensors with zeros where mask is 0. Not x * mask: 0 * nan is nan, in values and gradients."""
+    return [torch.where(mask.bool(), x, torch.zeros_like(x)) for x in tensors]
 
 
 def sequence_mean(x, mask):
@@ -77,8 +82,7 @@ def actor_loss(logps, old_logps, advantages, mask, clip_ratio):
 
     All (B, R). Only logps carries gradient. Mean over each response, then over responses.
     """
-    logps = torch.where(mask.bool(), logps,
-                        old_logps)  # exp of what stands in padding could overflow
+    logps, old_logps, advantages = keep(mask, logps, old_logps, advantages)
     ratio = (logps - old_logps).exp()
     gain = torch.minimum(ratio * advantages,
                          ratio.clamp(1 - clip_ratio, 1 + clip_ratio) * advantages)
@@ -91,6 +95,7 @@ def critic_loss(values, old_values, returns, mask, clip_value):
 
     All (B, R). Only values carries gradient. Mean over each response, then over responses.
     """
+    values, old_values, returns = keep(mask, values, old_values, returns)
     clipped = torch.clamp(values, old_values - clip_value, old_values + clip_value)
     error = torch.maximum((values - returns).square(), (clipped - returns).square())
     return 0.5 * sequence_mean(error, mask)

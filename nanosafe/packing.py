@@ -86,8 +86,8 @@ def plan(lengths, max_tokens, ranks):
     """
     longest, total = max(lengths), sum(lengths)
     if longest > max_tokens:
-        raise SystemExit(f"error: an example has {longest} tokens, which max_tokens={max_tokens} per "
-                         "forward cannot hold: raise max_tokens or lower max_len")
+        raise SystemExit(f"error: an example has {longest} tokens, but max_tokens={max_tokens} per "
+                         "forward: raise max_tokens or lower max_len")
     by_length = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     bins = ranks * -(-total // (ranks * max_tokens))
     while True:

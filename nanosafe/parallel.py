@@ -196,6 +196,14 @@ def backward(model, loss, last=True):
     (loss * world_size()).backward()
 
 
+def parameters(model):
+    """named_parameters() in this rank's slices: a forward without a backward leaves some gathered."""
+    for part in model.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+    return model.named_parameters()
+
+
 def local_rows(p):
     """(tensor, first row, row count, writer): this rank's part of parameter `p`, and whether it is
     the one to save it.

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from nanosafe import parallel
-from nanosafe.checkpoint import replace_folder, unique_parameters
+from nanosafe.checkpoint import replace_folder
 from nanosafe.tokenizer import read_json, write_json
 
 
@@ -35,7 +35,7 @@ def save(out_dir, step, trained, extra, keep=2):
     parallel.barrier()
     tensors, starts = {}, {}
     for model_name, (model, optimizer) in trained.items():
-        for name, p in unique_parameters(model):
+        for name, p in parallel.parameters(model):
             rows, start, _, writer = parallel.local_rows(p)
             if not writer:
                 continue
@@ -94,7 +94,7 @@ def load(out_dir, trained):
             pieces.setdefault(key, []).append((start, handle.get_slice(key)))
     for model_name, (model, optimizer) in trained.items():
         steps = state["optimizer_steps"][model_name]
-        for name, p in unique_parameters(model):
+        for name, p in parallel.parameters(model):
             targets = {"weight": p.data}
             if steps:
                 moments = {key: parallel.like(p, 0.0) for key in ("exp_avg", "exp_avg_sq")}

@@ -1,0 +1,82 @@
+"""One step's gradients, as the trainers compute them; run under torchrun by test_parallel.py.
+
+$ torchrun --nproc_per_node=2 tests/gradients.py FOLDER LAYOUT MAX_TOKENS OUT
+"""
+
+import sys
+
+import torch
+from safetensors.torch import save_file
+
+from nanosafe import checkpoint, optim, parallel, rollout, state
+from nanosafe.data import tokenize
+from nanosafe.losses import cost_loss, mle_loss
+from nanosafe.packing import plan
+from nanosafe.tokenizer import load
+
+folder, layout, max_tokens, out = sys.argv[1:]
+world = parallel.init("cpu")
+place, frozen = parallel.places(world, "float32", layout, "none", False, False, 10**4)
+tok = load(f"{folder}/policy")
+demonstrations = tokenize(f"{folder}/data/sft/test.jsonl:17/-1", tok, "sft", 200, show=False)
+pairs = tokenize(f"{folder}/data/cost/test.jsonl:11/-1", tok, "cost", 200, show=False)
+policy = checkpoint.load(f"{folder}/policy", "lm", place=place)
+cost = checkpoint.load(f"{folder}/cost", "score", place=place)
+ref = checkpoint.load(f"{folder}/policy", "lm", place=frozen).requires_grad_(False)
+optimizers = {"policy": optim.adamw(policy, 0.1, 0.9, 0.95), "cost": optim.adamw(cost, 0.1, 0.9, 0.95)}
+
+
+def micros(dataset):
+    mine = plan(dataset.lengths.tolist(), int(max_tokens), world.size)[world.rank]
+    return [(micro, k == len(mine) - 1) for k, micro in enumerate(mine)]
+
+
+def step():
+    """A forward and backward of both models over all micro-batches."""
+    for micro, last in micros(demonstrations):
+        batch = demonstrations.batch(micro, "cpu")
+        mask = batch.targets >= 0
+        share = mask.sum() / int(demonstrations.targets.sum())
+        parallel.backward(policy, mle_loss(policy(*batch), mask) * share, last)
+    signs = torch.tensor(pairs.signs).float()
+    for micro, last in micros(pairs):
+        batch = pairs.batch(micro, "cpu")
+        scores = cost(*batch[:3])
+        if micro:
+            a, b = scores[batch.cu_seqlens[1:].long() - 1].chunk(2)
+            loss = cost_loss(a, b, signs[micro, 0], signs[micro, 1], 0.1) * len(micro) / len(pairs)
+        else:
+            loss = 0 * scores.sum()
+        parallel.backward(cost, loss, last)
+
+
+step()
+results = {f"{name}/{k}": parallel.full(p.grad).clone() for name, model in (("policy", policy), ("cost", cost))
+           for k, p in model.named_parameters()}
+norms = [optim.step(policy, optimizers["policy"], 1e-3, 1.0), optim.step(cost, optimizers["cost"], 1e-3, 1.0)]
+results["norms"] = torch.tensor(norms)
+step()
+for name, model in (("policy", policy), ("cost", cost)):
+    optim.step(model, optimizers[name], 1e-3, 1.0)
+    results.update({f"after/{name}/{k}": parallel.full(p).clone() for k, p in model.named_parameters()})
+
+with parallel.whole(policy):  # sampling between steps: ranks do different amounts of it
+    prompts = [[1, 5, 9]] * (2 + 3 * world.rank)
+    sampled = rollout.generate(policy, prompts, 8 + 5 * world.rank, eos_ids=[2], seed=0)
+results["sampled"] = torch.tensor(sampled[0][:8] + [0] * (8 - len(sampled[0][:8])))
+batch = demonstrations.batch(range(4), "cpu")
+with torch.no_grad():
+    results["ref"], results["new"] = ref(*batch), policy(*batch)
+
+# the state goes through the disk and comes back, whatever its layout
+models = {"policy": (policy, optimizers["policy"]), "cost": (cost, optimizers["cost"])}
+state.save(f"{out}.run", 2, models, {"lambda": 1.5})
+fresh = checkpoint.load(f"{folder}/policy", "lm", place=place)
+fresh_optimizer = optim.adamw(fresh, 0.1, 0.9, 0.95)
+assert state.load(f"{out}.run", {"policy": (fresh, fresh_optimizer)})["lambda"] == 1.5
+for (name, a), b in zip(policy.named_parameters(), fresh.parameters()):
+    assert torch.equal(parallel.full(a), parallel.full(b)), name
+checkpoint.save(policy, f"{out}.model")
+if world.main:
+    save_file({k: v.contiguous() for k, v in results.items()}, out)
+parallel.close()
