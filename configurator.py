@@ -34,7 +34,8 @@ def configure(script):
     flags, files = {}, []
     for arg in sys.argv[1:]:
         if arg in ("-h", "--help"):
-            sys.exit(help_text(script, knobs, config))
+            print(help_text(script, knobs, config))
+            sys.exit()
         elif arg.startswith("--"):
             name, equals, text = arg[2:].partition("=")
             if not equals:

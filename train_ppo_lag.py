@@ -26,7 +26,7 @@ from nanosafe import state as run_state
 from nanosafe.data import retokenize, tokenize
 from nanosafe.losses import actor_loss, critic_loss, masked_mean, mle_loss, sequence_mean
 from nanosafe.monitor import Monitor, Stop
-from nanosafe.packing import collate, count_steps, examples_at, order, plan, responses_of
+from nanosafe.packing import check_fits, collate, count_steps, examples_at, order, plan, responses_of
 from nanosafe.parallel import add, backward, close, init, main_first, places, whole
 from nanosafe.rl import LagrangeMultiplier, gae, mix_advantages, shaped_costs, shaped_rewards
 from nanosafe.rollout import generate, hash64
@@ -106,6 +106,7 @@ use_compile = True  # torch.compile each block, on a GPU
 config = configure(globals())
 
 # ---- setup ----
+optim.check_schedules(actor_lr_schedule, critic_lr_schedule)
 world = init(device)
 per_rollout = rollout_size * num_samples
 if per_rollout % batch_size:
@@ -124,6 +125,8 @@ for path in (reward_critic or reward_model, cost_critic or cost_model):
 with main_first():  # rank 0 fills the cache of token ids, the others find it
     asked = tokenize(prompts, tok, "prompts", max_len - 1, show=world.main)
     ptx = tokenize(ptx_data, tok, "sft", max_len, show=world.main) if ptx_data else None
+
+check_fits([max_len, *(ptx.lengths.tolist() if ptx else ())], max_tokens)
 
 critics = 2 if cost_model else 1
 size = checkpoint.count_parameters(actor_model)
@@ -235,8 +238,8 @@ while step < steps:
     mine = range(world.rank, per_rollout, world.size)
     quiet = not world.main or per_rollout < 512
     bar = tqdm(total=len(mine), desc="rollout", leave=False, disable=quiet)
-    with whole(actor):
-        sampled = generate(actor, [questions[i] for i in mine], [limits[i] for i in mine],
+    with whole(actor) as policy:
+        sampled = generate(policy, [questions[i] for i in mine], [limits[i] for i in mine],
                            temperature=temperature, top_k=top_k, top_p=top_p, eos_ids=tok.eos_ids,
                            seed=hash64(seed, rollout), uids=[uids[i] for i in mine], slots=slots,
                            on_finish=bar.update)

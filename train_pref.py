@@ -23,7 +23,7 @@ from nanosafe import state as run_state
 from nanosafe.data import tokenize
 from nanosafe.losses import cost_loss, reward_loss
 from nanosafe.monitor import Monitor, Stop
-from nanosafe.packing import count_steps, examples_at, plan
+from nanosafe.packing import check_fits, count_steps, examples_at, plan
 from nanosafe.parallel import add, backward, close, init, main_first, places
 from nanosafe.rl import ExponentialMovingAverage, RunningMeanStd
 from nanosafe.tokenizer import load as load_tokenizer
@@ -76,6 +76,7 @@ if objective not in ("reward", "cost"):
     raise SystemExit(f"error: objective={objective!r}: choose reward or cost")
 if normalizer not in ("ema", "running", "none"):
     raise SystemExit(f"error: normalizer={normalizer!r}: choose ema, running or none")
+optim.check_schedules(lr_schedule)
 world = init(device)
 run_state.claim(out_dir, resume)
 if world.main:
@@ -85,6 +86,8 @@ with main_first():  # rank 0 fills the cache of token ids, the others find it
     train = tokenize(data, tok, objective, max_len, show=world.main)
     held_out = tokenize(eval_data, tok, objective, max_len, show=world.main) if eval_data else None
 
+for dataset in filter(None, (train, held_out)):
+    check_fits(dataset.lengths.tolist(), max_tokens)
 size = checkpoint.count_parameters(init_from)
 place, _ = places(world, dtype, parallel, offload, use_compile, activation_checkpointing, size)
 model = checkpoint.load(init_from, "score", place=place, vocab_size=tok.vocab_size, seed=seed,

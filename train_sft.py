@@ -21,7 +21,7 @@ from nanosafe.data import tokenize
 from nanosafe.losses import mle_loss
 from nanosafe.model import Config
 from nanosafe.monitor import Monitor, Stop
-from nanosafe.packing import count_steps, examples_at, plan
+from nanosafe.packing import check_fits, count_steps, examples_at, plan
 from nanosafe.parallel import add, backward, close, init, main_first, places
 from nanosafe.tokenizer import load as load_tokenizer
 
@@ -71,6 +71,7 @@ use_compile = True  # torch.compile each block, on a GPU
 config = configure(globals())
 
 # ---- setup ----
+optim.check_schedules(lr_schedule)
 world = init(device)
 run_state.claim(out_dir, resume)
 if world.main:
@@ -85,6 +86,8 @@ shape = Config(vocab_size=tok.vocab_size, hidden_size=hidden_size,
                intermediate_size=intermediate_size, num_hidden_layers=num_hidden_layers,
                num_attention_heads=num_attention_heads, num_key_value_heads=num_key_value_heads,
                )
+for dataset in filter(None, (train, held_out)):
+    check_fits(dataset.lengths.tolist(), max_tokens)
 size = checkpoint.count_parameters(shape if from_scratch else init_from)
 place, _ = places(world, dtype, parallel, offload, use_compile, activation_checkpointing, size)
 if from_scratch:

@@ -23,7 +23,7 @@ def masked_mean(x, mask, dim=None):
 
 def keep(mask, *tensors):
     """The tensors with zeros where mask is 0. Not x * mask: 0 * nan is nan, in values and gradients."""
-    return [torch.where(mask.bool(), x, torch.zeros_like(x)) for x in tensors]
+    return [torch.where(mask.bool(), x, 0.0) for x in tensors]
 
 
 def sequence_mean(x, mask):

@@ -216,8 +216,9 @@ class LLaMA(nn.Module):
         near the cost's zero.
         """
         c, head = self.config, self.score_head
-        s = F.linear(x.float(), head.weight.float(),
-                     None if head.bias is None else head.bias.float()).squeeze(1)
+        s = x.float() @ head.weight[0].float()
+        if head.bias is not None:
+            s = s + head.bias.float()
         if not c.do_normalize or c.score_type == "critic":
             return s
         mean = (c.mean[0] if c.score_type == "reward" else 0.0

@@ -40,10 +40,11 @@ class Monitor:
         """Record the metrics (name -> number) of optimizer step `step`."""
         if not self.main:
             return
-        row = {"step": step, **{name: round(float(value), 8) for name, value in metrics.items()}}
+        row = {"step": step, **{name: value if isinstance(value, int) else round(float(value), 8)
+                                for name, value in metrics.items()}}
         self.metrics.write(json.dumps(row) + "\n")
-        for sink in self.sinks:
-            sink(step, row)
+        for write, _ in self.sinks:
+            write(step, row)
         self.bar.set_postfix_str(" ".join(f"{name} {row[name]:.3g}" for name in self.shown
                                           if name in row))
         self.bar.update(step + 1 - self.bar.n)
@@ -69,6 +70,8 @@ class Monitor:
         if self.main:
             self.flush()
             self.bar.close()
+            for _, finish in self.sinks:
+                finish()
 
 
 def reopen(path, start):
@@ -84,18 +87,17 @@ def reopen(path, start):
 
 
 def open_sink(name, out_dir, config):
-    """A function (step, metrics) that writes to TensorBoard or W&B."""
+    """Two functions for TensorBoard or W&B: write(step, metrics) and finish()."""
     if name == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
-
         writer = SummaryWriter(out_dir)
-        return lambda step, row: [writer.add_scalar(key, value, step) for key, value in row.items()]
+        add = lambda step, row: [writer.add_scalar(key, value, step) for key, value in row.items()]
+        return add, writer.close
     if name == "wandb":
         import wandb
-
-        run = wandb.init(project="nanosafe", name=os.path.basename(out_dir), dir=out_dir,
-                         config=config)
-        return lambda step, row: run.log(row, step=step)
+        name = os.path.basename(out_dir)
+        run = wandb.init(project="nanosafe", name=name, dir=out_dir, config=config)
+        return lambda step, row: run.log(row, step=step), run.finish
     raise SystemExit(f"error: log_to={name!r}: choose tensorboard or wandb, or leave it empty")
 
 

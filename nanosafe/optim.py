@@ -21,12 +21,17 @@ def adamw(model, weight_decay, beta1, beta2):
     return torch.optim.AdamW(groups, lr=0.0, betas=(beta1, beta2), eps=1e-8, fused=True)
 
 
+def check_schedules(*names):
+    """Stop with one line on a schedule that does not exist."""
+    for name in names:
+        if name not in SCHEDULES:
+            raise SystemExit(f"error: schedule {name!r}: choose one of {', '.join(SCHEDULES)}")
+
+
 def learning_rate_at(step, steps, peak, schedule, warmup_ratio):
     """The learning rate of step 0 .. steps - 1: linear from 0 over the warm-up, then cosine or
     linear to 0, or constant.
     """
-    if schedule not in SCHEDULES:
-        raise SystemExit(f"error: lr_schedule={schedule!r}: choose one of {', '.join(SCHEDULES)}")
     warmup = int(warmup_ratio * steps)
     if step < warmup:
         return peak * step / warmup

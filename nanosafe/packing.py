@@ -76,6 +76,13 @@ def count_steps(n, batch_size, epochs, max_steps):
     return min(steps, max_steps) if max_steps > 0 else steps
 
 
+def check_fits(lengths, max_tokens):
+    """Stop with one line if an example is longer than a forward may be."""
+    if max(lengths) > max_tokens:
+        raise SystemExit(f"error: an example has {max(lengths)} tokens, but max_tokens={max_tokens} "
+                         "per forward: raise max_tokens or lower max_len")
+
+
 def plan(lengths, max_tokens, ranks):
     """Deal a batch out: plan[rank] is that rank's list of micro-batches, each a list of indices
     into `lengths`.
@@ -84,10 +91,8 @@ def plan(lengths, max_tokens, ranks):
     with about equal tokens; like lengths lie together. A pure function: every rank computes the
     same plan and takes its part.
     """
+    check_fits(lengths, max_tokens)
     longest, total = max(lengths), sum(lengths)
-    if longest > max_tokens:
-        raise SystemExit(f"error: an example has {longest} tokens, but max_tokens={max_tokens} per "
-                         "forward: raise max_tokens or lower max_len")
     by_length = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     bins = ranks * -(-total // (ranks * max_tokens))
     while True:

@@ -16,6 +16,7 @@ single process that computes in float32 is left plain: no wrapper at all.
 """
 
 import os
+import sys
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import NamedTuple
@@ -138,7 +139,7 @@ def put(model, place):
     for layer in model.layers:  # a layer is gathered when it is needed, and dropped after it
         fully_shard(layer, **options, reshard_after_forward=place.layout != "ddp")
     fully_shard(model, **options, reshard_after_forward=False)
-    model.place, model.started = place, False
+    model.place = place
     return model.to_empty(device="cpu" if place.offload else place.device)
 
 
@@ -162,26 +163,28 @@ def mesh(layout, device_type):
 
 @contextmanager
 def whole(model):
-    """Gather every parameter on every rank for the length of the block, as sampling needs.
+    """A plain twin of `model` whose parameters are whole on every rank, for the length of the block.
 
-    No collective runs inside the block, so ranks may do different amounts of work in it.
+    The weights are gathered once; the twin shares them and has no hooks, so no collective runs in
+    the block: ranks may do different amounts of work in it, and CUDA graphs may be captured.
     """
     parts = [m for m in model.modules() if isinstance(m, FSDPModule)]
-    if parts and not model.started:  # FSDP learns which module is the root in its first forward
-        token = torch.zeros(1, dtype=torch.int64, device=model.place.device)
-        with torch.no_grad():
-            model(token, torch.tensor([0, 1], dtype=torch.int32, device=token.device), 1)
-        model.started = True
-    for part in parts:
-        part.set_reshard_after_forward(False, recurse=False)
-        part.unshard()
-    try:
+    if not parts:
         yield model
+        return
+    for part in parts:
+        part.unshard()
+    with torch.device("meta"):
+        twin = type(model)(model.config, model.head)
+    for name, p in model.named_parameters(remove_duplicate=False):
+        owner, _, leaf = name.rpartition(".")
+        twin.get_submodule(owner)._parameters[leaf] = p
+    try:
+        yield twin
     finally:
+        del twin
         for part in parts:
             part.reshard()
-            part.set_reshard_after_forward(part is not model and model.place.layout != "ddp",
-                                           recurse=False)
 
 
 def backward(model, loss, last=True):
@@ -291,10 +294,13 @@ def main_first():
 
 
 def close():
-    """Leave the group. Without it a background thread may abort the process at exit."""
+    """Leave the group, and the process: what a script that may be one of many does last."""
     if dist.is_initialized():
         barrier()
         dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)  # a background thread of FSDP2 on gloo now and then aborts an ordinary exit
 
 
 def stop(message):

@@ -12,8 +12,6 @@ from collections import deque
 
 import torch
 
-from nanosafe.losses import keep
-
 
 def shaped_rewards(scores, logps, ref_logps, mask, kl_coef, clip_score):
     """Per-token rewards: -kl_coef * (logp - ref_logp), the score added on the last token, then
@@ -36,7 +34,7 @@ def shape(scores, penalty, mask, clip_score):
     lengths = mask.sum(dim=1).long()
     last = torch.arange(mask.shape[1], device=mask.device) == (lengths - 1)[:, None]  # (B, R)
     rewards = torch.where(last, penalty + scores[:, None], penalty).clamp(-clip_score, clip_score)
-    return keep(mask, rewards)[0]
+    return torch.where(mask.bool(), rewards, 0.0)
 
 
 def gae(rewards, values, mask, gamma, gae_lambda):
@@ -48,7 +46,7 @@ def gae(rewards, values, mask, gamma, gae_lambda):
     A response ends with its last token: nothing is bootstrapped behind it, also when it was cut by
     length.
     """
-    rewards, values = keep(mask, rewards, values)
+    rewards, values = (torch.where(mask.bool(), x, 0.0) for x in (rewards, values))
     advantages = torch.zeros_like(values)
     next_value = next_advantage = torch.zeros_like(values[:, 0])
     for t in reversed(range(values.shape[1])):

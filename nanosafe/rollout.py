@@ -23,100 +23,105 @@ PREFILL_TOKENS = 8192  # packed prompt tokens per prefill
 
 @torch.no_grad()
 def generate(model, prompts, max_new_tokens, *, temperature=1.0, top_k=0, top_p=1.0, eos_ids, seed,
-             uids=None, slots=0, on_finish=None, on_token=None,
-             ):
+             uids=None, slots=0, on_finish=None, on_token=None):
     """Sample one response for each prompt.
 
     model           LLaMA with head "lm", its parameters whole on one device
     prompts         list of lists of token ids, each with at least one
     max_new_tokens  longest response: an int, or one per prompt
     temperature     divides the logits; 0 takes the likeliest token
-    top_k, top_p    sample from the k likeliest, or the smallest set of probability p; 0 and 1.0 for
-                    all
+    top_k, top_p    sample from the k likeliest tokens, from the fewest of probability p; 0, 1: all
     eos_ids         ids that end a response (and belong to it)
     seed, uids      the randomness of prompt i is that of (seed, uids[i]); a uid is an int or a
-                    tuple of ints, by default i. Give a prompt that is sampled several times several
-                    uids: (uid, sample index).
-    slots           rows decoded together; 0 picks one for the device
-    on_finish()     is called for every finished response, on_token(i, token) for every token of
-                    prompt i
+                    tuple of ints, by default i. A prompt that is sampled several times takes
+                    several uids: (uid, sample index).
+    slots           rows decoded together; 0: up to 256, as memory allows
+    on_finish()     is called for every response that is done
+    on_token(i, t)  is called for every token t of prompt i
 
-    Returns the responses, lists of ids with the EOS included when sampled, in the order of the
-    prompts.
+    Returns the responses in the order of the prompts: lists of ids, the EOS included when sampled.
     """
-    uids = range(len(prompts)) if uids is None else uids
-    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
     if len(prompts) == 0:
         return []
+    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
     assert all(len(p) > 0 for p in prompts) and min(limits) > 0
+    uids = range(len(prompts)) if uids is None else uids
     keys = [hash64(seed, *(uid if isinstance(uid, tuple) else (uid,))) for uid in uids]
     longest = max(len(p) + limit for p, limit in zip(prompts, limits))
-    engine = Engine(model, min(slots or 256, len(prompts)), longest, temperature, top_k, top_p)
-    responses = [[] for _ in prompts]
-    waiting = list(reversed(range(len(prompts))))
-    live = []  # live[row] is the prompt in that row: rows 0 .. len(live) - 1 of the engine
-    eos = set(eos_ids)
+    engine = Engine(model, slots, len(prompts), longest, (temperature, top_k, top_p))
+    work = Work(engine, prompts, keys, limits, set(eos_ids), on_finish, on_token)
+    while work.waiting or work.live:
+        work.refill()
+        if work.live:
+            work.accept(engine.step(len(work.live)), 0)
+    return work.responses
 
-    def accept(tokens, first_row):
-        """Append the new token of each row from first_row on; move the last row into the place of a
-        finished one.
+
+class Work:
+    """The host's side: which prompt is in which row, and what its response is so far."""
+
+    def __init__(self, engine, prompts, keys, limits, eos, on_finish, on_token):
+        self.engine, self.prompts, self.keys, self.limits, self.eos = engine, prompts, keys, limits, eos
+        self.on_finish, self.on_token = on_finish, on_token
+        self.responses = [[] for _ in prompts]
+        self.waiting = list(reversed(range(len(prompts))))
+        self.live = []  # live[row] is the prompt in that row: rows 0 .. len(live) - 1 of the engine
+
+    def refill(self):
+        """Prefill free rows with the next prompts, in packs of about PREFILL_TOKENS."""
+        while self.waiting and len(self.live) < self.engine.slots:
+            first, count = len(self.live), 0
+            while self.waiting and len(self.live) < self.engine.slots and count < PREFILL_TOKENS:
+                count += len(self.prompts[self.waiting[-1]])
+                self.live.append(self.waiting.pop())
+            new = self.live[first:]
+            tokens = self.engine.prefill(first, [self.prompts[i] for i in new],
+                                         [self.keys[i] for i in new])
+            self.accept(tokens, first)
+
+    def accept(self, tokens, first):
+        """Append the new token of each row from `first` on; the last row takes a finished one's
+        place.
         """
-        for row in reversed(range(first_row, first_row + len(tokens))):
-            i, token = live[row], tokens[row - first_row]
-            responses[i].append(token)
-            if on_token:
-                on_token(i, token)
-            if token in eos or len(responses[i]) == limits[i]:
-                last = live.pop()
-                if row < len(live):
-                    live[row] = last
-                    engine.move(len(live), row)
-                if on_finish:
-                    on_finish()
-
-    while waiting or live:
-        while waiting and len(live) < engine.slots:
-            first, count = len(live), 0
-            while (waiting and len(live) < engine.slots
-                   and (count == 0 or count + len(prompts[waiting[-1]]) <= PREFILL_TOKENS)):
-                count += len(prompts[waiting[-1]])
-                live.append(waiting.pop())
-            accept(
-                engine.prefill(first, [prompts[i] for i in live[first:]],
-                               [keys[i] for i in live[first:]]), first,
-            )
-        if live:
-            accept(engine.step(len(live)), 0)
-    return responses
+        for row in reversed(range(first, first + len(tokens))):
+            i, token = self.live[row], tokens[row - first]
+            self.responses[i].append(token)
+            if self.on_token:
+                self.on_token(i, token)
+            if token in self.eos or len(self.responses[i]) == self.limits[i]:
+                last = self.live.pop()
+                if row < len(self.live):
+                    self.live[row] = last
+                    self.engine.move(len(self.live), row)
+                if self.on_finish:
+                    self.on_finish()
 
 
 class Engine:
-    """The device's side: a cache of S rows, and for each the token to feed next, its position and
-    the row's random key.
+    """The device's side: a cache of S rows; for each the next token to feed, its position, its key.
     """
-    def __init__(self, model, slots, length, temperature, top_k, top_p):
+
+    def __init__(self, model, slots, wanted, length, sampling):
         c, weight = model.config, model.embed_tokens.weight
-        self.model, self.slots = model, slots
-        self.sampling = temperature, top_k, top_p
-        self.device = weight.device
-        self.graphs = {}  # rows -> CUDA graph of decode() for that many
+        self.model, self.sampling, self.device = model, sampling, weight.device
         length = -(-length // 64) * 64
-        shape = (slots, c.num_key_value_heads, length, c.head_dim)
-        self.caches = [
-            attention.Cache(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in model.layers
-        ]
-        self.rows = torch.arange(slots, device=self.device)
+        if not slots:
+            row = 2 * len(model.layers) * c.num_key_value_heads * length * c.head_dim * weight.itemsize
+            free = torch.cuda.mem_get_info(self.device)[0] if weight.is_cuda else 4 * 2**30
+            slots = max(1, min(256, free // 2 // row))
+        self.slots = min(slots, wanted)
+        shape = self.slots, c.num_key_value_heads, length, c.head_dim
+        self.caches = [attention.Cache(weight.new_zeros(shape), weight.new_zeros(shape))
+                       for _ in model.layers]
+        self.rows = torch.arange(self.slots, device=self.device)
         self.columns = torch.arange(length, device=self.device)
-        self.tokens, self.positions, self.prompt_lengths, self.keys = torch.zeros(
-            4, slots, dtype=torch.int64, device=self.device)
-        self.extents = [
-            0
-        ] * slots  # host copy of positions + 1, to read no more of the cache than is filled
+        state = torch.zeros(4, self.slots, dtype=torch.int64, device=self.device)
+        self.tokens, self.positions, self.prompt_lengths, self.keys = state
+        self.extents = [0] * self.slots  # positions + 1, on the host: no more of the cache is read
+        self.graphs = {}  # rows -> CUDA graph of decode() for that many
 
     def prefill(self, first, prompts, keys):
-        """Read whole prompts into the rows from `first` on; returns the first token of each
-        response.
-        """
+        """Read whole prompts into the rows from `first` on; returns each response's first token."""
         ints = lambda x, dtype=torch.int64: torch.tensor(x, dtype=dtype, device=self.device)
         lengths = ints([len(p) for p in prompts])
         rows = slice(first, first + len(prompts))

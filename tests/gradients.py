@@ -60,9 +60,9 @@ for name, model in (("policy", policy), ("cost", cost)):
     optim.step(model, optimizers[name], 1e-3, 1.0)
     results.update({f"after/{name}/{k}": parallel.full(p).clone() for k, p in model.named_parameters()})
 
-with parallel.whole(policy):  # sampling between steps: ranks do different amounts of it
+with parallel.whole(policy) as twin:  # sampling between steps: ranks do different amounts of it
     prompts = [[1, 5, 9]] * (2 + 3 * world.rank)
-    sampled = rollout.generate(policy, prompts, 8 + 5 * world.rank, eos_ids=[2], seed=0)
+    sampled = rollout.generate(twin, prompts, 8 + 5 * world.rank, eos_ids=[2], seed=0)
 results["sampled"] = torch.tensor(sampled[0][:8] + [0] * (8 - len(sampled[0][:8])))
 batch = demonstrations.batch(range(4), "cpu")
 with torch.no_grad():

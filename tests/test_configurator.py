@@ -105,7 +105,7 @@ def test_origin_is_printed_and_the_saved_file_reads_back(script, tmp_path):
 def test_help_shows_every_knob_with_default_and_comment(script):
     code, lines = script("-h")
     text = "\n".join(lines)
-    assert "$ python script.py" in text and "learning_rate = 1e-05" in text
+    assert code == 0 and "$ python script.py" in text and "learning_rate = 1e-05" in text
     assert "peak learning rate" in text and 'name = "run"' in text and "RESULT" not in text
 
 

@@ -1,0 +1,183 @@
+"""The house: who imports whom, ceilings, knobs, columns, dependencies."""
+
+import ast
+import glob
+import os
+import re
+import sys
+
+import pytest
+from conftest import ROOT
+
+import configurator
+
+TRAINERS = ("train_sft.py", "train_pref.py", "train_ppo_lag.py")
+SCRIPTS = (*TRAINERS, "sample.py")
+ALLOWED = {  # module -> modules of the package that it may import
+    "attention": "", "losses": "", "rl": "", "tokenizer": "", "parallel": "", "packing": "", "rows": "",
+    "model": "attention", "rollout": "attention", "data": "packing rows", "fetch": "rows",
+    "formats": "tokenizer", "checkpoint": "formats model parallel tokenizer",
+    "state": "checkpoint parallel tokenizer", "optim": "parallel", "monitor": "parallel",
+}
+RUN_TIME = {"torch", "numpy", "sentencepiece", "safetensors", "tqdm", "nanosafe", "configurator"}
+EXTRAS = {"wandb", "matplotlib"}  # imported inside a function, when asked for
+
+
+def python_files(*patterns):
+    return sorted(p for pattern in patterns for p in glob.glob(os.path.join(ROOT, pattern), recursive=True))
+
+
+PACKAGE = python_files("nanosafe/**/*.py")
+PRODUCT = python_files("*.py", "nanosafe/**/*.py", "data/**/*.py", "config/**/*.py")
+
+
+def source(path):
+    with open(os.path.join(ROOT, path), encoding="utf-8") as f:
+        return f.read()
+
+
+def imports(path):
+    """Dotted names of what a file imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(source(path))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def own(path):
+    """The package's modules that a file imports."""
+    found = {re.match(r"nanosafe\.(\w+)", name) for name in imports(path)}
+    return {m[1] for m in found if m}
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=lambda p: os.path.relpath(p, ROOT))
+def test_who_imports_whom(path):
+    name = os.path.splitext(os.path.basename(path))[0]
+    if name in ALLOWED:
+        assert own(path) <= set(ALLOWED[name].split())
+    assert "configurator" not in imports(path) and not any(n.startswith("train_") for n in imports(path))
+    if name not in ("demo", "bench", "plan", "plot") and "eval" not in path:
+        assert "sys.argv" not in source(path)
+
+
+def test_no_circles():
+    graph = {name: set(allowed.split()) for name, allowed in ALLOWED.items()}
+    while graph:
+        free = {name for name, needs in graph.items() if not needs & set(graph)}
+        assert free, f"a circle among {sorted(graph)}"
+        graph = {name: needs for name, needs in graph.items() if name not in free}
+
+
+def test_only_one_file_knows_kernels_and_one_knows_processes():
+    for path in PRODUCT:
+        name = os.path.basename(path)
+        if name != "parallel.py":
+            assert not any(n.startswith("torch.distributed") for n in imports(path)), path
+        if name != "attention.py":
+            assert not re.search(r"scaled_dot_product_attention|varlen_attn", source(path)), path
+
+
+@pytest.mark.parametrize("path", PRODUCT, ids=lambda p: os.path.relpath(p, ROOT))
+def test_run_time_dependencies(path):
+    roots = {name.split(".")[0] for name in imports(path)}
+    assert roots <= RUN_TIME | EXTRAS | set(sys.stdlib_module_names)
+    top = {name.split(".")[0] for node in ast.parse(source(path)).body if isinstance(node, ast.Import)
+           for name in (alias.name for alias in node.names)}
+    assert not top & EXTRAS
+    if os.path.basename(path) == "configurator.py":
+        assert roots <= set(sys.stdlib_module_names)
+
+
+def lines(path):
+    return source(path).count("\n")
+
+
+def test_ceilings():
+    for path in TRAINERS:
+        assert lines(path) <= 450, path
+    for path in PACKAGE:
+        assert lines(path) <= 350, path
+    for path in PRODUCT:
+        for node in ast.walk(ast.parse(source(path))):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 60, f"{path}: {node.name}"
+    assert sum(map(lines, PRODUCT)) <= 7000
+
+
+def test_what_the_ppo_trainer_loads_can_be_read_in_an_evening():
+    seen, todo = set(), ["train_ppo_lag.py", "configurator.py", "nanosafe/__init__.py"]
+    while todo:
+        path = todo.pop()
+        if path not in seen:
+            seen.add(path)
+            todo += [f"nanosafe/{name}.py" for name in own(path)]
+    assert sum(map(lines, seen)) <= 3200
+
+
+@pytest.mark.parametrize("path", python_files("*.py", "**/*.py"), ids=lambda p: os.path.relpath(p, ROOT))
+def test_a_hundred_columns(path):
+    if "tests" not in path:
+        assert max(map(len, source(path).split("\n"))) <= 100
+
+
+def knobs_of(path):
+    """{name: default} of a script's knobs, without running it."""
+    knobs = {}
+    for node in ast.parse(source(path)).body:
+        if configurator.calls_configure(node):
+            return knobs
+        if isinstance(node, ast.Assign) and node.targets[0].id == node.targets[0].id.lower():
+            knobs[node.targets[0].id] = ast.literal_eval(node.value)
+    raise AssertionError(f"{path} never calls configure()")
+
+
+@pytest.mark.parametrize("path", (*SCRIPTS, *(os.path.relpath(p, ROOT) for p in python_files("data/*/prepare.py"))))
+def test_every_knob_has_a_comment_and_is_read(path):
+    text = source(path)
+    if "configure(globals())" not in text:
+        return
+    head, body = re.split(r"^.*configure\(globals\(\)\)$", text, maxsplit=1, flags=re.M)
+    for name in knobs_of(path):
+        assert re.search(rf"^{name} = .*  # \S", head, re.M), f"{path}: {name} has no comment"
+        assert re.search(rf"\b{name}\b", body), f"{path}: nothing reads {name}"
+
+
+def script_of(recipe):
+    name = os.path.splitext(os.path.basename(recipe))[0]
+    return {"sft": "train_sft.py", "reward": "train_pref.py", "cost": "train_pref.py"}.get(name, "train_ppo_lag.py")
+
+
+@pytest.mark.parametrize("recipe", [os.path.relpath(p, ROOT) for p in python_files("config/**/*.py")])
+def test_recipes_set_knobs_that_exist_to_values_of_their_type(recipe):
+    knobs = knobs_of(script_of(recipe))
+    values = configurator.run_file(os.path.join(ROOT, recipe))
+    assert values
+    for name, value in values.items():
+        configurator.check(name, value, knobs, recipe)
+
+
+def test_common_knobs_have_common_names():
+    for path in TRAINERS:
+        assert {"out_dir", "resume", "seed", "epochs", "max_steps", "batch_size", "max_tokens", "max_len", "grad_clip",
+                "save_interval", "log_interval", "device", "dtype", "parallel", "offload", "use_compile"} <= set(knobs_of(path))
+
+
+def test_public_functions_say_what_they_do():
+    for path in PACKAGE:
+        tree = ast.parse(source(path))
+        assert os.path.basename(path) == "__init__.py" or ast.get_docstring(tree), path
+    for path in ("losses", "rl", "rollout", "packing"):
+        for node in ast.parse(source(f"nanosafe/{path}.py")).body:
+            if isinstance(node, ast.FunctionDef) and "loss" in node.name:
+                assert ast.get_docstring(node), node.name
+
+
+def test_top_level_holds_nothing_more():
+    allowed = {"nanosafe", "train_sft.py", "train_pref.py", "train_ppo_lag.py", "sample.py", "configurator.py", "data",
+               "tests", "README.md", "config", "docs", "pyproject.toml", "LICENSE", ".gitignore", ".ci"}
+    if os.path.isdir(os.path.join(ROOT, ".git")):
+        tracked = os.popen(f"git -C {ROOT} ls-files").read().split()
+        assert {path.split("/")[0] for path in tracked} <= allowed
