@@ -69,8 +69,7 @@ def save(config, path):
 
 def read_knobs(script):
     """{name: comment} of the knobs: what the script's source assigns at module level before it
-    calls configure().
-    """
+    calls configure()."""
     with open(script["__file__"], encoding="utf-8") as f:
         source = f.read()
     lines = source.splitlines()
@@ -108,8 +107,7 @@ def find_file(file, script):
 
 def run_file(path):
     """The assignments of a config file, run in a namespace of its own: it cannot read knobs, and
-    its imports stay inside.
-    """
+    its imports stay inside."""
     space = {"__file__": path, "__name__": "config"}
     with open(path, encoding="utf-8") as f:
         source = f.read()
@@ -130,8 +128,7 @@ def run_file(path):
 
 def check(name, value, config, where):
     """A value from a config file: the knob must exist and the type must be its default's (an int
-    will do for a float).
-    """
+    will do for a float)."""
     known(name, config, where)
     want = type(config[name])
     if want is float and type(value) is int:

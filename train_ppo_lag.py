@@ -26,7 +26,8 @@ from nanosafe import state as run_state
 from nanosafe.data import retokenize, tokenize
 from nanosafe.losses import actor_loss, critic_loss, masked_mean, mle_loss, sequence_mean
 from nanosafe.monitor import Monitor, Stop
-from nanosafe.packing import check_fits, collate, count_steps, examples_at, order, plan, responses_of
+from nanosafe.packing import (check_fits, collate, count_steps, examples_at, order, plan,
+                              responses_of)
 from nanosafe.parallel import add, backward, close, init, main_first, places, whole
 from nanosafe.rl import LagrangeMultiplier, gae, mix_advantages, shaped_costs, shaped_rewards
 from nanosafe.rollout import generate, hash64
@@ -177,8 +178,7 @@ if world.main:
 @torch.no_grad()
 def per_token(model, texts, starts, R):
     """Log-probabilities of the responses' tokens, or a critic's values before them, (B, R), on
-    every rank.
-    """
+    every rank."""
     out = torch.zeros(len(texts), R, device=world.device)
     for micro in plan([len(t) for t in texts], max_tokens, world.size)[world.rank]:
         batch = response_batch(micro, texts, starts)
@@ -191,8 +191,7 @@ def per_token(model, texts, starts, R):
 @torch.no_grad()
 def end_scores(model, texts, model_tok):
     """A reward or cost model's scores of the last tokens (B,), on every rank; in its own tokens if
-    they differ.
-    """
+    they differ."""
     if model_tok.fingerprint != tok.fingerprint:
         texts = [retokenize(t, tok, model_tok) for t in texts]
     out = torch.zeros(len(texts), device=world.device)

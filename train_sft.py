@@ -85,7 +85,7 @@ with main_first():  # rank 0 fills the cache of token ids, the others find it
 shape = Config(vocab_size=tok.vocab_size, hidden_size=hidden_size,
                intermediate_size=intermediate_size, num_hidden_layers=num_hidden_layers,
                num_attention_heads=num_attention_heads, num_key_value_heads=num_key_value_heads,
-               )
+               initializer_range=hidden_size**-0.5)  # about 0.02 at 7B's width
 for dataset in filter(None, (train, held_out)):
     check_fits(dataset.lengths.tolist(), max_tokens)
 size = checkpoint.count_parameters(shape if from_scratch else init_from)

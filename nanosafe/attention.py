@@ -60,8 +60,7 @@ class Packed(NamedTuple):
 
     def padded(self, q, k, v):
         """Right-padded scaled_dot_product_attention. It needs no mask: a causal row never looks at
-        what stands to its right.
-        """
+        what stands to its right."""
         B, L = len(self.cu_seqlens) - 1, self.max_seqlen
         k, v = repeat_heads(q, k, v)
         N, H, E = q.shape

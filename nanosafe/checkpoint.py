@@ -47,8 +47,6 @@ def load(path, head="auto", dtype=None, device="cpu", place=None, vocab_size=0, 
         if folder.has("normalizer." + name):
             setattr(config, name, folder.slice("normalizer." + name)[:].flatten().tolist())
     config.score_type = score_type or config.score_type
-    if head == "lm" and not config.tie_word_embeddings and not folder.has("lm_head.weight"):
-        config.tie_word_embeddings = True
     if vocab_size > config.vocab_size:
         tell(f"{path}: {vocab_size - config.vocab_size} rows for new tokens, each the mean of the "
              "others")
@@ -94,8 +92,7 @@ def count_parameters(source):
 @torch.no_grad()
 def draw(model, name, p, seed):
     """Initialise this rank's rows of a parameter from a generator of the parameter's own, so that
-    no layout changes them.
-    """
+    no layout changes them."""
     rows, start, count, _ = parallel.local_rows(p)
     if name.endswith("norm.weight"):
         rows.fill_(1.0)

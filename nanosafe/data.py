@@ -114,8 +114,7 @@ def encode(turns, tokenizer, lookup=None):
 
 def retokenize(ids, source, target):
     """A conversation's ids in another tokenizer: piece by piece between the ends of sequence, which
-    stay where they are.
-    """
+    stay where they are."""
     out, piece = [target.bos_id], []
     for i in map(int, ids):
         if i in source.eos_ids:
@@ -158,8 +157,7 @@ class Dataset:
 
     def batch(self, examples, device):
         """The packed Batch of some examples; of pairs, first all preferred sequences, then the
-        others.
-        """
+        others."""
         pairs = [self.sequence(i, part) for part in range(self.width) for i in examples]
         return collate([tokens for tokens, _ in pairs], [mask for _, mask in pairs], device)
 
@@ -172,17 +170,14 @@ def tokenize(spec, tokenizer, task, max_len, seed=42, show=True):
     """
     parts = parse_spec(spec)
     key = hashlib.blake2b(digest_size=16)
-    for text in (tokenizer.fingerprint, task, str(max_len), str(seed), str(VERSION),
-                 PROMPT_BEGIN + PROMPT_TURN,
-                 ):
-        key.update(text.encode() + b"\0")
+    settings = [tokenizer.fingerprint, task, max_len, seed, VERSION, PROMPT_BEGIN, PROMPT_TURN]
+    key.update(json.dumps(settings).encode())
     for path, proportion in parts:
         key.update(f"{proportion}\0".encode())
         with open(path, "rb") as f:
             while block := f.read(2**24):
                 key.update(block)
-    cache = os.environ.get("NANOSAFE_CACHE") or os.path.join(os.path.expanduser("~"), ".cache",
-                                                             "nanosafe")
+    cache = os.environ.get("NANOSAFE_CACHE") or os.path.expanduser("~/.cache/nanosafe")
     folder = os.path.join(cache, key.hexdigest())
     if not os.path.isdir(folder):
         build(folder, load(spec, seed), tokenizer, task, max_len, show)
@@ -202,8 +197,8 @@ def build(folder, rows, tokenizer, task, max_len, show):
         dropped[reason] += 1
         first.setdefault(reason, f"{row.file}:{row.line}")
 
-    bar = tqdm(total=len(rows), desc="tokenising", unit="row", disable=not show
-               or len(rows) < 20000)
+    quiet = not show or len(rows) < 20000
+    bar = tqdm(total=len(rows), desc="tokenising", unit="row", disable=quiet)
     for begin in range(0, len(rows), 2048):
         chunk = []
         for row in rows[begin:begin + 2048]:
@@ -211,10 +206,8 @@ def build(folder, rows, tokenizer, task, max_len, show):
                 chunk.append((row, *conversations(row.record, task)))
             except ValueError as error:
                 drop(row, str(error))
-        texts = {
-            text for _, talks, _ in chunk for turns in talks for prompt, answer in segments(turns)
-            for text in ((prompt,) if answer is None else (prompt, prompt + answer))
-        }
+        pieces = [piece for _, talks, _ in chunk for turns in talks for piece in segments(turns)]
+        texts = {prompt for prompt, _ in pieces} | {p + a for p, a in pieces if a is not None}
         lookup = dict(zip(texts, tokenizer.encode_batch(list(texts)))).__getitem__
         for row, talks, signs in chunk:
             encoded = [encode(turns, tokenizer, lookup) for turns in talks]
@@ -228,25 +221,20 @@ def build(folder, rows, tokenizer, task, max_len, show):
             kept[key] = encoded, signs, row.line
         bar.update(len(rows[begin:begin + 2048]))
     bar.close()
-    reasons = [
-        f"{count} {reason} (first: {first[reason]})" for reason, count in dropped.most_common()
-    ]
-    text = f"{len(rows)} rows, {len(kept)} kept" + "".join(f"; dropped {reason}"
-                                                           for reason in reasons)
-    write_cache(folder, list(kept.values()), {"text": text, "dropped": dropped},
-                width=2 if task in ("reward", "cost") else 1,
-                )
+    text = f"{len(rows)} rows, {len(kept)} kept"
+    for reason, count in dropped.most_common():
+        text += f"; dropped {count} {reason} (first: {first[reason]})"
+    width = 2 if task in ("reward", "cost") else 1
+    write_cache(folder, list(kept.values()), {"text": text, "dropped": dropped}, width)
 
 
 def write_cache(folder, examples, report, width):
     sequences = [sequence for encoded, _, _ in examples for sequence in encoded]
-    flat = lambda k, dtype: np.array([x for sequence in sequences
-                                      for x in sequence[k]], dtype=dtype)
+    flat = lambda k, dtype: np.array([x for s in sequences for x in s[k]], dtype=dtype)
     arrays = {
         "tokens": flat(0, np.int32), "mask": flat(1, np.uint8),
-        "offsets": np.cumsum([0] + [len(ids) for ids, _ in sequences],
-                             dtype=np.int64), "signs": np.array([signs for _, signs, _ in examples],
-                                                                dtype=np.int8).reshape(-1, width),
+        "offsets": np.cumsum([0] + [len(ids) for ids, _ in sequences], dtype=np.int64),
+        "signs": np.array([signs for _, signs, _ in examples], np.int8).reshape(-1, width),
         "lines": np.array([line for _, _, line in examples], dtype=np.int64),
     }
     temporary = f"{folder}.{os.getpid()}"

@@ -83,8 +83,7 @@ def load_toy():
 @torch.no_grad()
 def judge(toy, path, reference):
     """Sample an answer to every held-out request, and judge it by gold; KL is against the
-    reference, in nats per answer.
-    """
+    reference, in nats per answer."""
     model, ref, tok = checkpoint.load(path), checkpoint.load(reference), tokenizer.load(path)
     prompts = [row.record["input"] for row in data.load("toy/prompts/test")]
     ids = [data.encode([prompt], tok)[0] for prompt in prompts]

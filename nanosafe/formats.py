@@ -39,8 +39,7 @@ def hf_names(config, name):
 
 class Folder:
     """The tensors of a model folder, read in slices. Only files that the folder's index names are
-    opened, and only inside it.
-    """
+    opened, and only inside it."""
     def __init__(self, path):
         self.path = os.fspath(path)
         if not os.path.isfile(os.path.join(self.path, "config.json")):

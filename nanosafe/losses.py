@@ -22,21 +22,19 @@ def masked_mean(x, mask, dim=None):
 
 
 def keep(mask, *tensors):
-    """The tensors with zeros where mask is 0. Not x * mask: 0 * nan is nan, in values and gradients."""
+    """The tensors with 0 where mask is 0. Not x * mask: 0 * nan is nan, in values and gradients."""
     return [torch.where(mask.bool(), x, 0.0) for x in tensors]
 
 
 def sequence_mean(x, mask):
     """Mean over each sequence's own tokens, then over the sequences: a long response weighs no more
-    than a short one.
-    """
+    than a short one."""
     return masked_mean(x, mask, dim=-1).mean()
 
 
 def mle_loss(logps, mask):
     """Negative log-likelihood per token: -mean log p over the tokens where mask is 1. logps, mask:
-    any one shape.
-    """
+    any one shape."""
     return -masked_mean(logps, mask)
 
 

@@ -64,8 +64,7 @@ class Config:
     @classmethod
     def from_dict(cls, d):
         """Read a config.json: transformers 4 and 5 spell RoPE differently, and Safe-RLHF renamed
-        `bias` to `score_bias`.
-        """
+        `bias` to `score_bias`."""
         d = {key: value for key, value in d.items() if value is not None}
         rope = dict(d.get("rope_parameters") or {})
         if rope:  # transformers 5
@@ -95,8 +94,7 @@ class Config:
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight (arXiv:1910.07467). Squares are summed in float32 and rounded once before
-    the weight, as in HF.
-    """
+    the weight, as in HF."""
     def __init__(self, width, eps):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
@@ -196,8 +194,7 @@ class LLaMA(nn.Module):
 
     def hidden(self, tokens, seqs, caches=None):
         """tokens (N,) -> hidden states after the final norm (N, D). `caches`: an attention.Cache
-        per layer, or None.
-        """
+        per layer, or None."""
         x = self.embed_tokens(tokens)
         if self.inv_freq.device != x.device:
             self.inv_freq = self.inv_freq.to(x.device)
@@ -213,8 +210,7 @@ class LLaMA(nn.Module):
 
     def scores(self, x):
         """Hidden states (N, D) -> scores (N,) float32: in float32 throughout, bfloat16 would tie
-        near the cost's zero.
-        """
+        near the cost's zero."""
         c, head = self.config, self.score_head
         s = x.float() @ head.weight[0].float()
         if head.bias is not None:
@@ -228,16 +224,14 @@ class LLaMA(nn.Module):
 
 def rotate(x, cos, sin):
     """RoPE (arXiv:2104.09864) in the rotate-half layout: dimensions i and i + E/2 turn together. x
-    (N, heads, E).
-    """
+    (N, heads, E)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
 def rope_frequencies(c):
     """Angle per position of each pair of dimensions (E/2,) float32, with linear or Llama-3.1
-    scaling.
-    """
+    scaling."""
     powers = torch.arange(0, c.head_dim, 2, dtype=torch.int64, device="cpu").float() / c.head_dim
     inv_freq = 1.0 / (c.rope_theta**powers)
     s = c.rope_scaling or {}

@@ -103,8 +103,7 @@ def open_sink(name, out_dir, config):
 
 class Stop:
     """Whether the run was asked to stop: SIGTERM or SIGINT sets it, and the run ends after the
-    step. A second one kills.
-    """
+    step. A second one kills."""
     def __init__(self):
         self.asked = False
         for sig in (signal.SIGTERM, signal.SIGINT):

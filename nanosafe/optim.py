@@ -13,8 +13,7 @@ SCHEDULES = ("cosine", "linear", "constant")
 
 def adamw(model, weight_decay, beta1, beta2):
     """AdamW (arXiv:1711.05101) with decay on matrices only: norms and biases have no scale to keep
-    small.
-    """
+    small."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
               {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},]
@@ -30,8 +29,7 @@ def check_schedules(*names):
 
 def learning_rate_at(step, steps, peak, schedule, warmup_ratio):
     """The learning rate of step 0 .. steps - 1: linear from 0 over the warm-up, then cosine or
-    linear to 0, or constant.
-    """
+    linear to 0, or constant."""
     warmup = int(warmup_ratio * steps)
     if step < warmup:
         return peak * step / warmup

@@ -16,8 +16,7 @@ import torch
 
 class Batch(NamedTuple):
     """Packed sequences: model(*batch[:3]) gives scores, model(*batch) the log-probabilities of the
-    targets.
-    """
+    targets."""
 
     tokens: torch.Tensor  # (N,) int64
     cu_seqlens: torch.Tensor  # (B+1,) int32
@@ -61,8 +60,7 @@ def order(n, epoch, seed):
 
 def examples_at(step, n, batch_size, seed):
     """The examples of optimizer step `step`: a pure function, so that a resumed run needs no cursor
-    but the step.
-    """
+    but the step."""
     positions = np.arange(step * batch_size, (step + 1) * batch_size)
     orders = {
         epoch: order(n, epoch, seed) for epoch in range(positions[0] // n, positions[-1] // n + 1)
@@ -79,8 +77,8 @@ def count_steps(n, batch_size, epochs, max_steps):
 def check_fits(lengths, max_tokens):
     """Stop with one line if an example is longer than a forward may be."""
     if max(lengths) > max_tokens:
-        raise SystemExit(f"error: an example has {max(lengths)} tokens, but max_tokens={max_tokens} "
-                         "per forward: raise max_tokens or lower max_len")
+        raise SystemExit(f"error: an example has {max(lengths)} tokens, but a forward takes "
+                         f"max_tokens={max_tokens}: raise max_tokens or lower max_len")
 
 
 def plan(lengths, max_tokens, ranks):

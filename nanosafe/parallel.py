@@ -163,7 +163,7 @@ def mesh(layout, device_type):
 
 @contextmanager
 def whole(model):
-    """A plain twin of `model` whose parameters are whole on every rank, for the length of the block.
+    """A plain twin of `model` whose parameters are whole on every rank, as long as the block runs.
 
     The weights are gathered once; the twin shares them and has no hooks, so no collective runs in
     the block: ranks may do different amounts of work in it, and CUDA graphs may be captured.
@@ -200,7 +200,7 @@ def backward(model, loss, last=True):
 
 
 def parameters(model):
-    """named_parameters() in this rank's slices: a forward without a backward leaves some gathered."""
+    """named_parameters() as this rank's slices: a forward without a backward gathers some."""
     for part in model.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
@@ -209,8 +209,7 @@ def parameters(model):
 
 def local_rows(p):
     """(tensor, first row, row count, writer): this rank's part of parameter `p`, and whether it is
-    the one to save it.
-    """
+    the one to save it."""
     if not isinstance(p, DTensor):
         return p.data, 0, len(p), rank() == 0
     start, writer = 0, True
@@ -257,8 +256,7 @@ def world_size():
 
 def add(tensor):
     """Sum a tensor over ranks, in place. Where each element is written by one rank and 0 on the
-    others, that gathers it.
-    """
+    others, that gathers it."""
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor

@@ -25,8 +25,7 @@ def shaped_rewards(scores, logps, ref_logps, mask, kl_coef, clip_score):
 
 def shaped_costs(scores, logps, ref_logps, mask, kl_coef, clip_score):
     """Per-token costs: the same with +kl_coef. In (r - lambda c) / (1 + lambda) the KL weight stays
-    kl_coef at every lambda.
-    """
+    kl_coef at every lambda."""
     return shape(scores, kl_coef * (logps - ref_logps), mask, clip_score)
 
 
@@ -59,8 +58,7 @@ def gae(rewards, values, mask, gamma, gae_lambda):
 
 def mix_advantages(reward_adv, cost_adv, lambda_):
     """(A_r - lambda A_c) / (1 + lambda): the Lagrangian's gradient, on one scale for every lambda.
-    arXiv:2310.12773 Eq. 29.
-    """
+    arXiv:2310.12773 Eq. 29."""
     return (reward_adv - lambda_ * cost_adv) / (1 + lambda_)
 
 
@@ -97,8 +95,7 @@ class LagrangeMultiplier:
 
     def update(self, cost_limit):
         """One step against `cost_limit` (Safe-RLHF's threshold, the paper's -d); returns the new
-        lambda.
-        """
+        lambda."""
         if self.updates >= self.delay and self.lr > 0:
             step = self.lr * (self.mean_cost - cost_limit) * self.value
             self.log_lambda = min(self.log_lambda + step, self.log_max)
@@ -116,8 +113,7 @@ class LagrangeMultiplier:
 
 class RunningMeanStd:
     """Mean and variance of all scores seen. Batch variances are unbiased, as in Safe-RLHF; a batch
-    of one counts none.
-    """
+    of one counts none."""
     def __init__(self, mean=0.0, var=1.0, count=0):
         self.mean, self.var, self.count = mean, var, count
 

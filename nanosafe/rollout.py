@@ -61,7 +61,8 @@ class Work:
     """The host's side: which prompt is in which row, and what its response is so far."""
 
     def __init__(self, engine, prompts, keys, limits, eos, on_finish, on_token):
-        self.engine, self.prompts, self.keys, self.limits, self.eos = engine, prompts, keys, limits, eos
+        self.engine, self.prompts, self.keys = engine, prompts, keys
+        self.limits, self.eos = limits, eos
         self.on_finish, self.on_token = on_finish, on_token
         self.responses = [[] for _ in prompts]
         self.waiting = list(reversed(range(len(prompts))))
@@ -81,8 +82,7 @@ class Work:
 
     def accept(self, tokens, first):
         """Append the new token of each row from `first` on; the last row takes a finished one's
-        place.
-        """
+        place."""
         for row in reversed(range(first, first + len(tokens))):
             i, token = self.live[row], tokens[row - first]
             self.responses[i].append(token)
@@ -106,9 +106,9 @@ class Engine:
         self.model, self.sampling, self.device = model, sampling, weight.device
         length = -(-length // 64) * 64
         if not slots:
-            row = 2 * len(model.layers) * c.num_key_value_heads * length * c.head_dim * weight.itemsize
+            row = 2 * len(model.layers) * c.num_key_value_heads * c.head_dim * length
             free = torch.cuda.mem_get_info(self.device)[0] if weight.is_cuda else 4 * 2**30
-            slots = max(1, min(256, free // 2 // row))
+            slots = max(1, min(256, free // 2 // (row * weight.itemsize)))
         self.slots = min(slots, wanted)
         shape = self.slots, c.num_key_value_heads, length, c.head_dim
         self.caches = [attention.Cache(weight.new_zeros(shape), weight.new_zeros(shape))
@@ -162,8 +162,7 @@ class Engine:
 
     def replay(self, n):
         """decode(n) as one CUDA graph over the whole cache length: a step is launched, not a
-        thousand kernels.
-        """
+        thousand kernels."""
         length = len(self.columns)
         if n not in self.graphs:
             state = self.tokens.clone(), self.positions.clone()
@@ -205,8 +204,7 @@ def sample(logits, keys, index, temperature, top_k, top_p):
 
 def filter_probs(probs, top_k, top_p):
     """Zero what is outside the top_k likeliest, then outside the smallest set that holds top_p of
-    the rest.
-    """
+    the rest."""
     if 0 < top_k < probs.shape[-1]:
         least = probs.topk(top_k, dim=-1).values[:, -1:]
         probs = torch.where(probs < least, 0.0, probs)
@@ -220,8 +218,7 @@ def filter_probs(probs, top_k, top_p):
 
 def inverse_cdf(probs, u):
     """The token at which the cumulative sum of probs (n, V) passes u (n,) of the total. In two
-    levels: blocks, then tokens.
-    """
+    levels: blocks, then tokens."""
     n, V = probs.shape
     block = 128
     probs = torch.nn.functional.pad(probs, (0, -V % block)).view(n, -1, block)

@@ -7,6 +7,7 @@ import io
 import json
 import lzma
 import os
+import re
 import zipfile
 from fractions import Fraction
 from typing import NamedTuple
@@ -48,27 +49,26 @@ def load(spec, seed=42):
 
 def parse_spec(spec):
     """[(path, proportion)], a negative proportion being a count."""
-    parts, seen = [], set()
-    for item in filter(None, (item.strip() for item in spec.split(","))):
-        name, *rest = item.split(":")
-        if len(rest) > 2 or (len(rest) == 2 and not rest[1]):
+    parts = {}
+    for item in filter(None, map(str.strip, spec.split(","))):
+        match = re.fullmatch("([^:]+)(?::([^:]*)(?::([^:]+))?)?", item)
+        if not match:
             stop(f"data {item!r}: write NAME[/SPLIT][:PROPORTION[:PATH]]")
-        try:
-            share = (Fraction(1) if not rest or not rest[0] else Fraction(rest[0])
-                     if "/-" not in rest[0] else -abs(Fraction(int(rest[0].split("/")[0]))))
-        except (ValueError, ZeroDivisionError):
-            stop(f"data {item!r}: the proportion {rest[0]!r} is not a number, a fraction a/b or a "
-                 "count n/-1")
-        if share < 0 and "/-" not in rest[0] or (share < 0 and rest[0].startswith("-")):
-            stop(f"data {item!r}: the proportion must not be negative; a count is written n/-1")
-        path = resolve(name, os.path.expanduser(rest[1]) if len(rest) == 2 else None)
-        if path in seen:
+        name, share, folder = match.groups()
+        path = resolve(name, os.path.expanduser(folder) if folder else None)
+        if path in parts:
             stop(f"data {item!r}: this dataset is named twice; use one proportion, 2 repeats it")
-        seen.add(path)
-        parts.append((path, float(share)))
+        try:
+            count = (share or "1").endswith("/-1")
+            parts[path] = float(Fraction(share[:-3] if count else share or "1")) * (-1)**count
+        except (ValueError, ZeroDivisionError):
+            stop(f"data {item!r}: the proportion {share!r} is no number, no fraction a/b and no "
+                 "count n/-1")
+        if (parts[path] > 0) == count and parts[path]:
+            stop(f"data {item!r}: the proportion must not be negative; a count is written n/-1")
     if not parts:
         stop("data is empty: name a dataset, or the path of a .jsonl file")
-    return parts
+    return list(parts.items())
 
 
 def resolve(name, path=None):
@@ -76,8 +76,8 @@ def resolve(name, path=None):
     if path is None and name.endswith((".jsonl", ".json", ".gz", ".xz", ".zip")):
         candidates = [os.path.expanduser(name)]
     else:
-        base, _, split = (name.rpartition("/") if name.endswith(("/train", "/test")) else
-                          (name, "", "train"))
+        named = name.endswith(("/train", "/test"))
+        base, _, split = name.rpartition("/") if named else (name, "", "train")
         base = ALIASES.get(base.lower(), base)
         roots = ["data", ROOT] if path is None else [path]
         candidates = [os.path.join(root, base, split + ".jsonl") for root in roots]
@@ -93,9 +93,7 @@ def resolve(name, path=None):
 
 
 def sample_indices(n, proportion, seed_sequence):
-    """Safe-RLHF's sampling: whole copies in order, then a draw without replacement for the rest.
-    proportion < 0: a count.
-    """
+    """Safe-RLHF's sampling: whole copies in order, the rest drawn without replacement."""
     count = int(-proportion) if proportion < 0 else round(n * proportion)
     copies, rest = divmod(count, n) if n else (0, 0)
     indices = list(range(n)) * copies
@@ -122,16 +120,14 @@ def open_text(path):
         archive = zipfile.ZipFile(path)
         return io.TextIOWrapper(archive.open(archive.namelist()[0]), encoding="utf-8-sig")
     if path.endswith(".parquet"):
-        stop(f"{path!r}: parquet is not read here; convert it: python -c \"import pandas, sys; "
-             "pandas.read_parquet(sys.argv[1]).to_json(sys.argv[2], orient='records', "
-             "lines=True)\"")
+        stop(f"{path!r}: parquet is not read here; convert it: python -c \"import pandas as pd; "
+             f"pd.read_parquet('{path}').to_json('out.jsonl', orient='records', lines=True)\"")
     return open(path, encoding="utf-8-sig")
 
 
 def read_rows(path):
-    """The rows of a .json (a list) or .jsonl file; a line that is no JSON object becomes a Row with
-    record None.
-    """
+    """The rows of a .json (a list) or .jsonl file; of a line that is no JSON object, the record is
+    None."""
     with open_text(path) as f:
         if path.removesuffix(".gz").removesuffix(".xz").removesuffix(".zip").endswith(".json"):
             values = enumerate(json.load(f), start=1)

@@ -73,8 +73,7 @@ class Tokenizer:
 
     def encode(self, text, bos=False, eos=False, allow_special=True):
         """Token ids of `text`. With allow_special=False the text of a special token, "</s>" say,
-        stays text: for user input.
-        """
+        stays text: for user input."""
         ids = [self.bos_id] if bos else []
         first = True
         for piece in self.split(text) if allow_special else [text]:
@@ -126,8 +125,7 @@ class Tokenizer:
 
 def train(texts, vocab_size, path):
     """Train a SentencePiece BPE with LLaMA's settings (bytes as fallback, split digits) and write
-    path/tokenizer.model.
-    """
+    path/tokenizer.model."""
     os.makedirs(path, exist_ok=True)
     with open(os.path.join(path, "tokenizer.model"), "wb") as out:
         sentencepiece.SentencePieceTrainer.train(

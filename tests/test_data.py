@@ -50,7 +50,7 @@ def test_specifications(tmp_path, monkeypatch):
     assert count(str(tmp_path / "data/x/test.jsonl")) == 4 and count("data/x/test.jsonl:1/-1") == 1
     path = tmp_path / "data" / "x" / "train.jsonl"
     assert count(f"y:1:{path}") == 10  # PATH may be the file itself
-    for spec, words in (("", "data is empty"), ("x:-1", "must not be negative"), ("x:a", "not a number"),
+    for spec, words in (("", "data is empty"), ("x:-1", "must not be negative"), ("x:a", "is no number"),
                         ("x:1:2:3", "write NAME"), ("x:0.5:", "write NAME"), ("x,x:0.5", "named twice"),
                         ("nowhere", "run python data/nowhere/prepare.py"), ("no.jsonl", "no file at"),
                         ("x:-5/-1", "must not be negative")):

@@ -6,4 +6,5 @@ data = "pku_saferlhf"
 eval_data = "pku_saferlhf/test"
 epochs = 2.0
 batch_size = 32
-learning_rate = 2e-4
+learning_rate = 3e-4
+max_len = 256

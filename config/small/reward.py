@@ -6,4 +6,5 @@ data = "hh_rlhf/harmless-base,hh_rlhf/helpful-base"
 eval_data = "hh_rlhf/harmless-base/test,hh_rlhf/helpful-base/test"
 epochs = 1.0
 batch_size = 32
-learning_rate = 2e-4
+learning_rate = 3e-4
+max_len = 256

@@ -12,3 +12,4 @@ num_key_value_heads = 6
 epochs = 1.0
 batch_size = 16
 learning_rate = 1e-3
+max_len = 256

@@ -20,8 +20,7 @@ URL = "https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/main/alpaca_d
 
 def to_record(row):
     """Instruction and input make the prompt, joined by a space as Safe-RLHF does; earlier turns,
-    where there are, come first.
-    """
+    where there are, come first."""
     prompt = row["instruction"] + (" " + row["input"] if row.get("input") else "")
     if not prompt.strip() or not row["output"].strip():
         raise ValueError("an empty text")
