@@ -31,11 +31,10 @@ def configure(script):
     knobs = read_knobs(script)
     config = {name: script[name] for name in knobs}
     origin = {}
-    flags, files = {}, []
+    flags, files, asked = {}, [], False
     for arg in sys.argv[1:]:
         if arg in ("-h", "--help"):
-            print(help_text(script, knobs, config))
-            sys.exit()
+            asked = True
         elif arg.startswith("--"):
             name, equals, text = arg[2:].partition("=")
             if not equals:
@@ -52,6 +51,9 @@ def configure(script):
     for name, text in flags.items():
         config[name] = parse(name, text, config)
         origin[name] = "flag"
+    if asked:
+        print(help_text(script, knobs, config))
+        sys.exit()
     script.update(config)
     if os.environ.get("RANK", "0") == "0":
         width = max([len(name) for name in origin], default=0)
@@ -169,7 +171,7 @@ def known(name, config, where):
 
 def help_text(script, knobs, config):
     lines = [(script.get("__doc__") or "").strip(), "",
-             "Knobs (defaults < config files from left to right < --key=value):",]
+             "Knobs (defaults < config files from left to right < --key=value), as they stand:",]
     width = max(len(f"{name} = {json.dumps(config[name])}") for name in knobs)
     for name, comment in knobs.items():
         lines.append(f"  {f'{name} = {json.dumps(config[name])}':<{width}}  {comment}")
