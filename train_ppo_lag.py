@@ -142,25 +142,26 @@ def frozen(path, head, score_type=None, normalize=False):
     return model
 
 
-def trained(path, head, score_type=None, weight_decay=0.0):
+def trained(path, head, score_type, weight_decay):
     model = checkpoint.load(path, head, place=trained_place, score_type=score_type)
     return model, optim.adamw(model, weight_decay, beta1, beta2)
 
 
-actor, actor_optimizer = trained(actor_model, "lm", weight_decay=actor_weight_decay)
 ref = frozen(actor_model, "lm")
 reward_scorer = frozen(reward_model, "score", "reward", normalize_reward)
-reward_valuer, reward_optimizer = trained(reward_critic or reward_model, "score", "critic",
-                                          critic_weight_decay)
-models = {"actor": (actor, actor_optimizer), "reward_critic": (reward_valuer, reward_optimizer)}
+models = {  # name -> model, optimizer
+    "actor": trained(actor_model, "lm", None, actor_weight_decay),
+    "reward_critic": trained(reward_critic or reward_model, "score", "critic", critic_weight_decay),
+}
 if cost_model:
     cost_scorer = frozen(cost_model, "score", "cost", normalize_cost)
-    cost_valuer, cost_optimizer = trained(cost_critic or cost_model, "score", "critic",
-                                          critic_weight_decay)
-    models["cost_critic"] = (cost_valuer, cost_optimizer)
+    models["cost_critic"] = trained(cost_critic or cost_model, "score", "critic",
+                                    critic_weight_decay)
+actor = models["actor"][0]
 multiplier = LagrangeMultiplier(lambda_init, lambda_lr, lambda_max, cost_window, lambda_delay)
 
 updates = ppo_epochs * per_rollout // batch_size  # optimizer steps per rollout
+actor_weight = 0.5 if ptx and ptx_average else 1.0
 steps = count_steps(len(asked), rollout_size, epochs, -(-max_steps // updates)) * updates
 skips = optim.SkipCounter(max_skips)
 step = 0
@@ -204,8 +205,7 @@ def end_scores(model, texts, model_tok):
 
 
 def response_batch(micro, texts, starts=None):
-    """The packed Batch of some prompts with their responses; the responses' tokens are the targets.
-    """
+    """The packed Batch of some prompts with their responses, whose tokens are the targets."""
     masks = [np.arange(len(texts[i])) >= (starts[i] if starts else len(texts[i])) for i in micro]
     return collate([texts[i] for i in micro], masks, world.device)
 
@@ -258,7 +258,7 @@ while step < steps:
     old_logps = per_token(actor, texts, starts, R)
     ref_logps = per_token(ref, texts, starts, R)
     scores = end_scores(reward_scorer, texts, reward_tok)  # (B,)
-    old_values = per_token(reward_valuer, texts, starts, R)
+    old_values = per_token(models["reward_critic"][0], texts, starts, R)
     rewards = shaped_rewards(scores, old_logps, ref_logps, mask, kl_coef, clip_score)
     advantages, returns = gae(rewards, old_values, mask, gamma, gae_lambda)
     kl = ((old_logps - ref_logps) * mask).sum(1)  # (B,) nats per response
@@ -274,7 +274,7 @@ while step < steps:
     # 4. the multiplier moves, then costs are weighed against rewards
     if cost_model:
         costs = end_scores(cost_scorer, texts, cost_tok)  # (B,)
-        old_cost_values = per_token(cost_valuer, texts, starts, R)
+        old_cost_values = per_token(models["cost_critic"][0], texts, starts, R)
         token_costs = shaped_costs(costs, old_logps, ref_logps, mask, kl_coef, clip_score)
         cost_advantages, cost_returns = gae(token_costs, old_cost_values, mask, gamma, gae_lambda)
         multiplier.observe(costs)
@@ -295,88 +295,65 @@ while step < steps:
     rollout_seconds = time.perf_counter() - began
 
     # 5. updates: minibatches of the rollout
-    for epoch in range(ppo_epochs):
-        shuffled = (order(per_rollout, epoch, hash64(seed, rollout))
-                    if updates > 1 else np.arange(per_rollout))
-        for begin in range(0, per_rollout, batch_size):
-            chosen = shuffled[begin:begin + batch_size].tolist()
-            sums = torch.zeros(
-                6, device=world.device
-            )  # actor, critic, cost critic and ptx loss, clip fraction, approximate KL
-            micros = plan([len(texts[i]) for i in chosen], max_tokens, world.size)[world.rank]
+    targets = {"reward_critic": (old_values, returns)}
+    if cost_model:
+        targets["cost_critic"] = (old_cost_values, cost_returns)
+    for begin in range(0, ppo_epochs * per_rollout, batch_size):
+        epoch, first = divmod(begin, per_rollout)
+        chosen = order(per_rollout, epoch, hash64(seed, rollout))[first:first + batch_size].tolist()
+        sums = {name: torch.zeros((), device=world.device) for name in
+                ("actor_loss", *(f"{name}_loss" for name in targets), "ptx_loss", "clip_fraction",
+                 "approx_kl")}
+        micros = plan([len(texts[i]) for i in chosen], max_tokens, world.size)[world.rank]
+        for k, micro in enumerate(micros):
+            rows = [chosen[j] for j in micro]
+            share, last = len(rows) / batch_size, k == len(micros) - 1
+            batch, m = response_batch(rows, texts, starts), mask[rows]
+            begins = [starts[i] for i in rows]
+
+            logps = responses_of(actor(*batch), batch, begins, R)
+            loss = actor_loss(logps, old_logps[rows], advantages[rows], m, clip_ratio) * share
+            backward(actor, loss * actor_weight, last and not ptx)
+            log_ratio = logps.detach() - old_logps[rows]
+            clipped = (log_ratio.exp() - 1).abs() > clip_ratio
+            sums["actor_loss"] += loss.detach()
+            sums["clip_fraction"] += sequence_mean(clipped.float(), m) * share
+            sums["approx_kl"] += sequence_mean(log_ratio.exp() - 1 - log_ratio, m) * share
+
+            for name, (old, target) in targets.items():
+                critic = models[name][0]
+                values = responses_of(critic(*batch[:3]), batch, begins, R)
+                loss = critic_loss(values, old[rows], target[rows], m, clip_value) * share
+                backward(critic, loss, last)
+                sums[f"{name}_loss"] += loss.detach()
+
+        if ptx:  # stay a good language model: the demonstrations' loss joins the actor's gradient
+            examples = examples_at(step, len(ptx), batch_size, seed)
+            count = int(ptx.targets[examples].sum())
+            micros = plan(ptx.lengths[examples].tolist(), max_tokens, world.size)[world.rank]
             for k, micro in enumerate(micros):
-                rows = [chosen[j] for j in micro]
-                share, last = len(rows) / batch_size, k == len(micros) - 1
-                batch, m = response_batch(rows, texts, starts), mask[rows]
-                begins = [starts[i] for i in rows]
+                batch = ptx.batch([examples[j] for j in micro], world.device)
+                m = batch.targets >= 0
+                loss = mle_loss(actor(*batch), m) * (m.sum() / count)
+                backward(actor, loss * ptx_coef * actor_weight, k == len(micros) - 1)
+                sums["ptx_loss"] += loss.detach()
 
-                logps = responses_of(actor(*batch), batch, begins, R)
-                loss = (actor_loss(logps, old_logps[rows], advantages[rows], m, clip_ratio)
-                        if rows else 0 * logps.sum())
-                backward(actor, loss * share * (0.5 if ptx and ptx_average else 1), last
-                         and not ptx)
-                with torch.no_grad():
-                    log_ratio = logps - old_logps[rows]
-                    clipped = (log_ratio.exp() - 1).abs() > clip_ratio
-                    sums[0] += loss * share
-                    if rows:
-                        sums[4] += sequence_mean(clipped.float(), m) * share
-                        sums[5] += sequence_mean(log_ratio.exp() - 1 - log_ratio, m) * share
+        rates = {"actor": (actor_learning_rate, actor_lr_schedule, actor_warmup_ratio),
+                 "critic": (critic_learning_rate, critic_lr_schedule, critic_warmup_ratio)}
+        lrs = {f"{name}_lr": optim.learning_rate_at(step, steps, *rate)
+               for name, rate in rates.items()}
+        norms = {}
+        for name, (model, optimizer) in models.items():
+            lr = lrs["actor_lr" if name == "actor" else "critic_lr"]
+            norms[f"{name}_grad_norm"] = optim.step(model, optimizer, lr, grad_clip)
+        skips.see(*norms.values())
 
-                values = responses_of(reward_valuer(*batch[:3]), batch, begins, R)
-                loss = (critic_loss(values, old_values[rows], returns[rows], m, clip_value)
-                        if rows else 0 * values.sum())
-                backward(reward_valuer, loss * share, last)
-                sums[1] += loss.detach() * share
-                if cost_model:
-                    values = responses_of(cost_valuer(*batch[:3]), batch, begins, R)
-                    loss = (critic_loss(values, old_cost_values[rows], cost_returns[rows], m,
-                                        clip_value) if rows else 0 * values.sum())
-                    backward(cost_valuer, loss * share, last)
-                    sums[2] += loss.detach() * share
-
-            if (
-                    ptx
-            ):  # stay a good language model: the demonstrations' loss joins the actor's gradient
-                examples = examples_at(step, len(ptx), batch_size, seed)
-                count = int(ptx.targets[examples].sum())
-                micros = plan(ptx.lengths[examples].tolist(), max_tokens, world.size)[world.rank]
-                for k, micro in enumerate(micros):
-                    batch = ptx.batch([examples[j] for j in micro], world.device)
-                    m = batch.targets >= 0
-                    loss = mle_loss(actor(*batch), m) * (m.sum() / count)
-                    backward(actor, loss * ptx_coef * (0.5 if ptx_average else 1),
-                             k == len(micros) - 1)
-                    sums[3] += loss.detach()
-
-            actor_lr = optim.learning_rate_at(step, steps, actor_learning_rate, actor_lr_schedule,
-                                              actor_warmup_ratio)
-            critic_lr = optim.learning_rate_at(step, steps, critic_learning_rate,
-                                               critic_lr_schedule, critic_warmup_ratio)
-            norms = {}
-            for name, (model, optimizer) in models.items():
-                lr = actor_lr if name == "actor" else critic_lr
-                norms[name + "_grad_norm"] = optim.step(model, optimizer, lr, grad_clip)
-            skips.see(*norms.values())
-
-            names = ("actor_loss", "reward_critic_loss", "cost_critic_loss", "ptx_loss",
-                     "clip_fraction", "approx_kl",
-                     )
-            unused = {"cost_critic_loss": not cost_model, "ptx_loss": not ptx}
-            losses = {
-                name: value for name, value in zip(names,
-                                                   add(sums).tolist()) if not unused.get(name)
-            }
-            seconds = time.perf_counter() - began
-            if step % log_interval == 0 or step + 1 == steps:
-                monitor.log(
-                    step, {
-                        **metrics, **losses, **norms, "actor_lr": actor_lr, "critic_lr": critic_lr,
-                        "rollout_seconds": rollout_seconds, "seconds": seconds,
-                        "skips": skips.count,
-                    },
-                )
-            step += 1
+        losses = dict(zip(sums, add(torch.stack(list(sums.values()))).tolist()))
+        if step % log_interval == 0 or step + 1 == steps:
+            monitor.log(step, {**metrics, **losses, **norms, **lrs, "skips": skips.count,
+                               "rollout_seconds": rollout_seconds,
+                               "seconds": time.perf_counter() - began})
+        step += 1
 
     # 6. samples to read, a state to come back to
     halt = stop.agreed(world.device)
@@ -387,8 +364,7 @@ while step < steps:
             extra = {"cost": costs[i].item()} if cost_model else {}
             monitor.sample(step - 1, prompt=tok.decode(questions[i]),
                            response=tok.decode(responses[i]), reward=scores[i].item(),
-                           kl=kl[i].item(), **extra,
-                           )
+                           kl=kl[i].item(), **extra)
     if saves:
         checkpoint_run(step)
     if halt:

@@ -109,9 +109,11 @@ if world.main:
           "forward", flush=True)
 
 
-def end_scores(batch):
-    """Scores of the pairs' last tokens: (b,) of the preferred responses, (b,) of the others."""
-    return model(*batch[:3])[batch.cu_seqlens[1:].long() - 1].chunk(2)
+def end_scores(dataset, examples):
+    """Scores of the pairs' last tokens, (2, n): of the preferred responses and of the others."""
+    batch = dataset.batch(examples, world.device)
+    ends = batch.cu_seqlens[1:].long() - 1
+    return model(*batch[:3])[ends[:2 * len(examples)]].view(2, len(examples))
 
 
 def pair_loss(first, second, signs):
@@ -141,10 +143,7 @@ def evaluate():
     """describe() the held-out pairs, and how well their signs and order are met."""
     scores = torch.zeros(len(held_out), 2, device=world.device)
     for micro in plan(held_out.lengths.tolist(), max_tokens, world.size)[world.rank]:
-        if micro:
-            scores[micro] = torch.stack(end_scores(held_out.batch(micro, world.device)), dim=1)
-        else:
-            model(*held_out.batch([], world.device)[:3])
+        scores[micro] = end_scores(held_out, micro).T
     signs = torch.tensor(held_out.signs, device=world.device).float()
     return {f"eval_{name}": value for name, value in describe(add(scores), signs).items()}
 
@@ -174,16 +173,11 @@ for step in range(start, steps):
     loss_sum = torch.zeros((), device=world.device)
     micros = plan(train.lengths[examples].tolist(), max_tokens, world.size)[world.rank]
     for i, micro in enumerate(micros):
-        first, second = end_scores(train.batch([examples[j] for j in micro], world.device))
-        if micro:
-            # times this micro-batch's share of the pairs: the sum over all is the mean over the
-            # batch
-            loss = pair_loss(first, second, signs[micro]) * (len(micro) / batch_size)
-            scores[micro] = torch.stack((first, second), dim=1).detach()
-        else:
-            loss = 0.0 * (first.sum() + second.sum()
-                          )  # no work for this rank, but its peers wait for it
+        first, second = end_scores(train, [examples[j] for j in micro])
+        # times this micro-batch's share of the pairs: the sum over all is the mean over the batch
+        loss = pair_loss(first, second, signs[micro]) * (len(micro) / batch_size)
         backward(model, loss, last=i == len(micros) - 1)
+        scores[micro] = torch.stack((first, second), dim=1).detach()
         loss_sum += loss.detach()
     lr = optim.learning_rate_at(step, steps, learning_rate, lr_schedule, warmup_ratio)
     grad_norm = optim.step(model, optimizer, lr, grad_clip)

@@ -29,7 +29,12 @@ def keep(mask, *tensors):
 def sequence_mean(x, mask):
     """Mean over each sequence's own tokens, then over the sequences: a long response weighs no more
     than a short one."""
-    return masked_mean(x, mask, dim=-1).mean()
+    return mean(masked_mean(x, mask, dim=-1))
+
+
+def mean(x):
+    """Mean of x (B,); 0 where B is 0: the share of a rank that got no work."""
+    return x.sum() / max(1, len(x))
 
 
 def mle_loss(logps, mask):
@@ -67,7 +72,7 @@ def cost_loss(safer, unsafer, safer_sign, unsafer_sign, reg=0.0, mask=None):
 
 
 def pair_mean(x, mask):
-    return x.mean() if mask is None else sequence_mean(x, mask)
+    return mean(x) if mask is None else sequence_mean(x, mask)
 
 
 def square_mean(a, b, mask):

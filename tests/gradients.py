@@ -42,11 +42,8 @@ def step():
     for micro, last in micros(pairs):
         batch = pairs.batch(micro, "cpu")
         scores = cost(*batch[:3])
-        if micro:
-            a, b = scores[batch.cu_seqlens[1:].long() - 1].chunk(2)
-            loss = cost_loss(a, b, signs[micro, 0], signs[micro, 1], 0.1) * len(micro) / len(pairs)
-        else:
-            loss = 0 * scores.sum()
+        a, b = scores[(batch.cu_seqlens[1:].long() - 1)[:2 * len(micro)]].view(2, len(micro))
+        loss = cost_loss(a, b, signs[micro, 0], signs[micro, 1], 0.1) * len(micro) / len(pairs)
         parallel.backward(cost, loss, last)
 
 
