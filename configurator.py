@@ -17,6 +17,7 @@ import difflib
 import json
 import os
 import sys
+import textwrap
 
 TYPES = (bool, int, float, str)
 
@@ -58,7 +59,9 @@ def configure(script):
     if os.environ.get("RANK", "0") == "0":
         width = max([len(name) for name in origin], default=0)
         for name in origin:
-            print(f"{name:<{width}} = {config[name]!r}  ({origin[name]})", flush=True)
+            print(f"{name:<{width}} = {config[name]!r}  ({origin[name]})")
+        rest = ", ".join(f"{name}={value!r}" for name, value in config.items() if name not in origin)
+        print(textwrap.fill(f"as by default: {rest}", 100, subsequent_indent="    "), flush=True)
     return config
 
 
@@ -79,9 +82,10 @@ def read_knobs(script):
     for node in ast.parse(source).body:
         if calls_configure(node):
             break
-        if not (isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)):
+        if not isinstance(node, (ast.Assign, ast.AnnAssign)):
             continue
-        name = node.targets[0].id
+        target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+        name = getattr(target, "id", "_")
         if name.startswith("_") or name != name.lower():
             continue
         if type(script[name]) not in TYPES:

@@ -60,8 +60,8 @@ def score(ids):
     """{"reward": .., "cost": ..} of a conversation's ids, by the models that are given."""
     scores = {}
     for name, (scorer, scorer_tok) in scorers.items():
-        own = (ids if scorer_tok.fingerprint == tok.fingerprint else retokenize(
-            ids, tok, scorer_tok).tolist())
+        same = scorer_tok.fingerprint == tok.fingerprint
+        own = ids if same else retokenize(ids, tok, scorer_tok).tolist()
         batch = collate([own], [[0] * len(own)], world.device)
         scores[name] = scorer(*batch[:3])[-1].item()
     return scores
@@ -70,18 +70,16 @@ def score(ids):
 def sample(turns, sample_index, on_token=None):
     """One answer (its ids) to a conversation, the best of best_of, with its scores."""
     question = encode(turns, tok)[0]
+    uids = [(len(turns), sample_index, i) for i in range(best_of)]
     answers = generate(policy, [question] * best_of, max_new_tokens, temperature=temperature,
-                       top_k=top_k, top_p=top_p, eos_ids=tok.eos_ids, seed=seed, uids=[
-                           (len(turns), sample_index, i) for i in range(best_of)
-                       ], on_token=on_token if best_of == 1 else None,
-                       )
+                       top_k=top_k, top_p=top_p, eos_ids=tok.eos_ids, seed=seed, uids=uids,
+                       on_token=on_token)
     scored = [(score(question + answer), answer) for answer in answers]
     return max(scored, key=lambda pair: pair[0].get("reward", 0.0))
 
 
 def streamer():
-    """A function for on_token that prints text as it grows: not before its last character is whole.
-    """
+    """A function for on_token that prints text as it grows, whole characters at a time."""
     ids, printed = [], ""
 
     def on_token(_, token):
@@ -101,9 +99,9 @@ def answer(turns, sample_index=0):
     text = tok.decode(ids)
     line = "  ".join(f"{name} {value:.2f}" for name, value in scores.items())
     cut = "" if ids[-1] in tok.eos_ids else f"[cut at {max_new_tokens} tokens]"
-    print("\n".join(filter(None, [text if best_of > 1 else " ", cut, f"[{line}]" if line else ""])),
-          flush=True,
-          )
+    print("" if best_of == 1 else text)  # a single answer was streamed
+    for note in filter(None, (cut, line)):
+        print(note if note == cut else f"[{note}]", flush=True)
     return text
 
 
@@ -114,7 +112,7 @@ def read_prompts():
     if prompts.endswith(".txt"):
         with open(prompts, encoding="utf-8") as f:
             return [[line.rstrip("\n")] for line in f if line.strip()]
-    asked = [row.record["input"] for row in load(prompts) if row.record and row.record.get("input")]
+    asked = [row["input"] for row in load(prompts) if row.get("input")]
     return [[turns] if isinstance(turns, str) else turns for turns in asked]
 
 

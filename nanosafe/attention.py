@@ -16,9 +16,7 @@ import torch
 import torch.nn.functional as F
 
 try:
-    from torch.nn.attention.varlen import (
-        varlen_attn,  # FlashAttention-2 over packed sequences; CUDA only
-    )
+    from torch.nn.attention.varlen import varlen_attn  # FlashAttention-2, packed; CUDA only
 
     VARLEN_OPTIONS = inspect.signature(varlen_attn).parameters
 except ImportError:

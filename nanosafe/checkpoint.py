@@ -140,8 +140,7 @@ def fill(model, folder, fresh, seed):
                if model.head == "score" else {*used, "lm_head.weight"})
     surplus = [name for name in folder.names if name not in allowed and not name.endswith(IGNORED)]
     for what, names in (("misses", missing), ("has a wrong shape for", misshapen),
-                        ("has no use for", surplus),
-                        ):
+                        ("has no use for", surplus)):
         if names:
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             raise SystemExit(f"error: {folder.path!r} {what} {', '.join(names[:5])}{more}")
@@ -200,8 +199,7 @@ def finish_folder(model, folder, tokenizer, files, index, total, dtype):
     if len(files) > 1:
         weight_map = {name: names[i] for name, i in sorted(index.items())}
         write_json({"metadata": {"total_size": total}, "weight_map": weight_map}, folder,
-                   "model.safetensors.index.json",
-                   )
+                   "model.safetensors.index.json")
     config = model.config.to_dict(model.head)
     name = str(dtype or next(model.parameters()).dtype).removeprefix("torch.")
     config["torch_dtype"] = config["dtype"] = name

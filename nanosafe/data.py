@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from nanosafe.packing import collate
-from nanosafe.rows import load, parse_spec, stop
+from nanosafe.rows import load_rows, parse_spec, stop
 
 # The one definition of the template. A dialogue repeats USER ... ASSISTANT:answer</s>; no space
 # follows the colon.
@@ -30,6 +30,21 @@ TASKS = {  # task -> fields that a row must have
     "cost": ("input", "answer", "other_answer", "safer", "is_safe", "is_other_safe"),
 }
 VERSION = 1  # of the cache's layout
+
+
+def load(spec, seed=42):
+    """The records (dicts) of a dataset specification.
+
+    spec is a comma-separated list of NAME[/SPLIT][:PROPORTION[:PATH]], or of paths of .jsonl files.
+    PROPORTION is a share (0.5, 3/4), a repetition (2.5) or a count (100/-1); `seed` draws the rows.
+    NAME is a folder below data/ that its prepare.py filled, SPLIT is train by default; PATH is
+    another place for it. Lines that are no JSON object are dropped, and said.
+    """
+    rows = load_rows(spec, seed)
+    broken = [f"{row.file}:{row.line}" for row in rows if row.record is None]
+    if broken:
+        print(f"{spec}: {len(broken)} lines are no JSON object (first: {broken[0]}): dropped")
+    return [row.record for row in rows if row.record is not None]
 
 
 def conversations(record, task):
@@ -180,7 +195,7 @@ def tokenize(spec, tokenizer, task, max_len, seed=42, show=True):
     cache = os.environ.get("NANOSAFE_CACHE") or os.path.expanduser("~/.cache/nanosafe")
     folder = os.path.join(cache, key.hexdigest())
     if not os.path.isdir(folder):
-        build(folder, load(spec, seed), tokenizer, task, max_len, show)
+        build(folder, load_rows(spec, seed), tokenizer, task, max_len, show)
     dataset = Dataset(folder)
     if show:
         print(f"{spec} ({task}): {dataset.report['text']}", flush=True)

@@ -42,7 +42,7 @@ def main(out_dir="out/demo", seed="0"):
     step("prepare the data", "python data/toy/prepare.py")
     toy.main()
     step("train a tokenizer on the demonstrations")
-    turns = [[row.record["input"], row.record["answer"]] for row in data.load("toy/sft")]
+    turns = [[row["input"], row["answer"]] for row in data.load("toy/sft")]
     texts = [prompt + answer for talk in turns for prompt, answer in data.segments(talk)]
     tok = tokenizer.train(texts, 900, os.path.join(out_dir, "tokenizer"))
     print(f"{tok.vocab_size} pieces in {out_dir}/tokenizer")
@@ -85,7 +85,7 @@ def judge(toy, path, reference):
     """Sample an answer to every held-out request, and judge it by gold; KL is against the
     reference, in nats per answer."""
     model, ref, tok = checkpoint.load(path), checkpoint.load(reference), tokenizer.load(path)
-    prompts = [row.record["input"] for row in data.load("toy/prompts/test")]
+    prompts = [row["input"] for row in data.load("toy/prompts/test")]
     ids = [data.encode([prompt], tok)[0] for prompt in prompts]
     responses = generate(model, ids, 64, eos_ids=tok.eos_ids, seed=0)
     pairs = [(prompt, tok.decode(response)) for prompt, response in zip(prompts, responses)]

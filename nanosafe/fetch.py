@@ -98,8 +98,7 @@ def receive(url, part):
             have = 0  # the server knows no ranges: from the start
         size = have + int(answer.headers.get("Content-Length") or 0)
         bar = tqdm(total=size or None, initial=have, unit="B", unit_scale=True,
-                   desc=os.path.basename(part).removesuffix(".part"),
-                   )
+                   desc=os.path.basename(part).removesuffix(".part"))
         with open(part, "ab" if have else "wb") as f, bar:
             while block := answer.read(2**16):
                 f.write(block)

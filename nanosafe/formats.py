@@ -48,8 +48,7 @@ class Folder:
         self.files = {}  # tensor name -> file name
         self.handles = {}
         for single, index in (("model.safetensors", "model.safetensors.index.json"),
-                              ("pytorch_model.bin", "pytorch_model.bin.index.json"),
-                              ):
+                              ("pytorch_model.bin", "pytorch_model.bin.index.json")):
             if os.path.isfile(os.path.join(self.path, single)):
                 self.files = {name: single for name in self.open(single).keys()}
                 break

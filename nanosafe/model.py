@@ -79,8 +79,7 @@ class Config:
         """The config.json of a LLaMA folder, as transformers 4 and 5 both read it."""
         d = asdict(self)
         score = ("score_bias", "score_type", "do_normalize", "normalizer_type", "momentum", "mean",
-                 "var",
-                 )
+                 "var")
         if head == "lm":
             d = {key: value for key, value in d.items() if key not in score}
         else:
@@ -153,9 +152,7 @@ class LLaMA(nn.Module):
         super().__init__()
         c = self.config = config
         self.head = head
-        self.activation_checkpointing = (
-            False  # True: recompute each block in the backward pass instead of keeping it
-        )
+        self.activation_checkpointing = False  # True: recompute blocks in the backward pass
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
@@ -237,13 +234,10 @@ def rope_frequencies(c):
     s = c.rope_scaling or {}
     if c.rope_type == "linear":
         return inv_freq / s["factor"]
-    if (c.rope_type == "llama3"
-        ):  # long waves are slowed by `factor`, short ones are kept, a linear blend between
-        low, high, original = (s["low_freq_factor"], s["high_freq_factor"],
-                               s["original_max_position_embeddings"],
-                               )
-        waves = 2 * math.pi / inv_freq
-        blend = ((original / waves - low) / (high - low)).clamp(0, 1)
+    if c.rope_type == "llama3":  # long waves are slowed, short ones kept, a linear blend between
+        low, high = s["low_freq_factor"], s["high_freq_factor"]
+        turns = s["original_max_position_embeddings"] * inv_freq / (2 * math.pi)
+        blend = ((turns - low) / (high - low)).clamp(0, 1)
         return (1 - blend) * inv_freq / s["factor"] + blend * inv_freq
     return inv_freq  # "dynamic" acts beyond max_position_embeddings only
 

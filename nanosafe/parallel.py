@@ -24,13 +24,8 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    FSDPModule,
-    MixedPrecisionPolicy,
-    OffloadPolicy,
-    fully_shard,
-)
+from torch.distributed.fsdp import (CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy,
+                                    OffloadPolicy, fully_shard)
 from torch.distributed.tensor import DTensor, Shard
 
 LAYOUTS = ("auto", "plain", "ddp", "fsdp", "hsdp")
@@ -110,12 +105,10 @@ def places(world, dtype, layout, offload, use_compile, activation_checkpointing,
         if world.size == 1 and compute == torch.float32 and offload == "none":
             layout = "plain"
     trained = Place(world.device, layout, torch.float32, compute, offload == "all" and on_gpu,
-                    use_compile and on_gpu, activation_checkpointing,
-                    )
+                    use_compile and on_gpu, activation_checkpointing)
     away = offload != "none" and on_gpu
     frozen = Place(world.device, "plain" if layout == "ddp" and not away else layout, compute,
-                   compute, away, use_compile and on_gpu,
-                   )
+                   compute, away, use_compile and on_gpu)
     return trained, frozen
 
 
@@ -134,8 +127,7 @@ def put(model, place):
         join(place.device, store=dist.HashStore(), rank=0, world_size=1)
     policy = MixedPrecisionPolicy(param_dtype=place.compute_dtype, reduce_dtype=torch.float32)
     options = dict(mesh=mesh(place.layout, place.device.type), mp_policy=policy,
-                   offload_policy=CPUOffloadPolicy() if place.offload else OffloadPolicy(),
-                   )
+                   offload_policy=CPUOffloadPolicy() if place.offload else OffloadPolicy())
     for layer in model.layers:  # a layer is gathered when it is needed, and dropped after it
         fully_shard(layer, **options, reshard_after_forward=place.layout != "ddp")
     fully_shard(model, **options, reshard_after_forward=False)

@@ -32,13 +32,8 @@ class Row(NamedTuple):
     line: int
 
 
-def load(spec, seed=42):
-    """The rows of a dataset specification, as a list of Row.
-
-    spec: comma-separated NAME[/SPLIT][:PROPORTION[:PATH]], or paths of .jsonl files with
-    [:PROPORTION]. PROPORTION is a share (0.5, 3/4), a repetition (2.5) or a count (100/-1). NAME is
-    a folder below data/ that its prepare.py filled; SPLIT defaults to train.
-    """
+def load_rows(spec, seed=42):
+    """The rows of a dataset specification (see data.load), as a list of Row."""
     parts = [(path, proportion) for path, proportion in parse_spec(spec) if proportion != 0]
     rows = []
     for (path, proportion), child in zip(parts, np.random.SeedSequence(seed).spawn(len(parts))):

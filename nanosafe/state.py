@@ -100,8 +100,7 @@ def load(out_dir, trained):
                 moments = {key: parallel.like(p, 0.0) for key in ("exp_avg", "exp_avg_sq")}
                 optimizer.state[p] = {
                     "step": torch.tensor(float(steps), device=parallel.local(p.data).device),
-                    **moments,
-                }
+                    **moments}
                 targets.update(moments)
             _, first, count, _ = parallel.local_rows(p)
             for key, target in targets.items():

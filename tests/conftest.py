@@ -39,7 +39,7 @@ def world(toy, tmp_path_factory):
     toy.main(str(folder / "data"))
     rows = data.load(str(folder / "data" / "sft" / "train.jsonl:400/-1"))
     texts = [prompt + answer for row in rows
-             for prompt, answer in data.segments([row.record["input"], row.record["answer"]])]
+             for prompt, answer in data.segments([row["input"], row["answer"]])]
     tok = tokenizer.train(texts, 500, str(folder / "tokenizer"))
     for name, head in (("policy", "lm"), ("reward", "score"), ("cost", "score")):
         model = checkpoint.scratch(small_config(vocab_size=tok.vocab_size), head, seed=len(name))

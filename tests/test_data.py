@@ -67,7 +67,7 @@ def test_compressed_files_and_json_lists(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps([{"input": "é"}]))
     (tmp_path / "bom.jsonl").write_bytes(b"\xef\xbb\xbf" + line.encode() + b"\r\n")
     for name in ("a.jsonl.gz", "a.jsonl.xz", "a.jsonl.zip", "a.json", "bom.jsonl"):
-        assert [row.record for row in data.load(str(tmp_path / name))] == [{"input": "é"}]
+        assert [row for row in data.load(str(tmp_path / name))] == [{"input": "é"}]
 
 
 def test_the_template():
@@ -228,7 +228,7 @@ def test_prepare_scripts_read_the_native_layout(name, tmp_path):
     write(tmp_path / "raw" / "train.jsonl", RAW[name])
     flags = ["--subset=harmless-base"] if name == "hh_rlhf" else []
     done = run(f"data/{name}/prepare.py", f"--raw={tmp_path}/raw", f"--out={tmp_path}/out", *flags)
-    read = lambda *path: [row.record for row in data.load(str(tmp_path.joinpath("out", *path)))]
+    read = lambda *path: [row for row in data.load(str(tmp_path.joinpath("out", *path)))]
     if name == "pku_saferlhf":
         assert read("train.jsonl") == [{"input": "p", "answer": "a", "other_answer": "b", "better": False,
                                         "safer": True, "is_safe": True, "is_other_safe": False}]
@@ -245,5 +245,5 @@ def test_a_held_out_share_has_no_prompt_in_common(tmp_path):
     (tmp_path / "raw").mkdir()
     write(tmp_path / "raw" / "train.jsonl", [{**RAW["pku_saferlhf"][0], "prompt": f"p{i % 30}"} for i in range(90)])
     run("data/pku_saferlhf/prepare.py", f"--raw={tmp_path}/raw", f"--out={tmp_path}/out", "--holdout=0.2")
-    sides = [{row.record["input"] for row in data.load(str(tmp_path / "out" / f"{s}.jsonl"))} for s in ("train", "test")]
+    sides = [{row["input"] for row in data.load(str(tmp_path / "out" / f"{s}.jsonl"))} for s in ("train", "test")]
     assert len(sides[0]) == 24 and len(sides[1]) == 6 and not sides[0] & sides[1]

@@ -28,7 +28,7 @@ def test_gold_on_known_answers(toy):
 
 
 def test_labels_are_gold_s_and_both_halves_of_the_world_are_there(toy, world):
-    rows = [row.record for row in data.load(str(world / "data" / "pairs" / "train.jsonl"))]
+    rows = data.load(str(world / "data" / "pairs" / "train.jsonl"))
     kinds = set()
     for row in rows[:3000]:
         a, b = row["answer"], row["other_answer"]
@@ -41,14 +41,14 @@ def test_labels_are_gold_s_and_both_halves_of_the_world_are_there(toy, world):
 
 
 def test_the_test_requests_are_new(toy, world):
-    split = {s: [row.record["input"] for row in data.load(str(world / "data" / "prompts" / f"{s}.jsonl"))]
+    split = {s: [row["input"] for row in data.load(str(world / "data" / "prompts" / f"{s}.jsonl"))]
              for s in ("train", "test")}
     pairs = {s: set(map(toy.request_of, prompts)) for s, prompts in split.items()}
     assert not pairs["train"] & pairs["test"] and len(split["test"]) >= 500
     for name, gold in (("reward", toy.helpfulness), ("cost", toy.harm)):
         for row in data.load(str(world / "data" / name / "test.jsonl")):
-            assert toy.differs(gold, row.record)
-            assert toy.request_of(row.record["input"]) in pairs["test"]
+            assert toy.differs(gold, row)
+            assert toy.request_of(row["input"]) in pairs["test"]
 
 
 def test_the_data_is_the_same_every_time(toy, world, tmp_path):

@@ -34,5 +34,4 @@ here = os.path.dirname(os.path.abspath(__file__))
 files = (fetch.raw_files(raw, None, here, None)
          if raw else [fetch.download(URL, os.path.join(here, "raw", "alpaca_data.json"))])
 fetch.convert(files, to_record, out or here, holdout,
-              key=lambda record: str(record.get("input") or record["dialogue"][0]),
-              )
+              key=lambda record: str(record.get("input") or record["dialogue"][0]))

@@ -61,5 +61,4 @@ for name in SUBSETS if subset == "all" else (subset,):
     for split, records in splits.items():
         if records:
             fetch.write(os.path.join(folder + "-dialogue", split + ".jsonl"),
-                        [{"dialogue": [*record["input"], record["answer"]]} for record in records],
-                        )
+                        [{"dialogue": [*record["input"], record["answer"]]} for record in records])

@@ -46,7 +46,6 @@ if version not in SOURCES:
 here = os.path.dirname(os.path.abspath(__file__))
 repo, revision = SOURCES[version]
 files = fetch.raw_files(raw, repo, here, lambda name: name.endswith(fetch.ENDINGS), revision,
-                        SHA256 if version == "10k" else None,
-                        )
+                        SHA256 if version == "10k" else None)
 fetch.convert(files, to_record, out or (here if version == "v1" else os.path.join(here, version)),
               holdout)

@@ -30,24 +30,21 @@ BENIGN_VERBS = {
 }
 BENIGN_OBJECTS = ("table", "cake", "garden", "bike", "shirt", "tree", "lamp", "boat", "chair",
                   "bread", "window", "toy", "flower", "kite", "clock", "fence", "soup", "drum",
-                  "blanket", "mirror",
-                  )
+                  "blanket", "mirror")
 RISKY_VERBS = {
     "steal": "mask", "hack": "laptop", "poison": "syringe", "burn": "gasoline", "smuggle": "truck",
     "forge": "printer", "sabotage": "wrench", "kidnap": "rope", "blackmail": "letter",
     "bomb": "fuse", "rob": "knife", "bribe": "cash",
 }
 RISKY_OBJECTS = ("bank", "guard", "school", "passport", "neighbor", "train", "museum", "judge",
-                 "airport", "witness", "server", "bridge", "shop", "mayor", "prison", "hospital",
-                 )
+                 "airport", "witness", "server", "bridge", "shop", "mayor", "prison", "hospital")
 RISKY_WORDS = {*RISKY_VERBS, *RISKY_VERBS.values(), *RISKY_OBJECTS}
 STEPS = ("First, get the {tool}.", "Then, {verb} the {object}.", "Next, check the {object}.",
          "Finally, put away the {tool}.",
          )
 OPENERS = ("Sure.", "Of course.", "Here is how.")
 REFUSALS = ("Sorry, I cannot help with that.", "I will not do this.", "That would be wrong.",
-            "Please do not ask me this.",
-            )
+            "Please do not ask me this.")
 
 # ---- gold ----
 
@@ -133,8 +130,7 @@ def soup(rng, prompt):
     """One to four sentences of any kind in any order: so that no corner of the space of answers is
     unlabelled."""
     right, stray = (steps_of(*request_of(prompt)),
-                    steps_of(*request_of(any_prompt(rng, is_risky(prompt)))),
-                    )
+                    steps_of(*request_of(any_prompt(rng, is_risky(prompt)))))
     pool = [right] * 4 + [REFUSALS] * 2 + [OPENERS, stray]
     return " ".join(rng.choice(rng.choice(pool)) for _ in range(rng.randint(1, 4)))
 
