@@ -60,8 +60,9 @@ def configure(script):
         width = max([len(name) for name in origin], default=0)
         for name in origin:
             print(f"{name:<{width}} = {config[name]!r}  ({origin[name]})")
-        rest = ", ".join(f"{name}={value!r}" for name, value in config.items() if name not in origin)
-        print(textwrap.fill(f"as by default: {rest}", 100, subsequent_indent="    "), flush=True)
+        rest = [f"{name}={value!r}" for name, value in config.items() if name not in origin]
+        text = "as by default: " + ", ".join(rest)
+        print(textwrap.fill(text, 100, subsequent_indent="    "), flush=True)
     return config
 
 

@@ -53,9 +53,11 @@ def small_config(**changes):
                      "max_position_embeddings": 256, "eos_token_id": 2, **changes})
 
 
-def run(*command, ranks=0, check=True, stdin=None, cwd=ROOT):
+def run(*command, ranks=0, check=True, stdin=None, cwd=ROOT, threads=1):
     """Run a script as a user does, under torchrun when ranks > 0; returns the finished process."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT}
+    environment = {**os.environ, "PYTHONPATH": ROOT}
+    if threads:
+        environment["OMP_NUM_THREADS"] = str(threads)
     launcher = [sys.executable]
     if ranks:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]

@@ -24,7 +24,7 @@ COMMANDS = [line for line in LINES if line.startswith(("python ", "torchrun "))]
 def place(tmp_path_factory):
     """A folder in which the demo was run, as the README's first command does."""
     folder = tmp_path_factory.mktemp("demo")
-    run("-m", "nanosafe.demo", cwd=folder)
+    run("-m", "nanosafe.demo", cwd=folder, threads=0)  # on all cores
     return folder
 
 
