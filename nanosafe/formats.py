@@ -3,6 +3,7 @@ What a model folder looks like: the names of its tensors, and how they are read 
 """
 
 import os
+from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -45,6 +46,8 @@ class Folder:
         if not os.path.isfile(os.path.join(self.path, "config.json")):
             raise SystemExit(f"error: no model at {self.path!r}: a model folder has a config.json")
         self.config = read_json(self.path, "config.json")
+        if not self.config:
+            raise SystemExit(f"error: the config.json of {self.path!r} is not JSON, or empty")
         self.files = {}  # tensor name -> file name
         self.handles = {}
         for single, index in (("model.safetensors", "model.safetensors.index.json"),
@@ -78,7 +81,7 @@ class Folder:
                 else:  # weights_only: tensors are read, nothing is executed
                     self.handles[file] = torch.load(full, map_location="cpu", mmap=True,
                                                     weights_only=True)
-            except (SafetensorError, RuntimeError, OSError) as error:
+            except (SafetensorError, UnpicklingError, RuntimeError, OSError) as error:
                 raise SystemExit(
                     f"error: {full!r} cannot be read: {str(error).splitlines()[0]}") from None
         return self.handles[file]

@@ -15,6 +15,9 @@ from nanosafe.checkpoint import replace_folder
 from nanosafe.tokenizer import read_json, write_json
 
 
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
+
+
 def save(out_dir, step, trained, extra, keep=2):
     """Write out_dir/state/step_NNNNNN: what a run needs to go on as if nothing had happened. A
     collective.
@@ -40,9 +43,7 @@ def save(out_dir, step, trained, extra, keep=2):
             if not writer:
                 continue
             state = optimizer.state.get(p, {})
-            moments = {
-                key: parallel.local(state[key]) for key in ("exp_avg", "exp_avg_sq") if key in state
-            }
+            moments = {key: parallel.local(state[key]) for key in MOMENTS if key in state}
             for key, tensor in {"weight": rows, **moments}.items():
                 key = f"{model_name}/{name}/{key}"
                 tensors[key], starts[key] = tensor.detach().contiguous().cpu(), start
@@ -51,15 +52,10 @@ def save(out_dir, step, trained, extra, keep=2):
     write_json(starts, temporary, name + ".json")  # the first row of each tensor
     parallel.barrier()
     if main:
-        steps = {
-            name: max((int(s["step"])
-                       for s in optimizer.state.values()), default=0)
-            for name, (_, optimizer) in trained.items()
-        }
-        write_json(
-            {"step": step, "ranks": parallel.world_size(), "optimizer_steps": steps, **extra},
-            temporary, "state.json",
-        )
+        steps = {name: max((int(s["step"]) for s in optimizer.state.values()), default=0)
+                 for name, (_, optimizer) in trained.items()}
+        whole = {"step": step, "ranks": parallel.world_size(), "optimizer_steps": steps, **extra}
+        write_json(whole, temporary, "state.json")
         replace_folder(temporary, folder)
         write_latest(root, os.path.basename(folder))
         for old in sorted(d for d in os.listdir(root)
@@ -97,7 +93,7 @@ def load(out_dir, trained):
         for name, p in parallel.parameters(model):
             targets = {"weight": p.data}
             if steps:
-                moments = {key: parallel.like(p, 0.0) for key in ("exp_avg", "exp_avg_sq")}
+                moments = {key: parallel.like(p, 0.0) for key in MOMENTS}
                 optimizer.state[p] = {
                     "step": torch.tensor(float(steps), device=parallel.local(p.data).device),
                     **moments}
