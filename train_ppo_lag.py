@@ -7,8 +7,8 @@ model this is PPO (four models); with lambda_lr=0 lambda stays where it is, whic
 shaping.
 
 On a laptop, after python -m nanosafe.demo:
-$ python train_ppo_lag.py config/toy/ppo_lag.py
-$ python train_ppo_lag.py config/toy/ppo.py
+$ python train_ppo_lag.py config/toy/ppo_lag.py --out_dir=out/mine
+$ python train_ppo_lag.py config/toy/ppo.py --out_dir=out/mine_ppo
 On 8 GPUs, Safe-RLHF's recipe:
 $ torchrun --nproc_per_node=8 train_ppo_lag.py config/beaver_7b/ppo_lag.py
 """
