@@ -345,7 +345,8 @@ while step < steps:
         norms = {}
         for name, (model, optimizer) in models.items():
             lr = lrs["actor_lr" if name == "actor" else "critic_lr"]
-            norms[f"{name}_grad_norm"] = optim.step(model, optimizer, lr, grad_clip)
+            norms[f"{name}_grad_norm"] = optim.step(model, optimizer, lr, grad_clip,
+                                                    f"step {step}, {name}")
         skips.see(*norms.values())
 
         losses = dict(zip(sums, add(torch.stack(list(sums.values()))).tolist()))

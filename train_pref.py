@@ -180,7 +180,7 @@ for step in range(start, steps):
         scores[micro] = torch.stack((first, second), dim=1).detach()
         loss_sum += loss.detach()
     lr = optim.learning_rate_at(step, steps, learning_rate, lr_schedule, warmup_ratio)
-    grad_norm = optim.step(model, optimizer, lr, grad_clip)
+    grad_norm = optim.step(model, optimizer, lr, grad_clip, f"step {step}")
     skips.see(grad_norm)
     scores = add(scores)
     if torch.isfinite(scores).all():

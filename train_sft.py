@@ -145,7 +145,7 @@ for step in range(start, steps):
         backward(model, loss, last=i == len(micros) - 1)
         loss_sum += loss.detach()
     lr = optim.learning_rate_at(step, steps, learning_rate, lr_schedule, warmup_ratio)
-    grad_norm = optim.step(model, optimizer, lr, grad_clip)
+    grad_norm = optim.step(model, optimizer, lr, grad_clip, f"step {step}")
     skips.see(grad_norm)
 
     metrics = {

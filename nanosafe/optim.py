@@ -39,11 +39,11 @@ def learning_rate_at(step, steps, peak, schedule, warmup_ratio):
              (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[schedule])
 
 
-def step(model, optimizer, lr, grad_clip):
+def step(model, optimizer, lr, grad_clip, where=""):
     """Clip the gradients to norm `grad_clip` (0: do not), move the weights, clear the gradients.
 
     Returns the norm before clipping, a float. If it is not finite nothing is moved, on any rank,
-    and a line on this rank names the tensors.
+    and a line names the tensors on this rank, after `where`.
     """
     parameters = [p for p in model.parameters() if p.grad is not None]
     norm = parallel.grad_norm(parameters).item()
@@ -57,7 +57,7 @@ def step(model, optimizer, lr, grad_clip):
         bad = [name for name, p in model.named_parameters()
                if p.grad is not None and not torch.isfinite(parallel.local(p.grad)).all()]
         names = ", ".join(bad[:3]) + (" and more" if len(bad) > 3 else "")
-        print(f"warning: rank {parallel.rank()}: the gradient is not finite in "
+        print(f"warning: {where}, rank {parallel.rank()}: the gradient is not finite in "
               f"{names or 'no tensor of this rank'}; the update is skipped", flush=True)
     optimizer.zero_grad(set_to_none=True)
     return norm

@@ -165,7 +165,7 @@ def test_non_finite_gradients_are_skipped_counted_and_end_the_run(trainers, worl
     flags = [f for f in trainers["reward"] if "init_from" not in f]
     done = run(*flags, f"--init_from={bad}", f"--out_dir={tmp_path}/a", "--max_skips=3", check=False)
     assert done.returncode == 1 and "4 updates had a non-finite gradient" in done.stderr
-    assert "the gradient is not finite in" in done.stdout and "Traceback" not in done.stderr
+    assert "warning: step 0, rank 0: the gradient is not finite in" in done.stdout and "Traceback" not in done.stderr
 
 
 def test_a_reward_model_may_have_another_tokenizer_a_critic_may_not(trainers, world, tmp_path):
