@@ -33,8 +33,8 @@ def collate(sequences, masks, device):
     lengths = [len(s) for s in sequences]
     cu_seqlens = np.cumsum([0] + lengths)
     targets = np.full(len(tokens), -100)
-    targets[:-1] = np.where(mask[1:], tokens[1:],
-                            -100)  # a sequence's first token is no target, so no border is crossed
+    # a sequence's first token is no target, so no border is crossed
+    targets[:-1] = np.where(mask[1:], tokens[1:], -100)
     move = lambda x: torch.from_numpy(x).to(device, non_blocking=True)
     return Batch(move(tokens), move(cu_seqlens.astype(np.int32)), max(lengths), move(targets))
 

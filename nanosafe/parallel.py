@@ -207,9 +207,7 @@ def local_rows(p):
     start, writer = 0, True
     coordinate = p.device_mesh.get_coordinate()
     for dim, placement in enumerate(p.placements):
-        if isinstance(
-                placement,
-                Shard):  # torch.chunk's rule: ceil(rows / ranks) each, the last ones may be short
+        if isinstance(placement, Shard):  # torch.chunk's rule: ceil(rows / ranks), the last short
             start = min(len(p), coordinate[dim] * -(-len(p) // p.device_mesh.size(dim)))
         else:
             writer = writer and coordinate[dim] == 0
@@ -257,15 +255,6 @@ def add(tensor):
 def any_rank(flag, device):
     """Whether `flag` holds on at least one rank: so that all stop, or skip, at the same step."""
     return bool(add(torch.tensor(float(flag), device=device)) > 0)
-
-
-def share(value):
-    """Rank 0's value (any plain Python value), on every rank."""
-    if world_size() > 1:
-        box = [value]
-        dist.broadcast_object_list(box)
-        value = box[0]
-    return value
 
 
 def barrier():
