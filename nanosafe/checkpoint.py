@@ -106,6 +106,14 @@ def draw(model, name, p, seed):
         rows.copy_(torch.normal(0.0, std, p.shape, generator=generator)[start:start + count])
 
 
+def copy_rows(target, first, source, start, height):
+    """Copy the rows that two slices of a tensor share: `target` begins at its row `first`, `source`
+    (read lazily, `height` rows) at `start`."""
+    begin, end = max(first, start), min(first + len(target), start + height)
+    if begin < end:
+        target[begin - first:end - first] = source[begin - start:end - start].to(target)
+
+
 @torch.no_grad()
 def fill(model, folder, fresh, seed):
     """Copy this rank's rows of every parameter from the folder; draw those in `fresh`."""
@@ -130,9 +138,7 @@ def fill(model, folder, fresh, seed):
                 misshapen.append(f"{part} {shape}, not {want}")
                 break
             tensor = folder.slice(part)
-            begin, end = max(first, offset), min(first + count, offset + shape[0])
-            if begin < end:
-                rows[begin - first:end - first] = tensor[begin - offset:end - offset].to(rows)
+            copy_rows(rows, first, tensor, offset, shape[0])
             if shape[0] < want[0] and first + count > shape[0]:
                 rows[max(0, shape[0] - first):] = tensor[:].float().mean(dim=0).to(rows)
             offset += want[0]

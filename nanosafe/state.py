@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from nanosafe import parallel
-from nanosafe.checkpoint import replace_folder
+from nanosafe.checkpoint import copy_rows, replace_folder
 from nanosafe.tokenizer import read_json, write_json
 
 
@@ -98,18 +98,12 @@ def load(out_dir, trained):
                     "step": torch.tensor(float(steps), device=parallel.local(p.data).device),
                     **moments}
                 targets.update(moments)
-            _, first, count, _ = parallel.local_rows(p)
+            _, first, _, _ = parallel.local_rows(p)
             for key, target in targets.items():
-                copy_rows(parallel.local(target), first, count,
-                          pieces[f"{model_name}/{name}/{key}"])
+                for start, piece in pieces[f"{model_name}/{name}/{key}"]:
+                    height = piece.get_shape()[0]
+                    copy_rows(parallel.local(target), first, piece, start, height)
     return state
-
-
-def copy_rows(target, first, count, pieces):
-    for start, piece in pieces:
-        begin, end = max(first, start), min(first + count, start + piece.get_shape()[0])
-        if begin < end:
-            target[begin - first:end - first] = piece[begin - start:end - start].to(target)
 
 
 def latest_state(out_dir):
