@@ -3,7 +3,8 @@ The only file that knows an attention kernel's name.
 
 A batch is a `Packed` (whole sequences laid end to end: training, scoring, prefill) or a `Step` (one
 new token for each of n cached sequences: decoding). Both know how their queries meet their keys:
-.attend(q, k, v, cache).
+.attend(q, k, v, cache). What else a model asks of its attention, a sliding window or ALiBi, is laid
+on them once per forward: .limit(window, slopes).
 
 Shapes: N packed tokens, B sequences, H heads, K kv heads, E head width, S cache slots, T cache
 length.
@@ -14,13 +15,9 @@ from typing import NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.varlen import varlen_attn  # FlashAttention-2, packed; CUDA only
 
-try:
-    from torch.nn.attention.varlen import varlen_attn  # FlashAttention-2, packed; CUDA only
-
-    VARLEN_OPTIONS = inspect.signature(varlen_attn).parameters
-except ImportError:
-    varlen_attn, VARLEN_OPTIONS = None, {}
+VARLEN_OPTIONS = inspect.signature(varlen_attn).parameters
 
 
 class Packed(NamedTuple):
@@ -31,6 +28,15 @@ class Packed(NamedTuple):
     positions: torch.Tensor  # (N,) position of each token in its sequence
     rows: torch.Tensor  # (N,) the sequence each token belongs to
     slots: Optional[torch.Tensor] = None  # (B,) cache slot of each sequence, for prefill
+    window: int = 0  # how many keys a query sees, its own among them; 0: all
+    mask: Optional[torch.Tensor] = None  # (L, L) or (H, L, L), where causality is not all there is
+
+    def limit(self, window, slopes):
+        if slopes is None and not 0 < window < self.max_seqlen:
+            return self
+        places = torch.arange(self.max_seqlen, device=self.rows.device)
+        mask = visible(places[:, None] - places, window, slopes)
+        return self._replace(window=window, mask=mask)
 
     def attend(self, q, k, v, cache):
         """q (N, H, E), k and v (N, K, E) -> (N, H, E)."""
@@ -38,9 +44,9 @@ class Packed(NamedTuple):
             slots = self.slots[self.rows]
             cache.k[slots, :, self.positions] = k
             cache.v[slots, :, self.positions] = v
-        if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and varlen_attn is not None:
-            return self.varlen(q, k, v)
-        return self.padded(q, k, v)
+        alibi = self.mask is not None and self.mask.dtype != torch.bool  # the kernel has no bias
+        flash = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and not alibi
+        return self.varlen(q, k, v) if flash else self.padded(q, k, v)
 
     def varlen(self, q, k, v):
         options = {}
@@ -49,16 +55,12 @@ class Packed(NamedTuple):
                 options["enable_gqa"] = True
             else:
                 k, v = repeat_heads(q, k, v)
-        if "window_size" in VARLEN_OPTIONS:  # torch 2.11
-            options["window_size"] = (-1, 0)  # any distance back, none ahead
-        else:
-            options["is_causal"] = True
         return varlen_attn(q, k, v, self.cu_seqlens, self.cu_seqlens, self.max_seqlen,
-                           self.max_seqlen, **options)
+                           self.max_seqlen, window_size=(self.window - 1, 0), **options)
 
     def padded(self, q, k, v):
-        """Right-padded scaled_dot_product_attention. It needs no mask: a causal row never looks at
-        what stands to its right."""
+        """Right-padded scaled_dot_product_attention. Causality alone needs no mask: a row never
+        looks at what stands to its right."""
         B, L = len(self.cu_seqlens) - 1, self.max_seqlen
         k, v = repeat_heads(q, k, v)
         N, H, E = q.shape
@@ -67,8 +69,9 @@ class Packed(NamedTuple):
             places = self.rows * L + self.positions
             q, k, v = (x.new_zeros(B * L, H, E).index_copy(0, places, x) for x in (q, k, v))
         q, k, v = (x.view(B, L, H, E).transpose(1, 2) for x in (q, k, v))
-        out = (F.scaled_dot_product_attention(q, k, v,
-                                              is_causal=True).transpose(1, 2).reshape(B * L, H, E))
+        mask = self.mask if self.mask is None or self.mask.dtype == torch.bool else self.mask.to(q)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        out = out.transpose(1, 2).reshape(B * L, H, E)
         return out[places] if ragged else out
 
 
@@ -76,20 +79,30 @@ class Step(NamedTuple):
     """One new token for each of the first n cache slots."""
 
     positions: torch.Tensor  # (n,) position of the new token in its sequence
-    mask: torch.Tensor  # (n, 1, 1, extent) True where a slot has a key that the new token may see
+    mask: torch.Tensor  # (n, 1, extent) True where a slot has a key that the new token may see
     rows: torch.Tensor  # (n,) 0 .. n-1
+
+    def limit(self, window, slopes):
+        """The same, of a model with a window or slopes: then the mask is (n, 1 or H, extent)."""
+        if slopes is None and not window:
+            return self
+        back = self.positions[:, None] - torch.arange(self.mask.shape[-1], device=self.rows.device)
+        return self._replace(mask=visible(back[:, None], window, slopes))
 
     def attend(self, q, k, v, cache):
         """q (n, H, E), k and v (n, K, E) -> (n, H, E)."""
         n, H, E = q.shape
         K, extent = k.shape[1], self.mask.shape[-1]
+        mask = self.mask[:, :, None]  # (n, 1, 1, extent)
+        if self.mask.dtype != torch.bool:
+            mask = self.mask.view(n, K, H // K, extent).to(q)
         cache.k[self.rows, :, self.positions] = k
         cache.v[self.rows, :, self.positions] = v
         # The heads of a group share their keys: lay them out as that many queries, and no key is
         # repeated.
         q = q.view(n, K, H // K, E)
         out = F.scaled_dot_product_attention(q, cache.k[:n, :, :extent], cache.v[:n, :, :extent],
-                                             attn_mask=self.mask)
+                                             attn_mask=mask)
         return out.reshape(n, H, E)
 
 
@@ -107,6 +120,17 @@ def pack(cu_seqlens, max_seqlen, n_tokens, slots=None):
                                    output_size=n_tokens)
     positions = torch.arange(n_tokens, device=lengths.device) - cu_seqlens.long()[rows]
     return Packed(cu_seqlens, max_seqlen, positions, rows, slots)
+
+
+def visible(back, window, slopes):
+    """The mask of keys that are `back` (.., queries, keys) positions behind their query: True where
+    it sees them. With slopes (H,), in float32, what is added to a head's logits: ALiBi
+    (arXiv:2108.12409)."""
+    seen = (back >= 0) & (back < window) if window else back >= 0
+    if slopes is None:
+        return seen
+    fall = -slopes[:, None, None] * back if back.dim() == 2 else -slopes[:, None] * back
+    return fall.masked_fill(~seen, float("-inf"))
 
 
 def repeat_heads(q, k, v):

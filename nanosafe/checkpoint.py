@@ -1,21 +1,26 @@
 """
 Model folders of the field <-> LLaMA.
 
-A model folder is Hugging Face's: config.json, safetensors (or .bin) files, a tokenizer. A score
-model is the same folder with `score_head.weight`. Weights are read row by row into this rank's
-slice of a model built without memory: no rank ever holds a sharded model in full.
+What nanosafe writes is a Hugging Face folder: config.json, safetensors files, a tokenizer. A score
+model is the same with `score_head.weight`. What it reads is that and more (formats.py). Weights are
+read row by row into this rank's slice of a model built without memory: no rank ever holds a sharded
+model in full.
+
+$ python -m nanosafe.checkpoint SOURCE TARGET [--dtype=bfloat16]    # anything that opens -> a folder
 """
 
 import math
 import os
 import shutil
+import sys
 import zlib
+from collections import Counter
 
 import torch
 from safetensors.torch import save_file
 
 from nanosafe import parallel
-from nanosafe.formats import IGNORED, NORMALIZER, Folder, hf_names
+from nanosafe.formats import IGNORED, NORMALIZER, Folder, config_json, parts
 from nanosafe.model import Config, LLaMA
 from nanosafe.tokenizer import write_json
 
@@ -36,16 +41,7 @@ def load(path, head="auto", dtype=None, device="cpu", place=None, vocab_size=0, 
     Stops with one line that lists missing, surplus or misshapen tensors.
     """
     folder = Folder(path)
-    config = Config.from_dict(folder.config)
-    has_score = folder.has("score_head.weight")
-    if head == "auto":
-        head = "score" if has_score else "lm"
-    if head == "lm" and has_score:
-        raise SystemExit(f"error: {path!r} is a score model: it cannot generate text")
-    config.score_bias = folder.has("score_head.bias") if has_score else config.score_bias
-    for name in ("mean", "var"):
-        if folder.has("normalizer." + name):
-            setattr(config, name, folder.slice("normalizer." + name)[:].flatten().tolist())
+    config, head = read_config(folder, head)
     config.score_type = score_type or config.score_type
     if vocab_size > config.vocab_size:
         tell(f"{path}: {vocab_size - config.vocab_size} rows for new tokens, each the mean of the "
@@ -53,11 +49,23 @@ def load(path, head="auto", dtype=None, device="cpu", place=None, vocab_size=0, 
         config.vocab_size = vocab_size
     place = place or parallel.Place(torch.device(device), dtype=dtype)
     model = build(config, head, place, place.dtype or folder.dtype())
-    fresh = () if head == "lm" or has_score else ("score_head.weight", "score_head.bias")
+    fresh = () if head == "lm" or folder.has("score_head.weight") else ("score_head.weight",)
     if fresh:
         tell(f"{path}: no score head there: a new one is drawn")
-    fill(model, folder, fresh, seed)
+        draw(model, *fresh, model.score_head.weight, seed)
+    fill(parallel.parameters(model), folder, locate(model, folder, fresh))
     return model
+
+
+def read_config(folder, head):
+    """(Config, head) of a folder that is opened with `head` "lm", "score" or "auto"."""
+    config, scored = Config.from_dict(folder.config), folder.has("score_head.weight")
+    if head == "lm" and scored:
+        raise SystemExit(f"error: {folder.path!r} is a score model: it cannot generate text")
+    for name in ("mean", "var"):
+        if folder.has("normalizer." + name):
+            setattr(config, name, folder.tensors["normalizer." + name][:].flatten().tolist())
+    return config, ("score" if scored else "lm") if head == "auto" else head
 
 
 def scratch(config, head="lm", seed=0, place=None):
@@ -106,51 +114,68 @@ def draw(model, name, p, seed):
         rows.copy_(torch.normal(0.0, std, p.shape, generator=generator)[start:start + count])
 
 
-def copy_rows(target, first, source, start, height):
-    """Copy the rows that two slices of a tensor share: `target` begins at its row `first`, `source`
-    (read lazily, `height` rows) at `start`."""
+def copy_rows(target, first, source, start, height, skip=0, step=1):
+    """Copy the rows that two slices of a tensor share: `target` begins at its row `first`; `height`
+    of the rows of `source` (read lazily), every step-th from `skip` on, at its row `start`."""
     begin, end = max(first, start), min(first + len(target), start + height)
     if begin < end:
-        target[begin - first:end - first] = source[begin - start:end - start].to(target)
+        low, high = (skip + (row - start) * step for row in (begin, end - 1))
+        rows = slice(low, high + 1) if step == 1 else slice(low, high + 1, step)
+        target[begin - first:end - first] = source[rows].to(target)
 
 
-@torch.no_grad()
-def fill(model, folder, fresh, seed):
-    """Copy this rank's rows of every parameter from the folder; draw those in `fresh`."""
-    missing, misshapen, used = [], [], set()
-    for name, p in parallel.parameters(model):
+def locate(model, folder, fresh=()):
+    """Where a model's parameters are in a folder: {parameter: [(tensor, its first row, rows, step,
+    row of the parameter)]}; nothing is read. Stops when a tensor is missing, misshapen or left over.
+    """
+    missing, misshapen, used, places = [], [], set(), {}
+    for name, p in model.named_parameters():
         if name in fresh:
-            draw(model, name, p, seed)
             continue
-        parts = hf_names(model.config, name)
-        used.update(part for part, _ in parts)
-        absent = [part for part, _ in parts if not folder.has(part)]
-        missing += absent
-        if absent:
-            continue
-        grows = name in ("embed_tokens.weight", "lm_head.weight")
-        rows, first, count, _ = parallel.local_rows(p)
-        offset = 0  # of the part, in the parameter's rows
-        for part, height in parts:
-            shape = folder.shape(part)
-            want = [height or len(p), *p.shape[1:]]
-            if shape != want and not (grows and shape[0] < want[0] and shape[1:] == want[1:]):
-                misshapen.append(f"{part} {shape}, not {want}")
-                break
-            tensor = folder.slice(part)
-            copy_rows(rows, first, tensor, offset, shape[0])
-            if shape[0] < want[0] and first + count > shape[0]:
-                rows[max(0, shape[0] - first):] = tensor[:].float().mean(dim=0).to(rows)
-            offset += want[0]
-    allowed = ({*used, *NORMALIZER, "lm_head.weight"}
-               if model.head == "score" else {*used, "lm_head.weight"})
-    surplus = [name for name in folder.names if name not in allowed and not name.endswith(IGNORED)]
+        heights, places[name] = Counter(), []
+        for tensor, first, height, step in parts(model.config, name, folder.family):
+            height = height or len(p)
+            places[name].append((tensor, first, height, step, sum(heights.values())))
+            heights[tensor] += height
+        for tensor, height in heights.items():
+            if not folder.has(tensor):
+                missing.append(tensor)
+                continue
+            shape, want = list(folder.tensors[tensor].shape), [height, *p.shape[1:]]
+            grows = (name in ("embed_tokens.weight", "lm_head.weight") and shape[0] < height
+                     and shape[1:] == want[1:])
+            if shape != want and not grows:
+                misshapen.append(f"{tensor} {shape}, not {want}")
+        used |= set(heights)
+    unread = [parts(model.config, "lm_head.weight", folder.family)[0][0]]
+    if folder.has(unread[0]) and unread[0] not in used:
+        why = "there is a score head" if model.head == "score" else "its embedding is its head"
+        tell(f"{folder.path}: {unread[0]} is left out: {why}")
+    unread += NORMALIZER if model.head == "score" else ()
+    surplus = [name for name in folder.tensors
+               if name not in used and name not in unread and not name.endswith(IGNORED)]
     for what, names in (("misses", missing), ("has a wrong shape for", misshapen),
                         ("has no use for", surplus)):
         if names:
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             raise SystemExit(f"error: {folder.path!r} {what} {', '.join(names[:5])}{more}")
+    return places
 
+
+@torch.no_grad()
+def fill(parameters, folder, places):
+    """Copy this rank's rows of each of the parameters, (name, tensor), from the folder, a file at a
+    time."""
+    parameters = dict(parameters)
+    work = sorted((folder.files.get(part[0], ""), name, part)
+                  for name in places.keys() & parameters.keys() for part in places[name])
+    for _, name, (tensor, skip, height, step, start) in work:
+        rows, first, count, _ = parallel.local_rows(parameters[name])
+        source = folder.tensors[tensor]
+        there = min(height, len(range(skip, source.shape[0], step)))
+        copy_rows(rows, first, source, start, there, skip, step)
+        if there < height and first + count > there:  # rows for new tokens
+            rows[max(0, there - first):] = source[:].float().mean(dim=0).to(rows)
 
 
 @torch.no_grad()
@@ -160,13 +185,22 @@ def save(model, path, tokenizer=None, dtype=None):
 
     Written beside its place and then renamed: a reader finds the old folder or the new one.
     """
+    weights = ((name, parallel.full(p)) for name, p in parallel.parameters(model))
+    dtype = dtype or next(model.parameters()).dtype
+    write_folder(path, model.config, model.head, weights, tokenizer, dtype)
+    parallel.barrier()
+
+
+def write_folder(path, config, head, weights, tokenizer, dtype):
+    """Write whole parameters, (name, tensor) one after the other, as a model folder, on rank 0."""
     main = parallel.rank() == 0
     path = os.fspath(path)
     temporary = path.rstrip("/") + ".tmp"
     if main:
         shutil.rmtree(temporary, ignore_errors=True)
         os.makedirs(temporary)
-    held, files, index, total = {}, [], {}, 0
+    held, files, index, size, total = {}, [], {}, 0, 0
+    config_dict, family = config_json(config, head)
 
     def flush():
         files.append(f"part-{len(files)}")
@@ -174,30 +208,27 @@ def save(model, path, tokenizer=None, dtype=None):
         index.update({name: len(files) - 1 for name in held})
         held.clear()
 
-    for name, p in parallel.parameters(model):
-        whole = parallel.full(p)
+    for name, whole in weights:
         if not main:
             continue
         offset = 0
-        for part, height in hf_names(model.config, name):
+        for part, _, height, _ in parts(config, name, family):
             height = height or len(whole)
-            tensor = (whole[offset:offset + height].to("cpu", dtype or whole.dtype,
-                                                       copy=True).contiguous())
+            tensor = whole[offset:offset + height].to("cpu", dtype, copy=True).contiguous()
             offset += height
-            size = tensor.numel() * tensor.element_size()
-            if (held and size + sum(t.numel() * t.element_size()
-                                    for t in held.values()) > SHARD_BYTES):
+            if held and size + tensor.nbytes > SHARD_BYTES:
                 flush()
+                size = 0
             held[part] = tensor
-            total += size
+            size, total = size + tensor.nbytes, total + tensor.nbytes
     if main:
         flush()
-        finish_folder(model, temporary, tokenizer, files, index, total, dtype)
+        config_dict["torch_dtype"] = config_dict["dtype"] = str(dtype).removeprefix("torch.")
+        finish_folder(temporary, config_dict, tokenizer, files, index, total)
         replace_folder(temporary, path)
-    parallel.barrier()
 
 
-def finish_folder(model, folder, tokenizer, files, index, total, dtype):
+def finish_folder(folder, config, tokenizer, files, index, total):
     names = (["model.safetensors"] if len(files) == 1 else
              [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))])
     for old, new in zip(files, names):
@@ -206,12 +237,9 @@ def finish_folder(model, folder, tokenizer, files, index, total, dtype):
         weight_map = {name: names[i] for name, i in sorted(index.items())}
         write_json({"metadata": {"total_size": total}, "weight_map": weight_map}, folder,
                    "model.safetensors.index.json")
-    config = model.config.to_dict(model.head)
-    name = str(dtype or next(model.parameters()).dtype).removeprefix("torch.")
-    config["torch_dtype"] = config["dtype"] = name
     if tokenizer is not None:
         config.update(
-            bos_token_id=tokenizer.bos_id,
+            bos_token_id=tokenizer.bos_id if tokenizer.bos_id >= 0 else None,
             eos_token_id=tokenizer.eos_ids if len(tokenizer.eos_ids) > 1 else tokenizer.eos_id,
             pad_token_id=tokenizer.pad_id if tokenizer.pad_id >= 0 else None,
         )
@@ -240,3 +268,8 @@ def sync_tree(folder):
 def tell(text):
     if parallel.rank() == 0:
         print(text, flush=True)
+
+
+if __name__ == "__main__":
+    from nanosafe import convert
+    convert.main(sys.argv[1:])

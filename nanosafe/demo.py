@@ -18,6 +18,7 @@ import sys
 import time
 
 import torch
+from sentencepiece import SentencePieceTrainer
 
 from nanosafe import checkpoint, data, tokenizer
 from nanosafe.monitor import table
@@ -44,7 +45,7 @@ def main(out_dir="out/demo", seed="0"):
     step("train a tokenizer on the demonstrations")
     turns = [[row["input"], row["answer"]] for row in data.load("toy/sft")]
     texts = [prompt + answer for talk in turns for prompt, answer in data.segments(talk)]
-    tok = tokenizer.train(texts, 900, os.path.join(out_dir, "tokenizer"))
+    tok = train_tokenizer(texts, 900, os.path.join(out_dir, "tokenizer"))
     print(f"{tok.vocab_size} pieces in {out_dir}/tokenizer")
 
     default = (out_dir == "out/demo"
@@ -69,6 +70,23 @@ def main(out_dir="out/demo", seed="0"):
     with open(os.path.join(out_dir, "summary.json"), "w") as f:
         json.dump(summary, f, indent=2)
     report(summary, out_dir)
+
+
+def train_tokenizer(texts, vocab_size, path):
+    """Train a SentencePiece BPE with LLaMA's settings (bytes as fallback, split digits) and write
+    path/tokenizer.model."""
+    os.makedirs(path, exist_ok=True)
+    with open(os.path.join(path, "tokenizer.model"), "wb") as out:
+        SentencePieceTrainer.train(
+            sentence_iterator=iter(texts), model_writer=out, model_type="bpe",
+            vocab_size=vocab_size, byte_fallback=True, split_digits=True,
+            allow_whitespace_only_pieces=True, normalization_rule_name="identity",
+            remove_extra_whitespaces=False, character_coverage=1.0, num_threads=1, minloglevel=2,
+            hard_vocab_limit=False,
+        )
+    tok = tokenizer.load(path)
+    tok.save(path)
+    return tok
 
 
 def load_toy():

@@ -35,8 +35,12 @@ class Config:
     rope_scaling: dict = None  # {"rope_type": "linear" | "llama3", "factor": ..}
     max_position_embeddings: int = 2048
     tie_word_embeddings: bool = False
-    attention_bias: bool = False
+    attention_bias: bool = False  # of q, k and v
+    output_bias: bool = False  # of the attention's output projection
     mlp_bias: bool = False
+    sliding_window: int = 0  # keys that a query sees, its own among them; 0: all before it
+    alibi: bool = False  # no RoPE: logits fall with distance, as in Baichuan-13B
+    norm_head: bool = False  # rows of the LM head are normalised, as in Baichuan2
     initializer_range: float = 0.02
     bos_token_id: int = 1
     eos_token_id: object = 2  # an int, or a list of them
@@ -63,15 +67,15 @@ class Config:
 
     @classmethod
     def from_dict(cls, d):
-        """Read a config.json: transformers 4 and 5 spell RoPE differently, and Safe-RLHF renamed
-        `bias` to `score_bias`."""
+        """Read the config.json of a LLaMA (formats.py puts other families in its terms): transformers
+        4 and 5 spell RoPE differently, and Safe-RLHF renamed `bias` to `score_bias`."""
         d = {key: value for key, value in d.items() if value is not None}
         rope = dict(d.get("rope_parameters") or {})
         if rope:  # transformers 5
             d["rope_theta"] = rope.pop("rope_theta", d.get("rope_theta", 10000.0))
             d["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
-        if "score_bias" not in d and "bias" in d:
-            d["score_bias"] = d["bias"]
+        d.setdefault("score_bias", d.get("bias", False))
+        d.setdefault("output_bias", d.get("attention_bias", False))
         known = {f.name for f in fields(cls)}
         return cls(**{key: value for key, value in d.items() if key in known})
 
@@ -111,7 +115,7 @@ class Attention(nn.Module):
         self.H, self.K, self.E = c.num_attention_heads, c.num_key_value_heads, c.head_dim
         self.qkv_proj = nn.Linear(c.hidden_size, (self.H + 2 * self.K) * self.E,
                                   bias=c.attention_bias)
-        self.o_proj = nn.Linear(self.H * self.E, c.hidden_size, bias=c.attention_bias)
+        self.o_proj = nn.Linear(self.H * self.E, c.hidden_size, bias=c.output_bias)
 
     def forward(self, x, cos, sin, seqs, cache):
         qkv = self.qkv_proj(x).view(len(x), self.H + 2 * self.K, self.E)
@@ -162,7 +166,9 @@ class LLaMA(nn.Module):
                 self.lm_head.weight = self.embed_tokens.weight
         else:
             self.score_head = nn.Linear(c.hidden_size, 1, bias=c.score_bias)
-        self.inv_freq = rope_frequencies(c)  # no buffer: it is neither trained, nor saved, nor cast
+        # No buffers: they are neither trained, nor saved, nor cast.
+        self.inv_freq = rope_frequencies(c)
+        self.slopes = alibi_slopes(c.num_attention_heads) if c.alibi else None
 
     def forward(self, tokens, cu_seqlens, max_seqlen, targets=None, temperature=1.0):
         """Log-probabilities, logits or scores of packed sequences.
@@ -184,9 +190,9 @@ class LLaMA(nn.Module):
         if self.head == "score":
             return self.scores(x)
         if targets is None:
-            return self.lm_head(x) / temperature
+            return self.logits(x) / temperature
         read = (targets >= 0).nonzero().squeeze(1)
-        logps = LogProbs.apply(x[read], self.lm_head.weight, targets[read], temperature)
+        logps = LogProbs.apply(x[read], self.vocabulary(), targets[read], temperature)
         return torch.zeros(len(tokens), device=x.device).index_copy(0, read, logps)
 
     def hidden(self, tokens, seqs, caches=None):
@@ -195,6 +201,8 @@ class LLaMA(nn.Module):
         x = self.embed_tokens(tokens)
         if self.inv_freq.device != x.device:
             self.inv_freq = self.inv_freq.to(x.device)
+            self.slopes = None if self.slopes is None else self.slopes.to(x.device)
+        seqs = seqs.limit(self.config.sliding_window, self.slopes)
         angles = seqs.positions[:, None] * self.inv_freq  # (N, E/2) float32
         cos, sin = (angles.cos()[:, None].to(x.dtype), angles.sin()[:, None].to(x.dtype),
                     )  # (N, 1, E/2)
@@ -204,6 +212,15 @@ class LLaMA(nn.Module):
             else:
                 x = layer(x, cos, sin, seqs, caches[i] if caches else None)
         return self.norm(x)
+
+    def vocabulary(self):
+        """The matrix (V, D) whose rows score the next token."""
+        weight = self.lm_head.weight
+        return F.normalize(weight) if self.config.norm_head else weight
+
+    def logits(self, x):
+        """Hidden states (N, D) -> logits (N, V)."""
+        return F.linear(x, self.vocabulary())
 
     def scores(self, x):
         """Hidden states (N, D) -> scores (N,) float32: in float32 throughout, bfloat16 would tie
@@ -231,6 +248,8 @@ def rope_frequencies(c):
     scaling."""
     powers = torch.arange(0, c.head_dim, 2, dtype=torch.int64, device="cpu").float() / c.head_dim
     inv_freq = 1.0 / (c.rope_theta**powers)
+    if c.alibi:
+        return torch.zeros_like(inv_freq)  # nothing turns
     s = c.rope_scaling or {}
     if c.rope_type == "linear":
         return inv_freq / s["factor"]
@@ -240,6 +259,15 @@ def rope_frequencies(c):
         blend = ((turns - low) / (high - low)).clamp(0, 1)
         return (1 - blend) * inv_freq / s["factor"] + blend * inv_freq
     return inv_freq  # "dynamic" acts beyond max_position_embeddings only
+
+
+def alibi_slopes(heads):
+    """ALiBi's slope of each head (H,) float32: 2^(-8 i / P) for the power of two P below, and between
+    these for the heads beyond P."""
+    P = 2**int(math.log2(heads))
+    slopes = [2**(-8 * i / P) for i in range(1, P + 1)]
+    slopes += [2**(-8 * (i - 0.5) / P) for i in range(1, heads - P + 1)]
+    return torch.tensor(slopes, device="cpu")
 
 
 class LogProbs(torch.autograd.Function):

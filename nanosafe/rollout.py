@@ -133,7 +133,7 @@ class Engine:
         self.keys[rows] = ints([key - 2**64 if key >= 2**63 else key for key in keys])
         self.positions[rows] = lengths
         self.prompt_lengths[rows] = lengths
-        self.tokens[rows] = sample(self.model.lm_head(x), self.keys[rows],
+        self.tokens[rows] = sample(self.model.logits(x), self.keys[rows],
                                    torch.zeros_like(lengths), *self.sampling)
         for row, prompt in enumerate(prompts, start=first):
             self.extents[row] = len(prompt) + 1
@@ -152,9 +152,9 @@ class Engine:
 
     def decode(self, n, extent):
         positions = self.positions[:n]
-        mask = (self.columns[:extent] <= positions[:, None])[:, None, None]  # (n, 1, 1, extent)
+        mask = (self.columns[:extent] <= positions[:, None])[:, None]  # (n, 1, extent)
         step = attention.Step(positions, mask, self.rows[:n])
-        logits = self.model.lm_head(self.model.hidden(self.tokens[:n], step, self.caches))
+        logits = self.model.logits(self.model.hidden(self.tokens[:n], step, self.caches))
         index = positions - self.prompt_lengths[:n] + 1
         self.tokens[:n] = sample(logits, self.keys[:n], index, *self.sampling)
         # A graph also computes rows beyond the live ones; theirs must stay inside the cache.

@@ -1,9 +1,13 @@
 """
-Text <-> token ids, for SentencePiece models as LLaMA has them (tokenizer.model).
+Text <-> token ids.
 
-SentencePiece never finds a control token in text, so special tokens are split out first and each
-piece between them is encoded on its own, with a space in front (Hugging Face's "legacy" behaviour,
-which Alpaca and Beaver were trained with).
+A tokenizer is an engine that knows plain text, and special tokens around it. The engine here is
+SentencePiece (tokenizer.model of LLaMA 1 and 2, Mistral, Baichuan, InternLM); bpe.py has the
+byte-level one (tokenizer.json, and Llama 3's tokenizer.model).
+
+No engine finds a special token in text: they are split out first, and what stands between them is
+encoded piece by piece. SentencePiece then puts a space in front of each (Hugging Face's "legacy"
+behaviour, which Alpaca and Beaver were trained with), or of the first only.
 """
 
 import hashlib
@@ -12,132 +16,240 @@ import os
 import re
 import shutil
 from functools import cached_property
+from typing import NamedTuple
 
 import sentencepiece
 
 # protobuf for normalizer_spec {add_dummy_prefix: false}: appended to a model, it overrides
 NO_PREFIX = b"\x1a\x02\x18\x00"
+SPACE = "\t\n\x0b\x0c\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + (
+    "\u2028\u2029\u202f\u205f\u3000")  # Unicode's White_Space; Python's has four more
+FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+         "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja")
+
+
+class Token(NamedTuple):
+    """A token that is not the engine's to find."""
+    id: int
+    special: bool = True  # decodes to nothing
+    lstrip: bool = False  # takes the white space before it along
+    rstrip: bool = False
+    normalized: bool = False  # is looked for in the text as the engine's normaliser leaves it
+
+
+def find(path):
+    """The tokenizer file of a model folder, or of a model file; None where there is none."""
+    path = os.fspath(path)
+    folder = path if os.path.isdir(path) else os.path.dirname(path)
+    names = [os.path.join(folder, name) for name in ("tokenizer.model", "tokenizer.json")]
+    if path.endswith((".model", ".json")):
+        names = [path]
+    return next(filter(os.path.isfile, names), None)
 
 
 def load(path):
-    """The tokenizer of a model folder, or of a tokenizer.model file.
+    """The tokenizer of a model folder, or of a tokenizer.model or tokenizer.json file.
 
-    Reads beside it: added_tokens.json and tokenizer_config.json (added tokens, `legacy`),
-    generation_config.json and config.json (further end-of-sequence ids).
+    Reads beside it what says which tokens were added, which of them are special, and whether a text
+    begins with BOS; generation_config.json and config.json for further end-of-sequence ids.
     """
-    path = os.fspath(path)
-    folder = path if os.path.isdir(path) else os.path.dirname(path)
-    file = os.path.join(path, "tokenizer.model") if os.path.isdir(path) else path
-    if not os.path.isfile(file):
-        raise SystemExit(
-            f"error: no tokenizer at {path!r}: give a folder with a tokenizer.model, or that file")
+    file = find(path)
+    if not file:
+        raise SystemExit(f"error: no tokenizer at {os.fspath(path)!r}: give a folder with a "
+                         "tokenizer.model or tokenizer.json, or that file")
+    folder = os.path.dirname(file)
     config = read_json(folder, "tokenizer_config.json")
-    added = dict(read_json(folder, "added_tokens.json"))
-    for id, token in config.get("added_tokens_decoder", {}).items():
-        added.setdefault(token["content"], int(id))
+    names = {**read_json(folder, "special_tokens_map.json"), **config}
+    with open(file, "rb") as f:
+        proto = f.read()
+    if file.endswith(".json") or re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", proto):
+        from nanosafe import bpe
+        engine = bpe.load(file, names)
+    else:
+        engine = Pieces(proto, names, file)
+    added = dict(engine.added)
+    special = {content(value) for key, value in names.items() if key.endswith("_token")}
+    special |= set(map(content, names.get("additional_special_tokens") or ()))
+    for text, id in read_json(folder, "added_tokens.json").items():
+        added.setdefault(text, Token(id, text in special))
+    for id, t in config.get("added_tokens_decoder", {}).items():
+        added[t["content"]] = Token(int(id), *(t.get(key, False) for key in Token._fields[1:]))
     eos = read_json(folder, "generation_config.json").get("eos_token_id") or read_json(
         folder, "config.json").get("eos_token_id")
-    eos_ids = eos if isinstance(eos, list) else []
-    return Tokenizer(file, added, eos_ids, legacy=config.get("legacy", True))
+    return Tokenizer(engine, added, names, eos if isinstance(eos, list) else (), file)
+
+
+def content(token):
+    """The text of a token that a json file gives as a text, or as an object."""
+    return token.get("content") if isinstance(token, dict) else token
 
 
 class Tokenizer:
-    """encode and decode for one SentencePiece model plus added tokens, {content: id}."""
-    def __init__(self, file, added=None, eos_ids=(), legacy=True):
-        self.file, self.legacy = file, legacy
-        with open(file, "rb") as f:
-            proto = f.read()
+    """encode and decode for an engine plus added tokens, {content: Token}."""
+    def __init__(self, engine, added=None, names=None, eos_ids=(), file=None):
+        self.engine, self.added, self.names, self.file = engine, added or {}, names or {}, file
+        passes = [{text: t for text, t in self.added.items() if t.normalized == later and text}
+                  for later in (False, True)]
+        self.finders = [(re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))),
+                         tokens) if tokens else None for tokens in passes]
+        self.contents = {t.id: text for text, t in self.added.items()}
+        self.bos_id, self.eos_id, self.pad_id = map(self.named, ("bos_token", "eos_token", "pad_token"))
+        self.eos_ids = sorted({self.eos_id, *eos_ids} - {-1})
+        self.vocab_size = max([engine.size - 1, *self.contents]) + 1
+
+    def named(self, key):
+        """The id of the token that the folder, or else the engine, calls bos_token, say; -1 where
+        there is none."""
+        for text in (content(self.names.get(key)), self.engine.defaults.get(key)):
+            if text in self.added:
+                return self.added[text].id
+        return -1
+
+    def encode(self, text, bos=False, eos=False, allow_special=True):
+        """Token ids of `text`; bos: begun as the model's texts begin, with BOS where it has one.
+        With allow_special=False the text of a special token, "</s>" say, stays text: for user input.
+        """
+        ids = [self.bos_id] if bos and self.engine.adds_bos and self.bos_id >= 0 else []
+        if allow_special:
+            first = True
+            for piece, id in self.segments(text):
+                if piece:
+                    ids += self.engine.encode(piece, first or self.engine.legacy)
+                if id is not None:
+                    ids.append(id)
+                first = False
+        else:
+            ids += self.engine.encode(text, True, plain=True)
+        return ids + [self.eos_id] if eos else ids
+
+    def segments(self, text):
+        """`text` cut after each added token: [(the text before it, its id)], and what is left."""
+        pieces = [(text, None)]
+        for finder, normalize in zip(self.finders, (str, self.engine.normalize)):
+            if finder:
+                pieces = [cut for piece, id in pieces
+                          for cut in cut_at(*finder, normalize(piece), id)]
+        return [(piece, id) for piece, id in pieces if piece or id is not None]
+
+    def encode_batch(self, texts):
+        """Ids of many plain texts at once, with allow_special=False."""
+        return self.engine.encode_batch(texts)
+
+    def encode_suffix(self, text):
+        """Ids of plain text that continues a text: no space is put in front."""
+        return self.engine.encode(text, False, plain=True)
+
+    def decode(self, ids):
+        """The text of `ids`, special tokens and rows without a token left out."""
+        text, run = "", []
+        for i in [*map(int, ids), None]:
+            token = self.added.get(self.contents.get(i))
+            if i is not None and not token and i < self.engine.size:
+                run.append(i)
+            elif i is None or token and not token.special:
+                text += self.engine.decode(run, begins=not text) + (self.contents[i] if token else "")
+                run = []
+        return text
+
+    @cached_property
+    def fingerprint(self):
+        """Equal for tokenizers that are the same: pieces, added tokens, BOS and way with spaces."""
+        added = [sorted(self.added.items()), self.engine.legacy, self.engine.adds_bos, self.bos_id,
+                 self.eos_id]
+        return hashlib.blake2b(self.engine.identity + json.dumps(added).encode()).hexdigest()
+
+    def save(self, path):
+        """Write the tokenizer's files to the folder `path`: as they are, but for what would need a
+        stranger's code."""
+        os.makedirs(path, exist_ok=True)
+        folder, own = os.path.dirname(self.file), "tokenizer" + os.path.splitext(self.file)[1]
+        for name in self.engine.files:
+            source = self.file if name == own else os.path.join(folder, name)
+            target = os.path.join(path, name)
+            if os.path.isfile(source) and os.path.abspath(source) != os.path.abspath(target):
+                shutil.copyfile(source, target)
+        self.engine.save(self, path)
+
+
+def cut_at(finder, tokens, text, id):
+    """(text, id) cut at the tokens that the finder finds in the text."""
+    begin = 0
+    for match in finder.finditer(text):
+        if match.start() < begin:
+            continue
+        token, end = tokens[match[0]], match.end()
+        piece = text[begin:match.start()]
+        yield piece.rstrip(SPACE) if token.lstrip else piece, token.id
+        begin = end + (len(text) - end - len(text[end:].lstrip(SPACE)) if token.rstrip else 0)
+    yield text[begin:], id
+
+
+class Pieces:
+    """A SentencePiece model, as its file declares itself; `names`: what tokenizer_config.json says.
+    """
+    files = FILES
+
+    def __init__(self, proto, names, file="tokenizer.model"):
         try:
             self.sp = sentencepiece.SentencePieceProcessor(model_proto=proto)
             self.sp_no_prefix = sentencepiece.SentencePieceProcessor(model_proto=proto + NO_PREFIX)
         except RuntimeError:
             raise SystemExit(f"error: {file!r} is not a SentencePiece model") from None
-        control = range(min(self.sp.vocab_size(), 1000))
-        self.specials = {
-            self.sp.id_to_piece(i): i
-            for i in control
-            if self.sp.is_control(i) or self.sp.is_unknown(i)
-        }
-        self.added = {
-            token: id for token, id in (added or {}).items() if id >= self.sp.vocab_size()
-        }
-        self.specials.update(self.added)
-        self.special_ids = set(self.specials.values())
-        longest_first = sorted(self.specials, key=len, reverse=True)
-        self.split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")").split
-        self.bos_id, self.eos_id = self.sp.bos_id(), self.sp.eos_id()
-        self.pad_id = self.specials.get(
-            "<pad>", self.sp.pad_id())  # -1 where a model has none: nothing here needs one
-        self.eos_ids = sorted({self.eos_id, *eos_ids})
-        self.vocab_size = max([self.sp.vocab_size() - 1, *self.added.values()]) + 1
+        sp, self.identity = self.sp, proto
+        self.legacy = names.get("legacy") is not False  # whether every piece has a space in front
+        self.adds_bos = names.get("add_bos_token") is not False
+        self.size = sp.vocab_size()
+        texts = [sp.id_to_piece(i) for i in range(self.size)]
+        self.added = {text: Token(i) for i, text in enumerate(texts)
+                      if sp.is_control(i) or sp.is_unknown(i)}
+        ids = {"bos_token": sp.bos_id(), "eos_token": sp.eos_id(), "pad_token": sp.pad_id()}
+        self.defaults = {key: texts[id] for key, id in ids.items() if id >= 0}
+        if "pad_token" not in self.defaults:
+            self.defaults["pad_token"] = "<pad>"
+        # What a user must not smuggle in: pieces that are taken whole wherever they stand, and that
+        # look like marks.
+        marks = [text for text in texts if re.fullmatch(r"<[^<>\s]{2,}>|\[[^\[\]\s]{2,}\]", text)
+                 and text in sp.encode(text, out_type=str)]
+        self.marks = re.compile("|".join(map(re.escape, marks))) if marks else None
 
-    def encode(self, text, bos=False, eos=False, allow_special=True):
-        """Token ids of `text`. With allow_special=False the text of a special token, "</s>" say,
-        stays text: for user input."""
-        ids = [self.bos_id] if bos else []
-        first = True
-        for piece in self.split(text) if allow_special else [text]:
-            if allow_special and piece in self.specials:
-                ids.append(self.specials[piece])
-            elif piece:
-                ids += (self.sp if first or self.legacy else self.sp_no_prefix).encode(piece)
-            first = first and not piece
-        return ids + [self.eos_id] if eos else ids
+    def normalize(self, text):
+        return text
+
+    def encode(self, text, begins=True, plain=False):
+        """Ids of text; begins: put a space in front, where the model's texts begin so. plain: no
+        mark is found, since it is cut after its first character."""
+        if not (plain and self.marks and self.marks.search(text)):
+            return (self.sp if begins else self.sp_no_prefix).encode(text)
+        cuts = [0, *(match.start() + 1 for match in self.marks.finditer(text)), len(text)]
+        return [id for i, (a, b) in enumerate(zip(cuts, cuts[1:]))
+                for id in (self.sp if begins and i == 0 else self.sp_no_prefix).encode(text[a:b])]
 
     def encode_batch(self, texts):
-        """Ids of many plain texts at once, with allow_special=False, on all cores."""
+        if self.marks:
+            return [self.encode(text, plain=True) for text in texts]
         return self.sp.encode(texts, num_threads=os.cpu_count() or 1)
 
-    def encode_suffix(self, text):
-        """Ids of plain text that continues a text: no space is put in front."""
-        return self.sp_no_prefix.encode(text)
+    def decode(self, ids, begins=True):
+        if begins or not ids:
+            return self.sp.decode(ids)
+        dot = self.sp.encode(".")[-1:]  # so that a leading space is kept
+        return self.sp.decode(dot + ids)[len(self.sp.decode(dot)):]
 
-    def decode(self, ids):
-        """The text of `ids`, special tokens left out."""
-        return self.sp.decode(
-            [i for i in map(int, ids) if i not in self.special_ids and i < self.sp.vocab_size()])
-
-    @cached_property
-    def fingerprint(self):
-        """Equal for tokenizers that are the same: pieces, added tokens and way with spaces."""
-        added = json.dumps([sorted(self.added.items()), self.legacy]).encode()
-        return hashlib.blake2b(self.sp.serialized_model_proto() + added).hexdigest()
-
-    def save(self, path):
-        """Write the tokenizer's files to the folder `path`, as transformers reads them."""
-        os.makedirs(path, exist_ok=True)
-        target = os.path.join(path, "tokenizer.model")
-        if os.path.abspath(self.file) != os.path.abspath(target):
-            shutil.copyfile(self.file, target)
+    def save(self, tokenizer, path):
+        """tokenizer_config.json for transformers' own class: a model's own may need its code."""
         config = {
-            "tokenizer_class": "LlamaTokenizer", "legacy": self.legacy, "add_bos_token": True,
-            "add_eos_token": False, "bos_token": self.sp.id_to_piece(self.bos_id),
-            "eos_token": self.sp.id_to_piece(self.eos_id),
+            "add_bos_token": True, "add_eos_token": False, "legacy": self.legacy,
+            **{key: value for key, value in tokenizer.names.items() if key != "auto_map"},
+            "tokenizer_class": "LlamaTokenizer", "clean_up_tokenization_spaces": False,
             "unk_token": self.sp.id_to_piece(self.sp.unk_id()),
-            "clean_up_tokenization_spaces": False,
         }
-        if self.pad_id >= 0:
-            config["pad_token"] = "<pad>"
+        for key in ("bos_token", "eos_token", "pad_token"):
+            if tokenizer.named(key) >= 0:
+                config[key] = tokenizer.contents[tokenizer.named(key)]
         write_json(config, path, "tokenizer_config.json")
-        if self.added:
-            write_json(self.added, path, "added_tokens.json")
-
-
-def train(texts, vocab_size, path):
-    """Train a SentencePiece BPE with LLaMA's settings (bytes as fallback, split digits) and write
-    path/tokenizer.model."""
-    os.makedirs(path, exist_ok=True)
-    with open(os.path.join(path, "tokenizer.model"), "wb") as out:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(texts), model_writer=out, model_type="bpe",
-            vocab_size=vocab_size, byte_fallback=True, split_digits=True,
-            allow_whitespace_only_pieces=True, normalization_rule_name="identity",
-            remove_extra_whitespaces=False, character_coverage=1.0, num_threads=1, minloglevel=2,
-            hard_vocab_limit=False,
-        )
-    tokenizer = load(path)
-    tokenizer.save(path)
-    return tokenizer
+        beyond = {text: t.id for text, t in tokenizer.added.items() if t.id >= self.size}
+        if beyond:
+            write_json(beyond, path, "added_tokens.json")
 
 
 def read_json(folder, name):

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from nanosafe import checkpoint, data, tokenizer
+from nanosafe import checkpoint, data, demo, tokenizer
 from nanosafe.model import Config
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -40,7 +40,7 @@ def world(toy, tmp_path_factory):
     rows = data.load(str(folder / "data" / "sft" / "train.jsonl:400/-1"))
     texts = [prompt + answer for row in rows
              for prompt, answer in data.segments([row["input"], row["answer"]])]
-    tok = tokenizer.train(texts, 500, str(folder / "tokenizer"))
+    tok = demo.train_tokenizer(texts, 500, str(folder / "tokenizer"))
     for name, head in (("policy", "lm"), ("reward", "score"), ("cost", "score")):
         model = checkpoint.scratch(small_config(vocab_size=tok.vocab_size), head, seed=len(name))
         checkpoint.save(model, folder / name, tok)

@@ -52,7 +52,7 @@ def test_a_step_over_the_cache_equals_the_packed_sequence():
     head = attention.pack(torch.tensor([0, 5, 7], dtype=torch.int32), 5, 7, slots=torch.tensor([0, 1]))
     head.attend(q[first], k[first], v[first], cache)
     last, positions = torch.tensor([5, 8]), torch.tensor([5, 2])
-    mask = (torch.arange(8) <= positions[:, None])[:, None, None]
+    mask = (torch.arange(8) <= positions[:, None])[:, None]
     step = attention.Step(positions, mask, torch.arange(2))
     assert torch.allclose(step.attend(q[last], k[last], v[last], cache), whole[last], atol=1e-6)
 

@@ -108,7 +108,7 @@ def test_broken_and_hostile_folders_stop_with_one_line(folder, tmp_path):
     index = {"weight_map": {"model.norm.weight": "../secret.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(SystemExit, match="not in the folder"):
-        formats.Folder(folder).shape("model.norm.weight")
+        formats.Folder(folder)
 
 
 def test_a_bin_file_executes_nothing(folder):

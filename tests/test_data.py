@@ -11,7 +11,7 @@ import torch
 from conftest import run
 from test_losses import GOLDEN
 
-from nanosafe import data, packing, rows, tokenizer
+from nanosafe import data, demo, packing, rows, tokenizer
 from nanosafe.data import conversations, encode, segments
 
 
@@ -204,7 +204,7 @@ def test_order_is_a_function_of_seed_and_step():
 
 
 def test_retokenizing_keeps_the_ends_of_sequence(tok, world, tmp_path):
-    other = tokenizer.train(["a b c d hello there"] * 50, 280, str(tmp_path / "other"))
+    other = demo.train_tokenizer(["a b c d hello there"] * 50, 280, str(tmp_path / "other"))
     ids, _ = encode(["hello", "there", "b", "c"], tok)
     expected, _ = encode(["hello", "there", "b", "c"], other)
     assert data.retokenize(ids, tok, other).tolist() == expected

@@ -1,0 +1,124 @@
+"""
+Models that are no Hugging Face folder: Meta's checkpoints and llama2.c's files.
+
+Both name their tensors as Meta does (formats.META). Files are mapped into memory: what is not read
+takes no room.
+"""
+
+import glob
+import os
+import struct
+
+import numpy as np
+import torch
+
+from nanosafe.formats import read_file
+from nanosafe.parallel import stop
+from nanosafe.tokenizer import read_json
+
+COLUMNS = ("wo.weight", "w2.weight")  # what Meta's model parallelism divides by columns
+
+
+class Joined:
+    """A tensor that model parallelism divided into `pieces`, by rows or by columns."""
+    def __init__(self, pieces, columns):
+        self.pieces, self.columns = pieces, columns
+        shape = list(pieces[0].shape)
+        shape[1 if columns else 0] *= len(pieces)
+        self.shape = torch.Size(shape)
+
+    def __getitem__(self, rows):
+        if self.columns:
+            return torch.cat([piece[rows] for piece in self.pieces], dim=1)
+        height = len(self.pieces[0])
+        start, end, step = rows.indices(self.shape[0])
+        taken = []
+        for begin, piece in zip(range(0, self.shape[0], height), self.pieces):
+            first = start - begin if start >= begin else (start - begin) % step
+            taken.append(piece[first:max(first, end - begin):step])
+        return torch.cat(taken)
+
+
+def meta(path):
+    """(config.json's dict, tensors) of a folder with consolidated.*.pth and params.json
+    (github.com/meta-llama/llama)."""
+    params = read_json(path, "params.json")
+    params = params.get("model", params)
+    if not params:
+        stop(f"{path!r} has consolidated.*.pth and no params.json that says what they are")
+    shards = [read_file(file) for file in sorted(glob.glob(os.path.join(path, "consolidated.*.pth")))]
+    D, H = params["dim"], params["n_heads"]
+    tensors = {}
+    for name, first in shards[0].items():
+        pieces = [shard[name] for shard in shards]
+        if len(pieces) == 1 or first.dim() == 1:
+            tensors[name] = first
+        else:  # Llama 1 and 2 divide the embedding by columns, Llama 3 by rows
+            columns = name.endswith(COLUMNS) or ("tok_embeddings" in name and first.shape[1] < D)
+            tensors[name] = Joined(pieces, columns)
+    vocabulary = tensors["tok_embeddings.weight"].shape[0]
+    eps, scaled = params.get("norm_eps", 1e-5), params.get("use_scaled_rope", False)
+    length = (2048 if eps == 1e-6 else 4096) if vocabulary < 2**17 else 131072 if scaled else 8192
+    config = {
+        "vocab_size": vocabulary, "hidden_size": D, "num_attention_heads": H,
+        "intermediate_size": tensors["layers.0.feed_forward.w1.weight"].shape[0],
+        "num_hidden_layers": params["n_layers"], "num_key_value_heads": params.get("n_kv_heads"),
+        "rms_norm_eps": eps, "rope_theta": params.get("rope_theta", 1e4),
+        "max_position_embeddings": length, "tie_word_embeddings": "output.weight" not in tensors,
+    }
+    if scaled:  # params.json does not say by how much: 8 in Llama 3.1, 32 in the small 3.2
+        config["rope_scaling"] = {
+            "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "factor": params.get("rope_scaling_factor", 8.0 if D >= 4096 else 32.0),
+            "original_max_position_embeddings": 8192,
+        }
+    return config, tensors
+
+
+def llama2c(path):
+    """(config.json's dict, tensors) of a float32 file of github.com/karpathy/llama2.c, version 0 or
+    1."""
+    with open(path, "rb") as f:
+        header = f.read(256).ljust(256, b"\0")
+    magic, version = struct.unpack("<Ii", header[:8])
+    if magic == 0x616B3432:  # "ak42"
+        if version != 1:
+            stop(f"{path!r}: version {version} of llama2.c's files is not known here: 0 and 1 are")
+        sizes, shared, start = struct.unpack("<7i", header[8:36]), header[36] == 1, 256
+    else:
+        sizes, version, start = struct.unpack("<7i", header[:28]), 0, 28
+        shared = sizes[5] > 0  # a negative vocabulary: the head has its own weights
+    D, I, L, H, K, V, T = map(abs, sizes)
+    if not 0 < K <= H <= D < 2**20 or D % H or not 0 < L < 2**10 or not 0 < T < 2**24:
+        stop(f"{path!r} is no llama2.c model: its header makes no sense")
+    E = D // H
+    shapes = {"attention_norm": (D,), "ffn_norm": (D,), "attention.wq": (H * E, D),
+              "attention.wk": (K * E, D), "attention.wv": (K * E, D), "attention.wo": (D, H * E),
+              "feed_forward.w1": (I, D), "feed_forward.w2": (D, I), "feed_forward.w3": (I, D),
+              "tok_embeddings": (V, D), "norm": (D,), "output": (V, D), "RoPE table": (T, E)}
+    attention = ["attention.wq", "attention.wk", "attention.wv", "attention.wo"]
+    mlp = ["feed_forward.w1", "feed_forward.w2", "feed_forward.w3"]
+    order = (["attention_norm", "ffn_norm", "norm", "tok_embeddings", *attention, *mlp] if version else
+             ["tok_embeddings", "attention_norm", *attention, "ffn_norm", *mlp, "norm", "RoPE table"])
+    order += [] if shared else ["output"]
+    want = start + 4 * sum(np.prod(shapes[name]) * (L if in_layer(name) else 1) for name in order)
+    if os.path.getsize(path) != want:
+        stop(f"{path!r} has {os.path.getsize(path)} bytes, not {want}: it is cut short, or no llama2.c "
+             "model")
+    flat = torch.from_numpy(np.memmap(path, np.float32, "c", offset=start))
+    tensors = {}
+    for name in order:
+        for key in [f"layers.{i}.{name}" for i in range(L)] if in_layer(name) else [name]:
+            tensors[key + ".weight"], flat = (
+                flat[:np.prod(shapes[name])].view(shapes[name]), flat[np.prod(shapes[name]):])
+    tensors.pop("RoPE table.weight", None)
+    config = {
+        "vocab_size": V, "hidden_size": D, "intermediate_size": I, "num_hidden_layers": L,
+        "num_attention_heads": H, "num_key_value_heads": K, "max_position_embeddings": T,
+        "rms_norm_eps": 1e-5, "tie_word_embeddings": shared,
+    }
+    return config, tensors
+
+
+def in_layer(name):
+    return name.startswith(("attention", "ffn_norm", "feed_forward"))
