@@ -97,10 +97,9 @@ def read_knobs(script):
 
 
 def calls_configure(node):
-    return any(
-        isinstance(n, ast.Call)
-        and getattr(n.func, "id", getattr(n.func, "attr", "")) == "configure"
-        for n in ast.walk(node))
+    return any(isinstance(n, ast.Call)
+               and getattr(n.func, "id", getattr(n.func, "attr", "")) == "configure"
+               for n in ast.walk(node))
 
 
 def find_file(file, script):
@@ -126,11 +125,8 @@ def run_file(path):
     except SyntaxError as error:
         stop(f"{path}, line {error.lineno}: {error.msg}")
     is_module = type(os)
-    return {
-        name: value
-        for name, value in space.items()
-        if not name.startswith("_") and type(value) is not is_module
-    }
+    return {name: value for name, value in space.items()
+            if not name.startswith("_") and type(value) is not is_module}
 
 
 def check(name, value, config, where):
@@ -176,7 +172,7 @@ def known(name, config, where):
 
 def help_text(script, knobs, config):
     lines = [(script.get("__doc__") or "").strip(), "",
-             "Knobs (defaults < config files from left to right < --key=value), as they stand:",]
+             "Knobs (defaults < config files from left to right < --key=value), as they stand:"]
     width = max(len(f"{name} = {json.dumps(config[name])}") for name in knobs)
     for name, comment in knobs.items():
         lines.append(f"  {f'{name} = {json.dumps(config[name])}':<{width}}  {comment}")

@@ -24,6 +24,7 @@ from nanosafe.monitor import Monitor, Stop
 from nanosafe.packing import check_fits, count_steps, examples_at, plan
 from nanosafe.parallel import add, backward, close, init, main_first, places
 from nanosafe.tokenizer import load as load_tokenizer
+from nanosafe.scratch import scratch
 
 # run
 out_dir = "out/sft"  # the run's folder: config.py, metrics.jsonl, model/, state/
@@ -91,7 +92,7 @@ for dataset in filter(None, (train, held_out)):
 size = checkpoint.count_parameters(shape if from_scratch else init_from)
 place, _ = places(world, dtype, parallel, offload, use_compile, activation_checkpointing, size)
 if from_scratch:
-    model = checkpoint.scratch(shape, seed=seed, place=place)
+    model = scratch(shape, seed=seed, place=place)
 else:
     model = checkpoint.load(init_from, "lm", place=place, vocab_size=tok.vocab_size)
 optimizer = optim.adamw(model, weight_decay, beta1, beta2)

@@ -3,8 +3,7 @@ The only file that knows an attention kernel's name.
 
 A batch is a `Packed` (whole sequences laid end to end: training, scoring, prefill) or a `Step` (one
 new token for each of n cached sequences: decoding). Both know how their queries meet their keys:
-.attend(q, k, v, cache). What else a model asks of its attention, a sliding window or ALiBi, is laid
-on them once per forward: .limit(window, slopes).
+.attend(q, k, v, cache). Sliding windows and ALiBi, which LLaMA has not, are in masks.py.
 
 Shapes: N packed tokens, B sequences, H heads, K kv heads, E head width, S cache slots, T cache
 length.
@@ -30,13 +29,6 @@ class Packed(NamedTuple):
     slots: Optional[torch.Tensor] = None  # (B,) cache slot of each sequence, for prefill
     window: int = 0  # how many keys a query sees, its own among them; 0: all
     mask: Optional[torch.Tensor] = None  # (L, L) or (H, L, L), where causality is not all there is
-
-    def limit(self, window, slopes):
-        if slopes is None and not 0 < window < self.max_seqlen:
-            return self
-        places = torch.arange(self.max_seqlen, device=self.rows.device)
-        mask = visible(places[:, None] - places, window, slopes)
-        return self._replace(window=window, mask=mask)
 
     def attend(self, q, k, v, cache):
         """q (N, H, E), k and v (N, K, E) -> (N, H, E)."""
@@ -82,13 +74,6 @@ class Step(NamedTuple):
     mask: torch.Tensor  # (n, 1, extent) True where a slot has a key that the new token may see
     rows: torch.Tensor  # (n,) 0 .. n-1
 
-    def limit(self, window, slopes):
-        """The same, of a model with a window or slopes: then the mask is (n, 1 or H, extent)."""
-        if slopes is None and not window:
-            return self
-        back = self.positions[:, None] - torch.arange(self.mask.shape[-1], device=self.rows.device)
-        return self._replace(mask=visible(back[:, None], window, slopes))
-
     def attend(self, q, k, v, cache):
         """q (n, H, E), k and v (n, K, E) -> (n, H, E)."""
         n, H, E = q.shape
@@ -120,17 +105,6 @@ def pack(cu_seqlens, max_seqlen, n_tokens, slots=None):
                                    output_size=n_tokens)
     positions = torch.arange(n_tokens, device=lengths.device) - cu_seqlens.long()[rows]
     return Packed(cu_seqlens, max_seqlen, positions, rows, slots)
-
-
-def visible(back, window, slopes):
-    """The mask of keys that are `back` (.., queries, keys) positions behind their query: True where
-    it sees them. With slopes (H,), in float32, what is added to a head's logits: ALiBi
-    (arXiv:2108.12409)."""
-    seen = (back >= 0) & (back < window) if window else back >= 0
-    if slopes is None:
-        return seen
-    fall = -slopes[:, None, None] * back if back.dim() == 2 else -slopes[:, None] * back
-    return fall.masked_fill(~seen, float("-inf"))
 
 
 def repeat_heads(q, k, v):

@@ -9,11 +9,9 @@ model in full.
 $ python -m nanosafe.checkpoint SOURCE TARGET [--dtype=bfloat16]    # anything that opens -> a folder
 """
 
-import math
 import os
 import shutil
 import sys
-import zlib
 from collections import Counter
 
 import torch
@@ -51,6 +49,7 @@ def load(path, head="auto", dtype=None, device="cpu", place=None, vocab_size=0, 
     model = build(config, head, place, place.dtype or folder.dtype())
     fresh = () if head == "lm" or folder.has("score_head.weight") else ("score_head.weight",)
     if fresh:
+        from nanosafe.scratch import draw
         tell(f"{path}: no score head there: a new one is drawn")
         draw(model, *fresh, model.score_head.weight, seed)
     fill(parallel.parameters(model), folder, locate(model, folder, fresh))
@@ -66,17 +65,6 @@ def read_config(folder, head):
         if folder.has("normalizer." + name):
             setattr(config, name, folder.tensors["normalizer." + name][:].flatten().tolist())
     return config, ("score" if scored else "lm") if head == "auto" else head
-
-
-def scratch(config, head="lm", seed=0, place=None):
-    """A LLaMA with random weights, the same for every layout.
-
-    N(0, initializer_range); outputs into the residual stream are scaled by depth, as in GPT-2.
-    """
-    model = build(config, head, place or parallel.Place(torch.device("cpu")), torch.float32)
-    for name, p in parallel.parameters(model):
-        draw(model, name, p, seed)
-    return model
 
 
 def build(config, head, place, dtype):
@@ -95,23 +83,6 @@ def count_parameters(source):
     with torch.device("meta"):
         model = LLaMA(config)
     return sum(p.numel() for p in model.parameters())
-
-
-@torch.no_grad()
-def draw(model, name, p, seed):
-    """Initialise this rank's rows of a parameter from a generator of the parameter's own, so that
-    no layout changes them."""
-    rows, start, count, _ = parallel.local_rows(p)
-    if name.endswith("norm.weight"):
-        rows.fill_(1.0)
-    elif name.endswith(".bias"):
-        rows.zero_()
-    else:
-        std = model.config.initializer_range
-        if name.endswith(("o_proj.weight", "down_proj.weight")):
-            std /= math.sqrt(2 * model.config.num_hidden_layers)
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-        rows.copy_(torch.normal(0.0, std, p.shape, generator=generator)[start:start + count])
 
 
 def copy_rows(target, first, source, start, height, skip=0, step=1):

@@ -112,7 +112,8 @@ def encode(turns, tokenizer, lookup=None):
     tokens across the border, on its own.
     """
     lookup = lookup or (lambda text: tokenizer.encode(text, allow_special=False))
-    ids, mask = [tokenizer.bos_id], [0]
+    ids = tokenizer.encode("", bos=True)
+    mask = [0] * len(ids)
     for prompt, answer in segments(turns):
         prompt_ids = lookup(prompt)
         ids += prompt_ids
@@ -120,35 +121,32 @@ def encode(turns, tokenizer, lookup=None):
         if answer is not None:
             joint = lookup(prompt + answer)
             n = len(prompt_ids)
-            answer_ids = (joint[n:] if joint[:n] == prompt_ids else
-                          tokenizer.encode_suffix(answer)) + [tokenizer.eos_id]
-            ids += answer_ids
-            mask += [1] * len(answer_ids)
+            same = joint[:n] == prompt_ids
+            answer_ids = joint[n:] if same else tokenizer.encode_suffix(answer)
+            ids += [*answer_ids, tokenizer.eos_id]
+            mask += [1] * (len(answer_ids) + 1)
     return ids, mask
 
 
 def retokenize(ids, source, target):
     """A conversation's ids in another tokenizer: piece by piece between the ends of sequence, which
     stay where they are."""
-    out, piece = [target.bos_id], []
+    out, piece = target.encode("", bos=True), []
     for i in map(int, ids):
         if i in source.eos_ids:
             out += target.encode(source.decode(piece), allow_special=False) + [target.eos_id]
             piece = []
         else:
             piece.append(i)
-    return np.array(out +
-                    (target.encode(source.decode(piece), allow_special=False) if piece else []))
-
+    rest = target.encode(source.decode(piece), allow_special=False) if piece else []
+    return np.array(out + rest)
 
 
 class Dataset:
     """Tokenised examples, memory-mapped: `width` sequences each (two for pairs)."""
     def __init__(self, folder):
-        arrays = {
-            name: np.load(os.path.join(folder, name + ".npy"), mmap_mode="r")
-            for name in ("tokens", "mask", "offsets", "signs", "lines")
-        }
+        arrays = {name: np.load(os.path.join(folder, name + ".npy"), mmap_mode="r")
+                  for name in ("tokens", "mask", "offsets", "signs", "lines")}
         self.tokens, self.mask = arrays["tokens"], arrays["mask"]
         self.offsets, self.signs, self.lines = (np.asarray(arrays[name])
                                                 for name in ("offsets", "signs", "lines"))
@@ -158,8 +156,7 @@ class Dataset:
         ends = self.offsets[::self.width]
         self.lengths = np.diff(ends)  # (n,) tokens of each example, its sequences together
         sums = np.concatenate([[0], np.cumsum(self.mask, dtype=np.int64)])
-        self.targets = (sums[ends[1:]] - sums[ends[:-1]]
-                        )  # (n,) tokens of each example that carry loss
+        self.targets = sums[ends[1:]] - sums[ends[:-1]]  # (n,) tokens that carry loss
 
     def __len__(self):
         return len(self.signs)

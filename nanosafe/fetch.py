@@ -14,9 +14,10 @@ import urllib.parse
 import urllib.request
 from collections import Counter
 
+import numpy as np
 from tqdm import tqdm
 
-from nanosafe.rows import read_rows, split_train_test, stop
+from nanosafe.rows import read_rows, stop
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zip", ".json", ".json.gz", ".json.xz")
 
@@ -149,3 +150,11 @@ def write(path, records):
         f.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     os.replace(path + ".tmp", path)
     print(f"{path}: {len(records)} rows")
+
+
+def split_train_test(n, ratio, seed=42):
+    """Shuffled indices of a training and a test part, the latter round(n * ratio) long."""
+    indices = np.arange(n)
+    np.random.default_rng(seed).shuffle(indices)
+    train = n - round(n * ratio)
+    return indices[:train].tolist(), indices[train:].tolist()

@@ -1,7 +1,7 @@
 """
 Models that are no Hugging Face folder: Meta's checkpoints and llama2.c's files.
 
-Both name their tensors as Meta does (formats.META). Files are mapped into memory: what is not read
+Both name their tensors as Meta does (families.META). Files are mapped into memory: what is not read
 takes no room.
 """
 
@@ -12,11 +12,21 @@ import struct
 import numpy as np
 import torch
 
+from nanosafe.families import META
 from nanosafe.formats import read_file
 from nanosafe.parallel import stop
 from nanosafe.tokenizer import read_json
 
 COLUMNS = ("wo.weight", "w2.weight")  # what Meta's model parallelism divides by columns
+
+
+def read(path):
+    """(config.json's dict, tensors, Family) of what is at `path`."""
+    if path.endswith(".bin") and os.path.isfile(path):
+        return *llama2c(path), META
+    if glob.glob(os.path.join(path, "consolidated.*.pth")):
+        return *meta(path), META
+    stop(f"no model at {path!r}: a model folder has a config.json, or Meta's params.json")
 
 
 class Joined:

@@ -150,8 +150,7 @@ class Block(nn.Module):
 
 
 class LLaMA(nn.Module):
-    """The decoder with head="lm" (next-token distribution) or head="score" (one number per token).
-    """
+    """The decoder with head="lm" (next-token distribution) or "score" (one number per token)."""
     def __init__(self, config, head="lm"):
         super().__init__()
         c = self.config = config
@@ -166,9 +165,7 @@ class LLaMA(nn.Module):
                 self.lm_head.weight = self.embed_tokens.weight
         else:
             self.score_head = nn.Linear(c.hidden_size, 1, bias=c.score_bias)
-        # No buffers: they are neither trained, nor saved, nor cast.
-        self.inv_freq = rope_frequencies(c)
-        self.slopes = alibi_slopes(c.num_attention_heads) if c.alibi else None
+        self.inv_freq = rope_frequencies(c)  # no buffer: it is neither trained, nor saved, nor cast
 
     def forward(self, tokens, cu_seqlens, max_seqlen, targets=None, temperature=1.0):
         """Log-probabilities, logits or scores of packed sequences.
@@ -201,11 +198,11 @@ class LLaMA(nn.Module):
         x = self.embed_tokens(tokens)
         if self.inv_freq.device != x.device:
             self.inv_freq = self.inv_freq.to(x.device)
-            self.slopes = None if self.slopes is None else self.slopes.to(x.device)
-        seqs = seqs.limit(self.config.sliding_window, self.slopes)
+        if self.config.sliding_window or self.config.alibi:
+            from nanosafe import masks
+            seqs = masks.limit(seqs, self.config)
         angles = seqs.positions[:, None] * self.inv_freq  # (N, E/2) float32
-        cos, sin = (angles.cos()[:, None].to(x.dtype), angles.sin()[:, None].to(x.dtype),
-                    )  # (N, 1, E/2)
+        cos, sin = (f(angles)[:, None].to(x.dtype) for f in (torch.cos, torch.sin))  # (N, 1, E/2)
         for i, layer in enumerate(self.layers):
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, x, cos, sin, seqs, use_reentrant=False)
@@ -231,8 +228,7 @@ class LLaMA(nn.Module):
             s = s + head.bias.float()
         if not c.do_normalize or c.score_type == "critic":
             return s
-        mean = (c.mean[0] if c.score_type == "reward" else 0.0
-                )  # a cost keeps its zero: it is scaled, never shifted
+        mean = c.mean[0] if c.score_type == "reward" else 0.0  # a cost's zero is never shifted
         return (s - mean) / (math.sqrt(c.var[0]) + 1e-8)
 
 
@@ -259,15 +255,6 @@ def rope_frequencies(c):
         blend = ((turns - low) / (high - low)).clamp(0, 1)
         return (1 - blend) * inv_freq / s["factor"] + blend * inv_freq
     return inv_freq  # "dynamic" acts beyond max_position_embeddings only
-
-
-def alibi_slopes(heads):
-    """ALiBi's slope of each head (H,) float32: 2^(-8 i / P) for the power of two P below, and between
-    these for the heads beyond P."""
-    P = 2**int(math.log2(heads))
-    slopes = [2**(-8 * i / P) for i in range(1, P + 1)]
-    slopes += [2**(-8 * (i - 0.5) / P) for i in range(1, heads - P + 1)]
-    return torch.tensor(slopes, device="cpu")
 
 
 class LogProbs(torch.autograd.Function):

@@ -33,8 +33,9 @@ class Monitor:
         often = 0.2 if sys.stderr.isatty() else 10  # seconds: a log file needs few lines
         self.bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True,
                         mininterval=often)
-        for sink in filter(None, log_to.split(",")):
-            self.sinks.append(open_sink(sink.strip(), out_dir, config))
+        if log_to:
+            from nanosafe import sinks
+            self.sinks = [sinks.start(sink.strip(), out_dir, config) for sink in log_to.split(",")]
 
     def log(self, step, metrics):
         """Record the metrics (name -> number) of optimizer step `step`."""
@@ -84,21 +85,6 @@ def reopen(path, start):
     file.writelines(rows)
     os.replace(path + ".tmp", path)
     return file
-
-
-def open_sink(name, out_dir, config):
-    """Two functions for TensorBoard or W&B: write(step, metrics) and finish()."""
-    if name == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
-        writer = SummaryWriter(out_dir)
-        add = lambda step, row: [writer.add_scalar(key, value, step) for key, value in row.items()]
-        return add, writer.close
-    if name == "wandb":
-        import wandb
-        name = os.path.basename(out_dir)
-        run = wandb.init(project="nanosafe", name=name, dir=out_dir, config=config)
-        return lambda step, row: run.log(row, step=step), run.finish
-    raise SystemExit(f"error: log_to={name!r}: choose tensorboard or wandb, or leave it empty")
 
 
 class Stop:

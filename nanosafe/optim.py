@@ -16,7 +16,7 @@ def adamw(model, weight_decay, beta1, beta2):
     small."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-              {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},]
+              {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=0.0, betas=(beta1, beta2), eps=1e-8, fused=True)
 
 
@@ -34,9 +34,8 @@ def learning_rate_at(step, steps, peak, schedule, warmup_ratio):
     if step < warmup:
         return peak * step / warmup
     done = (step - warmup) / max(1, steps - warmup)
-    return (peak *
-            {"cosine": 0.5 *
-             (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[schedule])
+    fall = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}
+    return peak * fall[schedule]
 
 
 def step(model, optimizer, lr, grad_clip, where=""):

@@ -62,9 +62,8 @@ def examples_at(step, n, batch_size, seed):
     """The examples of optimizer step `step`: a pure function, so that a resumed run needs no cursor
     but the step."""
     positions = np.arange(step * batch_size, (step + 1) * batch_size)
-    orders = {
-        epoch: order(n, epoch, seed) for epoch in range(positions[0] // n, positions[-1] // n + 1)
-    }
+    epochs = range(positions[0] // n, positions[-1] // n + 1)
+    orders = {epoch: order(n, epoch, seed) for epoch in epochs}
     return [int(orders[p // n][p % n]) for p in positions]
 
 
@@ -94,21 +93,19 @@ def plan(lengths, max_tokens, ranks):
     by_length = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     bins = ranks * -(-total // (ranks * max_tokens))
     while True:
-        low, high = (max(longest, -(-total // bins)), max_tokens,
-                     )  # the least capacity with which `bins` bins suffice
-        while low < high:
+        low, high = max(longest, -(-total // bins)), max_tokens
+        while low < high:  # the least capacity with which `bins` bins suffice
             middle = (low + high) // 2
-            low, high = ((low, middle) if len(cut(by_length, lengths, middle)) <= bins else
-                         (middle + 1, high))
+            fits = len(cut(by_length, lengths, middle)) <= bins
+            low, high = (low, middle) if fits else (middle + 1, high)
         parts = cut(by_length, lengths, low)
         if len(parts) <= bins:
             break
         bins += ranks
     while len(parts) < min(bins, len(lengths)):  # an idle rank helps a busy one
         part = max(parts, key=len)
-        parts[parts.index(part):parts.index(part) + 1] = [
-            part[:len(part) // 2], part[len(part) // 2:],
-        ]
+        half, i = len(part) // 2, parts.index(part)
+        parts[i:i + 1] = [part[:half], part[half:]]
     parts += [[] for _ in range(bins - len(parts))]
     return [parts[rank::ranks] for rank in range(ranks)]
 

@@ -3,8 +3,7 @@ The only file that imports torch.distributed.
 
     world = parallel.init(device)              # one process, or one of many under torchrun
     trained, frozen = parallel.places(world, ...)
-    model = parallel.put(model, trained)       # inside checkpoint.load(), before the weights are
-    read
+    model = parallel.put(model, trained)       # inside checkpoint.load(), before any weight is read
     parallel.backward(model, loss)             # gradients add up over ranks and calls
     with parallel.whole(model): ...            # parameters whole on every rank, to sample from
 
@@ -83,10 +82,8 @@ def places(world, dtype, layout, offload, use_compile, activation_checkpointing,
     parameters  how many are trained, over all models: decides what "auto" is
     """
     on_gpu = world.device.type == "cuda"
-    known = {
-        "auto": torch.bfloat16 if on_gpu else torch.float32, "bfloat16": torch.bfloat16,
-        "float32": torch.float32,
-    }
+    known = {"auto": torch.bfloat16 if on_gpu else torch.float32, "bfloat16": torch.bfloat16,
+             "float32": torch.float32}
     if dtype == "float16":
         stop("dtype='float16' overflows in RLHF training and is not supported: use bfloat16")
     if dtype not in known:

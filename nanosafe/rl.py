@@ -124,14 +124,6 @@ class RunningMeanStd:
         self.var = (self.var * self.count + var * n + delta**2 * self.count * n / total) / total
         self.count = total
 
-    def affine(self, x):
-        """(x - mean) / std: for rewards."""
-        return (x - self.mean) / (math.sqrt(self.var) + 1e-8)
-
-    def scale(self, x):
-        """x / std: for costs, whose zero must stay where it is."""
-        return x / (math.sqrt(self.var) + 1e-8)
-
     def state_dict(self):
         return {"mean": self.mean, "var": self.var, "count": self.count}
 

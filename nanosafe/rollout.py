@@ -98,8 +98,7 @@ class Work:
 
 
 class Engine:
-    """The device's side: a cache of S rows; for each the next token to feed, its position, its key.
-    """
+    """The device's side: a cache of S rows, and of each the token to feed, its position, its key."""
 
     def __init__(self, model, slots, wanted, length, sampling):
         c, weight = model.config, model.embed_tokens.weight
@@ -224,16 +223,14 @@ def inverse_cdf(probs, u):
     probs = torch.nn.functional.pad(probs, (0, -V % block)).view(n, -1, block)
     sums = probs.sum(dim=-1).double().cumsum(dim=-1)  # (n, blocks)
     goal = u * sums[:, -1]
-    which = torch.searchsorted(sums, goal[:, None],
-                               right=True).clamp(max=sums.shape[1] - 1)  # (n, 1)
+    which = torch.searchsorted(sums, goal[:, None], right=True).clamp(max=sums.shape[1] - 1)  # (n, 1)
     before = torch.where(which > 0, sums.gather(1, (which - 1).clamp(min=0)), 0.0)
-    inside = (probs.gather(1, which[..., None].expand(-1, -1,
-                                                      block)).squeeze(1).double())  # (n, block)
+    inside = probs.gather(1, which[..., None].expand(-1, -1, block)).squeeze(1).double()
     token = torch.searchsorted(inside.cumsum(dim=-1), goal[:, None] - before, right=True)
     # Rounding may carry the goal past the block's end: fall back on the last token there that has
     # any probability.
-    last = (inside > 0).long().mul(torch.arange(1, block + 1, device=probs.device)).amax(
-        dim=-1, keepdim=True) - 1
+    places = torch.arange(1, block + 1, device=probs.device)
+    last = ((inside > 0) * places).amax(dim=-1, keepdim=True) - 1
     return (which * block + torch.minimum(token, last.clamp(min=0))).squeeze(1)
 
 

@@ -97,14 +97,6 @@ def sample_indices(n, proportion, seed_sequence):
     return indices
 
 
-def split_train_test(n, ratio, seed=42):
-    """Shuffled indices of a training and a test part, the latter round(n * ratio) long."""
-    indices = np.arange(n)
-    np.random.default_rng(seed).shuffle(indices)
-    train = n - round(n * ratio)
-    return indices[:train].tolist(), indices[train:].tolist()
-
-
 def open_text(path):
     """A text file, opened through its compression: .gz, .xz, a .zip with one file, or none."""
     if path.endswith(".gz"):

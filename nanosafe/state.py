@@ -14,7 +14,6 @@ from nanosafe import parallel
 from nanosafe.checkpoint import copy_rows, replace_folder
 from nanosafe.tokenizer import read_json, write_json
 
-
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 
 

@@ -9,8 +9,9 @@ import sys
 import pytest
 import torch
 
-from nanosafe import checkpoint, data, demo, tokenizer
+from nanosafe import checkpoint, data, demo
 from nanosafe.model import Config
+from nanosafe.scratch import scratch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 torch.set_num_threads(1)
@@ -42,7 +43,7 @@ def world(toy, tmp_path_factory):
              for prompt, answer in data.segments([row["input"], row["answer"]])]
     tok = demo.train_tokenizer(texts, 500, str(folder / "tokenizer"))
     for name, head in (("policy", "lm"), ("reward", "score"), ("cost", "score")):
-        model = checkpoint.scratch(small_config(vocab_size=tok.vocab_size), head, seed=len(name))
+        model = scratch(small_config(vocab_size=tok.vocab_size), head, seed=len(name))
         checkpoint.save(model, folder / name, tok)
     return folder
 

@@ -10,13 +10,14 @@ from safetensors.torch import load_file, save_file
 
 from nanosafe import checkpoint, formats, tokenizer
 from nanosafe.parallel import Place
+from nanosafe.scratch import scratch
 
 transformers = pytest.importorskip("transformers")
 
 
 @pytest.fixture
 def folder(tmp_path):
-    checkpoint.save(checkpoint.scratch(small_config(), seed=3), tmp_path / "model")
+    checkpoint.save(scratch(small_config(), seed=3), tmp_path / "model")
     return tmp_path / "model"
 
 
@@ -71,7 +72,7 @@ def test_sharded_safetensors_and_bin_read_the_same(folder, tmp_path, monkeypatch
 
 
 def test_tied_embeddings_are_stored_once(tmp_path):
-    model = checkpoint.scratch(small_config(tie_word_embeddings=True))
+    model = scratch(small_config(tie_word_embeddings=True))
     checkpoint.save(model, tmp_path / "tied")
     assert "lm_head.weight" not in tensors_of(tmp_path / "tied")
     again = checkpoint.load(tmp_path / "tied")
@@ -141,7 +142,7 @@ GENERATIONS = {  # Safe-RLHF's score models over time: config keys, bias, normal
 def test_every_generation_of_score_models_opens(generation, tmp_path):
     keys, bias, normalizer = GENERATIONS[generation]
     folder = tmp_path / "score"
-    model = checkpoint.scratch(small_config(score_bias=bias), "score", seed=5)
+    model = scratch(small_config(score_bias=bias), "score", seed=5)
     if bias:
         torch.nn.init.constant_(model.score_head.bias, 0.25)
     checkpoint.save(model, folder)
@@ -173,7 +174,7 @@ def test_a_folder_without_a_head_gets_a_new_one_and_says_so(folder, capsys):
 
 
 def test_a_score_model_cannot_generate(tmp_path):
-    checkpoint.save(checkpoint.scratch(small_config(), "score"), tmp_path / "score")
+    checkpoint.save(scratch(small_config(), "score"), tmp_path / "score")
     with pytest.raises(SystemExit, match="is a score model"):
         checkpoint.load(tmp_path / "score", "lm")
 
@@ -199,8 +200,8 @@ def test_tokenizer_and_dtype_travel_with_the_folder(world, tmp_path):
 
 
 def test_scratch_weights_are_those_of_the_seed():
-    a, b, c = (checkpoint.scratch(small_config(), seed=s) for s in (0, 0, 1))
+    a, b, c = (scratch(small_config(), seed=s) for s in (0, 0, 1))
     assert torch.equal(a.lm_head.weight, b.lm_head.weight)
     assert not torch.equal(a.lm_head.weight, c.lm_head.weight)
     place = Place(torch.device("cpu"), dtype=torch.float32)
-    assert torch.equal(checkpoint.scratch(small_config(), place=place).norm.weight, a.norm.weight)
+    assert torch.equal(scratch(small_config(), place=place).norm.weight, a.norm.weight)

@@ -11,7 +11,7 @@ import torch
 from conftest import run
 from test_losses import GOLDEN
 
-from nanosafe import data, demo, packing, rows, tokenizer
+from nanosafe import data, demo, fetch, packing, rows, tokenizer
 from nanosafe.data import conversations, encode, segments
 
 
@@ -33,9 +33,9 @@ def test_safe_rlhf_s_sampling_numbers():
     children = np.random.SeedSequence(42).spawn(2)
     drawn = [rows.sample_indices(10, 0.3, child) for child in children]
     assert drawn == list(golden["two datasets A:0.3 B:0.3"].values())
-    train, test = rows.split_train_test(10, 0.2)
+    train, test = fetch.split_train_test(10, 0.2)
     assert {"train": train, "test": test} == golden["split_train_test(0.2)"]
-    assert rows.split_train_test(10, 0.0)[1] == []
+    assert fetch.split_train_test(10, 0.0)[1] == []
 
 
 def test_specifications(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from conftest import ROOT, run, small_config
 from safetensors.torch import load_file, save_file
 
 from nanosafe import attention, checkpoint, tokenizer
+from nanosafe.scratch import scratch
 
 transformers = pytest.importorskip("transformers")
 V, D, I, L, H, K, E = 98, 48, 80, 3, 6, 2, 8  # six heads: no power of two, for ALiBi
@@ -247,7 +248,7 @@ def test_baichuan2_7b_has_rope_and_is_known_by_its_vocabulary(tmp_path):
 
 
 def test_alibi_of_forty_heads():
-    from nanosafe.model import alibi_slopes
+    from nanosafe.masks import alibi_slopes
     assert torch.allclose(alibi_slopes(40)[:, None], -alibi_mask(40, 2)[0, :, 1, :1])
 
 
@@ -398,6 +399,7 @@ def test_a_bin_file_from_before_torch_1_6_opens(tmp_path):
 MEASURE = """
 import json, re, sys, torch
 from nanosafe import checkpoint, parallel
+from nanosafe.scratch import scratch
 torch.set_num_threads(1)
 checkpoint.load(sys.argv[1])
 peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
@@ -410,8 +412,8 @@ print(json.dumps([peak() - before, sum(p.nbytes for p in model.parameters())]))
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads Linux's account of memory")
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
 def test_a_load_takes_no_more_memory_than_the_model_and_a_shard(kind, tmp_path, monkeypatch):
-    checkpoint.save(checkpoint.scratch(small_config()), tmp_path / "small")
-    model = checkpoint.scratch(small_config(vocab_size=20000, hidden_size=512, intermediate_size=2048, num_hidden_layers=8))
+    checkpoint.save(scratch(small_config()), tmp_path / "small")
+    model = scratch(small_config(vocab_size=20000, hidden_size=512, intermediate_size=2048, num_hidden_layers=8))
     monkeypatch.setattr(checkpoint, "SHARD_BYTES", 42 * 10**6)
     folder = tmp_path / "large"
     checkpoint.save(model, folder)

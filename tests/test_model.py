@@ -7,6 +7,7 @@ from conftest import small_config
 from nanosafe import checkpoint, model
 from nanosafe.data import encode  # noqa: F401  (the import graph is part of the room)
 from nanosafe.model import Config, LLaMA
+from nanosafe.scratch import scratch
 
 transformers = pytest.importorskip("transformers")
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -60,7 +61,7 @@ def test_config_reads_both_spellings_of_transformers():
 
 
 def test_a_sequence_does_not_see_its_neighbours():
-    net = checkpoint.scratch(small_config())
+    net = scratch(small_config())
     sequences, *batch = packed([5, 20, 3])
     together = net(*batch).split([5, 20, 3])
     for sequence, logits in zip(sequences, together):
@@ -71,7 +72,7 @@ def test_a_sequence_does_not_see_its_neighbours():
 def test_log_probs_and_their_gradient_equal_the_plain_head(monkeypatch):
     """Also in several chunks, with a temperature, and where nothing is read."""
     monkeypatch.setattr(model, "chunks", lambda x, w: [slice(i, i + 3) for i in range(0, len(x), 3)])
-    net = checkpoint.scratch(small_config(), seed=1)
+    net = scratch(small_config(), seed=1)
     _, *batch = packed([5, 6])
     targets = torch.randint(0, 97, (11,))
     targets[::4] = -100
@@ -99,14 +100,14 @@ def test_prompts_need_no_product_with_the_vocabulary(monkeypatch):
     monkeypatch.setattr(model.LogProbs, "apply", lambda x, *a: rows.append(len(x)) or real(x, *a))
     targets = torch.full((30,), -100)
     targets[25:29] = 3
-    checkpoint.scratch(small_config())(*packed([30])[1:], targets)
+    scratch(small_config())(*packed([30])[1:], targets)
     assert rows == [4]
 
 
 def test_activation_checkpointing_changes_no_gradient():
     gradients = []
     for on in (False, True):
-        net = checkpoint.scratch(small_config(), seed=2)
+        net = scratch(small_config(), seed=2)
         net.activation_checkpointing = on
         _, *batch = packed([9, 4])
         net(*batch, torch.arange(13)).sum().backward()
@@ -115,7 +116,7 @@ def test_activation_checkpointing_changes_no_gradient():
 
 
 def test_scores_are_float32_and_normalized_when_the_config_says():
-    net = checkpoint.scratch(small_config(mean=[0.5], var=[4.0]), "score").bfloat16()
+    net = scratch(small_config(mean=[0.5], var=[4.0]), "score").bfloat16()
     _, *batch = packed([6, 3])
     raw = net(*batch)
     assert raw.shape == (9,) and raw.dtype == torch.float32

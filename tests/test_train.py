@@ -15,6 +15,7 @@ from conftest import ROOT, rows_of, run, small_config
 from safetensors.torch import load_file
 
 from nanosafe import checkpoint, demo, tokenizer
+from nanosafe.scratch import scratch
 
 
 @pytest.fixture
@@ -170,7 +171,7 @@ def test_non_finite_gradients_are_skipped_counted_and_end_the_run(trainers, worl
 
 def test_a_reward_model_may_have_another_tokenizer_a_critic_may_not(trainers, world, tmp_path):
     tok = demo.train_tokenizer(["Sure. First, get the rope."] * 99, 280, str(tmp_path / "other"))
-    checkpoint.save(checkpoint.scratch(small_config(vocab_size=tok.vocab_size), "score"), tmp_path / "rm", tok)
+    checkpoint.save(scratch(small_config(vocab_size=tok.vocab_size), "score"), tmp_path / "rm", tok)
     flags = [f for f in trainers["ppo"] if "reward_model" not in f] + [f"--reward_model={tmp_path}/rm"]
     done = run(*flags, f"--out_dir={tmp_path}/a", check=False)
     assert done.returncode == 1 and "has another tokenizer" in done.stderr and "reward_critic" in done.stderr
