@@ -23,11 +23,9 @@ TYPES = (bool, int, float, str)
 
 
 def configure(script):
-    """Set the knobs in `script` (a module's globals()) from sys.argv; return them as a dict, in the
-    script's order.
+    """Set the knobs in `script` (a module's globals()) from sys.argv; returns them, a dict.
 
-    Stops with one line (SystemExit) on an unknown name, a value of the wrong type or a missing
-    file.
+    Stops with one line (SystemExit) on an unknown name, a wrong type or a missing file.
     """
     knobs = read_knobs(script)
     config = {name: script[name] for name in knobs}
@@ -74,8 +72,7 @@ def save(config, path):
 
 
 def read_knobs(script):
-    """{name: comment} of the knobs: what the script's source assigns at module level before it
-    calls configure()."""
+    """{name: comment} of the knobs: what the source assigns at module level before configure()."""
     with open(script["__file__"], encoding="utf-8") as f:
         source = f.read()
     lines = source.splitlines()
@@ -90,8 +87,7 @@ def read_knobs(script):
         if name.startswith("_") or name != name.lower():
             continue
         if type(script[name]) not in TYPES:
-            stop(f"knob {name!r} has the default {script[name]!r}: a default must be a bool, an "
-                 "int, a float or a str")
+            stop(f"knob {name!r} has the default {script[name]!r}: no bool, int, float or str")
         knobs[name] = lines[node.end_lineno - 1][node.end_col_offset:].strip().lstrip("# ")
     return knobs
 
@@ -112,8 +108,7 @@ def find_file(file, script):
 
 
 def run_file(path):
-    """The assignments of a config file, run in a namespace of its own: it cannot read knobs, and
-    its imports stay inside."""
+    """The assignments of a config file, run in a namespace of its own: it cannot read knobs."""
     space = {"__file__": path, "__name__": "config"}
     with open(path, encoding="utf-8") as f:
         source = f.read()
@@ -130,8 +125,7 @@ def run_file(path):
 
 
 def check(name, value, config, where):
-    """A value from a config file: the knob must exist and the type must be its default's (an int
-    will do for a float)."""
+    """A value from a config file: for a knob that exists, of its default's type (or an int)."""
     known(name, config, where)
     want = type(config[name])
     if want is float and type(value) is int:

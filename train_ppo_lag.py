@@ -3,8 +3,7 @@ Stage 3: prompts -> a policy that maximises reward while its cost stays below a 
 
 PPO-Lagrangian, the algorithm of Safe-RLHF (arXiv:2310.12773). Six models: an actor and two critics
 that are trained, a reference policy, a reward model and a cost model that are not. Without a cost
-model this is PPO (four models); with lambda_lr=0 lambda stays where it is, which is fixed reward
-shaping.
+model this is PPO (four models); with lambda_lr=0 lambda stays as it is: fixed reward shaping.
 
 On a laptop, after python -m nanosafe.demo:
 $ python train_ppo_lag.py config/toy/ppo_lag.py --out_dir=out/mine
@@ -178,8 +177,7 @@ if world.main:
 
 @torch.no_grad()
 def per_token(model, texts, starts, R):
-    """Log-probabilities of the responses' tokens, or a critic's values before them, (B, R), on
-    every rank."""
+    """Log-probabilities of the responses' tokens, or a critic's values, (B, R), on every rank."""
     out = torch.zeros(len(texts), R, device=world.device)
     for micro in plan([len(t) for t in texts], max_tokens, world.size)[world.rank]:
         batch = response_batch(micro, texts, starts)
@@ -191,8 +189,7 @@ def per_token(model, texts, starts, R):
 
 @torch.no_grad()
 def end_scores(model, texts, model_tok):
-    """A reward or cost model's scores of the last tokens (B,), on every rank; in its own tokens if
-    they differ."""
+    """A reward or cost model's scores of the last tokens (B,), on every rank; in its own tokens."""
     if model_tok.fingerprint != tok.fingerprint:
         texts = [retokenize(t, tok, model_tok) for t in texts]
     out = torch.zeros(len(texts), device=world.device)

@@ -5,8 +5,7 @@ A batch is a `Packed` (whole sequences laid end to end: training, scoring, prefi
 new token for each of n cached sequences: decoding). Both know how their queries meet their keys:
 .attend(q, k, v, cache). Sliding windows and ALiBi, which LLaMA has not, are in masks.py.
 
-Shapes: N packed tokens, B sequences, H heads, K kv heads, E head width, S cache slots, T cache
-length.
+Shapes: N packed tokens, B sequences, H heads, K kv heads, E head width, S cache slots, T cached.
 """
 
 import inspect
@@ -83,8 +82,7 @@ class Step(NamedTuple):
             mask = self.mask.view(n, K, H // K, extent).to(q)
         cache.k[self.rows, :, self.positions] = k
         cache.v[self.rows, :, self.positions] = v
-        # The heads of a group share their keys: lay them out as that many queries, and no key is
-        # repeated.
+        # The heads of a group share their keys: laid out as that many queries, none is repeated.
         q = q.view(n, K, H // K, E)
         out = F.scaled_dot_product_attention(q, cache.k[:n, :, :extent], cache.v[:n, :, :extent],
                                              attn_mask=mask)

@@ -2,8 +2,8 @@
 Byte-pair encoding in plain Python: tokenizer.json as Hugging Face's tokenizers writes it (Llama 3,
 Qwen2, SmolLM2; also LLaMA's, where only that file is left), and Llama 3's own tokenizer.model.
 
-A text is normalised, cut into words by regular expressions, spelled in characters that stand for its
-bytes, and then the two neighbours whose merge has the lowest rank become one, the leftmost first,
+A text is normalised, cut into words by regular expressions, spelled in characters that stand for
+its bytes, and then the two neighbours whose merge has the lowest rank become one, leftmost first,
 until no rule is left (arXiv:1508.07909). Words come back: each is merged once and remembered.
 """
 
@@ -31,7 +31,7 @@ NEWER = {
     "N": "10D40-10D49 116D0-116E3 11BF0-11BF9 11F50-11F59 16130-16139 16D70-16D79 1CCF0-1CCF9"
          " 1D2C0-1D2D3 1E4F0-1E4F9 1E5F1-1E5FA",
 }
-SPELLING = {b: chr(b) for b in (*range(33, 127), *range(161, 173), *range(174, 256))}  # as GPT-2 did
+SPELLING = {b: chr(b) for b in (*range(33, 127), *range(161, 173), *range(174, 256))}  # GPT-2's
 SPELLING.update({b: chr(256 + i) for i, b in enumerate(sorted(set(range(256)) - set(SPELLING)))})
 BYTES = {char: bytes([byte]) for byte, char in SPELLING.items()}
 
@@ -67,7 +67,8 @@ def llama3(file):
     flags = {"special": True, "single_word": False, "lstrip": False, "rstrip": False,
              "normalized": False}
     split = {"type": "Split", "pattern": {"Regex": LLAMA3}, "behavior": "Isolated", "invert": False}
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+             "use_regex": False}
     bos, n = special[0], len(vocab)
     return {
         "version": "1.0", "normalizer": None, "decoder": level,
@@ -92,7 +93,7 @@ class BPE:
             if model.get(key):
                 stop(f"tokenizer.json: {key} is not known here")
         self.spec, self.ranks, self.vocab = spec, ranks, model["vocab"]
-        # Llama 3's own file is not copied: few others read it, and they take it for SentencePiece's.
+        # Llama 3's own file is not copied: others take it for SentencePiece's.
         self.files = FILES[1:]
         self.pieces = {id: text for text, id in self.vocab.items()}
         self.size = max(self.pieces) + 1
@@ -148,8 +149,7 @@ class BPE:
             self.prefix = part.get("prepend_scheme", old)
             pattern = f"{MARK}[^{MARK}]*" if part.get("split", True) else None
         else:
-            stop(f"tokenizer.json: the pre-tokenizer {kind} {part.get('behavior', '')} is not known "
-                 "here")
+            stop(f"tokenizer.json: this pre-tokenizer is not known here: {part}")
         if pattern:
             self.cutters.append(re.compile(f"({pattern})").split)  # what lies between is a word too
 

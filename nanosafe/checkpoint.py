@@ -3,10 +3,9 @@ Model folders of the field <-> LLaMA.
 
 What nanosafe writes is a Hugging Face folder: config.json, safetensors files, a tokenizer. A score
 model is the same with `score_head.weight`. What it reads is that and more (formats.py). Weights are
-read row by row into this rank's slice of a model built without memory: no rank ever holds a sharded
-model in full.
+read row by row into this rank's slice of a model built without memory: no rank ever holds a whole.
 
-$ python -m nanosafe.checkpoint SOURCE TARGET [--dtype=bfloat16]    # anything that opens -> a folder
+$ python -m nanosafe.checkpoint SOURCE TARGET [--dtype=bfloat16]   # what opens -> a folder
 """
 
 import os
@@ -29,8 +28,7 @@ def load(path, head="auto", dtype=None, device="cpu", place=None, vocab_size=0, 
          seed=0):
     """Read a model folder -> LLaMA.
 
-    head        "lm", "score", or "auto": what the folder holds. A score head that the folder lacks
-                is drawn anew, and said.
+    head        "lm", "score", or "auto": what the folder holds. A head it lacks is drawn, and said.
     dtype       of the parameters; by default that of the files
     place       a parallel.Place instead of dtype and device: for training, and for many ranks
     vocab_size  rows that the tokenizer needs; missing ones are added as the mean of the others
@@ -42,8 +40,7 @@ def load(path, head="auto", dtype=None, device="cpu", place=None, vocab_size=0, 
     config, head = read_config(folder, head)
     config.score_type = score_type or config.score_type
     if vocab_size > config.vocab_size:
-        tell(f"{path}: {vocab_size - config.vocab_size} rows for new tokens, each the mean of the "
-             "others")
+        tell(f"{path}: {vocab_size - config.vocab_size} rows for new tokens, each the mean of all")
         config.vocab_size = vocab_size
     place = place or parallel.Place(torch.device(device), dtype=dtype)
     model = build(config, head, place, place.dtype or folder.dtype())
@@ -97,7 +94,7 @@ def copy_rows(target, first, source, start, height, skip=0, step=1):
 
 def locate(model, folder, fresh=()):
     """Where a model's parameters are in a folder: {parameter: [(tensor, its first row, rows, step,
-    row of the parameter)]}; nothing is read. Stops when a tensor is missing, misshapen or left over.
+    row of the parameter)]}; nothing is read. Stops on a tensor missing, misshapen or left over.
     """
     missing, misshapen, used, places = [], [], set(), {}
     for name, p in model.named_parameters():
@@ -135,8 +132,7 @@ def locate(model, folder, fresh=()):
 
 @torch.no_grad()
 def fill(parameters, folder, places):
-    """Copy this rank's rows of each of the parameters, (name, tensor), from the folder, a file at a
-    time."""
+    """Copy this rank's rows of the parameters, (name, tensor), from the folder, file by file."""
     parameters = dict(parameters)
     work = sorted((folder.files.get(part[0], ""), name, part)
                   for name in places.keys() & parameters.keys() for part in places[name])
@@ -151,8 +147,7 @@ def fill(parameters, folder, places):
 
 @torch.no_grad()
 def save(model, path, tokenizer=None, dtype=None):
-    """Write a model folder that transformers opens, in files of 5 GB; a collective when the model
-    is sharded.
+    """Write a model folder that transformers opens, in files of 5 GB. A collective.
 
     Written beside its place and then renamed: a reader finds the old folder or the new one.
     """

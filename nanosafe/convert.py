@@ -41,5 +41,6 @@ def convert(source, target, dtype=None):
             yield name, whole
 
     write_folder(target, config, head, weights(), tok, dtype)
-    print(f"{target}: {config.num_hidden_layers} layers, {sum(p.numel() for p in model.parameters()):,} "
-          f"parameters in {str(dtype).removeprefix('torch.')}; {'a' if tok else 'no'} tokenizer")
+    count = sum(p.numel() for p in model.parameters())
+    print(f"{target}: {config.num_hidden_layers} layers, {count:,} parameters, "
+          f"{str(dtype).removeprefix('torch.')}, with {'its' if tok else 'no'} tokenizer")

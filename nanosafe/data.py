@@ -18,8 +18,7 @@ from tqdm import tqdm
 from nanosafe.packing import collate
 from nanosafe.rows import load_rows, parse_spec, stop
 
-# The one definition of the template. A dialogue repeats USER ... ASSISTANT:answer</s>; no space
-# follows the colon.
+# The one definition of the template. A dialogue repeats it from USER: on.
 PROMPT_BEGIN = "BEGINNING OF CONVERSATION: "
 PROMPT_TURN = "USER: {input} ASSISTANT:"
 
@@ -48,8 +47,7 @@ def load(spec, seed=42):
 
 
 def conversations(record, task):
-    """The conversations (lists of turns, the user first) that a row stands for, and their signs:
-    the preferred one first.
+    """The conversations (lists of turns, the user's first) of a row, preferred first, and signs.
 
     sft, prompts: one; reward: chosen, rejected; cost: safer, unsafer, with signs +1 safe and -1
     unsafe. Raises ValueError with the reason to drop the row.
@@ -104,8 +102,7 @@ def segments(turns):
 
 
 def encode(turns, tokenizer, lookup=None):
-    """Token ids of a conversation, and a mask that is 1 on what an assistant says, its EOS
-    included.
+    """Token ids of a conversation, and a mask: 1 on what an assistant says and its EOS.
 
     <s>BEGINNING OF CONVERSATION: USER: hi ASSISTANT:hello</s>USER: ... ; nothing a user writes
     becomes a special token. An answer is tokenised together with its prompt; where that would merge
@@ -129,8 +126,7 @@ def encode(turns, tokenizer, lookup=None):
 
 
 def retokenize(ids, source, target):
-    """A conversation's ids in another tokenizer: piece by piece between the ends of sequence, which
-    stay where they are."""
+    """A conversation's ids in another tokenizer: piece by piece between the ends of sequence."""
     out, piece = target.encode("", bos=True), []
     for i in map(int, ids):
         if i in source.eos_ids:
@@ -168,8 +164,7 @@ class Dataset:
         return self.tokens[span], self.mask[span]
 
     def batch(self, examples, device):
-        """The packed Batch of some examples; of pairs, first all preferred sequences, then the
-        others."""
+        """The packed Batch of some examples; of pairs, first all preferred sequences."""
         pairs = [self.sequence(i, part) for part in range(self.width) for i in examples]
         return collate([tokens for tokens, _ in pairs], [mask for _, mask in pairs], device)
 

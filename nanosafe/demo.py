@@ -21,7 +21,7 @@ import torch
 from sentencepiece import SentencePieceTrainer
 
 from nanosafe import checkpoint, data, tokenizer
-from nanosafe.monitor import table
+from nanosafe.table import table
 from nanosafe.packing import collate
 from nanosafe.rollout import generate
 

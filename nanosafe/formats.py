@@ -1,8 +1,8 @@
 """
 What model folders look like: which tensor holds which of our rows, and how it is read in slices.
 
-There is one decoder, model.py's. A family of models is a Family: how its config.json and its tensors
-differ from LLaMA's. families.py has the others; layouts.py what is no Hugging Face folder.
+There is one decoder, model.py's. A Family says how a folder's config.json and tensors differ from
+LLaMA's. families.py has the others; layouts.py what is no Hugging Face folder.
 """
 
 import os
@@ -42,8 +42,7 @@ LLAMA = Family()
 
 
 def parts(config, name, family=LLAMA):
-    """Where the rows of our parameter `name` are: [(tensor, its first row, rows or None: all,
-    step)], in our order.
+    """Where the rows of our parameter `name` are: [(tensor, first row, rows or None: all, step)].
 
     We multiply by q, k and v at once, and by gate and up at once; most folders keep them apart.
     """
@@ -76,8 +75,7 @@ def config_json(config, head):
 
 
 class Folder:
-    """The tensors of a model folder, read in slices: .tensors[name] has a shape and takes a slice of
-    rows. Also Meta's folders, and llama2.c's files.
+    """The tensors of what is at a path, read in slices: a tensor has a .shape and takes rows.
 
     Only files that the folder's index names are opened, and only inside it; one at a time, so that
     no more than one is in memory. Nothing in them is executed.
@@ -110,8 +108,7 @@ class Folder:
                 index = read_json(self.path, name + ".index.json").get("weight_map", {})
                 break
         if not single and not index:
-            stop(f"no weights in {self.path!r}: it needs model.safetensors or pytorch_model.bin, or "
-                 "their index")
+            stop(f"no weights in {self.path!r}: model.safetensors, pytorch_model.bin or an index")
         self.tensors = {}
         for file in [single] if single else sorted(set(index.values())):
             for key in self.open(file).keys():
@@ -149,8 +146,7 @@ def read_file(path):
     try:
         if path.endswith(".safetensors"):
             return safe_open(path, framework="pt")
-        # weights_only: tensors are read, nothing is executed. Files older than torch 1.6 cannot be
-        # mapped into memory.
+        # weights_only: tensors are read, nothing is executed. Files before torch 1.6 are no zip.
         tensors = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (SafetensorError, UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
         stop(f"{path!r} cannot be read: {str(error).splitlines()[0]}")

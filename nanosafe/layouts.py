@@ -56,7 +56,7 @@ def meta(path):
     params = params.get("model", params)
     if not params:
         stop(f"{path!r} has consolidated.*.pth and no params.json that says what they are")
-    shards = [read_file(file) for file in sorted(glob.glob(os.path.join(path, "consolidated.*.pth")))]
+    shards = [read_file(f) for f in sorted(glob.glob(os.path.join(path, "consolidated.*.pth")))]
     D, H = params["dim"], params["n_heads"]
     tensors = {}
     for name, first in shards[0].items():
@@ -108,13 +108,16 @@ def llama2c(path):
               "tok_embeddings": (V, D), "norm": (D,), "output": (V, D), "RoPE table": (T, E)}
     attention = ["attention.wq", "attention.wk", "attention.wv", "attention.wo"]
     mlp = ["feed_forward.w1", "feed_forward.w2", "feed_forward.w3"]
-    order = (["attention_norm", "ffn_norm", "norm", "tok_embeddings", *attention, *mlp] if version else
-             ["tok_embeddings", "attention_norm", *attention, "ffn_norm", *mlp, "norm", "RoPE table"])
+    if version:
+        order = ["attention_norm", "ffn_norm", "norm", "tok_embeddings", *attention, *mlp]
+    else:
+        order = ["tok_embeddings", "attention_norm", *attention, "ffn_norm", *mlp, "norm",
+                 "RoPE table"]
     order += [] if shared else ["output"]
     want = start + 4 * sum(np.prod(shapes[name]) * (L if in_layer(name) else 1) for name in order)
     if os.path.getsize(path) != want:
-        stop(f"{path!r} has {os.path.getsize(path)} bytes, not {want}: it is cut short, or no llama2.c "
-             "model")
+        stop(f"{path!r} has {os.path.getsize(path)} bytes, not {want}: it is cut short, or no "
+             "llama2.c model")
     flat = torch.from_numpy(np.memmap(path, np.float32, "c", offset=start))
     tensors = {}
     for name in order:

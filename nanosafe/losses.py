@@ -1,6 +1,5 @@
 """
-What is minimised: every loss of supervised fine-tuning, preference learning and PPO, one pure
-function each.
+What is minimised: every loss of SFT, preference learning and PPO, one pure function each.
 
 All take float tensors and return a scalar. The mean is over what is passed: a trainer that splits a
 batch into micro-batches weighs each by its share of the whole.
@@ -27,8 +26,7 @@ def keep(mask, *tensors):
 
 
 def sequence_mean(x, mask):
-    """Mean over each sequence's own tokens, then over the sequences: a long response weighs no more
-    than a short one."""
+    """Mean over each sequence's own tokens, then over the sequences: long ones weigh no more."""
     return mean(masked_mean(x, mask, dim=-1))
 
 
@@ -38,14 +36,12 @@ def mean(x):
 
 
 def mle_loss(logps, mask):
-    """Negative log-likelihood per token: -mean log p over the tokens where mask is 1. logps, mask:
-    any one shape."""
+    """Negative log-likelihood per token: -mean log p where mask is 1. Both of any one shape."""
     return -masked_mean(logps, mask)
 
 
 def reward_loss(chosen, rejected, reg=0.0, mask=None):
-    """Bradley-Terry: -log sigmoid(chosen - rejected), plus reg * mean score^2. Higher is better.
-    arXiv:2310.12773 Eq. 6.
+    """-log sigmoid(chosen - rejected) + reg * mean score^2 (Bradley-Terry). arXiv:2310.12773 Eq. 6.
 
     chosen, rejected: end scores (B,); or, token-wise, score rows (B, L) with a mask (B, L) over the
     tokens at which the two responses differ, averaged per pair first.
@@ -55,8 +51,7 @@ def reward_loss(chosen, rejected, reg=0.0, mask=None):
 
 
 def cost_loss(safer, unsafer, safer_sign, unsafer_sign, reg=0.0, mask=None):
-    """Rank the unsafer response above the safer one, and put zero between safe and unsafe.
-    arXiv:2310.12773 Eq. 7.
+    """Rank unsafer above safer, and put zero between safe and unsafe. arXiv:2310.12773 Eq. 7.
 
     -log sigmoid(unsafer - safer) - log sigmoid(-sign_s * safer) - log sigmoid(-sign_u * unsafer) +
     reg * mean score^2
@@ -80,8 +75,7 @@ def square_mean(a, b, mask):
 
 
 def actor_loss(logps, old_logps, advantages, mask, clip_ratio):
-    """PPO's clipped surrogate: -mean min(r A, clip(r, 1 - c, 1 + c) A), r = exp(logps - old_logps).
-    arXiv:1707.06347 Eq. 7.
+    """-mean min(r A, clip(r, 1 - c, 1 + c) A), r = exp(logps - old_logps). arXiv:1707.06347 Eq. 7.
 
     All (B, R). Only logps carries gradient. Mean over each response, then over responses.
     """
@@ -93,8 +87,7 @@ def actor_loss(logps, old_logps, advantages, mask, clip_ratio):
 
 
 def critic_loss(values, old_values, returns, mask, clip_value):
-    """Half the squared error of the value, or of the value clipped to old +- clip_value, whichever
-    is larger.
+    """Half the squared error of the value, or of that clipped to old +- clip_value if larger.
 
     All (B, R). Only values carries gradient. Mean over each response, then over responses.
     """

@@ -34,8 +34,8 @@ def visible(back, window, slopes):
 
 
 def alibi_slopes(heads, device=None):
-    """ALiBi's slope of each head (H,) float32: 2^(-8 i / P) for the power of two P below, and between
-    these for the heads beyond P."""
+    """ALiBi's slope of each head (H,) float32: 2^(-8 i / P) for the power of two P below, and
+    between these for the heads beyond P."""
     P = 2**int(math.log2(heads))
     count = torch.arange(1, heads + 1, device=device)
     return torch.exp2(-8 / P * torch.where(count <= P, count, count - P - 0.5))

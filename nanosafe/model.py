@@ -1,6 +1,5 @@
 """
-LLaMA (arXiv:2302.13971), and its two heads: a distribution over the next token, or one score per
-token.
+LLaMA (arXiv:2302.13971), and its two heads: the next token's distribution, or a score per token.
 
 Everything downstream is arithmetic on what forward() returns: per-token log-probabilities or
 per-token scores of sequences that are packed end to end, without padding.
@@ -56,9 +55,9 @@ class Config:
     def __post_init__(self):
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
-        if self.rope_type not in ("default", "linear", "llama3", "dynamic"):
-            raise ValueError(f"rope_type {self.rope_type!r} is not known here: default, linear, "
-                             "llama3 and dynamic are")
+        known = "default", "linear", "llama3", "dynamic"
+        if self.rope_type not in known:
+            raise ValueError(f"rope_type {self.rope_type!r} is none of {', '.join(known)}")
 
     @property
     def rope_type(self):
@@ -67,8 +66,8 @@ class Config:
 
     @classmethod
     def from_dict(cls, d):
-        """Read the config.json of a LLaMA (formats.py puts other families in its terms): transformers
-        4 and 5 spell RoPE differently, and Safe-RLHF renamed `bias` to `score_bias`."""
+        """Read a LLaMA's config.json (formats.py puts other families in its terms): transformers 4
+        and 5 spell RoPE differently, and Safe-RLHF renamed `bias` to `score_bias`."""
         d = {key: value for key, value in d.items() if value is not None}
         rope = dict(d.get("rope_parameters") or {})
         if rope:  # transformers 5
@@ -96,8 +95,7 @@ class Config:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight (arXiv:1910.07467). Squares are summed in float32 and rounded once before
-    the weight, as in HF."""
+    """x / rms(x) * weight (arXiv:1910.07467). In float32, rounded once before the weight."""
     def __init__(self, width, eps):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
@@ -171,15 +169,12 @@ class LLaMA(nn.Module):
         """Log-probabilities, logits or scores of packed sequences.
 
         tokens      (N,)   int64: the sequences laid end to end
-        cu_seqlens  (B+1,) int32: where each begins, and N at the end; positions restart at 0 in
-                    each
+        cu_seqlens  (B+1,) int32: where each begins, with position 0, and N at the end
         max_seqlen  int:   length of the longest
-        targets     (N,)   int64: the token that follows; -100 where nobody reads the answer (the
-                    head skips it)
+        targets     (N,)   int64: the token that follows; -100 where nobody reads the answer
         temperature divides the logits
 
-        head="lm" with targets: log p(targets[t] | tokens[..t]) (N,) float32, 0 where the target is
-        -100; (N, V) is never kept
+        head="lm" with targets: log p(targets[t] | tokens[..t]) (N,) float32, else 0, without (N, V)
         head="lm" without:      logits (N, V)
         head="score":           scores (N,) float32
         """
@@ -193,8 +188,7 @@ class LLaMA(nn.Module):
         return torch.zeros(len(tokens), device=x.device).index_copy(0, read, logps)
 
     def hidden(self, tokens, seqs, caches=None):
-        """tokens (N,) -> hidden states after the final norm (N, D). `caches`: an attention.Cache
-        per layer, or None."""
+        """tokens (N,) -> hidden states after the final norm (N, D). caches: one per layer."""
         x = self.embed_tokens(tokens)
         if self.inv_freq.device != x.device:
             self.inv_freq = self.inv_freq.to(x.device)
@@ -220,8 +214,7 @@ class LLaMA(nn.Module):
         return F.linear(x, self.vocabulary())
 
     def scores(self, x):
-        """Hidden states (N, D) -> scores (N,) float32: in float32 throughout, bfloat16 would tie
-        near the cost's zero."""
+        """Hidden states (N, D) -> scores (N,): in float32, since bfloat16 ties near zero."""
         c, head = self.config, self.score_head
         s = x.float() @ head.weight[0].float()
         if head.bias is not None:
@@ -233,15 +226,13 @@ class LLaMA(nn.Module):
 
 
 def rotate(x, cos, sin):
-    """RoPE (arXiv:2104.09864) in the rotate-half layout: dimensions i and i + E/2 turn together. x
-    (N, heads, E)."""
+    """RoPE (arXiv:2104.09864) of x (N, heads, E): dimensions i and i + E/2 turn together."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
 def rope_frequencies(c):
-    """Angle per position of each pair of dimensions (E/2,) float32, with linear or Llama-3.1
-    scaling."""
+    """Angle per position of each pair of dimensions (E/2,) float32, scaled or not."""
     powers = torch.arange(0, c.head_dim, 2, dtype=torch.int64, device="cpu").float() / c.head_dim
     inv_freq = 1.0 / (c.rope_theta**powers)
     if c.alibi:
@@ -258,11 +249,9 @@ def rope_frequencies(c):
 
 
 class LogProbs(torch.autograd.Function):
-    """log softmax(x @ weight.T / temperature)[targets] in chunks of rows, so that (N, V) logits
-    never exist.
+    """log softmax(x @ weight.T / temperature)[targets] in chunks: (N, V) logits never exist.
 
-    The backward pass computes each chunk's logits again: one more matrix product instead of N * V *
-    6 bytes.
+    The backward pass computes each chunk's logits again: one more matrix product, 6 N V bytes less.
     """
     @staticmethod
     def forward(ctx, x, weight, targets, temperature):

@@ -13,8 +13,7 @@ from nanosafe import parallel
 
 
 class Monitor:
-    """Writes a row per optimizer step to out_dir/metrics.jsonl and shows a few numbers on a
-    progress bar.
+    """Writes a row per optimizer step to out_dir/metrics.jsonl and a few numbers on a bar.
 
     out_dir   the run's folder
     steps     optimizer steps of the whole run
@@ -88,8 +87,7 @@ def reopen(path, start):
 
 
 class Stop:
-    """Whether the run was asked to stop: SIGTERM or SIGINT sets it, and the run ends after the
-    step. A second one kills."""
+    """Whether SIGTERM or SIGINT asked the run to end after the step. A second one kills."""
     def __init__(self):
         self.asked = False
         for sig in (signal.SIGTERM, signal.SIGINT):
@@ -102,11 +100,3 @@ class Stop:
     def agreed(self, device):
         """True on all ranks once any was asked."""
         return parallel.any_rank(self.asked, device)
-
-
-def table(rows):
-    """Lines of a table: rows of cells, the first row being the head."""
-    widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(str(cell).ljust(width)
-                               for cell, width in zip(row, widths)).rstrip()
-                     for row in rows)

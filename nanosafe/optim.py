@@ -12,8 +12,7 @@ SCHEDULES = ("cosine", "linear", "constant")
 
 
 def adamw(model, weight_decay, beta1, beta2):
-    """AdamW (arXiv:1711.05101) with decay on matrices only: norms and biases have no scale to keep
-    small."""
+    """AdamW (arXiv:1711.05101) with decay on matrices only, not on norms and biases."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
               {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
@@ -28,8 +27,7 @@ def check_schedules(*names):
 
 
 def learning_rate_at(step, steps, peak, schedule, warmup_ratio):
-    """The learning rate of step 0 .. steps - 1: linear from 0 over the warm-up, then cosine or
-    linear to 0, or constant."""
+    """The learning rate of step 0 .. steps - 1: up from 0 over the warm-up, then as scheduled."""
     warmup = int(warmup_ratio * steps)
     if step < warmup:
         return peak * step / warmup

@@ -1,9 +1,7 @@
 """
-Which examples a step takes, how they are dealt out to ranks and micro-batches, and how a
-micro-batch is packed.
+Which examples a step takes, how they are dealt to ranks and micro-batches, how these are packed.
 
-Everything here is a pure function, so every rank computes the same plan, and a resumed run needs no
-cursor but its step.
+Pure functions all: every rank has the same plan, a resumed run no cursor but its step.
 
 Shapes: N packed tokens, B sequences, R response positions.
 """
@@ -15,8 +13,7 @@ import torch
 
 
 class Batch(NamedTuple):
-    """Packed sequences: model(*batch[:3]) gives scores, model(*batch) the log-probabilities of the
-    targets."""
+    """Packed sequences: model(*batch[:3]) gives scores, model(*batch) log p of the targets."""
 
     tokens: torch.Tensor  # (N,) int64
     cu_seqlens: torch.Tensor  # (B+1,) int32
@@ -59,8 +56,7 @@ def order(n, epoch, seed):
 
 
 def examples_at(step, n, batch_size, seed):
-    """The examples of optimizer step `step`: a pure function, so that a resumed run needs no cursor
-    but the step."""
+    """The examples of optimizer step `step`: a pure function of its arguments."""
     positions = np.arange(step * batch_size, (step + 1) * batch_size)
     epochs = range(positions[0] // n, positions[-1] // n + 1)
     orders = {epoch: order(n, epoch, seed) for epoch in epochs}
@@ -81,12 +77,10 @@ def check_fits(lengths, max_tokens):
 
 
 def plan(lengths, max_tokens, ranks):
-    """Deal a batch out: plan[rank] is that rank's list of micro-batches, each a list of indices
-    into `lengths`.
+    """Deal a batch out: plan[rank] is its list of micro-batches, lists of indices into `lengths`.
 
     No micro-batch has more than max_tokens tokens; every rank gets as many (some may be empty),
-    with about equal tokens; like lengths lie together. A pure function: every rank computes the
-    same plan and takes its part.
+    with about equal tokens; like lengths lie together. Every rank computes it and takes its part.
     """
     check_fits(lengths, max_tokens)
     longest, total = max(lengths), sum(lengths)

@@ -177,11 +177,9 @@ def whole(model):
 
 
 def backward(model, loss, last=True):
-    """Back-propagate; over all ranks and calls the gradients add up (FSDP takes their mean, hence
-    the factor).
+    """Back-propagate; over all ranks and calls gradients add up (FSDP takes the mean: the factor).
 
-    last  whether this is the step's last call for `model`: whole copies exchange their gradients
-          then only
+    last  whether this is the step's last call for `model`: whole copies exchange gradients then
     """
     if isinstance(model, FSDPModule) and model.place.layout == "ddp":
         model.set_requires_gradient_sync(last)
@@ -197,8 +195,7 @@ def parameters(model):
 
 
 def local_rows(p):
-    """(tensor, first row, row count, writer): this rank's part of parameter `p`, and whether it is
-    the one to save it."""
+    """(tensor, first row, row count, writer): this rank's part of `p`, and whether it saves it."""
     if not isinstance(p, DTensor):
         return p.data, 0, len(p), rank() == 0
     start, writer = 0, True
@@ -242,8 +239,7 @@ def world_size():
 
 
 def add(tensor):
-    """Sum a tensor over ranks, in place. Where each element is written by one rank and 0 on the
-    others, that gathers it."""
+    """Sum a tensor over ranks, in place. Of what is 0 on all ranks but one, that is a gather."""
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor

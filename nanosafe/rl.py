@@ -1,6 +1,5 @@
 """
-What comes before a PPO loss: KL-shaped rewards and costs, GAE, normalisers, the Lagrange
-multiplier.
+What comes before a PPO loss: KL-shaped rewards and costs, GAE, moments, the multiplier.
 
 Shapes: B responses, R response positions, float32 and right-padded; `mask` is 1 on a response's own
 tokens, the end-of-sequence token included. Position t of logps, values, rewards and advantages
@@ -14,18 +13,15 @@ import torch
 
 
 def shaped_rewards(scores, logps, ref_logps, mask, kl_coef, clip_score):
-    """Per-token rewards: -kl_coef * (logp - ref_logp), the score added on the last token, then
-    clipped. -> (B, R)
+    """Per-token rewards: -kl_coef * (logp - ref_logp), the score on the last token added, clipped.
 
-    scores (B,): the reward model's. clip_score bounds the sum, at every position, as Safe-RLHF
-    does.
+    scores (B,): the reward model's. clip_score bounds the sum, at every position. -> (B, R)
     """
     return shape(scores, -kl_coef * (logps - ref_logps), mask, clip_score)
 
 
 def shaped_costs(scores, logps, ref_logps, mask, kl_coef, clip_score):
-    """Per-token costs: the same with +kl_coef. In (r - lambda c) / (1 + lambda) the KL weight stays
-    kl_coef at every lambda."""
+    """Per-token costs: the same with +kl_coef. So the mixture has kl_coef at every lambda."""
     return shape(scores, kl_coef * (logps - ref_logps), mask, clip_score)
 
 
@@ -37,13 +33,10 @@ def shape(scores, penalty, mask, clip_score):
 
 
 def gae(rewards, values, mask, gamma, gae_lambda):
-    """Generalised advantage estimation (arXiv:1506.02438 Eq. 16) -> advantages, returns, (B, R)
-    each, 0 where mask is 0.
+    """Generalised advantage estimation (arXiv:1506.02438 Eq. 16) -> advantages, returns (B, R).
 
-    delta_t = r_t + gamma V_{t+1} - V_t,  A_t = delta_t + gamma lambda A_{t+1},  return_t = A_t +
-    V_t.
-    A response ends with its last token: nothing is bootstrapped behind it, also when it was cut by
-    length.
+    delta_t = r_t + gamma V_{t+1} - V_t,  A_t = delta_t + gamma lambda A_{t+1},  G_t = A_t + V_t.
+    A response ends with its last token: nothing is bootstrapped behind it, cut by length or not.
     """
     rewards, values = (torch.where(mask.bool(), x, 0.0) for x in (rewards, values))
     advantages = torch.zeros_like(values)
@@ -57,17 +50,14 @@ def gae(rewards, values, mask, gamma, gae_lambda):
 
 
 def mix_advantages(reward_adv, cost_adv, lambda_):
-    """(A_r - lambda A_c) / (1 + lambda): the Lagrangian's gradient, on one scale for every lambda.
-    arXiv:2310.12773 Eq. 29."""
+    """(A_r - lambda A_c) / (1 + lambda): the Lagrangian's gradient. arXiv:2310.12773 Eq. 29."""
     return (reward_adv - lambda_ * cost_adv) / (1 + lambda_)
 
 
 class LagrangeMultiplier:
-    """Gradient ascent on log lambda: lambda grows while the mean cost of recent responses is above
-    the limit.
+    """Gradient ascent on log lambda: lambda grows while the recent mean cost is above the limit.
 
-    log lambda <- min(log lambda + lr * (J_C - cost_limit) * lambda, log max)      arXiv:2310.12773
-    Eq. 31
+    log lambda <- min(log lambda + lr * (J_C - cost_limit) * lambda, log max)       (Eq. 31)
 
     init, max  first and greatest lambda (max 0: no bound)
     lr         step on log lambda; 0 keeps lambda at init, which is fixed reward shaping
@@ -94,8 +84,7 @@ class LagrangeMultiplier:
         self.costs.extend(float(c) for c in costs)
 
     def update(self, cost_limit):
-        """One step against `cost_limit` (Safe-RLHF's threshold, the paper's -d); returns the new
-        lambda."""
+        """One step against `cost_limit` (Safe-RLHF's threshold, the paper's -d) -> lambda."""
         if self.updates >= self.delay and self.lr > 0:
             step = self.lr * (self.mean_cost - cost_limit) * self.value
             self.log_lambda = min(self.log_lambda + step, self.log_max)
@@ -112,8 +101,7 @@ class LagrangeMultiplier:
 
 
 class RunningMeanStd:
-    """Mean and variance of all scores seen. Batch variances are unbiased, as in Safe-RLHF; a batch
-    of one counts none."""
+    """Mean and variance of all scores seen. Batch variances are unbiased, as in Safe-RLHF."""
     def __init__(self, mean=0.0, var=1.0, count=0):
         self.mean, self.var, self.count = mean, var, count
 
@@ -132,7 +120,7 @@ class RunningMeanStd:
 
 
 class ExponentialMovingAverage(RunningMeanStd):
-    """Mean and variance that forget: `momentum` is the weight of what was known before the batch.
+    """Mean and variance that forget: `momentum` weighs what was known before.
     """
     def __init__(self, momentum, mean=0.0, var=1.0, count=0):
         super().__init__(mean, var, count)

@@ -3,8 +3,7 @@ Sample many responses fast.
 
 A small engine: prompts are prefilled packed, into a preallocated key-value cache of `slots` rows;
 every step decodes one token for all rows at once; a finished row is refilled by the next prompt,
-and when none is left the rows close ranks. Nothing here communicates, so ranks may stop at
-different times.
+and when none is left the rows close ranks. Nothing communicates: ranks may stop apart.
 
 Sampling is a pure function: the uniform number behind a token is a hash of (seed, prompt uid,
 position), turned into a token by the inverse of the cumulative distribution. The same prompt gives
@@ -33,8 +32,7 @@ def generate(model, prompts, max_new_tokens, *, temperature=1.0, top_k=0, top_p=
     top_k, top_p    sample from the k likeliest tokens, from the fewest of probability p; 0, 1: all
     eos_ids         ids that end a response (and belong to it)
     seed, uids      the randomness of prompt i is that of (seed, uids[i]); a uid is an int or a
-                    tuple of ints, by default i. A prompt that is sampled several times takes
-                    several uids: (uid, sample index).
+                    tuple of ints, by default i. For several samples of a prompt: (uid, sample).
     slots           rows decoded together; 0: up to 256, as memory allows
     on_finish()     is called for every response that is done
     on_token(i, t)  is called for every token t of prompt i
@@ -81,8 +79,7 @@ class Work:
             self.accept(tokens, first)
 
     def accept(self, tokens, first):
-        """Append the new token of each row from `first` on; the last row takes a finished one's
-        place."""
+        """Append the new token of each row from `first` on; the last takes a finished row's."""
         for row in reversed(range(first, first + len(tokens))):
             i, token = self.live[row], tokens[row - first]
             self.responses[i].append(token)
@@ -98,7 +95,7 @@ class Work:
 
 
 class Engine:
-    """The device's side: a cache of S rows, and of each the token to feed, its position, its key."""
+    """The device's side: a cache of S rows, each one's next token, position, key."""
 
     def __init__(self, model, slots, wanted, length, sampling):
         c, weight = model.config, model.embed_tokens.weight
@@ -160,8 +157,7 @@ class Engine:
         self.positions[:n] = (positions + 1).clamp(max=len(self.columns) - 1)
 
     def replay(self, n):
-        """decode(n) as one CUDA graph over the whole cache length: a step is launched, not a
-        thousand kernels."""
+        """decode(n) as one CUDA graph over the whole cache length: one launch a step."""
         length = len(self.columns)
         if n not in self.graphs:
             state = self.tokens.clone(), self.positions.clone()
@@ -202,8 +198,7 @@ def sample(logits, keys, index, temperature, top_k, top_p):
 
 
 def filter_probs(probs, top_k, top_p):
-    """Zero what is outside the top_k likeliest, then outside the smallest set that holds top_p of
-    the rest."""
+    """Zero what is outside the top_k likeliest, then outside the fewest that hold top_p of it."""
     if 0 < top_k < probs.shape[-1]:
         least = probs.topk(top_k, dim=-1).values[:, -1:]
         probs = torch.where(probs < least, 0.0, probs)
@@ -216,19 +211,17 @@ def filter_probs(probs, top_k, top_p):
 
 
 def inverse_cdf(probs, u):
-    """The token at which the cumulative sum of probs (n, V) passes u (n,) of the total. In two
-    levels: blocks, then tokens."""
+    """The token at which the cumulative sum of probs (n, V) passes u (n,) of the total."""
     n, V = probs.shape
     block = 128
     probs = torch.nn.functional.pad(probs, (0, -V % block)).view(n, -1, block)
     sums = probs.sum(dim=-1).double().cumsum(dim=-1)  # (n, blocks)
     goal = u * sums[:, -1]
-    which = torch.searchsorted(sums, goal[:, None], right=True).clamp(max=sums.shape[1] - 1)  # (n, 1)
+    which = torch.searchsorted(sums, goal[:, None], right=True).clamp(max=sums.shape[1] - 1)
     before = torch.where(which > 0, sums.gather(1, (which - 1).clamp(min=0)), 0.0)
     inside = probs.gather(1, which[..., None].expand(-1, -1, block)).squeeze(1).double()
     token = torch.searchsorted(inside.cumsum(dim=-1), goal[:, None] - before, right=True)
-    # Rounding may carry the goal past the block's end: fall back on the last token there that has
-    # any probability.
+    # Rounding may carry the goal past the block's end: take the last possible one.
     places = torch.arange(1, block + 1, device=probs.device)
     last = ((inside > 0) * places).amax(dim=-1, keepdim=True) - 1
     return (which * block + torch.minimum(token, last.clamp(min=0))).squeeze(1)
@@ -246,11 +239,9 @@ def hash64(*numbers):
 
 
 def uniforms(keys, index):
-    """Uniform numbers in [0, 1), float64 (n,): the same finaliser over key + index * golden ratio,
-    on the device.
+    """Uniform numbers in [0, 1), float64 (n,): the same finaliser over key + index * golden ratio.
 
-    Tensors have signed 64-bit integers only: products wrap as they should, right shifts have their
-    sign bits masked off.
+    Tensors have signed 64-bit integers only: products wrap, right shifts mask sign bits off.
     """
     signed = lambda x: x - 2**64 if x >= 2**63 else x
     shift = lambda x, k: (x >> k) & (2**(64 - k) - 1)

@@ -57,8 +57,7 @@ def parse_spec(spec):
             count = (share or "1").endswith("/-1")
             parts[path] = float(Fraction(share[:-3] if count else share or "1")) * (-1)**count
         except (ValueError, ZeroDivisionError):
-            stop(f"data {item!r}: the proportion {share!r} is no number, no fraction a/b and no "
-                 "count n/-1")
+            stop(f"data {item!r}: the proportion {share!r} is no number, a/b or count n/-1")
         if (parts[path] > 0) == count and parts[path]:
             stop(f"data {item!r}: the proportion must not be negative; a count is written n/-1")
     if not parts:
@@ -113,8 +112,7 @@ def open_text(path):
 
 
 def read_rows(path):
-    """The rows of a .json (a list) or .jsonl file; of a line that is no JSON object, the record is
-    None."""
+    """The rows of a .json (a list) or .jsonl file; a line that is no object gives None."""
     with open_text(path) as f:
         if path.removesuffix(".gz").removesuffix(".xz").removesuffix(".zip").endswith(".json"):
             values = enumerate(json.load(f), start=1)

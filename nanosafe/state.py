@@ -1,6 +1,5 @@
 """
-The exact state of a run: what it needs to go on, on any number of ranks, as if nothing had
-happened.
+The exact state of a run: what it needs to go on, on any number of ranks.
 """
 
 import os
@@ -18,8 +17,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 
 
 def save(out_dir, step, trained, extra, keep=2):
-    """Write out_dir/state/step_NNNNNN: what a run needs to go on as if nothing had happened. A
-    collective.
+    """Write out_dir/state/step_NNNNNN: what a run needs to go on. A collective.
 
     trained  {name: (model, optimizer)}
     extra    anything JSON knows: lambda and its window, normalisers, counters
@@ -74,11 +72,9 @@ def write_latest(root, name):
 
 @torch.no_grad()
 def load(out_dir, trained):
-    """Restore the latest state into models and optimizers, on any number of ranks; returns its step
-    and extras.
+    """Restore the latest state into models and optimizers, returns its step and extras.
 
-    The states' rows may lie in another number of files than there are ranks: each rank picks its
-    own out of all.
+    The states' rows may lie in another number of files than there are ranks: each picks its own.
     """
     folder = latest_state(out_dir)
     state = read_json(folder, "state.json")
@@ -111,8 +107,7 @@ def latest_state(out_dir):
         with open(os.path.join(out_dir, "state", "latest")) as f:
             return os.path.join(out_dir, "state", f.read().strip())
     except FileNotFoundError:
-        raise SystemExit(f"error: resume=True, but there is no state in {out_dir!r}: start it "
-                         "without --resume") from None
+        raise SystemExit(f"error: resume=True, but {out_dir!r} has no state") from None
 
 
 def claim(out_dir, resume):

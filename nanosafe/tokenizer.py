@@ -24,6 +24,7 @@ import sentencepiece
 NO_PREFIX = b"\x1a\x02\x18\x00"
 SPACE = "\t\n\x0b\x0c\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + (
     "\u2028\u2029\u202f\u205f\u3000")  # Unicode's White_Space; Python's has four more
+SPECIAL = ("bos_token", "eos_token", "pad_token")
 FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
          "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja")
 
@@ -90,16 +91,16 @@ class Tokenizer:
         self.engine, self.added, self.names, self.file = engine, added or {}, names or {}, file
         passes = [{text: t for text, t in self.added.items() if t.normalized == later and text}
                   for later in (False, True)]
-        self.finders = [(re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))),
-                         tokens) if tokens else None for tokens in passes]
+        longest_first = [sorted(tokens, key=len, reverse=True) for tokens in passes]
+        self.finders = [re.compile("|".join(map(re.escape, texts)) or "(?!)")
+                        for texts in longest_first]
         self.contents = {t.id: text for text, t in self.added.items()}
-        self.bos_id, self.eos_id, self.pad_id = map(self.named, ("bos_token", "eos_token", "pad_token"))
+        self.bos_id, self.eos_id, self.pad_id = map(self.named, SPECIAL)
         self.eos_ids = sorted({self.eos_id, *eos_ids} - {-1})
         self.vocab_size = max([engine.size - 1, *self.contents]) + 1
 
     def named(self, key):
-        """The id of the token that the folder, or else the engine, calls bos_token, say; -1 where
-        there is none."""
+        """The id of the token that the folder, or else the engine, calls bos_token, say; or -1."""
         for text in (content(self.names.get(key)), self.engine.defaults.get(key)):
             if text in self.added:
                 return self.added[text].id
@@ -107,7 +108,7 @@ class Tokenizer:
 
     def encode(self, text, bos=False, eos=False, allow_special=True):
         """Token ids of `text`; bos: begun as the model's texts begin, with BOS where it has one.
-        With allow_special=False the text of a special token, "</s>" say, stays text: for user input.
+        With allow_special=False the text of a special token stays text: for user input.
         """
         ids = [self.bos_id] if bos and self.engine.adds_bos and self.bos_id >= 0 else []
         if allow_special:
@@ -126,10 +127,20 @@ class Tokenizer:
         """`text` cut after each added token: [(the text before it, its id)], and what is left."""
         pieces = [(text, None)]
         for finder, normalize in zip(self.finders, (str, self.engine.normalize)):
-            if finder:
-                pieces = [cut for piece, id in pieces
-                          for cut in cut_at(*finder, normalize(piece), id)]
+            pieces = [cut for piece, id in pieces
+                      for cut in self.cut(finder, normalize(piece), id)]
         return [(piece, id) for piece, id in pieces if piece or id is not None]
+
+    def cut(self, finder, text, id):
+        """(text, id) cut at the tokens that the finder finds in the text."""
+        begin = 0
+        for match in finder.finditer(text):
+            if match.start() >= begin:
+                token, piece = self.added[match[0]], text[begin:match.start()]
+                yield piece.rstrip(SPACE) if token.lstrip else piece, token.id
+                after = text[match.end():] if token.rstrip else ""
+                begin = match.end() + len(after) - len(after.lstrip(SPACE))
+        yield text[begin:], id
 
     def encode_batch(self, texts):
         """Ids of many plain texts at once, with allow_special=False."""
@@ -147,7 +158,7 @@ class Tokenizer:
             if i is not None and not token and i < self.engine.size:
                 run.append(i)
             elif i is None or token and not token.special:
-                text += self.engine.decode(run, begins=not text) + (self.contents[i] if token else "")
+                text += self.engine.decode(run, begins=not text) + self.contents.get(i, "")
                 run = []
         return text
 
@@ -159,8 +170,7 @@ class Tokenizer:
         return hashlib.blake2b(self.engine.identity + json.dumps(added).encode()).hexdigest()
 
     def save(self, path):
-        """Write the tokenizer's files to the folder `path`: as they are, but for what would need a
-        stranger's code."""
+        """Write the tokenizer's files to the folder `path`: less what needs a stranger's code."""
         os.makedirs(path, exist_ok=True)
         folder, own = os.path.dirname(self.file), "tokenizer" + os.path.splitext(self.file)[1]
         for name in self.engine.files:
@@ -169,19 +179,6 @@ class Tokenizer:
             if os.path.isfile(source) and os.path.abspath(source) != os.path.abspath(target):
                 shutil.copyfile(source, target)
         self.engine.save(self, path)
-
-
-def cut_at(finder, tokens, text, id):
-    """(text, id) cut at the tokens that the finder finds in the text."""
-    begin = 0
-    for match in finder.finditer(text):
-        if match.start() < begin:
-            continue
-        token, end = tokens[match[0]], match.end()
-        piece = text[begin:match.start()]
-        yield piece.rstrip(SPACE) if token.lstrip else piece, token.id
-        begin = end + (len(text) - end - len(text[end:].lstrip(SPACE)) if token.rstrip else 0)
-    yield text[begin:], id
 
 
 class Pieces:
@@ -206,8 +203,7 @@ class Pieces:
         self.defaults = {key: texts[id] for key, id in ids.items() if id >= 0}
         if "pad_token" not in self.defaults:
             self.defaults["pad_token"] = "<pad>"
-        # What a user must not smuggle in: pieces that are taken whole wherever they stand, and that
-        # look like marks.
+        # What a user must not smuggle in: pieces that are always taken whole, and look so.
         marks = [text for text in texts if re.fullmatch(r"<[^<>\s]{2,}>|\[[^\[\]\s]{2,}\]", text)
                  and text in sp.encode(text, out_type=str)]
         self.marks = re.compile("|".join(map(re.escape, marks))) if marks else None
@@ -243,7 +239,7 @@ class Pieces:
             "tokenizer_class": "LlamaTokenizer", "clean_up_tokenization_spaces": False,
             "unk_token": self.sp.id_to_piece(self.sp.unk_id()),
         }
-        for key in ("bos_token", "eos_token", "pad_token"):
+        for key in SPECIAL:
             if tokenizer.named(key) >= 0:
                 config[key] = tokenizer.contents[tokenizer.named(key)]
         write_json(config, path, "tokenizer_config.json")

@@ -76,7 +76,7 @@ def test_resume_is_bit_equal(name, trainers, tmp_path):
 def test_a_run_is_not_overwritten_and_resume_needs_a_state(trainers, tmp_path):
     run(*trainers["reward"], f"--out_dir={tmp_path}/a")
     for extra, words in (((f"--out_dir={tmp_path}/a",), "holds a run"),
-                         ((f"--out_dir={tmp_path}/b", "--resume=True"), "there is no state in")):
+                         ((f"--out_dir={tmp_path}/b", "--resume=True"), "has no state")):
         done = run(*trainers["reward"], *extra, check=False)
         assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr
 
