@@ -77,7 +77,11 @@ def load(path):
         added[t["content"]] = Token(int(id), *(t.get(key, False) for key in Token._fields[1:]))
     eos = read_json(folder, "generation_config.json").get("eos_token_id") or read_json(
         folder, "config.json").get("eos_token_id")
-    return Tokenizer(engine, added, names, eos if isinstance(eos, list) else (), file)
+    tokenizer = Tokenizer(engine, added, names, eos if isinstance(eos, list) else (), file)
+    if tokenizer.eos_id < 0:
+        raise SystemExit(f"error: {file!r} has no end-of-sequence token: name one as eos_token in "
+                         "tokenizer_config.json")
+    return tokenizer
 
 
 def content(token):

@@ -60,3 +60,24 @@ FAMILIES = {
     "smollm2": dict(pattern=None, digits=True, bos_token="<|endoftext|>", eos_token="<|endoftext|>",
                     specials=("<|endoftext|>", "<|im_start|>")),
 }
+
+
+def from_sentencepiece(sp, path, legacy=True):
+    """The tokenizer.json of a SentencePiece model, made as Hugging Face makes it; returns theirs."""
+    pieces = [sp.id_to_piece(i) for i in range(sp.vocab_size())]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    plain = [p for i, p in enumerate(pieces) if not (sp.is_control(i) or sp.is_unknown(i) or sp.is_byte(i))]
+    merges = sorted((-sp.get_score(vocab[p]), -i, i - len(p), p[:i], p[i:]) for p in plain for i in range(1, len(p))
+                    if p[:i] in vocab and p[i:] in vocab)
+    theirs = Tokenizer(models.BPE(vocab, [m[3:] for m in merges], byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+    if legacy:
+        theirs.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        theirs.pre_tokenizer = pre_tokenizers.Metaspace("▁", "first", False)
+    theirs.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+                                        decoders.Strip(" ", 1, 0)])
+    theirs.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in ("<unk>", "<s>", "</s>")])
+    theirs.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    path.mkdir(parents=True, exist_ok=True)
+    theirs.save(str(path / "tokenizer.json"))
+    return theirs
