@@ -9,6 +9,7 @@ when its SHA-256 is known.
 import hashlib
 import json
 import os
+import re
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -17,7 +18,9 @@ from collections import Counter
 import numpy as np
 from tqdm import tqdm
 
-from nanosafe.rows import read_rows, stop
+from nanosafe.rows import PARQUET, read_rows, stop
+from nanosafe.table import table
+from nanosafe.tokenizer import load as load_tokenizer
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zip", ".json", ".json.gz", ".json.xz")
 
@@ -36,9 +39,14 @@ def raw_files(raw, repo, folder, wanted, revision="main", sha256=None):
             for name in names
             if name.endswith(ENDINGS))
         if not found:
-            stop(f"--raw={raw}: no {', '.join(ENDINGS[:3])} or .json file there")
+            stop(f"--raw={raw}: no {', '.join(ENDINGS[:3])} or .json file there; parquet is "
+                 f"converted with {PARQUET}")
         return found
-    names = [name for name in list_files(repo, revision) if wanted(name)]
+    there = list_files(repo, revision)
+    names = [name for name in there if wanted(name)]
+    if not names and any(name.endswith(".parquet") for name in there):
+        stop(f"{repo} has parquet files only: download them, convert each with {PARQUET} and give "
+             "--raw=FOLDER")
     if not names:
         stop(f"{repo} (revision {revision}) has none of the files expected: download it by hand "
              "and give --raw=FOLDER")
@@ -108,48 +116,103 @@ def receive(url, part):
         raise OSError(f"{os.path.getsize(part)} of {size} bytes arrived")
 
 
-def convert(paths, to_record, out, holdout=0.0, key=lambda record: json.dumps(record.get("input"))):
+def convert(paths, to_record, out, holdout=0.0, tokenizer="",
+            key=lambda record: json.dumps(record.get("input") or record.get("dialogue", [""])[0])):
     """Turn raw rows into out/train.jsonl and out/test.jsonl, and say what was kept and dropped.
 
     to_record(raw row) -> a record, or raises ValueError with the reason to drop the row
     holdout            0: the raw files' own split, by the word "test" in a file's name; else the
                        share of the prompts (by `key`) that goes to test, all files pooled: no
                        prompt is on both sides
+    tokenizer          a folder with one: the table counts its tokens instead of characters
+
+    No file is in memory whole; with a holdout they are read twice.
     """
-    splits, dropped, read = {"train": [], "test": []}, Counter(), 0
+    held, tok = set(), load_tokenizer(tokenizer) if tokenizer else None
+    if holdout:
+        prompts = dict.fromkeys(key(r) for _, r, _ in records(paths, to_record) if r)
+        prompts = list(prompts)
+        held = {prompts[i] for i in split_train_test(len(prompts), holdout)[1]}
+    os.makedirs(out, exist_ok=True)
+    names = {split: os.path.join(out, split + ".jsonl") for split in ("train", "test")}
+    files = {split: open(name + ".tmp", "w", encoding="utf-8") for split, name in names.items()}
+    counts = {split: Counter() for split in names}
+    dropped, read = Counter(), 0
+    for split, record, reason in records(paths, to_record):
+        read += 1
+        if record is None:
+            dropped[reason] += 1
+            continue
+        if holdout:
+            split = "test" if key(record) in held else "train"
+        files[split].write(json.dumps(record, ensure_ascii=False) + "\n")
+        said = list(texts_of(record))
+        safe = [record[name] for name in ("is_safe", "is_other_safe") if name in record]
+        counts[split].update(rows=1, unsafe=safe.count(False), labelled=len(safe), size=sum(
+            map(len, tok.encode_batch(said) if tok else said)))
+    rows = [("", "rows", "tokens" if tok else "characters", "unsafe answers")]
+    for split, file in files.items():
+        file.close()
+        c = counts[split]
+        if c["rows"]:
+            os.replace(names[split] + ".tmp", names[split])
+            share = f"{c['unsafe'] / c['labelled']:.1%}" if c["labelled"] else "-"
+            rows.append((names[split], f"{c['rows']:,}", f"{c['size']:,}", share))
+        else:
+            os.remove(names[split] + ".tmp")
+    reasons = "".join(f"; dropped {count:,} ({reason})" for reason, count in dropped.most_common())
+    print(f"{read:,} rows read, {read - dropped.total():,} kept{reasons}\n{table(rows)}")
+    if len(rows) == 1:
+        stop(f"none of the {read} rows in {', '.join(paths[:3])} can be used")
+
+
+def records(paths, to_record):
+    """(split, record or None, why there is none) of every raw row."""
     for path in paths:
-        split = splits["test" if "test" in os.path.basename(path) else "train"]
+        split = "test" if "test" in os.path.basename(path) else "train"
         for row in tqdm(read_rows(path), desc=os.path.basename(path), unit="row", leave=False):
-            read += 1
             try:
                 if row.record is None:
                     raise ValueError("no JSON object")
-                split.append(to_record(row.record))
-            except (ValueError, KeyError, TypeError) as error:
-                dropped[f"field {error} is missing" if isinstance(error, KeyError) else str(error
-                                                                                            )] += 1
-    if holdout:
-        pool = splits["train"] + splits["test"]
-        prompts = list(dict.fromkeys(map(key, pool)))
-        held = {prompts[i] for i in split_train_test(len(prompts), holdout)[1]}
-        splits = {
-            "train": [r for r in pool if key(r) not in held],
-            "test": [r for r in pool if key(r) in held],
-        }
-    reasons = "".join(f"; dropped {count} ({reason})" for reason, count in dropped.most_common())
-    print(f"{read} rows read, {sum(map(len, splits.values()))} kept{reasons}")
-    os.makedirs(out, exist_ok=True)
-    for name, records in splits.items():
-        if records:
-            write(os.path.join(out, name + ".jsonl"), records)
-    return splits
+                yield split, to_record(row.record), ""
+            except KeyError as error:
+                yield split, None, f"field {error} is missing"
+            except (ValueError, TypeError, AttributeError, IndexError) as error:
+                yield split, None, str(error)
 
 
-def write(path, records):
-    with open(path + ".tmp", "w", encoding="utf-8") as f:
-        f.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    os.replace(path + ".tmp", path)
-    print(f"{path}: {len(records)} rows")
+def texts_of(value):
+    """The texts in a record."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from texts_of(item)
+
+
+def json_items(f, path):
+    """The items of a JSON list in a text file, which is never in memory whole."""
+    decoder, gap, buffer, at, size = json.JSONDecoder(), re.compile(r"[\s,]*"), "", 0, 2**16
+    begun = False
+    while True:
+        at = gap.match(buffer, at).end()
+        if begun and buffer.startswith("]", at):
+            return
+        try:
+            item, end = decoder.raw_decode(buffer, at) if begun else (None, at + 1)
+        except ValueError:
+            end = len(buffer)
+        if end < len(buffer):  # or else it may go on
+            if begun:
+                yield item
+            elif buffer[at] != "[":
+                stop(f"{path!r} is no list of rows")
+            begun, at, size = True, end, 2**16
+            continue
+        more = f.read(size)
+        if not more:
+            stop(f"{path!r} breaks off, or is no JSON list, at {buffer[at:at + 40]!r}")
+        buffer, at, size = buffer[at:] + more, 0, 2 * size
 
 
 def split_train_test(n, ratio, seed=42):

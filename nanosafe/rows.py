@@ -14,15 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-ALIASES = {  # Safe-RLHF's names of what data/ holds
-    "stanford-alpaca": "alpaca", "pku-saferlhf": "pku_saferlhf",
-    "pku-alignment/pku-saferlhf": "pku_saferlhf", "pku-saferlhf-30k": "pku_saferlhf/30k",
-    "pku-saferlhf-10k": "pku_saferlhf/10k",
-    "hh-rlhf-harmless-preference": "hh_rlhf/harmless-base",
-    "hh-rlhf-helpful-preference": "hh_rlhf/helpful-base",
-    "hh-rlhf-harmless-dialogue": "hh_rlhf/harmless-base-dialogue",
-    "hh-rlhf-helpful-dialogue": "hh_rlhf/helpful-base-dialogue",
-}
+PARQUET = ("python -c \"import pandas as pd; pd.read_parquet('IN.parquet').to_json("
+           "'OUT.jsonl', orient='records', lines=True)\"")
 ROOT = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "data")
 
 
@@ -72,8 +65,10 @@ def resolve(name, path=None):
     else:
         named = name.endswith(("/train", "/test"))
         base, _, split = name.rpartition("/") if named else (name, "", "train")
-        base = ALIASES.get(base.lower(), base)
         roots = ["data", ROOT] if path is None else [path]
+        if not any(os.path.isdir(os.path.join(root, base)) for root in roots):
+            from nanosafe.aliases import ALIASES
+            base = ALIASES.get(base.lower(), base)
         candidates = [os.path.join(root, base, split + ".jsonl") for root in roots]
         if path is not None:
             candidates += [path, os.path.join(path, split + ".jsonl")]
@@ -106,20 +101,24 @@ def open_text(path):
         archive = zipfile.ZipFile(path)
         return io.TextIOWrapper(archive.open(archive.namelist()[0]), encoding="utf-8-sig")
     if path.endswith(".parquet"):
-        stop(f"{path!r}: parquet is not read here; convert it: python -c \"import pandas as pd; "
-             f"pd.read_parquet('{path}').to_json('out.jsonl', orient='records', lines=True)\"")
+        stop(f"{path!r}: parquet is not read here; convert it with {PARQUET}")
     return open(path, encoding="utf-8-sig")
 
 
 def read_rows(path):
     """The rows of a .json (a list) or .jsonl file; a line that is no object gives None."""
-    with open_text(path) as f:
-        if path.removesuffix(".gz").removesuffix(".xz").removesuffix(".zip").endswith(".json"):
-            values = enumerate(json.load(f), start=1)
-        else:
-            values = ((i, parse_line(line)) for i, line in enumerate(f, start=1) if line.strip())
-        for i, value in values:
-            yield Row(value if isinstance(value, dict) else None, path, i)
+    try:
+        with open_text(path) as f:
+            bare = path.removesuffix(".gz").removesuffix(".xz").removesuffix(".zip")
+            if bare.endswith(".json"):
+                from nanosafe.fetch import json_items
+                values = enumerate(json_items(f, path), start=1)
+            else:
+                values = ((i, parse_line(line)) for i, line in enumerate(f, 1) if line.strip())
+            for i, value in values:
+                yield Row(value if isinstance(value, dict) else None, path, i)
+    except (OSError, EOFError, UnicodeError, lzma.LZMAError, zipfile.BadZipFile) as error:
+        stop(f"{path!r} cannot be read: {error}")
 
 
 def parse_line(line):

@@ -2,9 +2,11 @@
 
 import hashlib
 import http.server
+import io
 import json
 import os
 import threading
+import tracemalloc
 
 import pytest
 from conftest import ROOT, run
@@ -101,9 +103,9 @@ def test_conversion_counts_what_it_drops(tmp_path, capsys):
             raise ValueError("negative")
         return {"input": str(row["a"])}
 
-    splits = fetch.convert([str(raw)], to_record, str(tmp_path / "out"))
+    fetch.convert([str(raw)], to_record, str(tmp_path / "out"))
     said = capsys.readouterr().out
-    assert splits["train"] == [{"input": "1"}] and "4 rows read, 1 kept" in said
+    assert (tmp_path / "out" / "train.jsonl").read_text() == '{"input": "1"}\n' and "4 rows read, 1 kept" in said
     assert "dropped 1 (no JSON object)" in said and "(field 'a' is missing)" in said and "(negative)" in said
 
 
@@ -116,3 +118,38 @@ def test_a_prepare_script_downloads(server, tmp_path):
     Handler.breaks = 1
     run(script, f"--out={tmp_path}/out")
     assert sum(1 for _ in open(tmp_path / "out" / "train.jsonl")) == 5000
+
+
+def test_a_repository_with_parquet_only_says_how_to_convert_it(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(fetch, "list_files", lambda *a: ["data/train-00000-of-00001.parquet"])
+    with pytest.raises(SystemExit, match="parquet files only.*read_parquet.*--raw=FOLDER"):
+        fetch.raw_files("", "some/repo", str(tmp_path), lambda name: name.endswith(".jsonl"))
+    (tmp_path / "x.parquet").write_bytes(b"PAR1")
+    with pytest.raises(SystemExit, match="parquet is converted with.*read_parquet"):
+        fetch.raw_files(str(tmp_path), None, None, None)
+
+
+@pytest.mark.parametrize("text", ['[{"a": 1}, {"b": [1, "]"]}]', '[]', ' [ {"a": "x"} ,\n{"b": "\\u4f60 \\" ,"}\n]\n', "[1, 23, \"s\"]"])
+@pytest.mark.parametrize("size", [1, 7, 2**16])
+def test_a_json_list_is_read_item_by_item(text, size):
+    class Slow(io.StringIO):
+        def read(self, n=-1):
+            return super().read(min(n, size))
+
+    assert list(fetch.json_items(Slow(text), "x")) == json.loads(text)
+
+
+@pytest.mark.parametrize("text, words", [('{"a": 1}', "is no list of rows"), ("", "breaks off"), ('[{"a": 1}, {"b', "breaks off"), ("[1", "breaks off")])
+def test_a_broken_json_list_is_refused(text, words):
+    with pytest.raises(SystemExit, match=words):
+        list(fetch.json_items(io.StringIO(text), "x"))
+
+
+def test_a_large_json_list_is_not_in_memory_whole(tmp_path):
+    path = tmp_path / "large.json"
+    path.write_text(json.dumps([{"i": i, "text": "x" * 1000} for i in range(20000)]))
+    tracemalloc.start()
+    assert sum(row["i"] for row in fetch.json_items(open(path), str(path))) == sum(range(20000))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < path.stat().st_size

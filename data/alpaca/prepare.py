@@ -13,6 +13,7 @@ from nanosafe import fetch
 raw = ""  # folder with the raw files; empty: download
 holdout = 0.0  # share of the prompts for test.jsonl; 0: none
 out = ""  # folder to write to; empty: beside this script
+tokenizer = ""  # folder with a tokenizer, to count tokens instead of characters
 configure(globals())
 
 URL = "https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/main/alpaca_data.json"
@@ -33,5 +34,4 @@ def to_record(row):
 here = os.path.dirname(os.path.abspath(__file__))
 files = (fetch.raw_files(raw, None, here, None)
          if raw else [fetch.download(URL, os.path.join(here, "raw", "alpaca_data.json"))])
-fetch.convert(files, to_record, out or here, holdout,
-              key=lambda record: str(record.get("input") or record["dialogue"][0]))
+fetch.convert(files, to_record, out or here, holdout, tokenizer)

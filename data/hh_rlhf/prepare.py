@@ -6,7 +6,8 @@ $ python data/hh_rlhf/prepare.py --subset=harmless-base       # one of them
 $ python data/hh_rlhf/prepare.py --subset=harmless-base --raw=FOLDER
 
 Each subset gives SUBSET/{train,test}.jsonl, pairs for reward models, and
-SUBSET-dialogue/{train,test}.jsonl, the preferred dialogues for supervised fine-tuning.
+SUBSET-dialogue/{train,test}.jsonl, the preferred dialogues for supervised fine-tuning. The four
+together give all/ and all-dialogue/ too. PKU-Alignment/processed-hh-rlhf's layout opens as well.
 """
 
 import os
@@ -21,6 +22,7 @@ subset = "all"  # harmless-base | helpful-base | helpful-online | helpful-reject
 raw = ""  # folder with the subset's raw files; empty: download
 holdout = 0.0  # share of the prompts for test.jsonl, all files pooled; 0: the raw files' own split
 out = ""  # folder to write to; empty: beside this script
+tokenizer = ""  # folder with a tokenizer, to count tokens instead of characters
 configure(globals())
 
 MARK = re.compile(r"\n\n(Human|Assistant):")
@@ -29,6 +31,9 @@ MARK = re.compile(r"\n\n(Human|Assistant):")
 def to_record(row):
     """The chosen dialogue up to its last answer is the prompt; the rejected one must begin with it.
     """
+    if "context" in row:
+        return record_of([turn["text"] for turn in row["context"]], row["chosen"]["text"],
+                         row["rejected"]["text"])
     marks = list(MARK.finditer(row["chosen"]))
     if not marks or marks[-1][1] != "Assistant":
         raise ValueError("the last turn is the human's")
@@ -39,7 +44,11 @@ def to_record(row):
     turns = [row["chosen"][m.end():end].strip() for m, end in zip(marks, ends)]
     if any(m[1] != ("Human", "Assistant")[i % 2] for i, m in enumerate(marks)):
         raise ValueError("the turns do not alternate")
-    answer, other = turns.pop(), rejected[len(prompt):].strip()
+    answer = turns.pop()
+    return record_of(turns, answer, rejected[len(prompt):].strip())
+
+
+def record_of(turns, answer, other):
     if not all((answer, other, *turns)):
         raise ValueError("an empty turn")
     if answer == other:
@@ -47,18 +56,22 @@ def to_record(row):
     return {"input": turns, "answer": answer, "other_answer": other, "better": True}
 
 
+def to_dialogue(row):
+    record = to_record(row)
+    return {"dialogue": [*record["input"], record["answer"]]}
+
+
 if subset not in (*SUBSETS, "all"):
     raise SystemExit(f"error: subset={subset!r}: choose one of {', '.join(SUBSETS)}, all")
 if raw and subset == "all":
     raise SystemExit("error: --raw needs --subset=NAME: the subsets' files have the same names")
 here = os.path.dirname(os.path.abspath(__file__))
-for name in SUBSETS if subset == "all" else (subset,):
-    files = fetch.raw_files(raw, "Anthropic/hh-rlhf", here,
-                            lambda path: path.startswith(name + "/"))
+found = {name: fetch.raw_files(raw, "Anthropic/hh-rlhf", here,
+                               lambda path: path.startswith(name + "/"))
+         for name in (SUBSETS if subset == "all" else (subset,))}
+if subset == "all":
+    found["all"] = [file for files in found.values() for file in files]
+for name, files in found.items():
     folder = os.path.join(out or here, name)
-    splits = fetch.convert(files, to_record, folder, holdout)
-    os.makedirs(folder + "-dialogue", exist_ok=True)
-    for split, records in splits.items():
-        if records:
-            fetch.write(os.path.join(folder + "-dialogue", split + ".jsonl"),
-                        [{"dialogue": [*record["input"], record["answer"]]} for record in records])
+    fetch.convert(files, to_record, folder, holdout, tokenizer)
+    fetch.convert(files, to_dialogue, folder + "-dialogue", holdout, tokenizer)

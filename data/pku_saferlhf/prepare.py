@@ -15,6 +15,7 @@ version = "v1"  # v1 (2024) | v0 (2023, what Beaver was trained on) | 10k | 30k
 raw = ""  # folder with the raw files; empty: download
 holdout = 0.0  # share of the prompts for test.jsonl, all files pooled; 0: the raw files' own split
 out = ""  # folder to write to; empty: beside this script (v0, 10k and 30k in a subfolder)
+tokenizer = ""  # folder with a tokenizer, to count tokens instead of characters
 configure(globals())
 
 SOURCES = {  # version -> repository, revision
@@ -48,4 +49,4 @@ repo, revision = SOURCES[version]
 files = fetch.raw_files(raw, repo, here, lambda name: name.endswith(fetch.ENDINGS), revision,
                         SHA256 if version == "10k" else None)
 fetch.convert(files, to_record, out or (here if version == "v1" else os.path.join(here, version)),
-              holdout)
+              holdout, tokenizer)

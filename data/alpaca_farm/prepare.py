@@ -1,0 +1,39 @@
+"""
+AlpacaFarm: pairs of answers to Alpaca's instructions, compared by people or by GPT-4.
+
+$ python data/alpaca_farm/prepare.py                     # people's, about 10,000 pairs
+$ python data/alpaca_farm/prepare.py --judge=gpt4        # or noisy_multi: simulated people
+$ python data/alpaca_farm/prepare.py --raw=FOLDER        # files that are already on disk
+"""
+
+import os
+
+from configurator import configure
+from nanosafe import fetch
+
+judge = "human"  # human | gpt4 | noisy_multi
+raw = ""  # folder with the raw files; empty: download
+holdout = 0.0  # share of the prompts for test.jsonl; 0: none
+out = ""  # folder to write to; empty: beside this script
+tokenizer = ""  # folder with a tokenizer, to count tokens instead of characters
+configure(globals())
+
+
+def to_record(row):
+    """preference says which output is better, 1 or 2; 0 is a tie."""
+    prompt = row["instruction"] + (" " + row["input"] if row.get("input") else "")
+    if row["preference"] not in (1, 2):
+        raise ValueError("no preference")
+    if not prompt.strip() or not row["output_1"].strip() or not row["output_2"].strip():
+        raise ValueError("an empty text")
+    return {"input": prompt, "answer": row["output_1"], "other_answer": row["output_2"],
+            "better": row["preference"] == 1}
+
+
+if judge not in ("human", "gpt4", "noisy_multi"):
+    raise SystemExit(f"error: judge={judge!r}: choose human, gpt4 or noisy_multi")
+here = os.path.dirname(os.path.abspath(__file__))
+files = fetch.raw_files(raw, "tatsu-lab/alpaca_farm", here,
+                        lambda name: name == f"alpaca_{judge}_preference.json")
+folder = here if judge == "human" else os.path.join(here, judge)
+fetch.convert(files, to_record, out or folder, holdout, tokenizer)

@@ -1,0 +1,39 @@
+"""
+BeaverTails: questions with an answer and whether it is safe, in 14 kinds of harm. No pairs: to
+judge a cost model by (is_safe), or to take safe demonstrations from.
+
+$ python data/beavertails/prepare.py                     # 30k: 30,207 rows
+$ python data/beavertails/prepare.py --version=330k
+$ python data/beavertails/prepare.py --only_safe=True    # demonstrations
+"""
+
+import os
+
+from configurator import configure
+from nanosafe import fetch
+
+version = "30k"  # 30k | 330k
+only_safe = False  # keep safe answers only
+raw = ""  # folder with the raw files; empty: download
+holdout = 0.0  # share of the prompts for test.jsonl, all files pooled; 0: the raw files' own split
+out = ""  # folder to write to; empty: beside this script
+tokenizer = ""  # folder with a tokenizer, to count tokens instead of characters
+configure(globals())
+
+
+def to_record(row):
+    """The kinds of harm that are marked go along, by name."""
+    if not row["prompt"].strip() or not row["response"].strip():
+        raise ValueError("an empty text")
+    if only_safe and not row["is_safe"]:
+        raise ValueError("unsafe, and only_safe is set")
+    return {"input": row["prompt"], "answer": row["response"], "is_safe": bool(row["is_safe"]),
+            "harm": sorted(name for name, marked in row.get("category", {}).items() if marked)}
+
+
+if version not in ("30k", "330k"):
+    raise SystemExit(f"error: version={version!r}: choose 30k or 330k")
+here = os.path.dirname(os.path.abspath(__file__))
+files = fetch.raw_files(raw, "PKU-Alignment/BeaverTails", here,
+                        lambda name: f"/{version}/" in name and name.endswith(fetch.ENDINGS))
+fetch.convert(files, to_record, out or here, holdout, tokenizer)

@@ -1,0 +1,49 @@
+"""
+MOSS: dialogues in English and Chinese, demonstrations.
+
+$ python data/moss/prepare.py                        # moss-003-sft, without tools -> data/moss/003
+$ python data/moss/prepare.py --version=002          # moss-002-sft -> data/moss/002
+$ python data/moss/prepare.py --raw=FOLDER           # files that are already on disk
+"""
+
+import os
+import re
+
+from configurator import configure
+from nanosafe import fetch
+
+version = "003"  # 003 (turns with their roles) | 002 (one text per dialogue)
+raw = ""  # folder with the raw files; empty: download
+holdout = 0.0  # share of the prompts for test.jsonl; 0: none
+out = ""  # folder to write to; empty: beside this script
+tokenizer = ""  # folder with a tokenizer, to count tokens instead of characters
+configure(globals())
+
+SOURCES = {"002": "fnlp/moss-002-sft-data", "003": "fnlp/moss-003-sft-data"}
+TURN = re.compile(r"\[(Human|MOSS)\]:\s*(.*?)\s*<eo[ha]>", re.DOTALL)
+
+
+def to_record(row):
+    """A dialogue, the human first, as Safe-RLHF reads it; its marks are dropped."""
+    if "plain_text" in row:
+        marks = TURN.findall(row["plain_text"])
+        if [who for who, _ in marks] != ["Human", "MOSS"] * (len(marks) // 2):
+            raise ValueError("the turns do not alternate")
+        turns = [text for _, text in marks]
+    else:
+        turns = []
+        for i in range(1, int(row["num_turns"]) + 1):
+            turn = row["chat"][f"turn_{i}"]
+            turns += [turn["Human"].replace("<|Human|>:", "").replace("<eoh>", "").strip(),
+                      turn["MOSS"].replace("<|MOSS|>:", "").replace("<eom>", "").strip()]
+    if not turns or not all(turns):
+        raise ValueError("an empty turn")
+    return {"dialogue": turns}
+
+
+if version not in SOURCES:
+    raise SystemExit(f"error: version={version!r}: choose one of {', '.join(SOURCES)}")
+here = os.path.dirname(os.path.abspath(__file__))
+ending = {"002": ".json", "003": "no-tools.jsonl.zip"}[version]
+files = fetch.raw_files(raw, SOURCES[version], here, lambda name: name.endswith(ending))
+fetch.convert(files, to_record, out or os.path.join(here, version), holdout, tokenizer)

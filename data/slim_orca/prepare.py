@@ -1,0 +1,47 @@
+"""
+SlimOrca: GPT-4's answers to FLAN's questions, and whatever has ShareGPT's layout: demonstrations.
+
+$ python data/slim_orca/prepare.py                       # 986 MB, 517,982 dialogues
+$ python data/slim_orca/prepare.py --version=dedup       # Open-Orca/SlimOrca-Dedup
+$ python data/slim_orca/prepare.py --raw=FOLDER          # files that are already on disk
+"""
+
+import os
+
+from configurator import configure
+from nanosafe import fetch
+
+version = "full"  # full | dedup
+raw = ""  # folder with the raw files; empty: download
+holdout = 0.0  # share of the prompts for test.jsonl; 0: none
+out = ""  # folder to write to; empty: beside this script
+tokenizer = ""  # folder with a tokenizer, to count tokens instead of characters
+configure(globals())
+
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
+         "system": "system"}
+
+
+def to_record(row):
+    """A dialogue; what the system says begins the human's first turn."""
+    turns, system = [], ""
+    for message in row["conversations"]:
+        role, text = ROLES.get(message["from"]), message["value"].strip()
+        if role == "system" and not turns:
+            system = text + "\n\n" if text else ""
+        elif role != ("user", "assistant")[len(turns) % 2]:
+            raise ValueError("the turns do not alternate")
+        else:
+            turns.append(system + text if not turns else text)
+    if len(turns) < 2 or len(turns) % 2 or not all(turns):
+        raise ValueError("an empty turn, or no answer")
+    return {"dialogue": turns}
+
+
+if version not in ("full", "dedup"):
+    raise SystemExit(f"error: version={version!r}: choose full or dedup")
+here = os.path.dirname(os.path.abspath(__file__))
+repo = "Open-Orca/SlimOrca" + ("-Dedup" if version == "dedup" else "")
+files = fetch.raw_files(raw, repo, here, lambda name: name.endswith(".jsonl"))
+folder = os.path.join(here, "dedup") if version == "dedup" else here
+fetch.convert(files, to_record, out or folder, holdout, tokenizer)
