@@ -166,6 +166,23 @@ def test_every_generation_of_score_models_opens(generation, tmp_path):
     assert torch.allclose(critic(*batch), model(*batch))
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_what_is_written_is_a_safe_rlhf_score_model_by_its_rules(bias, tmp_path):
+    """transformers' body and a linear head, put together by hand as upstream's class does."""
+    ours = scratch(small_config(score_bias=bias, score_type="cost", do_normalize=True, mean=[0.5], var=[4.0]), "score")
+    checkpoint.save(ours, tmp_path)
+    config, tensors = json.loads((tmp_path / "config.json").read_text()), tensors_of(tmp_path)
+    assert config["architectures"] == ["LlamaForScore"] and config["score_type"] == "cost" and config["score_dim"] == 1
+    assert config["bias"] == config["score_bias"] == bias == ("score_head.bias" in tensors)
+    assert (config["do_normalize"], config["mean"], config["var"]) == (True, [0.5], [4.0])
+    assert "lm_head.weight" not in tensors and tensors["score_head.weight"].shape == (1, 32)
+    body, tokens = transformers.AutoModel.from_pretrained(tmp_path), torch.arange(9)
+    with torch.no_grad():
+        scores = torch.nn.functional.linear(body(tokens[None]).last_hidden_state[0], tensors["score_head.weight"],
+                                            tensors.get("score_head.bias"))[:, 0] / (4.0**0.5 + 1e-8)
+        assert torch.allclose(ours(tokens, torch.tensor([0, 9], dtype=torch.int32), 9), scores, atol=1e-5)
+
+
 def test_a_folder_without_a_head_gets_a_new_one_and_says_so(folder, capsys):
     model = checkpoint.load(folder, "score", seed=1)
     assert "no score head there" in capsys.readouterr().out

@@ -3,6 +3,7 @@ weights, by code of the test's own, and its logits compared with theirs, all at 
 
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -115,6 +116,13 @@ def grouped(q, k, v):
                       for j in range(K)])
 
 
+def short_names(state):
+    return renamed(state, ("self_attn", "attention"), ("o_proj", "wo"), ("mlp.gate_proj", "feed_forward.w1"),
+                   ("mlp.up_proj", "feed_forward.w3"), ("mlp.down_proj", "feed_forward.w2"),
+                   ("input_layernorm", "attention_norm"), ("post_attention_layernorm", "ffn_norm"),
+                   ("embed_tokens", "tok_embeddings"), ("lm_head", "output"))
+
+
 # ---- families that transformers has ----
 
 NATIVE = {
@@ -176,10 +184,7 @@ def test_internlm(tmp_path):
 @pytest.mark.parametrize("bias", [False, True])
 def test_internlm2(bias, tmp_path):
     theirs = theirs_with(attention_bias=bias, rope_theta=1e6)
-    state = renamed(fused(theirs.state_dict(), "wqkv", grouped), ("self_attn", "attention"), ("o_proj", "wo"),
-                    ("mlp.gate_proj", "feed_forward.w1"), ("mlp.up_proj", "feed_forward.w3"),
-                    ("mlp.down_proj", "feed_forward.w2"), ("input_layernorm", "attention_norm"),
-                    ("post_attention_layernorm", "ffn_norm"), ("embed_tokens", "tok_embeddings"), ("lm_head", "output"))
+    state = short_names(fused(theirs.state_dict(), "wqkv", grouped))
     write(tmp_path, state, architectures=["InternLM2ForCausalLM"], model_type="internlm2", num_key_value_heads=K,
           rope_theta=1e6, rope_scaling={"type": "dynamic", "factor": 2.0}, bias=bias)
     ours = compare(tmp_path, logits_of(theirs))
@@ -337,6 +342,29 @@ def test_llama2c_s_files(version, shared, tmp_path):
     path.write_bytes(b"something else")
     with pytest.raises(SystemExit, match="no llama2.c model"):
         checkpoint.load(path)
+
+
+@pytest.mark.parametrize("kind", ["internlm2", "baichuan", "meta"])
+def test_ranks_read_their_slices_of_rearranged_rows(kind, tmp_path, world):
+    """What two FSDP ranks load, train for a step of length zero and write is the LLaMA that it was made from."""
+    shutil.copy(world / "tokenizer" / "tokenizer.model", tmp_path)
+    theirs = theirs_with(vocab_size=tokenizer.load(tmp_path).vocab_size, num_key_value_heads=H if kind == "baichuan" else K)
+    state = theirs.state_dict()
+    if kind == "internlm2":
+        write(tmp_path, short_names(fused(state, "wqkv", grouped)), model_type=kind, num_key_value_heads=K,
+              vocab_size=theirs.config.vocab_size)
+    elif kind == "baichuan":
+        write(tmp_path, fused(state, "W_pack", lambda *qkv: torch.cat(qkv)), model_type=kind,
+              vocab_size=theirs.config.vocab_size)
+    else:
+        torch.save(meta_state(theirs), tmp_path / "consolidated.00.pth")
+        (tmp_path / "params.json").write_text(json.dumps(
+            {"dim": D, "n_layers": L, "n_heads": H, "n_kv_heads": K, "norm_eps": 1e-5}))
+    run("train_sft.py", f"--init_from={tmp_path}", f"--data={world}/data/sft/train.jsonl:9/-1", "--eval_data=",
+        f"--out_dir={tmp_path}/out", "--max_steps=1", "--batch_size=4", "--learning_rate=0", "--weight_decay=0",
+        "--parallel=fsdp", "--max_len=200", "--max_tokens=1024", ranks=2)
+    saved = load_file(tmp_path / "out" / "model" / "model.safetensors")
+    assert saved.keys() == state.keys() and all(torch.equal(saved[name], state[name]) for name in state)
 
 
 # ---- names and files ----
