@@ -44,7 +44,7 @@ def load(path, head="auto", dtype=None, device="cpu", place=None, vocab_size=0, 
         config.vocab_size = vocab_size
     place = place or parallel.Place(torch.device(device), dtype=dtype)
     model = build(config, head, place, place.dtype or folder.dtype())
-    fresh = () if head == "lm" or folder.has("score_head.weight") else ("score_head.weight",)
+    fresh = () if head == "lm" or "score_head.weight" in folder.tensors else ("score_head.weight",)
     if fresh:
         from nanosafe.scratch import draw
         tell(f"{path}: no score head there: a new one is drawn")
@@ -55,11 +55,11 @@ def load(path, head="auto", dtype=None, device="cpu", place=None, vocab_size=0, 
 
 def read_config(folder, head):
     """(Config, head) of a folder that is opened with `head` "lm", "score" or "auto"."""
-    config, scored = Config.from_dict(folder.config), folder.has("score_head.weight")
+    config, scored = Config.from_dict(folder.config), "score_head.weight" in folder.tensors
     if head == "lm" and scored:
         raise SystemExit(f"error: {folder.path!r} is a score model: it cannot generate text")
     for name in ("mean", "var"):
-        if folder.has("normalizer." + name):
+        if "normalizer." + name in folder.tensors:
             setattr(config, name, folder.tensors["normalizer." + name][:].flatten().tolist())
     return config, ("score" if scored else "lm") if head == "auto" else head
 
@@ -106,7 +106,7 @@ def locate(model, folder, fresh=()):
             places[name].append((tensor, first, height, step, sum(heights.values())))
             heights[tensor] += height
         for tensor, height in heights.items():
-            if not folder.has(tensor):
+            if tensor not in folder.tensors:
                 missing.append(tensor)
                 continue
             shape, want = list(folder.tensors[tensor].shape), [height, *p.shape[1:]]
@@ -116,7 +116,7 @@ def locate(model, folder, fresh=()):
                 misshapen.append(f"{tensor} {shape}, not {want}")
         used |= set(heights)
     unread = [parts(model.config, "lm_head.weight", folder.family)[0][0]]
-    if folder.has(unread[0]) and unread[0] not in used:
+    if unread[0] in folder.tensors and unread[0] not in used:
         why = "there is a score head" if model.head == "score" else "its embedding is its head"
         tell(f"{folder.path}: {unread[0]} is left out: {why}")
     unread += NORMALIZER if model.head == "score" else ()

@@ -57,7 +57,8 @@ def parts(config, name, family=LLAMA):
         tensors = [named(name.replace("qkv_proj", part)) for part in family.qkv]
         return family.layout(tensors, c.num_attention_heads, c.num_key_value_heads, c.head_dim)
     if ".gate_up_proj." in name:
-        return [(named(name.replace("gate_up_proj", part)), 0, c.intermediate_size, 1)
+        height = 2 * c.intermediate_size // len(family.gate_up)
+        return [(named(name.replace("gate_up_proj", part)), 0, height, 1)
                 for part in family.gate_up]
     return [(named(name), 0, None, 1)]
 
@@ -121,7 +122,7 @@ class Folder:
         self.config = {**d, **self.family.config(d), "attention_bias": biased(self.family.qkv[0]),
                        "output_bias": biased("o_proj") or biased("wo"),
                        "mlp_bias": biased(self.family.gate_up[0]),
-                       "score_bias": self.has("score_head.bias")}  # the tensors know best
+                       "score_bias": "score_head.bias" in self.tensors}  # the tensors know best
 
     def open(self, file):
         """{tensor name: tensor} of a safetensors or .bin file."""
@@ -132,9 +133,6 @@ class Folder:
                 stop(f"{self.path!r}: the index names {file!r}, which is not in the folder")
             self.current = file, read_file(full)
         return self.current[1]
-
-    def has(self, name):
-        return name in self.tensors
 
     def dtype(self):
         """The dtype of the weights."""

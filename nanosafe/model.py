@@ -178,6 +178,7 @@ class LLaMA(nn.Module):
         head="lm" without:      logits (N, V)
         head="score":           scores (N,) float32
         """
+        self.check_length(max_seqlen)
         x = self.hidden(tokens, attention.pack(cu_seqlens, max_seqlen, len(tokens)))
         if self.head == "score":
             return self.scores(x)
@@ -203,6 +204,12 @@ class LLaMA(nn.Module):
             else:
                 x = layer(x, cos, sin, seqs, caches[i] if caches else None)
         return self.norm(x)
+
+    def check_length(self, length):
+        c = self.config
+        if c.rope_type == "dynamic" and length > c.max_position_embeddings:
+            raise SystemExit(f"error: {length} tokens, but beyond {c.max_position_embeddings} this "
+                             "model's RoPE (dynamic) is not known here: lower max_len")
 
     def vocabulary(self):
         """The matrix (V, D) whose rows score the next token."""

@@ -100,6 +100,7 @@ class Engine:
     def __init__(self, model, slots, wanted, length, sampling):
         c, weight = model.config, model.embed_tokens.weight
         self.model, self.sampling, self.device = model, sampling, weight.device
+        model.check_length(length)
         length = -(-length // 64) * 64
         if not slots:
             row = 2 * len(model.layers) * c.num_key_value_heads * c.head_dim * length

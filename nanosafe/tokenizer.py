@@ -115,16 +115,11 @@ class Tokenizer:
         With allow_special=False the text of a special token stays text: for user input.
         """
         ids = [self.bos_id] if bos and self.engine.adds_bos and self.bos_id >= 0 else []
-        if allow_special:
-            first = True
-            for piece, id in self.segments(text):
-                if piece:
-                    ids += self.engine.encode(piece, first or self.engine.legacy)
-                if id is not None:
-                    ids.append(id)
-                first = False
-        else:
-            ids += self.engine.encode(text, True, plain=True)
+        pieces = self.segments(text) if allow_special else [(text, None)]
+        for i, (piece, id) in enumerate(pieces):
+            if piece:
+                ids += self.engine.encode(piece, i == 0 or self.engine.legacy, not allow_special)
+            ids += [] if id is None else [id]
         return ids + [self.eos_id] if eos else ids
 
     def segments(self, text):

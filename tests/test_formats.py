@@ -3,6 +3,7 @@ weights, by code of the test's own, and its logits compared with theirs, all at 
 
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -13,7 +14,8 @@ import torch
 from conftest import ROOT, run, small_config
 from safetensors.torch import load_file, save_file
 
-from nanosafe import attention, checkpoint, tokenizer
+from nanosafe import attention, checkpoint, families, tokenizer
+from nanosafe.rollout import generate
 from nanosafe.scratch import scratch
 
 transformers = pytest.importorskip("transformers")
@@ -188,6 +190,10 @@ def test_internlm2(bias, tmp_path):
     write(tmp_path, state, architectures=["InternLM2ForCausalLM"], model_type="internlm2", num_key_value_heads=K,
           rope_theta=1e6, rope_scaling={"type": "dynamic", "factor": 2.0}, bias=bias)
     ours = compare(tmp_path, logits_of(theirs))
+    with pytest.raises(SystemExit, match="80 tokens, but beyond 64 this model's RoPE"):
+        ours(TOKENS.repeat(2), torch.tensor([0, 80], dtype=torch.int32), 80)
+    with pytest.raises(SystemExit, match="lower max_len"):
+        generate(ours, [TOKENS.tolist()], 30, eos_ids=[2], seed=0)
     checkpoint.save(ours, tmp_path / "llama")
     saved, state = load_file(tmp_path / "llama" / "model.safetensors"), theirs.state_dict()
     assert saved.keys() == state.keys() and all(torch.equal(saved[name], state[name]) for name in state)
@@ -255,6 +261,18 @@ def test_baichuan2_7b_has_rope_and_is_known_by_its_vocabulary(tmp_path):
 def test_alibi_of_forty_heads():
     from nanosafe.masks import alibi_slopes
     assert torch.allclose(alibi_slopes(40)[:, None], -alibi_mask(40, 2)[0, :, 1, :1])
+
+
+def test_the_docs_example_of_one_more_family_is_right(tmp_path, monkeypatch):
+    """docs/formats.md adds Phi-3 in a line; the line is taken from there."""
+    with open(os.path.join(ROOT, "docs", "formats.md")) as f:
+        line = re.search(r'^    "phi3": (Family\(.*\)),$', f.read(), re.M)[1]
+    theirs = theirs_with(transformers.Phi3Config, transformers.Phi3ForCausalLM, sliding_window=9, pad_token_id=0)
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(SystemExit, match="model_type 'phi3' is not known here"):
+        checkpoint.load(tmp_path)
+    monkeypatch.setitem(families.FAMILIES, "phi3", eval(line, vars(families)))
+    compare(tmp_path, logits_of(theirs))
 
 
 def test_an_unknown_family_is_refused(tmp_path):
@@ -426,8 +444,7 @@ def test_a_bin_file_from_before_torch_1_6_opens(tmp_path):
 
 MEASURE = """
 import json, re, sys, torch
-from nanosafe import checkpoint, parallel
-from nanosafe.scratch import scratch
+from nanosafe import checkpoint
 torch.set_num_threads(1)
 checkpoint.load(sys.argv[1])
 peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
