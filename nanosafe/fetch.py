@@ -117,13 +117,13 @@ def receive(url, part):
 
 
 def convert(paths, to_record, out, holdout=0.0, tokenizer="",
-            key=lambda record: json.dumps(record.get("input") or record.get("dialogue", [""])[0])):
+            key=lambda record: json.dumps(record.get("input") or record["dialogue"][:-1])):
     """Turn raw rows into out/train.jsonl and out/test.jsonl, and say what was kept and dropped.
 
     to_record(raw row) -> a record, or raises ValueError with the reason to drop the row
     holdout            0: the raw files' own split, by the word "test" in a file's name; else the
                        share of the prompts (by `key`) that goes to test, all files pooled: no
-                       prompt is on both sides
+                       prompt is on both sides, of pairs and of dialogues alike
     tokenizer          a folder with one: the table counts its tokens instead of characters
 
     No file is in memory whole; with a holdout they are read twice.

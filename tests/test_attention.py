@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from conftest import small_config
 
-from nanosafe import attention
+from nanosafe import attention, masks
 
 gpu = pytest.mark.gpu
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -59,14 +60,39 @@ def test_a_step_over_the_cache_equals_the_packed_sequence():
 
 @gpu
 @needs_gpu
-@pytest.mark.parametrize("K", [2, 4])
-def test_varlen_equals_the_padded_path_forward_and_backward(K):
+@pytest.mark.parametrize("K, window", [(2, 0), (4, 0), (2, 100)])
+def test_varlen_equals_the_padded_path_forward_and_backward(K, window):
     results = []
     for path in ("varlen", "padded"):
         q, k, v, seqs = inputs([300, 77, 512], K=K, E=64, device="cuda", dtype=torch.bfloat16)
+        seqs = masks.limit(seqs, small_config(sliding_window=window)) if window else seqs
         leaves = [x.requires_grad_() for x in (q, k, v)]
         out = getattr(seqs, path)(*leaves)
         out.float().square().sum().backward()
         results.append([out, *(x.grad for x in leaves)])
     for a, b in zip(*results):
         assert (a.float() - b.float()).abs().max() < 0.05 * b.float().abs().max()
+
+
+@pytest.mark.parametrize("window, alibi", [(0, True), (3, False), (3, True), (100, False)])
+def test_windows_and_alibi_equal_the_plain_definition(window, alibi):
+    """In whole sequences, and in a step over the cache, with fewer kv heads than heads."""
+    lengths, H, K, E = [6, 3], 4, 2, 16
+    q, k, v, seqs = inputs(lengths, H, K, E)
+    config = small_config(sliding_window=window, alibi=alibi)
+    slopes = [2**(-8 * (h + 1) / H) if alibi else 0.0 for h in range(H)]
+    expected = torch.zeros_like(q)
+    for first, n in ((0, 6), (6, 3)):
+        for i in range(n):
+            seen = [j for j in range(i + 1) if not window or i - j < window]
+            for h in range(H):
+                logits = torch.stack([q[first + i, h] @ k[first + j, h // (H // K)] / E**0.5 - slopes[h] * (i - j)
+                                      for j in seen])
+                expected[first + i, h] = logits.softmax(0) @ torch.stack([v[first + j, h // (H // K)] for j in seen])
+    cache = attention.Cache(torch.zeros(4, K, 8, E), torch.zeros(4, K, 8, E))
+    whole = masks.limit(seqs._replace(slots=torch.tensor([0, 1])), config)
+    assert torch.allclose(whole.attend(q, k, v, cache), expected, atol=1e-5)
+    last, positions = torch.tensor([5, 8]), torch.tensor([5, 2])
+    step = attention.Step(positions, (torch.arange(8) <= positions[:, None])[:, None], torch.arange(2))
+    step = masks.limit(step, config)
+    assert torch.allclose(step.attend(q[last], k[last], v[last], cache), expected[last], atol=1e-5)

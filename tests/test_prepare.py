@@ -130,6 +130,18 @@ def test_a_held_out_share_has_no_prompt_in_common(tmp_path):
     assert len(sides[0]) == 24 and len(sides[1]) == 6 and not sides[0] & sides[1]
 
 
+def test_pairs_and_dialogues_hold_out_the_same_prompts(tmp_path):
+    (tmp_path / "raw").mkdir()
+    turns = [f"\n\nHuman: q{i % 20}\n\nAssistant: a\n\nHuman: r{i % 3}\n\nAssistant: " for i in range(90)]
+    (tmp_path / "raw" / "train.jsonl").write_bytes(lines([{"chosen": t + "yes", "rejected": t + "no"} for t in turns]))
+    run("data/hh_rlhf/prepare.py", "--subset=helpful-base", f"--raw={tmp_path}/raw", f"--out={tmp_path}/out", "--holdout=0.2")
+    read = lambda *path: data.load(str(tmp_path.joinpath("out", *path)))
+    for split in ("train", "test"):
+        pairs = {tuple(row["input"]) for row in read("helpful-base", f"{split}.jsonl")}
+        talks = {tuple(row["dialogue"][:-1]) for row in read("helpful-base-dialogue", f"{split}.jsonl")}
+        assert pairs == talks and len(pairs) == (48 if split == "train" else 12)
+
+
 def test_nothing_usable_and_what_cannot_be_read_stop_with_one_line(tmp_path):
     for content, words in ((lines([{"x": 1}]), "none of the 1 rows in"), (b"\x1f\x8b broken", "cannot be read")):
         path = tmp_path / "raw" / ("train.jsonl.gz" if words == "cannot be read" else "train.jsonl")
