@@ -62,6 +62,8 @@ def test_a_sentencepiece_model_s_tokenizer_json(source, legacy, world, tmp_path)
         texts = [text for text in oracles.strings(N, seed=1) if text and "▁" not in text]
         assert [text for text in texts if pieces.encode(text, allow_special=False) != ours.encode(
             text, allow_special=False)] == []
+        assert sum("<s>" in text or "</s>" in text for text in texts) > 500
+        assert [text for text in texts if pieces.encode(text, bos=True) != theirs.encode(text).ids] == []
 
 
 def test_llama_3_s_own_file_equals_tiktoken_and_is_written_for_others(tmp_path):
