@@ -93,9 +93,8 @@ def read_knobs(script):
 
 
 def calls_configure(node):
-    return any(isinstance(n, ast.Call)
-               and getattr(n.func, "id", getattr(n.func, "attr", "")) == "configure"
-               for n in ast.walk(node))
+    calls = (n.func for n in ast.walk(node) if isinstance(n, ast.Call))
+    return any(getattr(f, "id", getattr(f, "attr", "")) == "configure" for f in calls)
 
 
 def find_file(file, script):

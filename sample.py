@@ -3,8 +3,7 @@ Talk to a checkpoint, or sample from it, and have its answers scored.
 
 $ python sample.py --model=out/demo/ppo_lag/model                      # at the keyboard
 $ python sample.py --model=... --prompt="How do I rob the bank?"       # one prompt
-$ python sample.py --model=... --prompts=toy/prompts/test:20/-1        # a file or a dataset of
-prompts
+$ python sample.py --model=... --prompts=toy/prompts/test:20/-1        # a file or a dataset
 $ python sample.py --model=... --prompt="..." --best_of=8 --reward_model=out/demo/reward/model
 $ python sample.py --model=... --prompt="..." --reward_model=out/demo/reward/model
 --cost_model=out/demo/cost/model
@@ -16,7 +15,8 @@ import torch
 
 from configurator import configure
 from nanosafe import checkpoint
-from nanosafe.data import encode, load, retokenize
+from nanosafe.data import conversations, encode, load, retokenize
+from nanosafe.files import stop, untrusted
 from nanosafe.packing import collate
 from nanosafe.parallel import Place, init
 from nanosafe.rollout import generate
@@ -39,20 +39,25 @@ dtype = "auto"  # auto | bfloat16 | float32; auto is that of the files on a GPU,
 configure(globals())
 
 if best_of > 1 and not reward_model:
-    raise SystemExit("error: best_of needs --reward_model=FOLDER to choose by")
+    stop("best_of needs --reward_model=FOLDER to choose by")
 if dtype not in ("auto", "bfloat16", "float32"):
-    raise SystemExit(f"error: dtype={dtype!r}: choose auto, bfloat16 or float32")
+    stop(f"dtype={dtype!r}: choose auto, bfloat16 or float32")
+if max_new_tokens < 1:
+    stop(f"max_new_tokens={max_new_tokens}: an answer has at least one token")
 world = init(device)
 cpu = world.device.type == "cpu"
 weights = {"auto": torch.float32 if cpu else None}.get(dtype, getattr(torch, dtype, None))
 place = Place(world.device, dtype=weights)
 tok = load_tokenizer(model)
 policy = checkpoint.load(model, "lm", place=place)
-scorers = {
-    name: (checkpoint.load(path, "score", place=place), load_tokenizer(path))
-    for name, path in (("reward", reward_model), ("cost", cost_model))
-    if path
-}
+scorers = {}  # name -> model, tokenizer
+for name, path in (("reward", reward_model), ("cost", cost_model)):
+    if path:
+        scorers[name] = checkpoint.load(path, "score", place=place), load_tokenizer(path)
+for name, (opened, its) in {"model": (policy, tok), **scorers}.items():
+    if its.vocab_size > opened.config.vocab_size:
+        stop(f"{name}: its tokenizer has {its.vocab_size} tokens, its embedding "
+             f"{opened.config.vocab_size} rows; training adds what is missing")
 
 
 @torch.no_grad()
@@ -110,10 +115,15 @@ def read_prompts():
     if prompt:
         return [[prompt]]
     if prompts.endswith(".txt"):
-        with open(prompts, encoding="utf-8") as f:
+        with untrusted(prompts), open(prompts, encoding="utf-8") as f:
             return [[line.rstrip("\n")] for line in f if line.strip()]
-    asked = [row["input"] for row in load(prompts) if row.get("input")]
-    return [[turns] if isinstance(turns, str) else turns for turns in asked]
+    asked = []
+    for row in load(prompts):
+        try:
+            asked += conversations(row, "prompts")[0]
+        except ValueError as error:
+            print(f"a row is left out: {error}")
+    return asked
 
 
 if prompt or prompts:

@@ -107,5 +107,4 @@ def pack(cu_seqlens, max_seqlen, n_tokens, slots=None):
 
 def repeat_heads(q, k, v):
     groups = q.shape[1] // k.shape[1]
-    return ((k, v) if groups == 1 else
-            (k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)))
+    return (k, v) if groups == 1 else (x.repeat_interleave(groups, dim=1) for x in (k, v))

@@ -15,9 +15,9 @@ import re
 import unicodedata
 from functools import lru_cache
 
-from nanosafe.tokenizer import FILES, SPACE, Token, read_json, write_json
+from nanosafe.files import read_json, stop, write_json
+from nanosafe.tokenizer import FILES, MARK, SPACE, Token
 
-MARK = "\u2581"  # SentencePiece's way to write a space
 REMEMBERED = 2**18  # words
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
@@ -238,8 +238,13 @@ class BPE:
         return text[1:] if begins and self.prefix != "never" and text[:1] == " " else text
 
     def save(self, tokenizer, path):
-        """tokenizer.json, where the source was Llama 3's tokenizer.model, which few others read."""
+        """tokenizer.json, where the source was Llama 3's tokenizer.model, which few others read; a
+        tokenizer_config.json that needs no stranger's code."""
         if os.path.exists(os.path.join(path, "tokenizer.json")):
+            config = read_json(path, "tokenizer_config.json")
+            if config.pop("auto_map", None):
+                config["tokenizer_class"] = "PreTrainedTokenizerFast"
+                write_json(config, path, "tokenizer_config.json")
             return
         write_json(self.spec, path, "tokenizer.json")
         write_json({
@@ -266,16 +271,17 @@ def translate(pattern):
     out, i, inside = "", 0, False
     while i < len(pattern):
         two, c = pattern[i:i + 2], pattern[i]
-        classes = re.compile(r"\\(?:([pP])\{(\w+)\}|([sS]))").match(pattern, i)
+        classes = re.compile(r"\\(?:([pP])(?:\{(\^?\w+)\}|([A-Z]))|([sS]))").match(pattern, i)
         if classes:
-            negated = (classes[1] or classes[3]) in "PS"
-            if inside and negated:
-                stop(f"tokenizer.json: {classes[0]} in a class, in {pattern!r}, is not known here")
-            chars = category(classes[2]) if classes[2] else SPACE
+            name = classes[2] or classes[3]
+            negated = (classes[1] or classes[4]) in "PS"
+            if inside and negated or name and not re.fullmatch("[CLMNPSZ][a-z]?", name):
+                stop(f"tokenizer.json: {classes[0]}, in {pattern!r}, is not known here")
+            chars = category(name) if name else SPACE
             out += chars if inside else f"[{'^' * negated}{chars}]"
             i = classes.end()
             continue
-        if two in (r"\w", r"\W", r"\b", r"\h") or (inside and two == "&&"):
+        if two in (r"\p", r"\P", r"\w", r"\W", r"\b", r"\h") or (inside and two == "&&"):
             stop(f"tokenizer.json: {two}, in {pattern!r}, is not known here")
         if c == "\\":
             out += two
@@ -297,7 +303,3 @@ def category(name):
     starts = sorted(c for c in chars if c - 1 not in chars)
     ends = sorted(c for c in chars if c + 1 not in chars)
     return "".join(f"\\U{a:08x}-\\U{b:08x}" for a, b in zip(starts, ends))
-
-
-def stop(message):
-    raise SystemExit(f"error: {message}")

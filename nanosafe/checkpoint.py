@@ -17,11 +17,12 @@ import torch
 from safetensors.torch import save_file
 
 from nanosafe import parallel
+from nanosafe.files import stop, untrusted, write_json
 from nanosafe.formats import IGNORED, NORMALIZER, Folder, config_json, parts
 from nanosafe.model import Config, LLaMA
-from nanosafe.tokenizer import write_json
 
 SHARD_BYTES = 5 * 10**9
+FLOATS = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
 
 def load(path, head="auto", dtype=None, device="cpu", place=None, vocab_size=0, score_type=None,
@@ -36,32 +37,36 @@ def load(path, head="auto", dtype=None, device="cpu", place=None, vocab_size=0, 
 
     Stops with one line that lists missing, surplus or misshapen tensors.
     """
-    folder = Folder(path)
-    config, head = read_config(folder, head)
-    config.score_type = score_type or config.score_type
-    if vocab_size > config.vocab_size:
-        tell(f"{path}: {vocab_size - config.vocab_size} rows for new tokens, each the mean of all")
-        config.vocab_size = vocab_size
+    with untrusted(path):
+        folder = Folder(path)
+        config, head = read_config(folder, head, score_type)
+        known, config.vocab_size = config.vocab_size, max(config.vocab_size, vocab_size)
+        scored = head == "lm" or "score_head.weight" in folder.tensors
+        fresh = () if scored else ("score_head.weight",)
+        places = locate(config, head, folder, fresh, known)
+    if known < config.vocab_size:
+        tell(f"{path}: {config.vocab_size - known} rows for new tokens, each the mean of all")
     place = place or parallel.Place(torch.device(device), dtype=dtype)
     model = build(config, head, place, place.dtype or folder.dtype())
-    fresh = () if head == "lm" or "score_head.weight" in folder.tensors else ("score_head.weight",)
     if fresh:
         from nanosafe.scratch import draw
         tell(f"{path}: no score head there: a new one is drawn")
         draw(model, *fresh, model.score_head.weight, seed)
-    fill(parallel.parameters(model), folder, locate(model, folder, fresh))
+    with untrusted(path):
+        fill(parallel.parameters(model), folder, places)
     return model
 
 
-def read_config(folder, head):
+def read_config(folder, head, score_type=None):
     """(Config, head) of a folder that is opened with `head` "lm", "score" or "auto"."""
-    config, scored = Config.from_dict(folder.config), "score_head.weight" in folder.tensors
+    scored = "score_head.weight" in folder.tensors
     if head == "lm" and scored:
-        raise SystemExit(f"error: {folder.path!r} is a score model: it cannot generate text")
-    for name in ("mean", "var"):
-        if "normalizer." + name in folder.tensors:
-            setattr(config, name, folder.tensors["normalizer." + name][:].flatten().tolist())
-    return config, ("score" if scored else "lm") if head == "auto" else head
+        stop(f"{folder.path!r} is a score model: it cannot generate text")
+    moments = {name: folder.tensors["normalizer." + name][:].flatten().tolist()
+               for name in ("mean", "var") if "normalizer." + name in folder.tensors}
+    stated = {"score_type": score_type} if score_type else {}
+    config = Config.from_dict({**folder.config, **moments, **stated})
+    return config, head if head != "auto" else "score" if scored else "lm"
 
 
 def build(config, head, place, dtype):
@@ -76,9 +81,11 @@ def build(config, head, place, dtype):
 
 def count_parameters(source):
     """How many parameters a Config, or the model in a folder, has; nothing is read."""
-    config = source if isinstance(source, Config) else Config.from_dict(Folder(source).config)
+    if not isinstance(source, Config):
+        with untrusted(source):
+            source = Config.from_dict(Folder(source).config)
     with torch.device("meta"):
-        model = LLaMA(config)
+        model = LLaMA(source)
     return sum(p.numel() for p in model.parameters())
 
 
@@ -92,16 +99,20 @@ def copy_rows(target, first, source, start, height, skip=0, step=1):
         target[begin - first:end - first] = source[rows].to(target)
 
 
-def locate(model, folder, fresh=()):
+def locate(config, head, folder, fresh=(), vocab_size=0):
     """Where a model's parameters are in a folder: {parameter: [(tensor, its first row, rows, step,
-    row of the parameter)]}; nothing is read. Stops on a tensor missing, misshapen or left over.
+    row of the parameter)]}. Stops on a tensor missing, misshapen, left over, or of whole numbers.
+
+    vocab_size: the folder's, where the config's is greater.
     """
+    with torch.device("meta"):
+        model = LLaMA(config, head)
     missing, misshapen, used, places = [], [], set(), {}
     for name, p in model.named_parameters():
         if name in fresh:
             continue
         heights, places[name] = Counter(), []
-        for tensor, first, height, step in parts(model.config, name, folder.family):
+        for tensor, first, height, step in parts(config, name, folder.family):
             height = height or len(p)
             places[name].append((tensor, first, height, step, sum(heights.values())))
             heights[tensor] += height
@@ -109,24 +120,26 @@ def locate(model, folder, fresh=()):
             if tensor not in folder.tensors:
                 missing.append(tensor)
                 continue
-            shape, want = list(folder.tensors[tensor].shape), [height, *p.shape[1:]]
-            grows = (name in ("embed_tokens.weight", "lm_head.weight") and shape[0] < height
-                     and shape[1:] == want[1:])
-            if shape != want and not grows:
-                misshapen.append(f"{tensor} {shape}, not {want}")
+            source, want = folder.tensors[tensor], [height, *p.shape[1:]]
+            if vocab_size and name in ("embed_tokens.weight", "lm_head.weight"):
+                want[0] = vocab_size
+            if list(source.shape) != want:
+                misshapen.append(f"{tensor} {list(source.shape)}, not {want}")
+            elif source[:1].dtype not in FLOATS:
+                misshapen.append(f"{tensor}, {source[:1].dtype}")
         used |= set(heights)
-    unread = [parts(model.config, "lm_head.weight", folder.family)[0][0]]
+    unread = [parts(config, "lm_head.weight", folder.family)[0][0]]
     if unread[0] in folder.tensors and unread[0] not in used:
-        why = "there is a score head" if model.head == "score" else "its embedding is its head"
+        why = "there is a score head" if head == "score" else "its embedding is its head"
         tell(f"{folder.path}: {unread[0]} is left out: {why}")
-    unread += NORMALIZER if model.head == "score" else ()
+    unread += NORMALIZER if head == "score" else ()
     surplus = [name for name in folder.tensors
                if name not in used and name not in unread and not name.endswith(IGNORED)]
-    for what, names in (("misses", missing), ("has a wrong shape for", misshapen),
+    for what, names in (("misses", missing), ("has a wrong shape or type for", misshapen),
                         ("has no use for", surplus)):
         if names:
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            raise SystemExit(f"error: {folder.path!r} {what} {', '.join(names[:5])}{more}")
+            stop(f"{folder.path!r} {what} {', '.join(names[:5])}{more}")
     return places
 
 
@@ -207,8 +220,7 @@ def finish_folder(folder, config, tokenizer, files, index, total):
         config.update(
             bos_token_id=tokenizer.bos_id if tokenizer.bos_id >= 0 else None,
             eos_token_id=tokenizer.eos_ids if len(tokenizer.eos_ids) > 1 else tokenizer.eos_id,
-            pad_token_id=tokenizer.pad_id if tokenizer.pad_id >= 0 else None,
-        )
+            pad_token_id=tokenizer.pad_id if tokenizer.pad_id >= 0 else None)
         tokenizer.save(folder)
     write_json(config, folder, "config.json")
 

@@ -4,11 +4,14 @@ Whatever opens -> a Hugging Face folder.
 $ python -m nanosafe.checkpoint SOURCE TARGET [--to=hf] [--dtype=bfloat16]
 """
 
+import os
+
 import torch
 from tqdm import tqdm
 
 from nanosafe import tokenizer
 from nanosafe.checkpoint import fill, locate, read_config, write_folder
+from nanosafe.files import stop, untrusted
 from nanosafe.formats import Folder
 from nanosafe.model import LLaMA
 
@@ -20,24 +23,35 @@ def main(arguments):
     flags = dict(arg[2:].partition("=")[::2] for arg in arguments if arg.startswith("--"))
     if (len(paths) != 2 or not flags.keys() <= {"to", "dtype"} or flags.get("to", "hf") != "hf"
             or flags.get("dtype", "float32") not in DTYPES):
-        raise SystemExit("error: python -m nanosafe.checkpoint SOURCE TARGET [--to=hf] "
-                         f"[--dtype={'|'.join(DTYPES)}]")
+        stop("python -m nanosafe.checkpoint SOURCE TARGET [--to=hf] "
+             f"[--dtype={'|'.join(DTYPES)}]")
     convert(*paths, DTYPES.get(flags.get("dtype")))
 
 
 def convert(source, target, dtype=None):
     """Write a model folder, tensor by tensor: no more than one of its files is ever in memory."""
-    folder = Folder(source)
-    config, head = read_config(folder, "auto")
+    beside = [target.rstrip("/") + ending for ending in ("", ".tmp", ".old")]
+    there = [path for path in beside if os.path.lexists(path)]
+    if there or not target.strip("/."):
+        stop(f"{(there or [target])[0]!r} is there already: choose another TARGET, or remove it")
+    with untrusted(source):
+        folder = Folder(source)
+        config, head = read_config(folder, "auto")
+        places, dtype = locate(config, head, folder), dtype or folder.dtype()
     with torch.device("meta"):
         model = LLaMA(config, head)
-    places, dtype = locate(model, folder), dtype or folder.dtype()
     tok = tokenizer.load(source) if tokenizer.find(source) else None
+    if tok and tok.vocab_size > config.vocab_size:
+        print(f"note: the tokenizer has {tok.vocab_size} tokens, {source!r} has rows for "
+              f"{config.vocab_size}; training adds what is missing")
 
     def weights():
         for name, p in tqdm(list(model.named_parameters()), unit="tensor", desc=target):
             whole = torch.empty(p.shape, dtype=dtype)
-            fill([(name, whole)], folder, places)
+            with untrusted(source):
+                fill([(name, whole)], folder, places)
+            if not torch.isfinite(whole).all():
+                stop(f"{name} is not finite in {dtype}: choose another --dtype")
             yield name, whole
 
     write_folder(target, config, head, weights(), tok, dtype)

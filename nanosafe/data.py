@@ -9,14 +9,16 @@ other_answer), `is_safe`, `is_other_safe`. Any jsonl file of such rows is a data
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections import Counter
 
 import numpy as np
 from tqdm import tqdm
 
+from nanosafe.files import stop
 from nanosafe.packing import collate
-from nanosafe.rows import load_rows, parse_spec, stop
+from nanosafe.rows import load_rows, parse_spec
 
 # The one definition of the template. A dialogue repeats it from USER: on.
 PROMPT_BEGIN = "BEGINNING OF CONVERSATION: "
@@ -89,6 +91,8 @@ def check_turns(turns, even):
 def check_text(text, what):
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"empty {what}")
+    if re.search("[\ud800-\udfff]", text):
+        raise ValueError(f"half a character in a {what}")
     return text
 
 

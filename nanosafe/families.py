@@ -3,8 +3,8 @@ The families of models that are almost LLaMA: what their config.json and their t
 otherwise. One more is one more line in FAMILIES (docs/formats.md has an example).
 """
 
+from nanosafe.files import stop
 from nanosafe.formats import LLAMA, Family
-from nanosafe.parallel import stop
 
 
 def mistral(d):
@@ -28,7 +28,7 @@ def baichuan(d):
     its vocabulary."""
     length = d.get("max_position_embeddings")
     return {"alibi": length is None, "max_position_embeddings": length or d["model_max_length"],
-            "norm_head": d.get("norm_head", d["vocab_size"] == 125696)}
+            "norm_head": d.get("norm_head", d["vocab_size"] >= 125696)}
 
 
 def together(tensors, H, K, E):
@@ -75,7 +75,13 @@ def named(kind, path):
 
 def config_json(config, d, head):
     """LLaMA's config.json `d` for a model that needs another family's, and that Family."""
-    if config.alibi or config.norm_head:
+    biases = config.attention_bias, config.output_bias, config.mlp_bias
+    special = config.alibi or config.norm_head
+    if (special and config.sliding_window or any(biases) and (special or config.sliding_window)
+            or any(biases[1:]) and biases[:2] not in ((True, True), (False, False))):
+        stop("no family's config.json can say what this model has: windows, ALiBi, a normalised "
+             f"head and biases together, or only some biases: {config}")
+    if special:
         kind, more = "baichuan", {"norm_head": config.norm_head,
                                   "model_max_length": config.max_position_embeddings}
         if config.alibi:

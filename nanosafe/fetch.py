@@ -18,7 +18,9 @@ from collections import Counter
 import numpy as np
 from tqdm import tqdm
 
-from nanosafe.rows import PARQUET, read_rows, stop
+from nanosafe.files import stop
+from nanosafe.raw import PARQUET
+from nanosafe.rows import read_rows
 from nanosafe.table import table
 from nanosafe.tokenizer import load as load_tokenizer
 
@@ -159,7 +161,8 @@ def convert(paths, to_record, out, holdout=0.0, tokenizer="",
             share = f"{c['unsafe'] / c['labelled']:.1%}" if c["labelled"] else "-"
             rows.append((names[split], f"{c['rows']:,}", f"{c['size']:,}", share))
         else:
-            os.remove(names[split] + ".tmp")
+            for name in filter(os.path.exists, (names[split], names[split] + ".tmp")):
+                os.remove(name)  # an older one too: its rows are now on the other side
     reasons = "".join(f"; dropped {count:,} ({reason})" for reason, count in dropped.most_common())
     print(f"{read:,} rows read, {read - dropped.total():,} kept{reasons}\n{table(rows)}")
     if len(rows) == 1:
@@ -169,16 +172,43 @@ def convert(paths, to_record, out, holdout=0.0, tokenizer="",
 def records(paths, to_record):
     """(split, record or None, why there is none) of every raw row."""
     for path in paths:
-        split = "test" if "test" in os.path.basename(path) else "train"
+        named = re.search("(^|[^a-z])test([^a-z]|$)", os.path.basename(path))
+        split = "test" if named else "train"
         for row in tqdm(read_rows(path), desc=os.path.basename(path), unit="row", leave=False):
             try:
                 if row.record is None:
                     raise ValueError("no JSON object")
-                yield split, to_record(row.record), ""
+                yield split, checked(to_record(row.record)), ""
             except KeyError as error:
                 yield split, None, f"field {error} is missing"
-            except (ValueError, TypeError, AttributeError, IndexError) as error:
+            except (AttributeError, IndexError, OverflowError, TypeError):
+                yield split, None, "a field of another kind than expected"
+            except ValueError as error:
                 yield split, None, str(error)
+
+
+def checked(record):
+    """The record, if every text in it is one; else raises ValueError."""
+    turns = record.get("input", [""])
+    turns, talk = [turns] if isinstance(turns, str) else turns, record.get("dialogue", [])
+    said = [*turns, *talk, record.get("answer", "-"), record.get("other_answer", " -")]
+    if "input" in record and not all(isinstance(t, str) and t.strip() for t in said) or (
+            talk and not all(isinstance(t, str) and t.strip() for t in talk)):
+        raise ValueError("an empty text")
+    if not len(turns) % 2 or len(talk) % 2:
+        raise ValueError("turns that do not end as they should")
+    if record.get("answer") == record.get("other_answer", ""):
+        raise ValueError("identical answers")
+    if any(re.search("[\ud800-\udfff]", text) for text in texts_of(record)):
+        raise ValueError("half a character")
+    return record
+
+
+def label(value):
+    """A label that is true or false, or 1 or 0; nothing else will do."""
+    if value not in (0, 1) or isinstance(value, str):
+        raise ValueError(f"the label {value!r}")
+    return bool(value)
 
 
 def texts_of(value):
@@ -188,31 +218,6 @@ def texts_of(value):
     elif isinstance(value, (list, dict)):
         for item in value.values() if isinstance(value, dict) else value:
             yield from texts_of(item)
-
-
-def json_items(f, path):
-    """The items of a JSON list in a text file, which is never in memory whole."""
-    decoder, gap, buffer, at, size = json.JSONDecoder(), re.compile(r"[\s,]*"), "", 0, 2**16
-    begun = False
-    while True:
-        at = gap.match(buffer, at).end()
-        if begun and buffer.startswith("]", at):
-            return
-        try:
-            item, end = decoder.raw_decode(buffer, at) if begun else (None, at + 1)
-        except ValueError:
-            end = len(buffer)
-        if end < len(buffer):  # or else it may go on
-            if begun:
-                yield item
-            elif buffer[at] != "[":
-                stop(f"{path!r} is no list of rows")
-            begun, at, size = True, end, 2**16
-            continue
-        more = f.read(size)
-        if not more:
-            stop(f"{path!r} breaks off, or is no JSON list, at {buffer[at:at + 40]!r}")
-        buffer, at, size = buffer[at:] + more, 0, 2 * size
 
 
 def split_train_test(n, ratio, seed=42):

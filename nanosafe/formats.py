@@ -7,14 +7,12 @@ LLaMA's. families.py has the others; layouts.py what is no Hugging Face folder.
 
 import os
 import zipfile
-from pickle import UnpicklingError
 from typing import Callable, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from nanosafe.parallel import stop
-from nanosafe.tokenizer import read_json
+from nanosafe.files import read_json, stop, untrusted
 
 IGNORED = ("rotary_emb.inv_freq", "masked_bias", "rope.freqs")  # buffers that old files carry
 NORMALIZER = ("normalizer.mean", "normalizer.var", "normalizer.count")
@@ -95,7 +93,11 @@ class Folder:
         d = read_json(self.path, "config.json")
         if not d:
             stop(f"the config.json of {self.path!r} is not JSON, or empty")
-        kind = d.get("model_type", "llama").lower()
+        if d.get("quantization_config"):
+            stop(f"{self.path!r} is quantised: open the weights that it was made from")
+        if d.get("hidden_act", "silu") not in ("silu", "swish"):
+            stop(f"{self.path!r}: hidden_act {d['hidden_act']!r} is not LLaMA's silu")
+        kind = (d.get("model_type") or "llama").lower()
         self.family = LLAMA
         if kind != "llama":
             from nanosafe import families
@@ -114,6 +116,8 @@ class Folder:
         for file in [single] if single else sorted(set(index.values())):
             for key in self.open(file).keys():
                 name = clean(key)
+                if name in self.tensors or index.get(key, file) != file:
+                    stop(f"{self.path!r}: {name!r} stands in two places, once in {file!r}")
                 self.files[name], self.tensors[name] = file, Stored(self, file, key)
         lost = {clean(key) for key in index} - set(self.tensors)
         if lost:
@@ -141,13 +145,11 @@ class Folder:
 
 
 def read_file(path):
-    try:
+    with untrusted(path):
         if path.endswith(".safetensors"):
             return safe_open(path, framework="pt")
         # weights_only: tensors are read, nothing is executed. Files before torch 1.6 are no zip.
         tensors = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (SafetensorError, UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
-        stop(f"{path!r} cannot be read: {str(error).splitlines()[0]}")
     if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
         stop(f"{path!r} holds something else than a table of tensors")
     return tensors

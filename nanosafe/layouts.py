@@ -13,9 +13,8 @@ import numpy as np
 import torch
 
 from nanosafe.families import META
+from nanosafe.files import read_json, stop
 from nanosafe.formats import read_file
-from nanosafe.parallel import stop
-from nanosafe.tokenizer import read_json
 
 COLUMNS = ("wo.weight", "w2.weight")  # what Meta's model parallelism divides by columns
 
@@ -24,7 +23,7 @@ def read(path):
     """(config.json's dict, tensors, Family) of what is at `path`."""
     if path.endswith(".bin") and os.path.isfile(path):
         return *llama2c(path), META
-    if glob.glob(os.path.join(path, "consolidated.*.pth")):
+    if glob.glob(os.path.join(glob.escape(path), "consolidated.*.pth")):
         return *meta(path), META
     stop(f"no model at {path!r}: a model folder has a config.json, or Meta's params.json")
 
@@ -56,7 +55,12 @@ def meta(path):
     params = params.get("model", params)
     if not params:
         stop(f"{path!r} has consolidated.*.pth and no params.json that says what they are")
-    shards = [read_file(f) for f in sorted(glob.glob(os.path.join(path, "consolidated.*.pth")))]
+    files = sorted(glob.glob(os.path.join(glob.escape(path), "consolidated.*.pth")))
+    if not os.path.basename(files[0]).startswith("consolidated.00"):
+        stop(f"{path!r}: there is no consolidated.00.pth beside {os.path.basename(files[0])!r}")
+    shards = [read_file(file) for file in files]
+    if any(shard.keys() != shards[0].keys() for shard in shards):
+        stop(f"{path!r}: its shards do not hold the same tensors")
     D, H = params["dim"], params["n_heads"]
     tensors = {}
     for name, first in shards[0].items():
@@ -68,7 +72,7 @@ def meta(path):
             tensors[name] = Joined(pieces, columns)
     vocabulary = tensors["tok_embeddings.weight"].shape[0]
     eps, scaled = params.get("norm_eps", 1e-5), params.get("use_scaled_rope", False)
-    length = (2048 if eps == 1e-6 else 4096) if vocabulary < 2**17 else 131072 if scaled else 8192
+    length = (2048 if eps == 1e-6 else 4096) if vocabulary < 100000 else 131072 if scaled else 8192
     config = {
         "vocab_size": vocabulary, "hidden_size": D, "num_attention_heads": H,
         "intermediate_size": tensors["layers.0.feed_forward.w1.weight"].shape[0],
@@ -99,7 +103,8 @@ def llama2c(path):
         sizes, version, start = struct.unpack("<7i", header[:28]), 0, 28
         shared = sizes[5] > 0  # a negative vocabulary: the head has its own weights
     D, I, L, H, K, V, T = map(abs, sizes)
-    if not 0 < K <= H <= D < 2**20 or D % H or not 0 < L < 2**10 or not 0 < T < 2**24:
+    if (not 0 < K <= H <= D < 2**20 or D % H or H % K or not 0 < L < 2**10 or not 0 < T < 2**24
+            or not V * I):
         stop(f"{path!r} is no llama2.c model: its header makes no sense")
     E = D // H
     shapes = {"attention_norm": (D,), "ffn_norm": (D,), "attention.wq": (H * E, D),

@@ -18,6 +18,11 @@ from torch.utils.checkpoint import checkpoint
 from nanosafe import attention
 
 
+ROPES = "default", "linear", "llama3", "dynamic"
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "rms_norm_eps",
+         "num_attention_heads", "num_key_value_heads", "head_dim", "rope_theta")
+
+
 @dataclass
 class Config:
     """A LLaMA's shape, under Hugging Face's key names."""
@@ -55,24 +60,30 @@ class Config:
     def __post_init__(self):
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
-        known = "default", "linear", "llama3", "dynamic"
-        if self.rope_type not in known:
-            raise ValueError(f"rope_type {self.rope_type!r} is none of {', '.join(known)}")
+        for f in fields(self):  # a stranger's config.json may say anything
+            value, kind = getattr(self, f.name), (int, float) if f.type is float else f.type
+            if value is not None and not isinstance(value, kind) or (
+                    f.name in SIZES and value <= 0 or f.name == "sliding_window" and value < 0):
+                raise ValueError(f"{f.name} is {value!r}")
+        if self.num_attention_heads % self.num_key_value_heads or self.rope_type not in ROPES:
+            raise ValueError(f"{self.num_attention_heads} heads of {self.num_key_value_heads} keys,"
+                             f" rope_type {self.rope_type!r}: known are {', '.join(ROPES)}")
 
     @property
     def rope_type(self):
-        scaling = self.rope_scaling or {}
-        return scaling.get("rope_type", scaling.get("type", "default"))
+        return (self.rope_scaling or {}).get("rope_type", "default")
 
     @classmethod
     def from_dict(cls, d):
         """Read a LLaMA's config.json (formats.py puts other families in its terms): transformers 4
         and 5 spell RoPE differently, and Safe-RLHF renamed `bias` to `score_bias`."""
         d = {key: value for key, value in d.items() if value is not None}
-        rope = dict(d.get("rope_parameters") or {})
-        if rope:  # transformers 5
-            d["rope_theta"] = rope.pop("rope_theta", d.get("rope_theta", 10000.0))
-            d["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
+        rope = dict(d.get("rope_scaling") or d.get("rope_parameters") or {})
+        five = {"rope_theta": d.get("rope_theta", 10000.0), **d.get("rope_parameters", {}), **rope}
+        d["rope_theta"] = five["rope_theta"]
+        rope.pop("rope_theta", None)
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        d["rope_scaling"] = {**rope, "rope_type": kind} if kind != "default" else None
         d.setdefault("score_bias", d.get("bias", False))
         d.setdefault("output_bias", d.get("attention_bias", False))
         known = {f.name for f in fields(cls)}
@@ -87,9 +98,8 @@ class Config:
             d = {key: value for key, value in d.items() if key not in score}
         else:
             d.update(score_dim=1, bias=self.score_bias)
-        d["rope_parameters"] = {
-            "rope_theta": self.rope_theta, "rope_type": "default", **(self.rope_scaling or {}),
-        }
+        d["rope_parameters"] = {"rope_theta": self.rope_theta, "rope_type": "default",
+                                **(self.rope_scaling or {})}
         architecture = "LlamaForCausalLM" if head == "lm" else "LlamaForScore"
         return {"architectures": [architecture], "model_type": "llama", "hidden_act": "silu", **d}
 

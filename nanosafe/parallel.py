@@ -27,6 +27,8 @@ from torch.distributed.fsdp import (CPUOffloadPolicy, FSDPModule, MixedPrecision
                                     OffloadPolicy, fully_shard)
 from torch.distributed.tensor import DTensor, Shard
 
+from nanosafe.files import stop
+
 LAYOUTS = ("auto", "plain", "ddp", "fsdp", "hsdp")
 meshes = {}
 
@@ -86,12 +88,10 @@ def places(world, dtype, layout, offload, use_compile, activation_checkpointing,
              "float32": torch.float32}
     if dtype == "float16":
         stop("dtype='float16' overflows in RLHF training and is not supported: use bfloat16")
-    if dtype not in known:
-        stop(f"dtype={dtype!r}: choose one of {', '.join(known)}")
-    if layout not in LAYOUTS:
-        stop(f"parallel={layout!r}: choose one of {', '.join(LAYOUTS)}")
-    if offload not in ("none", "frozen", "all"):
-        stop(f"offload={offload!r}: choose one of none, frozen, all")
+    for knob, value, choices in (("dtype", dtype, known), ("parallel", layout, LAYOUTS),
+                                 ("offload", offload, ("none", "frozen", "all"))):
+        if value not in choices:
+            stop(f"{knob}={value!r}: choose one of {', '.join(choices)}")
     if layout == "plain" and world.size > 1:
         stop(f"parallel='plain' is for one process, this is one of {world.size}: use auto")
     compute = known[dtype]
@@ -219,11 +219,6 @@ def full(p):
     return p.data.full_tensor() if isinstance(p, DTensor) else p.data
 
 
-def like(p, value):
-    """A tensor of `p`'s layout with every element `value`."""
-    return torch.full_like(p.data, value)
-
-
 def grad_norm(parameters):
     """The 2-norm of all gradients over all ranks, as a float32 scalar tensor."""
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -273,7 +268,3 @@ def close():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)  # a background thread of FSDP2 on gloo now and then aborts an ordinary exit
-
-
-def stop(message):
-    raise SystemExit(f"error: {message}")

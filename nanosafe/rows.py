@@ -2,20 +2,16 @@
 Dataset specifications -> rows of jsonl files.
 """
 
-import gzip
-import io
 import json
-import lzma
 import os
 import re
-import zipfile
 from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
 
-PARQUET = ("python -c \"import pandas as pd; pd.read_parquet('IN.parquet').to_json("
-           "'OUT.jsonl', orient='records', lines=True)\"")
+from nanosafe.files import stop, untrusted
+
 ROOT = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "data")
 
 
@@ -91,42 +87,22 @@ def sample_indices(n, proportion, seed_sequence):
     return indices
 
 
-def open_text(path):
-    """A text file, opened through its compression: .gz, .xz, a .zip with one file, or none."""
-    if path.endswith(".gz"):
-        return gzip.open(path, "rt", encoding="utf-8-sig")
-    if path.endswith(".xz"):
-        return lzma.open(path, "rt", encoding="utf-8-sig")
-    if path.endswith(".zip"):
-        archive = zipfile.ZipFile(path)
-        return io.TextIOWrapper(archive.open(archive.namelist()[0]), encoding="utf-8-sig")
-    if path.endswith(".parquet"):
-        stop(f"{path!r}: parquet is not read here; convert it with {PARQUET}")
-    return open(path, encoding="utf-8-sig")
-
-
 def read_rows(path):
-    """The rows of a .json (a list) or .jsonl file; a line that is no object gives None."""
-    try:
-        with open_text(path) as f:
-            bare = path.removesuffix(".gz").removesuffix(".xz").removesuffix(".zip")
-            if bare.endswith(".json"):
-                from nanosafe.fetch import json_items
-                values = enumerate(json_items(f, path), start=1)
-            else:
-                values = ((i, parse_line(line)) for i, line in enumerate(f, 1) if line.strip())
-            for i, value in values:
-                yield Row(value if isinstance(value, dict) else None, path, i)
-    except (OSError, EOFError, UnicodeError, lzma.LZMAError, zipfile.BadZipFile) as error:
-        stop(f"{path!r} cannot be read: {error}")
+    """The rows of a jsonl file, or of a raw one (raw.py); a line that is no object gives None."""
+    with untrusted(path):
+        if path.endswith(".jsonl"):
+            with open(path, encoding="utf-8-sig") as f:
+                yield from parse(f, path)
+        else:
+            from nanosafe import raw
+            yield from raw.read(path)
 
 
-def parse_line(line):
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None
-
-
-def stop(message):
-    raise SystemExit(f"error: {message}")
+def parse(lines, path):
+    for i, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                value = json.loads(line)
+            except (ValueError, RecursionError):
+                value = None
+            yield Row(value if isinstance(value, dict) else None, path, i)

@@ -5,13 +5,11 @@ The exact state of a run: what it needs to go on, on any number of ranks.
 import os
 import shutil
 
-import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from nanosafe import parallel
-from nanosafe.checkpoint import copy_rows, replace_folder
-from nanosafe.tokenizer import read_json, write_json
+from nanosafe.checkpoint import replace_folder
+from nanosafe.files import stop, write_json
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 
@@ -70,51 +68,16 @@ def write_latest(root, name):
     os.replace(path + ".tmp", path)
 
 
-@torch.no_grad()
 def load(out_dir, trained):
-    """Restore the latest state into models and optimizers, returns its step and extras.
-
-    The states' rows may lie in another number of files than there are ranks: each picks its own.
-    """
-    folder = latest_state(out_dir)
-    state = read_json(folder, "state.json")
-    pieces = {}  # tensor -> [(first row, slice)]
-    for rank in range(state["ranks"]):
-        handle = safe_open(os.path.join(folder, f"rank_{rank:05d}.safetensors"), framework="pt")
-        for key, start in read_json(folder, f"rank_{rank:05d}.json").items():
-            pieces.setdefault(key, []).append((start, handle.get_slice(key)))
-    for model_name, (model, optimizer) in trained.items():
-        steps = state["optimizer_steps"][model_name]
-        for name, p in parallel.parameters(model):
-            targets = {"weight": p.data}
-            if steps:
-                moments = {key: parallel.like(p, 0.0) for key in MOMENTS}
-                optimizer.state[p] = {
-                    "step": torch.tensor(float(steps), device=parallel.local(p.data).device),
-                    **moments}
-                targets.update(moments)
-            _, first, _, _ = parallel.local_rows(p)
-            for key, target in targets.items():
-                for start, piece in pieces[f"{model_name}/{name}/{key}"]:
-                    height = piece.get_shape()[0]
-                    copy_rows(parallel.local(target), first, piece, start, height)
-    return state
-
-
-def latest_state(out_dir):
-    """The folder of the run's last whole state."""
-    try:
-        with open(os.path.join(out_dir, "state", "latest")) as f:
-            return os.path.join(out_dir, "state", f.read().strip())
-    except FileNotFoundError:
-        raise SystemExit(f"error: resume=True, but {out_dir!r} has no state") from None
+    """Restore the latest state into {name: (model, optimizer)}; returns its step and extras."""
+    from nanosafe import resume
+    return resume.load(out_dir, trained)
 
 
 def claim(out_dir, resume):
     """Make the run's folder, and refuse one that holds a run already, unless that is resumed."""
     held = os.path.exists(os.path.join(out_dir, "state", "latest"))
     if held and not resume:
-        raise SystemExit(f"error: {out_dir!r} holds a run: continue it with --resume=True, "
-                         "or choose another out_dir")
+        stop(f"{out_dir!r} holds a run: continue it with --resume=True, or choose another out_dir")
     parallel.barrier()
     os.makedirs(out_dir, exist_ok=True)

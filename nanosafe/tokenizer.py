@@ -20,10 +20,13 @@ from typing import NamedTuple
 
 import sentencepiece
 
+from nanosafe.files import read_json, stop, untrusted, write_json
+
 # protobuf for normalizer_spec {add_dummy_prefix: false}: appended to a model, it overrides
 NO_PREFIX = b"\x1a\x02\x18\x00"
 SPACE = "\t\n\x0b\x0c\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + (
     "\u2028\u2029\u202f\u205f\u3000")  # Unicode's White_Space; Python's has four more
+MARK = "\u2581"  # SentencePiece's way to write a space
 SPECIAL = ("bos_token", "eos_token", "pad_token")
 FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
          "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja")
@@ -43,7 +46,7 @@ def find(path):
     path = os.fspath(path)
     folder = path if os.path.isdir(path) else os.path.dirname(path)
     names = [os.path.join(folder, name) for name in ("tokenizer.model", "tokenizer.json")]
-    if path.endswith((".model", ".json")):
+    if os.path.isfile(path) and path.endswith((".model", ".json")):
         names = [path]
     return next(filter(os.path.isfile, names), None)
 
@@ -56,8 +59,13 @@ def load(path):
     """
     file = find(path)
     if not file:
-        raise SystemExit(f"error: no tokenizer at {os.fspath(path)!r}: give a folder with a "
-                         "tokenizer.model or tokenizer.json, or that file")
+        stop(f"no tokenizer at {os.fspath(path)!r}: give a folder with a tokenizer.model or "
+             "tokenizer.json, or that file")
+    with untrusted(file):
+        return read(file)
+
+
+def read(file):
     folder = os.path.dirname(file)
     config = read_json(folder, "tokenizer_config.json")
     names = {**read_json(folder, "special_tokens_map.json"), **config}
@@ -69,18 +77,25 @@ def load(path):
     else:
         engine = Pieces(proto, names, file)
     added = dict(engine.added)
-    special = {content(value) for key, value in names.items() if key.endswith("_token")}
+    special = {content(value) for key, value in names.items() if key in SPECIAL}
     special |= set(map(content, names.get("additional_special_tokens") or ()))
     for text, id in read_json(folder, "added_tokens.json").items():
-        added.setdefault(text, Token(id, text in special))
-    for id, t in config.get("added_tokens_decoder", {}).items():
-        added[t["content"]] = Token(int(id), *(t.get(key, False) for key in Token._fields[1:]))
-    eos = read_json(folder, "generation_config.json").get("eos_token_id") or read_json(
-        folder, "config.json").get("eos_token_id")
-    tokenizer = Tokenizer(engine, added, names, eos if isinstance(eos, list) else (), file)
+        added.setdefault(text, Token(int(id), text in special))
+    decoder = (config.get("added_tokens_decoder") or {}).items()
+    later = read_json(folder, "tokenizer.json").get("added_tokens") or ()  # by transformers 5
+    for t in (*({**t, "id": int(id)} for id, t in decoder),
+              *(t for t in later if t["id"] >= engine.size)):
+        added[t["content"]] = Token(*(t.get(key, False) for key in Token._fields))
+    if not all(0 <= t.id < 2**24 for t in added.values()):
+        stop(f"{file!r}: an added token has an id that no model has a row for")
+    stated, config = (read_json(folder, name).get("eos_token_id")
+                      for name in ("generation_config.json", "config.json"))
+    eos = [*(stated if isinstance(stated, list) else [stated]),
+           *(config if isinstance(config, list) else [])]
+    tokenizer = Tokenizer(engine, added, names, [id for id in eos if isinstance(id, int)], file)
     if tokenizer.eos_id < 0:
-        raise SystemExit(f"error: {file!r} has no end-of-sequence token: name one as eos_token in "
-                         "tokenizer_config.json")
+        stop(f"{file!r} has no end-of-sequence token: name one as eos_token in "
+             "tokenizer_config.json")
     return tokenizer
 
 
@@ -100,7 +115,9 @@ class Tokenizer:
                         for texts in longest_first]
         self.contents = {t.id: text for text, t in self.added.items()}
         self.bos_id, self.eos_id, self.pad_id = map(self.named, SPECIAL)
-        self.eos_ids = sorted({self.eos_id, *eos_ids} - {-1})
+        others = [id for id in eos_ids if id not in (self.bos_id, -1)]  # old folders' are wrong
+        self.eos_id = others[0] if self.eos_id < 0 and others else self.eos_id
+        self.eos_ids = sorted({self.eos_id, *others})
         self.vocab_size = max([engine.size - 1, *self.contents]) + 1
 
     def named(self, key):
@@ -190,7 +207,7 @@ class Pieces:
             self.sp = sentencepiece.SentencePieceProcessor(model_proto=proto)
             self.sp_no_prefix = sentencepiece.SentencePieceProcessor(model_proto=proto + NO_PREFIX)
         except RuntimeError:
-            raise SystemExit(f"error: {file!r} is not a SentencePiece model") from None
+            stop(f"{file!r} is not a SentencePiece model")
         sp, self.identity = self.sp, proto
         self.legacy = names.get("legacy") is not False  # whether every piece has a space in front
         self.adds_bos = names.get("add_bos_token") is not False
@@ -202,27 +219,28 @@ class Pieces:
         self.defaults = {key: texts[id] for key, id in ids.items() if id >= 0}
         if "pad_token" not in self.defaults:
             self.defaults["pad_token"] = "<pad>"
-        # What a user must not smuggle in: pieces that are always taken whole, and look so.
-        marks = [text for text in texts if re.fullmatch(r"<[^<>\s]{2,}>|\[[^\[\]\s]{2,}\]", text)
-                 and text in sp.encode(text, out_type=str)]
-        self.marks = re.compile("|".join(map(re.escape, marks))) if marks else None
+        # What a user must not smuggle in: pieces that SentencePiece takes whole wherever they stand
+        # are spelled out in plain text, unless they are white space.
+        scores = [sp.get_score(i) for i in range(self.size)]  # 0: theirs, and the first learnt one
+        self.spelled = {i: [id for char in text for id in self.sp_no_prefix.encode(char)]
+                        for i, text in enumerate(texts)
+                        if scores[i] == 0 and scores[i + 1:i + 2] != [-1] and len(text) > 1
+                        and text.strip(MARK + SPACE) and not (sp.is_byte(i) or text in self.added)}
 
     def normalize(self, text):
         return text
 
     def encode(self, text, begins=True, plain=False):
-        """Ids of text; begins: put a space in front, where the model's texts begin so. plain: no
-        mark is found, since it is cut after its first character."""
-        if not (plain and self.marks and self.marks.search(text)):
-            return (self.sp if begins else self.sp_no_prefix).encode(text)
-        cuts = [0, *(match.start() + 1 for match in self.marks.finditer(text)), len(text)]
-        return [id for i, (a, b) in enumerate(zip(cuts, cuts[1:]))
-                for id in (self.sp if begins and i == 0 else self.sp_no_prefix).encode(text[a:b])]
+        """Ids of text; begins: put a space in front, where the model's texts begin so. plain: what
+        a user wrote."""
+        ids = (self.sp if begins else self.sp_no_prefix).encode(text)
+        return self.spell(ids) if plain else ids
+
+    def spell(self, ids):
+        return [id for i in ids for id in self.spelled.get(i, (i,))] if self.spelled else ids
 
     def encode_batch(self, texts):
-        if self.marks:
-            return [self.encode(text, plain=True) for text in texts]
-        return self.sp.encode(texts, num_threads=os.cpu_count() or 1)
+        return list(map(self.spell, self.sp.encode(texts, num_threads=os.cpu_count() or 1)))
 
     def decode(self, ids, begins=True):
         if begins or not ids:
@@ -238,6 +256,8 @@ class Pieces:
             "tokenizer_class": "LlamaTokenizer", "clean_up_tokenization_spaces": False,
             "unk_token": self.sp.id_to_piece(self.sp.unk_id()),
         }
+        if self.sp.encode("a") == self.sp_no_prefix.encode("a"):
+            config["add_prefix_space"] = False
         for key in SPECIAL:
             if tokenizer.named(key) >= 0:
                 config[key] = tokenizer.contents[tokenizer.named(key)]
@@ -245,19 +265,3 @@ class Pieces:
         beyond = {text: t.id for text, t in tokenizer.added.items() if t.id >= self.size}
         if beyond:
             write_json(beyond, path, "added_tokens.json")
-
-
-def read_json(folder, name):
-    try:
-        with open(os.path.join(folder, name), encoding="utf-8") as f:
-            return json.load(f)
-    except FileNotFoundError:
-        return {}
-    except ValueError:
-        return {}  # Llama-3.2 was published with a generation_config.json that is not JSON
-
-
-def write_json(value, folder, name):
-    with open(os.path.join(folder, name), "w", encoding="utf-8") as f:
-        json.dump(value, f, indent=2)
-        f.write("\n")

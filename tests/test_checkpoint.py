@@ -82,7 +82,7 @@ def test_tied_embeddings_are_stored_once(tmp_path):
 @pytest.mark.parametrize("change, words", [
     (lambda t: t.pop("model.norm.weight"), "misses model.norm.weight"),
     (lambda t: t.update({"model.extra": torch.ones(1)}), "has no use for model.extra"),
-    (lambda t: t.update({"model.norm.weight": torch.ones(31)}), "wrong shape for model.norm.weight"),
+    (lambda t: t.update({"model.norm.weight": torch.ones(31)}), "wrong shape or type for model.norm.weight"),
 ])
 def test_missing_surplus_and_misshapen_tensors_stop_with_their_names(folder, change, words):
     rewrite(folder, change)

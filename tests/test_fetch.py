@@ -11,7 +11,7 @@ import tracemalloc
 import pytest
 from conftest import ROOT, run
 
-from nanosafe import fetch
+from nanosafe import fetch, raw
 
 BODY = b"".join(json.dumps({"instruction": f"i{i}", "input": "", "output": f"o{i}"}).encode() + b"\n"
                 for i in range(5000))
@@ -136,20 +136,20 @@ def test_a_json_list_is_read_item_by_item(text, size):
         def read(self, n=-1):
             return super().read(min(n, size))
 
-    assert list(fetch.json_items(Slow(text), "x")) == json.loads(text)
+    assert list(raw.json_items(Slow(text), "x")) == json.loads(text)
 
 
 @pytest.mark.parametrize("text, words", [('{"a": 1}', "is no list of rows"), ("", "breaks off"), ('[{"a": 1}, {"b', "breaks off"), ("[1", "breaks off")])
 def test_a_broken_json_list_is_refused(text, words):
     with pytest.raises(SystemExit, match=words):
-        list(fetch.json_items(io.StringIO(text), "x"))
+        list(raw.json_items(io.StringIO(text), "x"))
 
 
 def test_a_large_json_list_is_not_in_memory_whole(tmp_path):
     path = tmp_path / "large.json"
     path.write_text(json.dumps([{"i": i, "text": "x" * 1000} for i in range(20000)]))
     tracemalloc.start()
-    assert sum(row["i"] for row in fetch.json_items(open(path), str(path))) == sum(range(20000))
+    assert sum(row["i"] for row in raw.json_items(open(path), str(path))) == sum(range(20000))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < path.stat().st_size

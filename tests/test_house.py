@@ -14,15 +14,15 @@ import configurator
 TRAINERS = ("train_sft.py", "train_pref.py", "train_ppo_lag.py")
 SCRIPTS = (*TRAINERS, "sample.py")
 ALLOWED = {  # module -> modules of the package that it may import
-    "attention": "", "losses": "", "rl": "", "tokenizer": "", "parallel": "", "packing": "", "rows": "", "masks": "",
-    "sinks": "", "table": "", "aliases": "", "model": "attention", "rollout": "attention", "data": "packing rows",
-    "fetch": "rows table tokenizer", "bpe": "tokenizer", "formats": "parallel tokenizer", "families": "formats parallel",
-    "layouts": "families formats parallel tokenizer", "checkpoint": "formats model parallel tokenizer",
-    "scratch": "checkpoint parallel", "convert": "checkpoint formats model tokenizer",
-    "state": "checkpoint parallel tokenizer", "optim": "parallel", "monitor": "parallel",
+    "attention": "", "losses": "", "rl": "", "tokenizer": "files", "parallel": "files", "packing": "", "rows": "files", "files": "", "masks": "",
+    "sinks": "", "table": "", "aliases": "", "model": "attention", "rollout": "attention", "data": "files packing rows",
+    "raw": "files rows", "fetch": "files raw rows table tokenizer", "resume": "checkpoint files parallel state", "bpe": "files tokenizer", "formats": "files", "families": "files formats",
+    "layouts": "families files formats", "checkpoint": "files formats model parallel",
+    "scratch": "checkpoint parallel", "convert": "checkpoint files formats model tokenizer",
+    "state": "checkpoint files parallel", "optim": "parallel", "monitor": "parallel",
 }
 LATER = {  # module -> what it imports inside a function, when it meets what needs it: not LLaMA, not asked for, not there
-    "rows": "aliases fetch", "model": "masks", "tokenizer": "bpe", "formats": "families layouts", "checkpoint": "convert scratch", "monitor": "sinks",
+    "rows": "aliases raw", "state": "resume", "model": "masks", "tokenizer": "bpe", "formats": "families layouts", "checkpoint": "convert scratch", "monitor": "sinks",
 }
 RUN_TIME = {"torch", "numpy", "sentencepiece", "safetensors", "tqdm", "nanosafe", "configurator"}
 EXTRAS = {"wandb", "matplotlib"}  # imported inside a function, when asked for

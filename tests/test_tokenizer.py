@@ -7,6 +7,7 @@ import sentencepiece
 from conftest import ROOT
 
 from nanosafe import demo, tokenizer
+from nanosafe.files import read_json, write_json
 
 LLAMA = os.path.join(ROOT, "..", "shared", "data", "llama-tokenizer", "tokenizer.model")
 needs_llama = pytest.mark.skipif(not os.path.exists(LLAMA), reason="needs LLaMA's tokenizer.model")
@@ -32,8 +33,8 @@ def test_special_tokens_are_split_out_unless_the_text_is_a_user_s(tok):
 
 def test_not_legacy_puts_a_space_in_front_of_the_first_piece_only(tok, tmp_path):
     tok.save(tmp_path)
-    config = tokenizer.read_json(tmp_path, "tokenizer_config.json")
-    tokenizer.write_json({**config, "legacy": False}, tmp_path, "tokenizer_config.json")
+    config = read_json(tmp_path, "tokenizer_config.json")
+    write_json({**config, "legacy": False}, tmp_path, "tokenizer_config.json")
     new = tokenizer.load(tmp_path)
     assert new.encode("Sure.</s>Sure.") == tok.encode("Sure.") + [tok.eos_id] + tok.encode_suffix("Sure.")
     assert tok.decode(tok.encode_suffix("Sure.")) == "Sure."
@@ -42,9 +43,9 @@ def test_not_legacy_puts_a_space_in_front_of_the_first_piece_only(tok, tmp_path)
 def test_added_tokens_and_eos_ids_come_from_the_folder(tok, tmp_path):
     n = tok.vocab_size
     tok.save(tmp_path)
-    tokenizer.write_json({"<pad>": n}, tmp_path, "added_tokens.json")
-    tokenizer.write_json({"pad_token": "<pad>"}, tmp_path, "special_tokens_map.json")
-    tokenizer.write_json({"eos_token_id": [2, 7]}, tmp_path, "generation_config.json")
+    write_json({"<pad>": n}, tmp_path, "added_tokens.json")
+    write_json({"pad_token": "<pad>"}, tmp_path, "special_tokens_map.json")
+    write_json({"eos_token_id": [2, 7]}, tmp_path, "generation_config.json")
     again = tokenizer.load(tmp_path)
     assert again.pad_id == n and again.vocab_size == n + 1 and again.eos_ids == [2, 7]
     assert again.encode("Sure.<pad>")[-1] == n and again.decode([n]) == ""
@@ -87,7 +88,7 @@ def sentencepiece_folder(path, config=None, texts=("the cat sat on the mat", "a 
                 "vocab_size": 320, "byte_fallback": True, "hard_vocab_limit": False, "remove_extra_whitespaces": False,
                 "normalization_rule_name": "identity", **options})
     if config:
-        tokenizer.write_json(config, path, "tokenizer_config.json")
+        write_json(config, path, "tokenizer_config.json")
     return path
 
 
@@ -126,7 +127,7 @@ def test_added_tokens_may_take_a_piece_s_place_and_need_not_be_special(tmp_path)
     assert 310 not in tok.encode("<|im_start|>", allow_special=False)
     assert tok.decode([310, 350, 399, 5]) == tok.decode([350, 5])  # 399 is a row without a token
     tok.save(tmp_path / "saved")
-    config = tokenizer.read_json(tmp_path / "saved", "tokenizer_config.json")
+    config = read_json(tmp_path / "saved", "tokenizer_config.json")
     assert "auto_map" not in config and config["tokenizer_class"] == "LlamaTokenizer"
     assert tokenizer.load(tmp_path / "saved").fingerprint == tok.fingerprint
     files = os.listdir(tmp_path / "saved")
@@ -137,6 +138,6 @@ def test_added_tokens_may_take_a_piece_s_place_and_need_not_be_special(tmp_path)
 def test_broken_special_tokens_of_old_folders(tmp_path):
     """decapoda's LLaMA names its tokens with empty texts, and wrong ids: SentencePiece knows better."""
     sentencepiece_folder(tmp_path, {"bos_token": "", "eos_token": "", "unk_token": ""})
-    tokenizer.write_json({"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": -1}, tmp_path, "config.json")
+    write_json({"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": -1}, tmp_path, "config.json")
     tok = tokenizer.load(tmp_path)
     assert (tok.bos_id, tok.eos_id, tok.eos_ids, tok.pad_id) == (1, 2, [2], -1)

@@ -25,9 +25,10 @@ def to_record(row):
     """The kinds of harm that are marked go along, by name."""
     if not row["prompt"].strip() or not row["response"].strip():
         raise ValueError("an empty text")
-    if only_safe and not row["is_safe"]:
+    safe = fetch.label(row["is_safe"])
+    if only_safe and not safe:
         raise ValueError("unsafe, and only_safe is set")
-    return {"input": row["prompt"], "answer": row["response"], "is_safe": bool(row["is_safe"]),
+    return {"input": row["prompt"], "answer": row["response"], "is_safe": safe,
             "harm": sorted(name for name, marked in row.get("category", {}).items() if marked)}
 
 

@@ -8,6 +8,7 @@ The hub has these corpora as parquet: download a shard, convert it (the script s
 the folder.
 """
 
+import json
 import os
 
 from configurator import configure
@@ -28,7 +29,7 @@ SOURCES = {"toxicity": "tomekkorbak/detoxify-pile-chunk3-0-50000",
 def to_record(row):
     """The segments and their scores; the document's score is their mean."""
     texts, scores = row["texts"], [float(score) for score in row["scores"]]
-    if not texts or len(texts) != len(scores):
+    if not isinstance(texts, list) or not texts or len(texts) != len(scores):
         raise ValueError("not one score for each segment")
     return {"texts": texts, "scores": scores, "avg_score": sum(scores) / len(scores)}
 
@@ -38,4 +39,4 @@ if task not in SOURCES:
 here = os.path.dirname(os.path.abspath(__file__))
 files = fetch.raw_files(raw, SOURCES[task], here, lambda name: name.endswith(fetch.ENDINGS))
 fetch.convert(files, to_record, out or os.path.join(here, task), holdout, tokenizer,
-              key=lambda record: record["texts"][0])
+              key=lambda record: json.dumps(record["texts"]))

@@ -33,12 +33,12 @@ def to_record(row):
     """One pair; a release without one of the two labels makes pairs without it."""
     record = {
         "input": row["prompt"], "answer": row["response_0"], "other_answer": row["response_1"],
-        "is_safe": bool(row["is_response_0_safe"]),
-        "is_other_safe": bool(row["is_response_1_safe"]),
+        "is_safe": fetch.label(row["is_response_0_safe"]),
+        "is_other_safe": fetch.label(row["is_response_1_safe"]),
     }
     for ours, theirs in (("better", "better_response_id"), ("safer", "safer_response_id")):
         if row.get(theirs) is not None:
-            record[ours] = int(row[theirs]) == 0
+            record[ours] = not fetch.label(row[theirs])
     return record
 
 

@@ -6,6 +6,7 @@ $ python data/ultrafeedback/prepare.py                   # openbmb/UltraFeedback
 $ python data/ultrafeedback/prepare.py --raw=FOLDER      # also the binarized set, as jsonl
 """
 
+import math
 import os
 
 from configurator import configure
@@ -26,8 +27,9 @@ def to_record(row):
     else:
         prompt, scored = row["instruction"], row["completions"]
         answers = [c["response"] for c in scored]
-        scores = [float(c.get("fine-grained_score", c["overall_score"])) for c in scored]
-    kept = [(score, text) for score, text in zip(scores, answers) if text.strip()]
+        scores = [c.get("fine-grained_score", c.get("overall_score")) for c in scored]
+    kept = [(float(score), text) for score, text in zip(scores, answers)
+            if text.strip() and math.isfinite(float(score))]
     if len(kept) < 2 or max(kept)[0] == min(kept)[0]:
         raise ValueError("fewer than two answers, or all equally good")
     best, worst = (pick(kept, key=lambda k: k[0])[1] for pick in (max, min))

@@ -1,0 +1,38 @@
+"""
+Other people's files: read with care, and refused in one line.
+"""
+
+import json
+import os
+from contextlib import contextmanager
+
+
+def stop(message):
+    raise SystemExit(f"error: {message}")
+
+
+@contextmanager
+def untrusted(path):
+    """Whatever goes wrong with a file, or a folder, that others made is one line, no traceback."""
+    try:
+        yield
+    except Exception as error:
+        words = " ".join(str(error).split()) or "it breaks off"
+        stop(f"{os.fspath(path)!r} cannot be read: {type(error).__name__}: {words[:300]}")
+
+
+def read_json(folder, name):
+    """The object in a json file; {} where there is no file, or no JSON: Llama-3.2 was published
+    with such a generation_config.json."""
+    try:
+        with open(os.path.join(folder, name), encoding="utf-8") as f:
+            value = json.load(f)
+    except (FileNotFoundError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def write_json(value, folder, name):
+    with open(os.path.join(folder, name), "w", encoding="utf-8") as f:
+        json.dump(value, f, indent=2)
+        f.write("\n")

@@ -1,0 +1,69 @@
+"""
+Files of rows as publishers have them: compressed, or one large JSON list.
+"""
+
+import gzip
+import io
+import json
+import lzma
+import re
+import zipfile
+
+from nanosafe.files import stop
+from nanosafe.rows import Row, parse
+
+PARQUET = ("python -c \"import pandas as pd; pd.read_parquet('IN.parquet').to_json("
+           "'OUT.jsonl', orient='records', lines=True)\"")
+
+
+def open_text(path):
+    """A text file, opened through its compression: .gz, .xz, a .zip with one file of rows."""
+    if path.endswith(".gz"):
+        return gzip.open(path, "rt", encoding="utf-8-sig")
+    if path.endswith(".xz"):
+        return lzma.open(path, "rt", encoding="utf-8-sig")
+    if path.endswith(".zip"):
+        archive = zipfile.ZipFile(path)
+        names = [name for name in archive.namelist()
+                 if name.endswith((".json", ".jsonl")) and not name.startswith("__MACOSX")]
+        if len(names) != 1:
+            stop(f"{path!r} holds {len(names)} files of rows, not one: unpack it")
+        return io.TextIOWrapper(archive.open(names[0]), encoding="utf-8-sig")
+    if path.endswith(".parquet"):
+        stop(f"{path!r}: parquet is not read here; convert it with {PARQUET}")
+    return open(path, encoding="utf-8-sig")
+
+
+def read(path):
+    """The Rows of a file, compressed or not, of lines or one list."""
+    with open_text(path) as f:
+        if path.removesuffix(".gz").removesuffix(".xz").removesuffix(".zip").endswith(".json"):
+            for i, value in enumerate(json_items(f, path), start=1):
+                yield Row(value if isinstance(value, dict) else None, path, i)
+        else:
+            yield from parse(f, path)
+
+
+def json_items(f, path):
+    """The items of a JSON list in a text file, which is never in memory whole."""
+    decoder, gap, buffer, at, size = json.JSONDecoder(), re.compile(r"[\s,]*"), "", 0, 2**16
+    begun = False
+    while True:
+        at = gap.match(buffer, at).end()
+        if begun and buffer.startswith("]", at):
+            return
+        try:
+            item, end = decoder.raw_decode(buffer, at) if begun else (None, at + 1)
+        except ValueError:
+            end = len(buffer)
+        if end < len(buffer):  # or else it may go on
+            if begun:
+                yield item
+            elif buffer[at] != "[":
+                stop(f"{path!r} is no list of rows")
+            begun, at, size = True, end, 2**16
+            continue
+        more = f.read(size)
+        if not more:
+            stop(f"{path!r} breaks off, or is no JSON list, at {buffer[at:at + 40]!r}")
+        buffer, at, size = buffer[at:] + more, 0, 2 * size
