@@ -62,12 +62,15 @@ class Config:
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         for f in fields(self):  # a stranger's config.json may say anything
             value, kind = getattr(self, f.name), (int, float) if f.type is float else f.type
-            if value is not None and not isinstance(value, kind) or (
-                    f.name in SIZES and value <= 0 or f.name == "sliding_window" and value < 0):
+            fits = isinstance(value, kind) and (value is not True or kind in (bool, object))
+            if value is not None and (not fits or f.name in SIZES and value <= 0
+                                      or f.name == "sliding_window" and value < 0):
                 raise ValueError(f"{f.name} is {value!r}")
-        if self.num_attention_heads % self.num_key_value_heads or self.rope_type not in ROPES:
-            raise ValueError(f"{self.num_attention_heads} heads of {self.num_key_value_heads} keys,"
-                             f" rope_type {self.rope_type!r}: known are {', '.join(ROPES)}")
+        for name, known in (("rope_type", ROPES), ("score_type", ("reward", "cost", "critic"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} {getattr(self, name)!r} is none of {', '.join(known)}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(f"{self.num_attention_heads} heads of {self.num_key_value_heads} keys")
 
     @property
     def rope_type(self):
