@@ -49,15 +49,13 @@ cpu = world.device.type == "cpu"
 weights = {"auto": torch.float32 if cpu else None}.get(dtype, getattr(torch, dtype, None))
 place = Place(world.device, dtype=weights)
 tok = load_tokenizer(model)
-policy = checkpoint.load(model, "lm", place=place)
+policy = checkpoint.load(model, "lm", place=place, vocab_size=tok.vocab_size)
 scorers = {}  # name -> model, tokenizer
 for name, path in (("reward", reward_model), ("cost", cost_model)):
     if path:
-        scorers[name] = checkpoint.load(path, "score", place=place), load_tokenizer(path)
-for name, (opened, its) in {"model": (policy, tok), **scorers}.items():
-    if its.vocab_size > opened.config.vocab_size:
-        stop(f"{name}: its tokenizer has {its.vocab_size} tokens, its embedding "
-             f"{opened.config.vocab_size} rows; training adds what is missing")
+        its = load_tokenizer(path)
+        scorer = checkpoint.load(path, "score", place=place, vocab_size=its.vocab_size)
+        scorers[name] = scorer, its
 
 
 @torch.no_grad()

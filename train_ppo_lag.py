@@ -189,7 +189,7 @@ def per_token(model, texts, starts, R):
 
 @torch.no_grad()
 def end_scores(model, texts, model_tok):
-    """A reward or cost model's scores of the last tokens (B,), on every rank; in its own tokens."""
+    """A reward or cost model's scores of the last tokens (B,), on every rank, by its own tokens."""
     if model_tok.fingerprint != tok.fingerprint:
         texts = [retokenize(t, tok, model_tok) for t in texts]
     out = torch.zeros(len(texts), device=world.device)

@@ -35,8 +35,7 @@ class Packed(NamedTuple):
             slots = self.slots[self.rows]
             cache.k[slots, :, self.positions] = k
             cache.v[slots, :, self.positions] = v
-        alibi = self.mask is not None and self.mask.dtype != torch.bool  # the kernel has no bias
-        flash = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and not alibi
+        flash = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and self.mask is None
         return self.varlen(q, k, v) if flash else self.padded(q, k, v)
 
     def varlen(self, q, k, v):
@@ -60,8 +59,8 @@ class Packed(NamedTuple):
             places = self.rows * L + self.positions
             q, k, v = (x.new_zeros(B * L, H, E).index_copy(0, places, x) for x in (q, k, v))
         q, k, v = (x.view(B, L, H, E).transpose(1, 2) for x in (q, k, v))
-        mask = self.mask if self.mask is None or self.mask.dtype == torch.bool else self.mask.to(q)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask,
+                                             is_causal=self.mask is None)
         out = out.transpose(1, 2).reshape(B * L, H, E)
         return out[places] if ragged else out
 
@@ -70,22 +69,19 @@ class Step(NamedTuple):
     """One new token for each of the first n cache slots."""
 
     positions: torch.Tensor  # (n,) position of the new token in its sequence
-    mask: torch.Tensor  # (n, 1, extent) True where a slot has a key that the new token may see
+    mask: torch.Tensor  # (n, 1, 1, extent): whether the new token sees a slot's key
     rows: torch.Tensor  # (n,) 0 .. n-1
 
     def attend(self, q, k, v, cache):
         """q (n, H, E), k and v (n, K, E) -> (n, H, E)."""
         n, H, E = q.shape
         K, extent = k.shape[1], self.mask.shape[-1]
-        mask = self.mask[:, :, None]  # (n, 1, 1, extent)
-        if self.mask.dtype != torch.bool:
-            mask = self.mask.view(n, K, H // K, extent).to(q)
         cache.k[self.rows, :, self.positions] = k
         cache.v[self.rows, :, self.positions] = v
         # The heads of a group share their keys: laid out as that many queries, none is repeated.
         q = q.view(n, K, H // K, E)
         out = F.scaled_dot_product_attention(q, cache.k[:n, :, :extent], cache.v[:n, :, :extent],
-                                             attn_mask=mask)
+                                             attn_mask=self.mask)
         return out.reshape(n, H, E)
 
 

@@ -155,8 +155,10 @@ class BPE:
 
     @property
     def identity(self):
-        keys = ("model", "normalizer", "pre_tokenizer")
-        return json.dumps([self.spec.get(key) for key in keys], sort_keys=True).encode()
+        merges = sorted(self.ranks, key=self.ranks.get)  # files write them in two ways
+        parts = [{**self.spec["model"], "merges": merges}, self.spec.get("normalizer"),
+                 self.spec.get("pre_tokenizer")]
+        return json.dumps(parts, sort_keys=True).encode()
 
     def normalize(self, text):
         for normalizer in self.normalizers:
@@ -179,9 +181,12 @@ class BPE:
         if len(memory) > REMEMBERED:
             memory.clear()
         for word in words:
-            if word not in memory:
-                memory[word] = self.merge(word if self.marked else spell(word.encode()))
-            ids += memory[word]
+            known = memory.get(word)
+            if known is None:
+                known = self.merge(word if self.marked else spell(word.encode()))
+                if len(word) <= 32:
+                    memory[word] = known
+            ids += known
         return ids
 
     def encode_batch(self, texts):
@@ -281,11 +286,12 @@ def translate(pattern):
             out += chars if inside else f"[{'^' * negated}{chars}]"
             i = classes.end()
             continue
-        if two in (r"\p", r"\P", r"\w", r"\W", r"\b", r"\h") or (inside and two == "&&"):
+        strange = two in (r"\p", r"\P", r"\w", r"\W", r"\b", r"\h")
+        if strange or inside and (c == "[" or two == "&&"):
             stop(f"tokenizer.json: {two}, in {pattern!r}, is not known here")
         if c == "\\":
             out += two
-        elif c == "(" and not inside and pattern[i + 1] != "?":
+        elif c == "(" and not inside and pattern[i + 1:i + 2] != "?":
             out += "(?:"  # the cutter has a group of its own, and only one
         else:
             inside = c == "[" or inside and c != "]"

@@ -41,11 +41,11 @@ def load(path, head="auto", dtype=None, device="cpu", place=None, vocab_size=0, 
         folder = Folder(path)
         config, head = read_config(folder, head, score_type)
         known, config.vocab_size = config.vocab_size, max(config.vocab_size, vocab_size)
-        scored = head == "lm" or "score_head.weight" in folder.tensors
-        fresh = () if scored else ("score_head.weight",)
+        fresh = {"score_head.weight"} - set(folder.tensors) if head == "score" else ()
         places = locate(config, head, folder, fresh, known)
+        config_json(config, head)  # what could not be saved is better refused now
     if known < config.vocab_size:
-        tell(f"{path}: {config.vocab_size - known} rows for new tokens, each the mean of all")
+        tell(f"{path}: {config.vocab_size - known} rows for new tokens, each the others' mean")
     place = place or parallel.Place(torch.device(device), dtype=dtype)
     model = build(config, head, place, place.dtype or folder.dtype())
     if fresh:
@@ -80,7 +80,7 @@ def build(config, head, place, dtype):
 
 
 def count_parameters(source):
-    """How many parameters a Config, or the model in a folder, has; nothing is read."""
+    """How many parameters a Config, or the model in a folder, has; no weight is read."""
     if not isinstance(source, Config):
         with untrusted(source):
             source = Config.from_dict(Folder(source).config)
@@ -125,8 +125,8 @@ def locate(config, head, folder, fresh=(), vocab_size=0):
                 want[0] = vocab_size
             if list(source.shape) != want:
                 misshapen.append(f"{tensor} {list(source.shape)}, not {want}")
-            elif source[:1].dtype not in FLOATS:
-                misshapen.append(f"{tensor}, {source[:1].dtype}")
+            elif source[:0].dtype not in FLOATS:
+                misshapen.append(f"{tensor}, {source[:0].dtype}")
         used |= set(heights)
     unread = [parts(config, "lm_head.weight", folder.family)[0][0]]
     if unread[0] in folder.tensors and unread[0] not in used:
@@ -172,6 +172,7 @@ def save(model, path, tokenizer=None, dtype=None):
 
 def write_folder(path, config, head, weights, tokenizer, dtype):
     """Write whole parameters, (name, tensor) one after the other, as a model folder, on rank 0."""
+    config_dict, family = config_json(config, head)
     main = parallel.rank() == 0
     path = os.fspath(path)
     temporary = path.rstrip("/") + ".tmp"
@@ -179,7 +180,6 @@ def write_folder(path, config, head, weights, tokenizer, dtype):
         shutil.rmtree(temporary, ignore_errors=True)
         os.makedirs(temporary)
     held, files, index, size, total = {}, [], {}, 0, 0
-    config_dict, family = config_json(config, head)
 
     def flush():
         files.append(f"part-{len(files)}")

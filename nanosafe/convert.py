@@ -5,6 +5,7 @@ $ python -m nanosafe.checkpoint SOURCE TARGET [--to=hf] [--dtype=bfloat16]
 """
 
 import os
+import shutil
 
 import torch
 from tqdm import tqdm
@@ -29,9 +30,9 @@ def main(arguments):
 
 
 def convert(source, target, dtype=None):
-    """Write a model folder, tensor by tensor: no more than one of its files is ever in memory."""
-    beside = [target.rstrip("/") + ending for ending in ("", ".tmp", ".old")]
-    there = [path for path in beside if os.path.lexists(path)]
+    """Write a model folder, tensor by tensor: one of its files, and one to write, are in memory."""
+    temporary, old = (target.rstrip("/") + ending for ending in (".tmp", ".old"))
+    there = [path for path in (target, temporary, old) if os.path.lexists(path)]
     if there or not target.strip("/."):
         stop(f"{(there or [target])[0]!r} is there already: choose another TARGET, or remove it")
     with untrusted(source):
@@ -51,10 +52,13 @@ def convert(source, target, dtype=None):
             with untrusted(source):
                 fill([(name, whole)], folder, places)
             if not torch.isfinite(whole).all():
-                stop(f"{name} is not finite in {dtype}: choose another --dtype")
+                stop(f"{name} is not finite in {dtype}, which {source!r} has in {folder.dtype()}")
             yield name, whole
 
-    write_folder(target, config, head, weights(), tok, dtype)
+    try:
+        write_folder(target, config, head, weights(), tok, dtype)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     count = sum(p.numel() for p in model.parameters())
     print(f"{target}: {config.num_hidden_layers} layers, {count:,} parameters, "
           f"{str(dtype).removeprefix('torch.')}, with {'its' if tok else 'no'} tokenizer")

@@ -168,7 +168,7 @@ class Dataset:
         return self.tokens[span], self.mask[span]
 
     def batch(self, examples, device):
-        """The packed Batch of some examples; of pairs, first all preferred sequences."""
+        """The packed Batch of some examples; of pairs, all preferred ones, then the others."""
         pairs = [self.sequence(i, part) for part in range(self.width) for i in examples]
         return collate([tokens for tokens, _ in pairs], [mask for _, mask in pairs], device)
 

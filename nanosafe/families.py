@@ -73,14 +73,14 @@ def named(kind, path):
     return FAMILIES[kind]
 
 
-def config_json(config, d, head):
+def other_json(config, d, head):
     """LLaMA's config.json `d` for a model that needs another family's, and that Family."""
     biases = config.attention_bias, config.output_bias, config.mlp_bias
     special = config.alibi or config.norm_head
     if (special and config.sliding_window or any(biases) and (special or config.sliding_window)
             or any(biases[1:]) and biases[:2] not in ((True, True), (False, False))):
         stop("no family's config.json can say what this model has: windows, ALiBi, a normalised "
-             f"head and biases together, or only some biases: {config}")
+             "head and biases together, or only some of the biases")
     if special:
         kind, more = "baichuan", {"norm_head": config.norm_head,
                                   "model_max_length": config.max_position_embeddings}

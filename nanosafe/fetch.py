@@ -153,8 +153,13 @@ def convert(paths, to_record, out, holdout=0.0, tokenizer="",
         counts[split].update(rows=1, unsafe=safe.count(False), labelled=len(safe), size=sum(
             map(len, tok.encode_batch(said) if tok else said)))
     rows = [("", "rows", "tokens" if tok else "characters", "unsafe answers")]
+    reasons = "".join(f"; dropped {count:,} ({reason})" for reason, count in dropped.most_common())
+    print(f"{read:,} rows read, {read - dropped.total():,} kept{reasons}")
     for split, file in files.items():
         file.close()
+        if read == dropped.total():
+            os.remove(file.name)
+            continue
         c = counts[split]
         if c["rows"]:
             os.replace(names[split] + ".tmp", names[split])
@@ -163,10 +168,9 @@ def convert(paths, to_record, out, holdout=0.0, tokenizer="",
         else:
             for name in filter(os.path.exists, (names[split], names[split] + ".tmp")):
                 os.remove(name)  # an older one too: its rows are now on the other side
-    reasons = "".join(f"; dropped {count:,} ({reason})" for reason, count in dropped.most_common())
-    print(f"{read:,} rows read, {read - dropped.total():,} kept{reasons}\n{table(rows)}")
     if len(rows) == 1:
         stop(f"none of the {read} rows in {', '.join(paths[:3])} can be used")
+    print(table(rows))
 
 
 def records(paths, to_record):
@@ -191,9 +195,9 @@ def checked(record):
     """The record, if every text in it is one; else raises ValueError."""
     turns = record.get("input", [""])
     turns, talk = [turns] if isinstance(turns, str) else turns, record.get("dialogue", [])
-    said = [*turns, *talk, record.get("answer", "-"), record.get("other_answer", " -")]
-    if "input" in record and not all(isinstance(t, str) and t.strip() for t in said) or (
-            talk and not all(isinstance(t, str) and t.strip() for t in talk)):
+    said = [*(turns if "input" in record else ()), *talk,
+            *(record[name] for name in ("answer", "other_answer") if name in record)]
+    if not all(isinstance(text, str) and text.strip() for text in said):
         raise ValueError("an empty text")
     if not len(turns) % 2 or len(talk) % 2:
         raise ValueError("turns that do not end as they should")
@@ -206,7 +210,7 @@ def checked(record):
 
 def label(value):
     """A label that is true or false, or 1 or 0; nothing else will do."""
-    if value not in (0, 1) or isinstance(value, str):
+    if value not in (0, 1):
         raise ValueError(f"the label {value!r}")
     return bool(value)
 

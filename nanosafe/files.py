@@ -16,20 +16,29 @@ def untrusted(path):
     """Whatever goes wrong with a file, or a folder, that others made is one line, no traceback."""
     try:
         yield
+    except (AssertionError, MemoryError):
+        raise
     except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            raise
         words = " ".join(str(error).split()) or "it breaks off"
         stop(f"{os.fspath(path)!r} cannot be read: {type(error).__name__}: {words[:300]}")
 
 
 def read_json(folder, name):
-    """The object in a json file; {} where there is no file, or no JSON: Llama-3.2 was published
-    with such a generation_config.json."""
+    """The object in a json file; {} where there is no file."""
     try:
         with open(os.path.join(folder, name), encoding="utf-8") as f:
             value = json.load(f)
-    except (FileNotFoundError, ValueError):
+    except FileNotFoundError:
         return {}
-    return value if isinstance(value, dict) else {}
+    except (ValueError, RecursionError):
+        value = None
+    if isinstance(value, dict):
+        return value
+    if name == "generation_config.json":  # Llama-3.2 was published with one that is no JSON
+        return {}
+    stop(f"{os.path.join(folder, name)!r} is no JSON object")
 
 
 def write_json(value, folder, name):

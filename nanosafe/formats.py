@@ -28,7 +28,7 @@ def apart(tensors, H, K, E):
 class Family(NamedTuple):
     """How a family's folders differ from LLaMA's."""
 
-    architecture: str = "Llama"  # what its name for a head, ForCausalLM say, is put after
+    architecture: str = "Llama"  # in config.json, where folders of the family are written
     config: Callable = lambda d: {}  # its config.json -> the keys that LLaMA spells otherwise
     qkv: tuple = ("q_proj", "k_proj", "v_proj")  # the tensors with queries, keys and values
     layout: Callable = apart  # where these are in them: parts(), below, of qkv_proj
@@ -69,7 +69,7 @@ def config_json(config, head):
     window, alibi, norm_head, output_bias = (d.pop(key) for key in keys)
     if window or alibi or norm_head or output_bias != config.attention_bias:
         from nanosafe import families
-        return families.config_json(config, d, head)
+        return families.other_json(config, d, head)
     return d, LLAMA
 
 
@@ -91,8 +91,6 @@ class Folder:
 
     def read_index(self):
         d = read_json(self.path, "config.json")
-        if not d:
-            stop(f"the config.json of {self.path!r} is not JSON, or empty")
         if d.get("quantization_config"):
             stop(f"{self.path!r} is quantised: open the weights that it was made from")
         if d.get("hidden_act", "silu") not in ("silu", "swish"):
@@ -123,7 +121,8 @@ class Folder:
         if lost:
             stop(f"{self.path!r}: the index names {min(lost)!r}, which its files do not hold")
         biased = lambda part: any(name.endswith(part + ".bias") for name in self.tensors)
-        self.config = {**d, **self.family.config(d), "attention_bias": biased(self.family.qkv[0]),
+        self.config = {**d, "sliding_window": 0, "alibi": False, "norm_head": False,
+                       **self.family.config(d), "attention_bias": biased(self.family.qkv[0]),
                        "output_bias": biased("o_proj") or biased("wo"),
                        "mlp_bias": biased(self.family.gate_up[0]),
                        "score_bias": "score_head.bias" in self.tensors}  # the tensors know best

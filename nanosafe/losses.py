@@ -87,7 +87,7 @@ def actor_loss(logps, old_logps, advantages, mask, clip_ratio):
 
 
 def critic_loss(values, old_values, returns, mask, clip_value):
-    """Half the squared error of the value, or of that clipped to old +- clip_value if larger.
+    """Half the squared error of the value, or of the value clipped to old +- clip_value.
 
     All (B, R). Only values carries gradient. Mean over each response, then over responses.
     """

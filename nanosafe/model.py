@@ -108,7 +108,7 @@ class Config:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight (arXiv:1910.07467). In float32, rounded once before the weight."""
+    """x / rms(x) * weight (arXiv:1910.07467). In float32, rounded once before the weight, as HF."""
     def __init__(self, width, eps):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
@@ -182,12 +182,12 @@ class LLaMA(nn.Module):
         """Log-probabilities, logits or scores of packed sequences.
 
         tokens      (N,)   int64: the sequences laid end to end
-        cu_seqlens  (B+1,) int32: where each begins, with position 0, and N at the end
+        cu_seqlens  (B+1,) int32: where each begins, its positions from 0 on, and N at the end
         max_seqlen  int:   length of the longest
         targets     (N,)   int64: the token that follows; -100 where nobody reads the answer
         temperature divides the logits
 
-        head="lm" with targets: log p(targets[t] | tokens[..t]) (N,) float32, else 0, without (N, V)
+        head="lm" with targets: log p(targets[t] | tokens[..t]) (N,) float32, 0 where it is -100
         head="lm" without:      logits (N, V)
         head="score":           scores (N,) float32
         """
@@ -196,19 +196,19 @@ class LLaMA(nn.Module):
         if self.head == "score":
             return self.scores(x)
         if targets is None:
-            return self.logits(x) / temperature
+            return F.linear(x, self.vocabulary()) / temperature
         read = (targets >= 0).nonzero().squeeze(1)
         logps = LogProbs.apply(x[read], self.vocabulary(), targets[read], temperature)
         return torch.zeros(len(tokens), device=x.device).index_copy(0, read, logps)
 
     def hidden(self, tokens, seqs, caches=None):
-        """tokens (N,) -> hidden states after the final norm (N, D). caches: one per layer."""
+        """tokens (N,) -> hidden states after the last norm (N, D). caches: one a layer, or None."""
         x = self.embed_tokens(tokens)
         if self.inv_freq.device != x.device:
             self.inv_freq = self.inv_freq.to(x.device)
         if self.config.sliding_window or self.config.alibi:
             from nanosafe import masks
-            seqs = masks.limit(seqs, self.config)
+            seqs = masks.limit(seqs, self.config, x)
         angles = seqs.positions[:, None] * self.inv_freq  # (N, E/2) float32
         cos, sin = (f(angles)[:, None].to(x.dtype) for f in (torch.cos, torch.sin))  # (N, 1, E/2)
         for i, layer in enumerate(self.layers):
@@ -222,16 +222,12 @@ class LLaMA(nn.Module):
         c = self.config
         if c.rope_type == "dynamic" and length > c.max_position_embeddings:
             raise SystemExit(f"error: {length} tokens, but beyond {c.max_position_embeddings} this "
-                             "model's RoPE (dynamic) is not known here: lower max_len")
+                             "model's RoPE is not known here: lower max_len or max_new_tokens")
 
     def vocabulary(self):
         """The matrix (V, D) whose rows score the next token."""
         weight = self.lm_head.weight
         return F.normalize(weight) if self.config.norm_head else weight
-
-    def logits(self, x):
-        """Hidden states (N, D) -> logits (N, V)."""
-        return F.linear(x, self.vocabulary())
 
     def scores(self, x):
         """Hidden states (N, D) -> scores (N,): in float32, since bfloat16 ties near zero."""
@@ -252,7 +248,7 @@ def rotate(x, cos, sin):
 
 
 def rope_frequencies(c):
-    """Angle per position of each pair of dimensions (E/2,) float32, scaled or not."""
+    """Angle per position of each pair of dimensions (E/2,) float32, scaled as the config says."""
     powers = torch.arange(0, c.head_dim, 2, dtype=torch.int64, device="cpu").float() / c.head_dim
     inv_freq = 1.0 / (c.rope_theta**powers)
     if c.alibi:

@@ -34,7 +34,8 @@ class Monitor:
                         mininterval=often)
         if log_to:
             from nanosafe import sinks
-            self.sinks = [sinks.start(sink.strip(), out_dir, config) for sink in log_to.split(",")]
+            names = filter(None, map(str.strip, log_to.split(",")))
+            self.sinks = [sinks.start(name, out_dir, config) for name in names]
 
     def log(self, step, metrics):
         """Record the metrics (name -> number) of optimizer step `step`."""

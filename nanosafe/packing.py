@@ -1,7 +1,7 @@
 """
 Which examples a step takes, how they are dealt to ranks and micro-batches, how these are packed.
 
-Pure functions all: every rank has the same plan, a resumed run no cursor but its step.
+All are pure functions: ranks plan alike, and a resumed run needs no cursor but its step.
 
 Shapes: N packed tokens, B sequences, R response positions.
 """

@@ -179,7 +179,7 @@ def whole(model):
 def backward(model, loss, last=True):
     """Back-propagate; over all ranks and calls gradients add up (FSDP takes the mean: the factor).
 
-    last  whether this is the step's last call for `model`: whole copies exchange gradients then
+    last  whether this is the step's last call for `model`: copies exchange gradients only then
     """
     if isinstance(model, FSDPModule) and model.place.layout == "ddp":
         model.set_requires_gradient_sync(last)

@@ -17,27 +17,29 @@ PARQUET = ("python -c \"import pandas as pd; pd.read_parquet('IN.parquet').to_js
 
 
 def open_text(path):
-    """A text file, opened through its compression: .gz, .xz, a .zip with one file of rows."""
+    """A text file, opened through its compression (.gz, .xz, a .zip with one file of rows), and its
+    name without."""
     if path.endswith(".gz"):
-        return gzip.open(path, "rt", encoding="utf-8-sig")
+        return gzip.open(path, "rt", encoding="utf-8-sig"), path[:-3]
     if path.endswith(".xz"):
-        return lzma.open(path, "rt", encoding="utf-8-sig")
+        return lzma.open(path, "rt", encoding="utf-8-sig"), path[:-3]
     if path.endswith(".zip"):
         archive = zipfile.ZipFile(path)
         names = [name for name in archive.namelist()
                  if name.endswith((".json", ".jsonl")) and not name.startswith("__MACOSX")]
         if len(names) != 1:
             stop(f"{path!r} holds {len(names)} files of rows, not one: unpack it")
-        return io.TextIOWrapper(archive.open(names[0]), encoding="utf-8-sig")
+        return io.TextIOWrapper(archive.open(names[0]), encoding="utf-8-sig"), names[0]
     if path.endswith(".parquet"):
         stop(f"{path!r}: parquet is not read here; convert it with {PARQUET}")
-    return open(path, encoding="utf-8-sig")
+    return open(path, encoding="utf-8-sig"), path
 
 
 def read(path):
     """The Rows of a file, compressed or not, of lines or one list."""
-    with open_text(path) as f:
-        if path.removesuffix(".gz").removesuffix(".xz").removesuffix(".zip").endswith(".json"):
+    f, name = open_text(path)
+    with f:
+        if name.endswith(".json"):
             for i, value in enumerate(json_items(f, path), start=1):
                 yield Row(value if isinstance(value, dict) else None, path, i)
         else:

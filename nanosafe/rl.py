@@ -1,5 +1,5 @@
 """
-What comes before a PPO loss: KL-shaped rewards and costs, GAE, moments, the multiplier.
+What comes before a PPO loss: KL-shaped rewards and costs, GAE, normalisers, lambda.
 
 Shapes: B responses, R response positions, float32 and right-padded; `mask` is 1 on a response's own
 tokens, the end-of-sequence token included. Position t of logps, values, rewards and advantages
@@ -21,7 +21,7 @@ def shaped_rewards(scores, logps, ref_logps, mask, kl_coef, clip_score):
 
 
 def shaped_costs(scores, logps, ref_logps, mask, kl_coef, clip_score):
-    """Per-token costs: the same with +kl_coef. So the mixture has kl_coef at every lambda."""
+    """Per-token costs: the same with +kl_coef. So the mixed advantage has it at every lambda."""
     return shape(scores, kl_coef * (logps - ref_logps), mask, clip_score)
 
 
@@ -57,7 +57,7 @@ def mix_advantages(reward_adv, cost_adv, lambda_):
 class LagrangeMultiplier:
     """Gradient ascent on log lambda: lambda grows while the recent mean cost is above the limit.
 
-    log lambda <- min(log lambda + lr * (J_C - cost_limit) * lambda, log max)       (Eq. 31)
+    log lambda <- min(log lambda + lr * (J_C - cost_limit) * lambda, log max)   (Eq. 31)
 
     init, max  first and greatest lambda (max 0: no bound)
     lr         step on log lambda; 0 keeps lambda at init, which is fixed reward shaping
@@ -120,8 +120,7 @@ class RunningMeanStd:
 
 
 class ExponentialMovingAverage(RunningMeanStd):
-    """Mean and variance that forget: `momentum` weighs what was known before.
-    """
+    """Mean and variance that forget: `momentum` weighs what was known before."""
     def __init__(self, momentum, mean=0.0, var=1.0, count=0):
         super().__init__(mean, var, count)
         self.momentum = momentum

@@ -3,7 +3,7 @@ Sample many responses fast.
 
 A small engine: prompts are prefilled packed, into a preallocated key-value cache of `slots` rows;
 every step decodes one token for all rows at once; a finished row is refilled by the next prompt,
-and when none is left the rows close ranks. Nothing communicates: ranks may stop apart.
+and when none is left the rows close ranks. Nothing communicates: ranks may stop at different times.
 
 Sampling is a pure function: the uniform number behind a token is a hash of (seed, prompt uid,
 position), turned into a token by the inverse of the cumulative distribution. The same prompt gives
@@ -100,6 +100,7 @@ class Engine:
     def __init__(self, model, slots, wanted, length, sampling):
         c, weight = model.config, model.embed_tokens.weight
         self.model, self.sampling, self.device = model, sampling, weight.device
+        self.head = model.vocabulary().T
         model.check_length(length)
         length = -(-length // 64) * 64
         if not slots:
@@ -130,7 +131,7 @@ class Engine:
         self.keys[rows] = ints([key - 2**64 if key >= 2**63 else key for key in keys])
         self.positions[rows] = lengths
         self.prompt_lengths[rows] = lengths
-        self.tokens[rows] = sample(self.model.logits(x), self.keys[rows],
+        self.tokens[rows] = sample(x @ self.head, self.keys[rows],
                                    torch.zeros_like(lengths), *self.sampling)
         for row, prompt in enumerate(prompts, start=first):
             self.extents[row] = len(prompt) + 1
@@ -149,9 +150,9 @@ class Engine:
 
     def decode(self, n, extent):
         positions = self.positions[:n]
-        mask = (self.columns[:extent] <= positions[:, None])[:, None]  # (n, 1, extent)
+        mask = (self.columns[:extent] <= positions[:, None])[:, None, None]  # (n, 1, 1, extent)
         step = attention.Step(positions, mask, self.rows[:n])
-        logits = self.model.logits(self.model.hidden(self.tokens[:n], step, self.caches))
+        logits = self.model.hidden(self.tokens[:n], step, self.caches) @ self.head
         index = positions - self.prompt_lengths[:n] + 1
         self.tokens[:n] = sample(logits, self.keys[:n], index, *self.sampling)
         # A graph also computes rows beyond the live ones; theirs must stay inside the cache.
@@ -199,7 +200,7 @@ def sample(logits, keys, index, temperature, top_k, top_p):
 
 
 def filter_probs(probs, top_k, top_p):
-    """Zero what is outside the top_k likeliest, then outside the fewest that hold top_p of it."""
+    """Zero what is outside the top_k likeliest, then outside the fewest with top_p of the rest."""
     if 0 < top_k < probs.shape[-1]:
         least = probs.topk(top_k, dim=-1).values[:, -1:]
         probs = torch.where(probs < least, 0.0, probs)

@@ -86,17 +86,19 @@ def read(file):
     for t in (*({**t, "id": int(id)} for id, t in decoder),
               *(t for t in later if t["id"] >= engine.size)):
         added[t["content"]] = Token(*(t.get(key, False) for key in Token._fields))
+        if t.get("single_word"):
+            stop(f"{file!r}: single_word, of {t['content']!r}, is not known here")
     if not all(0 <= t.id < 2**24 for t in added.values()):
         stop(f"{file!r}: an added token has an id that no model has a row for")
-    stated, config = (read_json(folder, name).get("eos_token_id")
-                      for name in ("generation_config.json", "config.json"))
-    eos = [*(stated if isinstance(stated, list) else [stated]),
-           *(config if isinstance(config, list) else [])]
-    tokenizer = Tokenizer(engine, added, names, [id for id in eos if isinstance(id, int)], file)
-    if tokenizer.eos_id < 0:
-        stop(f"{file!r} has no end-of-sequence token: name one as eos_token in "
-             "tokenizer_config.json")
-    return tokenizer
+    stated = [read_json(folder, name).get("eos_token_id")
+              for name in ("generation_config.json", "config.json")]
+    lists = [x if isinstance(x, list) else [x] for x in stated]
+    sure = lists[0] + (lists[1] if isinstance(stated[1], list) else [])
+    for ids in (sure, sure + lists[1]):  # a number in config.json only where nothing else is said
+        tokenizer = Tokenizer(engine, added, names, [i for i in ids if isinstance(i, int)], file)
+        if tokenizer.eos_id >= 0:
+            return tokenizer
+    stop(f"{file!r} has no end-of-sequence token: name one as eos_token in tokenizer_config.json")
 
 
 def content(token):
@@ -115,10 +117,11 @@ class Tokenizer:
                         for texts in longest_first]
         self.contents = {t.id: text for text, t in self.added.items()}
         self.bos_id, self.eos_id, self.pad_id = map(self.named, SPECIAL)
-        others = [id for id in eos_ids if id not in (self.bos_id, -1)]  # old folders' are wrong
+        self.vocab_size = max([engine.size - 1, *self.contents]) + 1
+        # Some old folders name BOS, or -1, as an end of sequence.
+        others = [id for id in eos_ids if 0 <= id < self.vocab_size and id != self.bos_id]
         self.eos_id = others[0] if self.eos_id < 0 and others else self.eos_id
         self.eos_ids = sorted({self.eos_id, *others})
-        self.vocab_size = max([engine.size - 1, *self.contents]) + 1
 
     def named(self, key):
         """The id of the token that the folder, or else the engine, calls bos_token, say; or -1."""
@@ -198,9 +201,8 @@ class Tokenizer:
 
 
 class Pieces:
-    """A SentencePiece model, as its file declares itself; `names`: what tokenizer_config.json says.
-    """
-    files = FILES
+    """A SentencePiece model, as its file declares itself; names: tokenizer_config.json's."""
+    files, normalize = FILES, str
 
     def __init__(self, proto, names, file="tokenizer.model"):
         try:
@@ -226,9 +228,6 @@ class Pieces:
                         for i, text in enumerate(texts)
                         if scores[i] == 0 and scores[i + 1:i + 2] != [-1] and len(text) > 1
                         and text.strip(MARK + SPACE) and not (sp.is_byte(i) or text in self.added)}
-
-    def normalize(self, text):
-        return text
 
     def encode(self, text, begins=True, plain=False):
         """Ids of text; begins: put a space in front, where the model's texts begin so. plain: what

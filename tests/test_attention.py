@@ -53,7 +53,7 @@ def test_a_step_over_the_cache_equals_the_packed_sequence():
     head = attention.pack(torch.tensor([0, 5, 7], dtype=torch.int32), 5, 7, slots=torch.tensor([0, 1]))
     head.attend(q[first], k[first], v[first], cache)
     last, positions = torch.tensor([5, 8]), torch.tensor([5, 2])
-    mask = (torch.arange(8) <= positions[:, None])[:, None]
+    mask = (torch.arange(8) <= positions[:, None])[:, None, None]
     step = attention.Step(positions, mask, torch.arange(2))
     assert torch.allclose(step.attend(q[last], k[last], v[last], cache), whole[last], atol=1e-6)
 
@@ -65,7 +65,7 @@ def test_varlen_equals_the_padded_path_forward_and_backward(K, window):
     results = []
     for path in ("varlen", "padded"):
         q, k, v, seqs = inputs([300, 77, 512], K=K, E=64, device="cuda", dtype=torch.bfloat16)
-        seqs = masks.limit(seqs, small_config(sliding_window=window)) if window else seqs
+        seqs = masks.limit(seqs, small_config(sliding_window=window), q.float() if path == "padded" else q) if window else seqs
         leaves = [x.requires_grad_() for x in (q, k, v)]
         out = getattr(seqs, path)(*leaves)
         out.float().square().sum().backward()
@@ -90,9 +90,9 @@ def test_windows_and_alibi_equal_the_plain_definition(window, alibi):
                                       for j in seen])
                 expected[first + i, h] = logits.softmax(0) @ torch.stack([v[first + j, h // (H // K)] for j in seen])
     cache = attention.Cache(torch.zeros(4, K, 8, E), torch.zeros(4, K, 8, E))
-    whole = masks.limit(seqs._replace(slots=torch.tensor([0, 1])), config)
+    whole = masks.limit(seqs._replace(slots=torch.tensor([0, 1])), config, q)
     assert torch.allclose(whole.attend(q, k, v, cache), expected, atol=1e-5)
     last, positions = torch.tensor([5, 8]), torch.tensor([5, 2])
-    step = attention.Step(positions, (torch.arange(8) <= positions[:, None])[:, None], torch.arange(2))
-    step = masks.limit(step, config)
+    step = attention.Step(positions, (torch.arange(8) <= positions[:, None])[:, None, None], torch.arange(2))
+    step = masks.limit(step, config, q)
     assert torch.allclose(step.attend(q[last], k[last], v[last], cache), expected[last], atol=1e-5)

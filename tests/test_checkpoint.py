@@ -122,7 +122,7 @@ def test_a_bin_file_executes_nothing(folder):
     with pytest.raises(SystemExit, match="cannot be read"):
         checkpoint.load(folder)
     (folder / "config.json").write_text("{")
-    with pytest.raises(SystemExit, match="is not JSON, or empty"):
+    with pytest.raises(SystemExit, match="is no JSON object"):
         checkpoint.load(folder)
 
 

@@ -55,9 +55,9 @@ def decoded(model, prompt):
     out = [model.hidden(TOKENS[:prompt], head, caches)[-1:]]
     for i in range(prompt, n):
         position = torch.tensor([i])
-        mask = (torch.arange(n) <= position[:, None])[:, None]
+        mask = (torch.arange(n) <= position[:, None])[:, None, None]
         out.append(model.hidden(TOKENS[i:i + 1], attention.Step(position, mask, row), caches))
-    return model.logits(torch.cat(out))
+    return torch.cat(out) @ model.vocabulary().T
 
 
 @torch.no_grad()

@@ -132,6 +132,19 @@ def test_baichuan2_with_more_rows_keeps_its_head():
     {"output_bias": True}, {"norm_head": True, "sliding_window": 8}, {"alibi": True, "attention_bias": True}])
 def test_what_no_config_can_say_is_not_written(tmp_path, changes):
     refuses(checkpoint.save, scratch(small_config(**changes)), tmp_path / "x", match="no family's config.json")
+    assert not os.listdir(tmp_path)
+
+
+def test_a_mistral_with_biases_is_refused_before_it_is_trained(tmp_path):
+    checkpoint.save(scratch(small_config(attention_bias=True, output_bias=True)), tmp_path)
+    write_json({**read_json(tmp_path, "config.json"), "model_type": "mistral", "sliding_window": 8}, tmp_path, "config.json")
+    refuses(checkpoint.load, tmp_path, match="no family's config.json")
+
+
+def test_a_llama_obeys_no_other_family_s_keys(folder):
+    write_json({**read_json(folder, "config.json"), "sliding_window": 8, "alibi": True, "norm_head": True}, folder, "config.json")
+    config = checkpoint.load(folder).config
+    assert not (config.sliding_window or config.alibi or config.norm_head)
 
 
 def test_convert_never_overwrites(folder, tmp_path):
@@ -147,6 +160,8 @@ def test_convert_says_what_half_precision_loses(folder, tmp_path):
     tensors["model.norm.weight"][0] = 1e5
     save_file(tensors, folder / "model.safetensors")
     refuses(convert.convert, str(folder), str(tmp_path / "half"), torch.float16, match="norm.weight is not finite in torch.float16")
+    assert sorted(os.listdir(tmp_path)) == ["model"]
+    convert.convert(str(folder), str(tmp_path / "half"), torch.bfloat16)  # and nothing stands in the way
 
 
 def test_meta_s_llama_3_has_its_length_and_all_its_shards(tmp_path):
@@ -172,8 +187,7 @@ def test_meta_s_llama_3_has_its_length_and_all_its_shards(tmp_path):
 
 
 @pytest.mark.parametrize("name, text", [
-    ("tokenizer_config.json", "[1]"), ("tokenizer_config.json", "null"), ("special_tokens_map.json", "[1]"),
-    ("added_tokens.json", "[1]"), ("generation_config.json", "null"), ("generation_config.json", '{"eos_token_id": [2, null, "7"]}'),
+    ("generation_config.json", "{"), ("generation_config.json", "null"), ("generation_config.json", '{"eos_token_id": [2, null, "7"]}'),
     ("tokenizer_config.json", '{"added_tokens_decoder": null}'), ("tokenizer_config.json", '{"eos_token": ""}')])
 def test_what_stands_beside_a_tokenizer_may_be_odd(world, tmp_path, name, text):
     shutil.copy(world / "tokenizer" / "tokenizer.model", tmp_path)
@@ -189,6 +203,14 @@ def test_what_stands_beside_a_tokenizer_may_be_wrong(world, tmp_path, name, valu
     shutil.copy(world / "tokenizer" / "tokenizer.model", tmp_path)
     write_json(value, tmp_path, name)
     refuses(tokenizer.load, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json"])
+@pytest.mark.parametrize("text", ["[1]", "null", "{", "[" * 10**5])
+def test_what_stands_beside_a_tokenizer_is_json(world, tmp_path, name, text):
+    shutil.copy(world / "tokenizer" / "tokenizer.model", tmp_path)
+    (tmp_path / name).write_text(text)
+    refuses(tokenizer.load, tmp_path, match="is no JSON object")
 
 
 @pytest.mark.parametrize("change", [
@@ -236,8 +258,14 @@ def test_a_model_without_dummy_prefix_says_so_to_transformers(tmp_path):
 
 def test_ends_of_sequence_may_be_numbers_in_either_config(tmp_path):
     oracles.byte_level(tmp_path, bpe.GPT2, specials=("A", "B"))
+    for wrong in (None, 10**6, -1, True, "x"):
+        write_json({"eos_token_id": wrong}, tmp_path, "config.json")
+        refuses(tokenizer.load, tmp_path, match="no end-of-sequence token") if wrong is not True else None
     write_json({"eos_token_id": 300}, tmp_path, "config.json")
-    refuses(tokenizer.load, tmp_path, match="no end-of-sequence token")
+    assert tokenizer.load(tmp_path).eos_ids == [300]
+    model = scratch(small_config(vocab_size=tokenizer.load(tmp_path).vocab_size))
+    checkpoint.save(model, tmp_path / "saved", tokenizer.load(tmp_path))
+    assert tokenizer.load(tmp_path / "saved").eos_id == 300
     write_json({"eos_token_id": [300, 301]}, tmp_path, "config.json")
     assert tokenizer.load(tmp_path).eos_id == 300 and tokenizer.load(tmp_path).eos_ids == [300, 301]
     write_json({"eos_token": "A"}, tmp_path, "tokenizer_config.json")
@@ -302,6 +330,12 @@ def test_a_split_that_is_no_more_leaves_no_file(tmp_path):
     assert len(written(tmp_path)) == 20 and not written(tmp_path, "test")
 
 
+def test_a_failed_preparation_leaves_the_old_files(tmp_path):
+    prepare(tmp_path, "pku_saferlhf", [PKU])
+    done = prepare(tmp_path, "pku_saferlhf", [{"x": 1}])
+    assert done.returncode == 1 and len(written(tmp_path)) == 1 and os.listdir(tmp_path / "out") == ["train.jsonl"]
+
+
 def test_the_latest_file_is_no_test(tmp_path):
     prepare(tmp_path, "pku_saferlhf", [PKU], raw_name="latest_contest.jsonl")
     assert len(written(tmp_path)) == 1 and not written(tmp_path, "test")
@@ -320,7 +354,8 @@ def test_labels_and_texts_are_what_they_should_be_or_the_row_is_dropped(tmp_path
     ("alpaca", {"instruction": "a", "output": "b", "history": [["a"]]}), ("alpaca", {"instruction": "a", "output": "b", "history": [1]}),
     ("ultrafeedback", {"instruction": None, "completions": [{"response": "a", "overall_score": 1}, {"response": "b", "overall_score": 2}]}),
     ("ultrafeedback", {"instruction": "x", "completions": [{"response": "a", "overall_score": float("nan")}, {"response": "b", "overall_score": 2}]}),
-    ("phf", {"texts": "ab", "scores": [1, 2]}), ("beavertails", {"prompt": "a", "response": "b", "is_safe": "False"}),
+    ("phf", {"texts": "ab", "scores": [1, 2]}), ("phf", {"texts": [None], "scores": [1]}),
+    ("phf", {"texts": ["a"], "scores": [float("nan")]}), ("beavertails", {"prompt": "a", "response": "b", "is_safe": "False"}),
 ])
 def test_rows_that_are_no_rows_are_dropped(tmp_path, name, row):
     done = prepare(tmp_path, name, [row])
@@ -347,6 +382,9 @@ def test_raw_files_that_break(tmp_path):
     with zipfile.ZipFile(tmp_path / "two.jsonl.zip", "a") as z:
         z.writestr("data/b.jsonl", '{"a": 2}\n')
     zipfile.ZipFile(tmp_path / "none.zip", "w").close()
+    with zipfile.ZipFile(tmp_path / "list.zip", "w") as z:
+        z.writestr("rows.json", '[{"a": 1}, {"a": 2}]')
+    assert [row.record["a"] for row in raw.read(str(tmp_path / "list.zip"))] == [1, 2]
     for name in ("x.jsonl.gz", "deep.json", "two.jsonl.zip", "none.zip"):
         refuses(lambda: list(fetch.read_rows(str(tmp_path / name))))
 
@@ -364,7 +402,25 @@ def test_sample_refuses_in_one_line(world, tmp_path):
     assert done.stdout.count("a row is left out") == 2 and "> How?" in done.stdout
     (tmp_path / "latin.txt").write_bytes("naïve".encode("latin-1"))
     checkpoint.save(scratch(small_config(vocab_size=40)), tmp_path / "short", tokenizer.load(world / "tokenizer"))
-    for flags in ([f"--model={world}/policy", "--max_new_tokens=0", "--prompt=a"], [f"--model={tmp_path}/short", "--prompt=a"],
+    done = run("sample.py", f"--model={tmp_path}/short", "--prompt=a", "--max_new_tokens=2")
+    assert "rows for new tokens, each the others' mean" in done.stdout
+    for flags in ([f"--model={world}/policy", "--max_new_tokens=0", "--prompt=a"],
                   [f"--model={world}/policy", f"--prompts={tmp_path}/latin.txt"], [f"--model={world}/policy", "--prompts=none.txt"]):
         done = run("sample.py", *flags, check=False)
         assert done.returncode == 1 and "error: " in done.stderr and "Traceback" not in done.stderr, flags
+
+
+def test_single_word_is_refused_everywhere(world, tmp_path):
+    shutil.copy(world / "tokenizer" / "tokenizer.model", tmp_path)
+    write_json({"added_tokens_decoder": {"900": {"content": "foo", "single_word": True}}}, tmp_path, "tokenizer_config.json")
+    refuses(tokenizer.load, tmp_path, match="single_word, of 'foo'")
+
+
+def test_merges_in_either_spelling_are_one_tokenizer(tmp_path):
+    oracles.byte_level(tmp_path / "a", bpe.GPT2, specials=("</s>",))
+    spec = read_json(tmp_path / "a", "tokenizer.json")
+    merges = [m if isinstance(m, list) else m.split(" ") for m in spec["model"]["merges"]]
+    for name, spelled in (("a", merges), ("b", [" ".join(m) for m in merges])):
+        os.makedirs(tmp_path / name, exist_ok=True)
+        write_json({**spec, "model": {**spec["model"], "merges": spelled}}, tmp_path / name, "tokenizer.json")
+    assert tokenizer.load(tmp_path / "a").fingerprint == tokenizer.load(tmp_path / "b").fingerprint

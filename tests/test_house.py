@@ -14,7 +14,7 @@ import configurator
 TRAINERS = ("train_sft.py", "train_pref.py", "train_ppo_lag.py")
 SCRIPTS = (*TRAINERS, "sample.py")
 ALLOWED = {  # module -> modules of the package that it may import
-    "attention": "", "losses": "", "rl": "", "tokenizer": "files", "parallel": "files", "packing": "", "rows": "files", "files": "", "masks": "",
+    "attention": "", "losses": "", "rl": "", "tokenizer": "files", "parallel": "files", "packing": "", "rows": "files", "files": "", "masks": "attention",
     "sinks": "", "table": "", "aliases": "", "model": "attention", "rollout": "attention", "data": "files packing rows",
     "raw": "files rows", "fetch": "files raw rows table tokenizer", "resume": "checkpoint files parallel state", "bpe": "files tokenizer", "formats": "files", "families": "files formats",
     "layouts": "families files formats", "checkpoint": "files formats model parallel",

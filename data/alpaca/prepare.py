@@ -23,8 +23,6 @@ def to_record(row):
     """Instruction and input make the prompt, joined by a space as Safe-RLHF does; earlier turns,
     where there are, come first."""
     prompt = row["instruction"] + (" " + row["input"] if row.get("input") else "")
-    if not prompt.strip() or not row["output"].strip():
-        raise ValueError("an empty text")
     history = [turn for pair in row.get("history") or [] for turn in pair]
     if history:
         return {"dialogue": [*history, prompt, row["output"]]}

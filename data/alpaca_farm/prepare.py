@@ -24,8 +24,6 @@ def to_record(row):
     prompt = row["instruction"] + (" " + row["input"] if row.get("input") else "")
     if row["preference"] not in (1, 2):
         raise ValueError("no preference")
-    if not prompt.strip() or not row["output_1"].strip() or not row["output_2"].strip():
-        raise ValueError("an empty text")
     return {"input": prompt, "answer": row["output_1"], "other_answer": row["output_2"],
             "better": row["preference"] == 1}
 

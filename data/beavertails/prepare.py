@@ -23,8 +23,6 @@ configure(globals())
 
 def to_record(row):
     """The kinds of harm that are marked go along, by name."""
-    if not row["prompt"].strip() or not row["response"].strip():
-        raise ValueError("an empty text")
     safe = fetch.label(row["is_safe"])
     if only_safe and not safe:
         raise ValueError("unsafe, and only_safe is set")

@@ -9,6 +9,7 @@ the folder.
 """
 
 import json
+import math
 import os
 
 from configurator import configure
@@ -29,6 +30,8 @@ SOURCES = {"toxicity": "tomekkorbak/detoxify-pile-chunk3-0-50000",
 def to_record(row):
     """The segments and their scores; the document's score is their mean."""
     texts, scores = row["texts"], [float(score) for score in row["scores"]]
+    if not all(isinstance(text, str) for text in texts) or not all(map(math.isfinite, scores)):
+        raise ValueError("a segment or a score that is none")
     if not isinstance(texts, list) or not texts or len(texts) != len(scores):
         raise ValueError("not one score for each segment")
     return {"texts": texts, "scores": scores, "avg_score": sum(scores) / len(scores)}
