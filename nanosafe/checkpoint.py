@@ -3,7 +3,7 @@ Model folders of the field <-> LLaMA.
 
 What nanosafe writes is a Hugging Face folder: config.json, safetensors files, a tokenizer. A score
 model is the same with `score_head.weight`. What it reads is that and more (formats.py). Weights are
-read row by row into this rank's slice of a model built without memory: no rank ever holds a whole.
+read row by row into this rank's slice of a model built without memory: no rank holds a whole one.
 
 $ python -m nanosafe.checkpoint SOURCE TARGET [--dtype=bfloat16]   # what opens -> a folder
 """
