@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT, run, small_config
 from safetensors.torch import load_file, save_file
 
-from nanosafe import attention, checkpoint, families, tokenizer
+from nanosafe import attention, checkpoint, convert, families, tokenizer
 from nanosafe.rollout import generate
 from nanosafe.scratch import scratch
 
@@ -314,7 +314,7 @@ def test_meta_s_own_layout(shards, embedding, tmp_path):
               "norm_eps": 1e-5, "rope_theta": 5e5}
     (tmp_path / "params.json").write_text(json.dumps({"model": params} if shards == 2 else params))
     compare(tmp_path, logits_of(theirs))
-    run("-m", "nanosafe.checkpoint", tmp_path, tmp_path / "hf")
+    convert.main([str(tmp_path), str(tmp_path / "hf")])
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", attn_implementation="eager")
     assert torch.equal(logits_of(again), logits_of(theirs))
 
@@ -485,7 +485,8 @@ def test_the_command_converts_and_refuses(tmp_path, world):
     assert half.norm.weight.dtype == torch.bfloat16
     assert torch.equal(ours.lm_head.weight.bfloat16(), half.lm_head.weight)
     assert tokenizer.load(tmp_path / "half").fingerprint == tokenizer.load(world / "policy").fingerprint
-    run("-m", "nanosafe.checkpoint", world / "reward", tmp_path / "reward")
+    convert.main([str(world / "reward"), str(tmp_path / "reward")])
     assert checkpoint.load(tmp_path / "reward").head == "score"
-    for arguments in ([world / "policy"], [world / "policy", "x", "--to=gguf"], [world / "policy", "x", "y"]):
-        assert "error: python -m nanosafe.checkpoint SOURCE" in run("-m", "nanosafe.checkpoint", *arguments, check=False).stderr
+    for arguments in (["a"], ["a", "b", "--to=gguf"], ["a", "b", "c"], ["a", "b", "--dtype=int8"]):
+        with pytest.raises(SystemExit, match="error: python -m nanosafe.checkpoint SOURCE"):
+            convert.main(arguments)
