@@ -82,7 +82,8 @@ def read(file):
     for text, id in read_json(folder, "added_tokens.json").items():
         added.setdefault(text, Token(int(id), text in special))
     decoder = (config.get("added_tokens_decoder") or {}).items()
-    later = read_json(folder, "tokenizer.json").get("added_tokens") or ()  # by transformers 5
+    fast = engine.spec if file.endswith(".json") else read_json(folder, "tokenizer.json")
+    later = fast.get("added_tokens") or ()  # transformers 5 adds there, beside a tokenizer.model
     for t in (*({**t, "id": int(id)} for id, t in decoder),
               *(t for t in later if t["id"] >= engine.size)):
         added[t["content"]] = Token(*(t.get(key, False) for key in Token._fields))
@@ -132,8 +133,7 @@ class Tokenizer:
 
     def encode(self, text, bos=False, eos=False, allow_special=True):
         """Token ids of `text`; bos: begun as the model's texts begin, with BOS where it has one.
-        With allow_special=False the text of a special token stays text: for user input.
-        """
+        With allow_special=False the text of a special token stays text: for user input."""
         ids = [self.bos_id] if bos and self.engine.adds_bos and self.bos_id >= 0 else []
         pieces = self.segments(text) if allow_special else [(text, None)]
         for i, (piece, id) in enumerate(pieces):
