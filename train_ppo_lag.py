@@ -3,7 +3,8 @@ Stage 3: prompts -> a policy that maximises reward while its cost stays below a 
 
 PPO-Lagrangian, the algorithm of Safe-RLHF (arXiv:2310.12773). Six models: an actor and two critics
 that are trained, a reference policy, a reward model and a cost model that are not. Without a cost
-model this is PPO (four models); with lambda_lr=0 lambda stays as it is: fixed reward shaping.
+model this is PPO (four models); with lambda_lr=0 lambda stays as it is: fixed reward shaping; with
+advantage=rloo or grpo there are no critics.
 
 On a laptop, after python -m nanosafe.demo:
 $ python train_ppo_lag.py config/toy/ppo_lag.py --out_dir=out/mine
@@ -22,13 +23,16 @@ from tqdm import tqdm
 from configurator import configure, save
 from nanosafe import checkpoint, optim
 from nanosafe import state as run_state
-from nanosafe.data import retokenize, tokenize
+from nanosafe.data import tokenize
+from nanosafe.files import choose, stop
 from nanosafe.losses import actor_loss, critic_loss, masked_mean, mle_loss, sequence_mean
 from nanosafe.monitor import Monitor, Stop
 from nanosafe.packing import (check_fits, collate, count_steps, examples_at, order, plan,
                               responses_of)
-from nanosafe.parallel import add, backward, close, init, main_first, places, whole
-from nanosafe.rl import LagrangeMultiplier, gae, mix_advantages, shaped_costs, shaped_rewards
+from nanosafe.parallel import add, backward, close, init, main_first, places, union, whole
+from nanosafe.rl import (SCALINGS, LagrangeMultiplier, RunningMeanStd, adapted, gae,
+                         group_advantages, mix_advantages, normalize, scaled, shaped_costs,
+                         shaped_rewards)
 from nanosafe.rollout import generate, hash64
 from nanosafe.tokenizer import load as load_tokenizer
 
@@ -52,7 +56,7 @@ max_len = 512  # longest prompt and response together, in tokens
 rollout_size = 128  # prompts per rollout, over all ranks
 num_samples = 1  # responses to each
 max_new_tokens = 512  # longest response; max_len bounds it too
-temperature = 1.0  # of sampling; log-probabilities are always those of temperature 1
+temperature = 1.0  # of sampling, and of all log-probabilities; these know no top_k and top_p
 top_k = 0  # sample from the k likeliest tokens; 0: from all
 top_p = 1.0  # sample from the likeliest tokens that hold this probability; 1: from all
 slots = 0  # responses decoded together on one rank; 0: up to 256
@@ -74,13 +78,23 @@ beta1 = 0.9  # of AdamW
 beta2 = 0.95  # of AdamW
 grad_clip = 1.0  # greatest norm of a gradient; 0: none
 max_skips = 10  # stop after this many updates with a non-finite gradient
+ema = 0.0  # decay per step of an average of the actor's weights, written to model_ema/; 0: none
 # PPO
+advantage = "gae"  # gae | rloo | grpo; the last two need num_samples > 1 and no critics
 kl_coef = 0.01  # weight of the KL penalty against the reference, per token
-clip_ratio = 0.2  # the policy's ratio is clipped to 1 +- this
-clip_score = 50.0  # per-token rewards and costs are clipped to +- this, KL included
-clip_value = 5.0  # values may move this far from those of the rollout
+kl_target = 0.0  # nats per response that kl_coef is adapted to reach; 0: it stays
+kl_horizon = 10000.0  # responses over which it adapts
+clip_ratio = 0.2  # the policy's ratio is clipped to 1 +- this; 0: it is not
+max_ratio = 0.0  # no step of the actor when its mean ratio is above this; 0: always one
+clip_score = 50.0  # per-token rewards and costs are clipped to +- this, KL included; 0: not
+clip_value = 5.0  # values may move this far from those of the rollout; 0: any far
 gamma = 1.0  # discount
 gae_lambda = 0.95  # GAE's lambda
+reward_scaling = "none"  # none | std | mean_std (both running) | first (rollout's std); never costs
+reward_clip = 0.0  # rewards are clipped to +- this once scaled, before the KL joins; 0: not
+normalize_advantage = False  # mean 0 and deviation 1 over a rollout's tokens
+entropy_coef = 0.0  # weight of the policy's entropy per token, as an advantage of -log p
+critic_warmup = 0  # rollouts in which only the critics learn
 ptx_coef = 16.0  # weight of the ptx loss, when there is ptx_data
 ptx_average = False  # halve the sum of actor and ptx gradients, as Safe-RLHF's accumulation does
 # the constraint
@@ -106,32 +120,38 @@ use_compile = True  # torch.compile each block, on a GPU
 config = configure(globals())
 
 # ---- setup ----
-optim.check_schedules(actor_lr_schedule, critic_lr_schedule)
+choose("actor_lr_schedule", actor_lr_schedule, optim.SCHEDULES)
+choose("critic_lr_schedule", critic_lr_schedule, optim.SCHEDULES)
+choose("advantage", advantage, ("gae", "rloo", "grpo"))
+choose("reward_scaling", reward_scaling, SCALINGS)
+if advantage != "gae" and num_samples < 2:
+    stop(f"advantage={advantage!r} compares a prompt's responses with each other: num_samples="
+         f"{num_samples} must be at least 2")
 world = init(device)
 per_rollout = rollout_size * num_samples
 if per_rollout % batch_size:
-    raise SystemExit(f"error: rollout_size * num_samples = {per_rollout} is no multiple of "
-                     f"batch_size={batch_size}")
+    stop(f"rollout_size * num_samples = {per_rollout} is no multiple of batch_size={batch_size}")
 run_state.claim(out_dir, resume)
 if world.main:
     save(config, os.path.join(out_dir, "config.py"))
 tok = load_tokenizer(actor_model)
-reward_tok = load_tokenizer(reward_model)
-cost_tok = load_tokenizer(cost_model) if cost_model else tok
-for path in (reward_critic or reward_model, cost_critic or cost_model):
-    if path and load_tokenizer(path).fingerprint != tok.fingerprint:
-        raise SystemExit(f"error: a critic values the actor's tokens, but {path!r} has another "
-                         f"tokenizer than {actor_model!r}: set reward_critic and cost_critic")
+paths = {"reward": reward_model, **({"cost": cost_model} if cost_model else {})}
+toks = {name: load_tokenizer(path) for name, path in paths.items()}
+critic_paths = {"reward": reward_critic or reward_model, "cost": cost_critic or cost_model}
+critics = [name for name in paths if advantage == "gae"]
+for name in critics:
+    if load_tokenizer(critic_paths[name]).fingerprint != tok.fingerprint:
+        stop(f"a critic values the actor's tokens, but {critic_paths[name]!r} has another "
+             f"tokenizer than {actor_model!r}: set {name}_critic, or advantage=rloo")
 with main_first():  # rank 0 fills the cache of token ids, the others find it
     asked = tokenize(prompts, tok, "prompts", max_len - 1, show=world.main)
     ptx = tokenize(ptx_data, tok, "sft", max_len, show=world.main) if ptx_data else None
 
 check_fits([max_len, *(ptx.lengths.tolist() if ptx else ())], max_tokens)
 
-critics = 2 if cost_model else 1
 size = checkpoint.count_parameters(actor_model)
 trained_place, frozen_place = places(world, dtype, parallel, offload, use_compile,
-                                     activation_checkpointing, size * (1 + critics))
+                                     activation_checkpointing, size * (1 + len(critics)))
 
 
 def frozen(path, head, score_type=None, normalize=False):
@@ -147,17 +167,20 @@ def trained(path, head, score_type, weight_decay):
 
 
 ref = frozen(actor_model, "lm")
-reward_scorer = frozen(reward_model, "score", "reward", normalize_reward)
-models = {  # name -> model, optimizer
-    "actor": trained(actor_model, "lm", None, actor_weight_decay),
-    "reward_critic": trained(reward_critic or reward_model, "score", "critic", critic_weight_decay),
-}
+scorers = {"reward": frozen(reward_model, "score", "reward", normalize_reward)}
 if cost_model:
-    cost_scorer = frozen(cost_model, "score", "cost", normalize_cost)
-    models["cost_critic"] = trained(cost_critic or cost_model, "score", "critic",
-                                    critic_weight_decay)
+    scorers["cost"] = frozen(cost_model, "score", "cost", normalize_cost)
+models = {"actor": trained(actor_model, "lm", None, actor_weight_decay)}  # with their optimizers
+for name in critics:
+    models[f"{name}_critic"] = trained(critic_paths[name], "score", "critic", critic_weight_decay)
 actor = models["actor"][0]
+average = {"model_ema": trained(actor_model, "lm", None, 0.0)} if ema else {}
+
 multiplier = LagrangeMultiplier(lambda_init, lambda_lr, lambda_max, cost_window, lambda_delay)
+moments = RunningMeanStd()  # of the rewards, for reward_scaling
+kl_weight = kl_coef  # what kl_coef has come to
+log_temperature = temperature or 1.0  # of log-probabilities; greedy responses get the model's own
+unbounded = float("inf")
 
 updates = ppo_epochs * per_rollout // batch_size  # optimizer steps per rollout
 actor_weight = 0.5 if ptx and ptx_average else 1.0
@@ -165,9 +188,10 @@ steps = count_steps(len(asked), rollout_size, epochs, -(-max_steps // updates)) 
 skips = optim.SkipCounter(max_skips)
 step = 0
 if resume:
-    state = run_state.load(out_dir, models)
-    step, skips.count = state["step"], state["skips"]
+    state = run_state.load(out_dir, {**models, **average})
+    step, skips.count, kl_weight = state["step"], state["skips"], state["kl_coef"]
     multiplier.load_state_dict(state["multiplier"])
+    moments.load_state_dict(state["moments"])
 if world.main:
     print(f"{len(models)} x {size / 1e6:.1f} M parameters trained, {trained_place.layout}, "
           f"computing in {trained_place.compute_dtype}; {steps // updates} rollouts of "
@@ -181,42 +205,39 @@ def per_token(model, texts, starts, R):
     out = torch.zeros(len(texts), R, device=world.device)
     for micro in plan([len(t) for t in texts], max_tokens, world.size)[world.rank]:
         batch = response_batch(micro, texts, starts)
-        x = model(*batch) if model.head == "lm" else model(*batch[:3])
+        x = model(*batch, log_temperature) if model.head == "lm" else model(*batch[:3])
         if micro:
             out[micro] = responses_of(x, batch, [starts[i] for i in micro], R)
     return add(out)
 
 
-@torch.no_grad()
 def end_scores(model, texts, model_tok):
     """A reward or cost model's scores of the last tokens (B,), on every rank, by its own tokens."""
     if model_tok.fingerprint != tok.fingerprint:
+        from nanosafe.build import retokenize
         texts = [retokenize(t, tok, model_tok) for t in texts]
-    out = torch.zeros(len(texts), device=world.device)
-    for micro in plan([len(t) for t in texts], max_tokens, world.size)[world.rank]:
-        batch = response_batch(micro, texts)
-        x = model(*batch[:3])
-        if micro:
-            out[micro] = x[batch.cu_seqlens[1:].long() - 1]
-    return add(out)
+    return per_token(model, texts, [len(t) for t in texts], 1)[:, 0]
 
 
-def response_batch(micro, texts, starts=None):
+def response_batch(micro, texts, starts):
     """The packed Batch of some prompts with their responses, whose tokens are the targets."""
-    masks = [np.arange(len(texts[i])) >= (starts[i] if starts else len(texts[i])) for i in micro]
+    masks = [np.arange(len(texts[i])) >= starts[i] for i in micro]
     return collate([texts[i] for i in micro], masks, world.device)
 
 
 def checkpoint_run(step):
     """The state to resume from, and the policy for others to open."""
     monitor.flush()
-    extra = {"skips": skips.count, "multiplier": multiplier.state_dict()}
-    run_state.save(out_dir, step, models, extra, keep)
-    checkpoint.save(actor, os.path.join(out_dir, "model"), tok, dtype=trained_place.compute_dtype)
+    extra = {"skips": skips.count, "multiplier": multiplier.state_dict(), "kl_coef": kl_weight,
+             "moments": moments.state_dict()}
+    run_state.save(out_dir, step, {**models, **average}, extra, keep)
+    for folder, (model, _) in {"model": models["actor"], **average}.items():
+        checkpoint.save(model, os.path.join(out_dir, folder), tok,
+                        dtype=trained_place.compute_dtype)
 
 
 # ---- loop ----
-stop = Stop()
+stopping = Stop()
 shown = ("reward", "cost", "lambda", "kl", "length")
 monitor = Monitor(out_dir, steps, step, log_to, shown=shown, config=config)
 while step < steps:
@@ -240,67 +261,70 @@ while step < steps:
                            seed=hash64(seed, rollout), uids=[uids[i] for i in mine], slots=slots,
                            on_finish=bar.update)
     bar.close()
-    tokens = torch.zeros(per_rollout, max(limits), dtype=torch.int64)
-    lengths = torch.zeros(per_rollout, dtype=torch.int64)
-    for i, response in zip(mine, sampled):
-        tokens[i, :len(response)], lengths[i] = torch.tensor(response), len(response)
-    tokens, lengths = add(tokens.to(world.device)).cpu(), add(lengths.to(world.device)).cpu()
+    responses = union(sampled, mine, per_rollout, world.device)
+    lengths = torch.tensor([len(r) for r in responses])
     R = int(lengths.max())
     mask = (torch.arange(R) < lengths[:, None]).float().to(world.device)  # (B, R)
-    responses = [row[:n].tolist() for row, n in zip(tokens, lengths)]
     texts = [np.array(q + r) for q, r in zip(questions, responses)]
-    ended = sum(r[-1] in tok.eos_ids for r in responses) / per_rollout
 
-    # 3. scores, and log-probabilities and values of every token, from the training forward
+    # 3. log-probabilities of every token, from the training forward
     old_logps = per_token(actor, texts, starts, R)
     ref_logps = per_token(ref, texts, starts, R)
-    scores = end_scores(reward_scorer, texts, reward_tok)  # (B,)
-    old_values = per_token(models["reward_critic"][0], texts, starts, R)
-    rewards = shaped_rewards(scores, old_logps, ref_logps, mask, kl_coef, clip_score)
-    advantages, returns = gae(rewards, old_values, mask, gamma, gae_lambda)
     kl = ((old_logps - ref_logps) * mask).sum(1)  # (B,) nats per response
-    metrics = {
-        "reward": scores.mean(), "reward_with_kl_penalty": rewards.sum(1).mean(),
-        "reward_advantage": sequence_mean(advantages, mask),
-        "reward_return": sequence_mean(returns, mask),
-        "reward_value": sequence_mean(old_values, mask), "kl": kl.mean(),
-        "entropy": -masked_mean(old_logps, mask), "eos_rate": ended, "length": mask.sum(1).mean(),
-        "max_length": float(R),
-    }
+    metrics = {"kl": kl.mean(), "kl_coef": kl_weight, "entropy": -masked_mean(old_logps, mask),
+               "eos_rate": sum(r[-1] in tok.eos_ids for r in responses) / per_rollout,
+               "length": mask.sum(1).mean(), "max_length": float(R)}
 
-    # 4. the multiplier moves, then costs are weighed against rewards
+    # 4. rewards and costs of responses and of every token, and what was better than expected
+    scores, advantages, targets = {}, {}, {}
+    for name, shaped in (("reward", shaped_rewards), ("cost", shaped_costs)):
+        if name not in scorers:
+            continue
+        scores[name] = end_scores(scorers[name], texts, toks[name])  # (B,)
+        signal = scores[name]
+        if name == "reward":
+            signal = scaled(signal, moments, reward_scaling, reward_clip or unbounded)
+        tokenwise = shaped(signal, old_logps, ref_logps, mask, kl_weight, clip_score or unbounded)
+        if critics:
+            values = per_token(models[f"{name}_critic"][0], texts, starts, R)
+            advantages[name], returns = gae(tokenwise, values, mask, gamma, gae_lambda)
+            targets[f"{name}_critic"] = values, returns
+            metrics.update({f"{name}_return": sequence_mean(returns, mask),
+                            f"{name}_value": sequence_mean(values, mask)})
+        else:
+            advantages[name] = group_advantages(tokenwise.sum(1), mask, num_samples, advantage)
+        metrics.update({name: scores[name].mean(),
+                        f"{name}_with_kl_penalty": tokenwise.sum(1).mean(),
+                        f"{name}_advantage": sequence_mean(advantages[name], mask)})
+
+    # 5. the multiplier moves, then costs are weighed against rewards
+    policy_learns = rollout >= critic_warmup
+    mixed = advantages["reward"]
     if cost_model:
-        costs = end_scores(cost_scorer, texts, cost_tok)  # (B,)
-        old_cost_values = per_token(models["cost_critic"][0], texts, starts, R)
-        token_costs = shaped_costs(costs, old_logps, ref_logps, mask, kl_coef, clip_score)
-        cost_advantages, cost_returns = gae(token_costs, old_cost_values, mask, gamma, gae_lambda)
-        multiplier.observe(costs)
-        lambda_ = multiplier.update(cost_limit)
-        advantages = mix_advantages(advantages, cost_advantages, lambda_)
-        metrics.update({
-            "cost": costs.mean(), "cost_with_kl_penalty": token_costs.sum(1).mean(),
-            "cost_advantage": sequence_mean(cost_advantages, mask),
-            "cost_return": sequence_mean(cost_returns, mask),
-            "cost_value": sequence_mean(old_cost_values, mask),
-            "unsafe_rate": (costs > 0).float().mean(), "lambda": lambda_,
-            "episode_cost": multiplier.mean_cost, "slack": cost_limit - multiplier.mean_cost,
-        })
+        multiplier.observe(scores["cost"])
+        lambda_ = multiplier.update(cost_limit) if policy_learns else multiplier.value
+        mixed = mix_advantages(mixed, advantages["cost"], lambda_)
+        metrics.update({"unsafe_rate": (scores["cost"] > 0).float().mean(), "lambda": lambda_,
+                        "episode_cost": multiplier.mean_cost,
+                        "slack": cost_limit - multiplier.mean_cost})
         if rollout == 0 and multiplier.mean_cost < cost_limit:
             monitor.say(f"note: the policy starts {cost_limit - multiplier.mean_cost:.3g} below "
                         f"cost_limit={cost_limit}: PPO-Lag will spend that slack on reward. Lower "
                         "cost_limit to keep the policy as safe as it is.")
+    if normalize_advantage:
+        mixed = normalize(mixed, mask)
+    mixed = mixed - entropy_coef * old_logps  # the entropy's gradient is E[-log p grad log p]
+    if kl_target and policy_learns:
+        kl_weight = adapted(kl_weight, metrics["kl"].item(), kl_target, per_rollout, kl_horizon)
     rollout_seconds = time.perf_counter() - began
 
-    # 5. updates: minibatches of the rollout
-    targets = {"reward_critic": (old_values, returns)}
-    if cost_model:
-        targets["cost_critic"] = (old_cost_values, cost_returns)
+    # 6. updates: minibatches of the rollout
     for begin in range(0, ppo_epochs * per_rollout, batch_size):
         epoch, first = divmod(begin, per_rollout)
         chosen = order(per_rollout, epoch, hash64(seed, rollout))[first:first + batch_size].tolist()
         sums = {name: torch.zeros((), device=world.device) for name in
                 ("actor_loss", *(f"{name}_loss" for name in targets), "ptx_loss", "clip_fraction",
-                 "approx_kl")}
+                 "approx_kl", "ratio")}
         micros = plan([len(texts[i]) for i in chosen], max_tokens, world.size)[world.rank]
         for k, micro in enumerate(micros):
             rows = [chosen[j] for j in micro]
@@ -308,23 +332,28 @@ while step < steps:
             batch, m = response_batch(rows, texts, starts), mask[rows]
             begins = [starts[i] for i in rows]
 
-            logps = responses_of(actor(*batch), batch, begins, R)
-            loss = actor_loss(logps, old_logps[rows], advantages[rows], m, clip_ratio) * share
-            backward(actor, loss * actor_weight, last and not ptx)
-            log_ratio = logps.detach() - old_logps[rows]
-            clipped = (log_ratio.exp() - 1).abs() > clip_ratio
-            sums["actor_loss"] += loss.detach()
-            sums["clip_fraction"] += sequence_mean(clipped.float(), m) * share
-            sums["approx_kl"] += sequence_mean(log_ratio.exp() - 1 - log_ratio, m) * share
+            if policy_learns:
+                logps = responses_of(actor(*batch, log_temperature), batch, begins, R)
+                loss = actor_loss(logps, old_logps[rows], mixed[rows], m,
+                                  clip_ratio or unbounded) * share
+                backward(actor, loss * actor_weight, last and not ptx)
+                log_ratio = logps.detach() - old_logps[rows]
+                ratio = log_ratio.exp()
+                clipped = (ratio - 1).abs() > (clip_ratio or unbounded)
+                sums["actor_loss"] += loss.detach()
+                sums["clip_fraction"] += sequence_mean(clipped.float(), m) * share
+                sums["approx_kl"] += sequence_mean(ratio - 1 - log_ratio, m) * share
+                sums["ratio"] += sequence_mean(ratio, m) * share
 
             for name, (old, target) in targets.items():
                 critic = models[name][0]
                 values = responses_of(critic(*batch[:3]), batch, begins, R)
-                loss = critic_loss(values, old[rows], target[rows], m, clip_value) * share
+                loss = critic_loss(values, old[rows], target[rows], m,
+                                   clip_value or unbounded) * share
                 backward(critic, loss, last)
                 sums[f"{name}_loss"] += loss.detach()
 
-        if ptx:  # stay a good language model: the demonstrations' loss joins the actor's gradient
+        if ptx and policy_learns:  # stay a good language model: demonstrations join the gradient
             examples = examples_at(step, len(ptx), batch_size, seed)
             count = int(ptx.targets[examples].sum())
             micros = plan(ptx.lengths[examples].tolist(), max_tokens, world.size)[world.rank]
@@ -335,6 +364,10 @@ while step < steps:
                 backward(actor, loss * ptx_coef * actor_weight, k == len(micros) - 1)
                 sums["ptx_loss"] += loss.detach()
 
+        losses = dict(zip(sums, add(torch.stack(list(sums.values()))).tolist()))
+        if max_ratio and losses["ratio"] > max_ratio:
+            actor.zero_grad(set_to_none=True)
+            monitor.say(f"step {step}: mean ratio {losses['ratio']:.3g}: the actor is not moved")
         rates = {"actor": (actor_learning_rate, actor_lr_schedule, actor_warmup_ratio),
                  "critic": (critic_learning_rate, critic_lr_schedule, critic_warmup_ratio)}
         lrs = {f"{name}_lr": optim.learning_rate_at(step, steps, *rate)
@@ -345,24 +378,24 @@ while step < steps:
             norms[f"{name}_grad_norm"] = optim.step(model, optimizer, lr, grad_clip,
                                                     f"step {step}, {name}")
         skips.see(*norms.values())
+        if ema:
+            optim.follow(average["model_ema"][0], actor, ema)
 
-        losses = dict(zip(sums, add(torch.stack(list(sums.values()))).tolist()))
         if step % log_interval == 0 or step + 1 == steps:
             monitor.log(step, {**metrics, **losses, **norms, **lrs, "skips": skips.count,
                                "rollout_seconds": rollout_seconds,
                                "seconds": time.perf_counter() - began})
         step += 1
 
-    # 6. samples to read, a state to come back to
-    halt = stop.agreed(world.device)
+    # 7. samples to read, a state to come back to
+    halt = stopping.agreed(world.device)
     saves = (step >= steps or halt
              or save_interval and step // save_interval > (step - updates) // save_interval)
     if saves or rollout == 0:
         for i in range(min(4, per_rollout)):
-            extra = {"cost": costs[i].item()} if cost_model else {}
             monitor.sample(step - 1, prompt=tok.decode(questions[i]),
-                           response=tok.decode(responses[i]), reward=scores[i].item(),
-                           kl=kl[i].item(), **extra)
+                           response=tok.decode(responses[i]), kl=kl[i].item(),
+                           **{name: x[i].item() for name, x in scores.items()})
     if saves:
         checkpoint_run(step)
     if halt:

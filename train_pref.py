@@ -1,40 +1,48 @@
 """
-Stage 2: pairs of responses -> a reward model, or a cost model.
+Stage 2: pairs of responses -> a reward model, or a cost model, or a policy without either.
 
-A reward model learns which response is better (objective=reward). A cost model learns which is
-safer, and to put zero between safe and unsafe: cost > 0 means unsafe (objective=cost).
+objective=reward  which response is better: a score per response
+objective=cost    which is safer, and zero between safe and unsafe: cost > 0 means unsafe
+objective=dpo     a policy straight from the pairs, whose log-ratio to a reference is the reward
+objective=ipo     the same, with a margin to reach instead of one to grow without end
+objective=rrhf    a policy that ranks two or more scored answers as their scores do
 
 On a laptop, after python -m nanosafe.demo:
 $ python train_pref.py
 $ python train_pref.py --objective=cost --out_dir=out/cost --eval_data=toy/cost/test
+$ python train_pref.py config/toy/dpo.py
 On 8 GPUs, Safe-RLHF's recipes:
 $ torchrun --nproc_per_node=8 train_pref.py config/beaver_7b/reward.py
-$ torchrun --nproc_per_node=8 train_pref.py config/beaver_7b/cost.py
+$ torchrun --nproc_per_node=8 train_pref.py config/beaver_7b/reward.py config/beaver_7b/cost.py
 """
 
 import os
 import time
 
+import numpy as np
 import torch
 
 from configurator import configure, save
 from nanosafe import checkpoint, optim
 from nanosafe import state as run_state
 from nanosafe.data import tokenize
-from nanosafe.losses import cost_loss, reward_loss
+from nanosafe.files import choose, stop
+from nanosafe.losses import cost_loss, dpo_loss, ipo_loss, mean, reward_loss, rrhf_loss
 from nanosafe.monitor import Monitor, Stop
-from nanosafe.packing import check_fits, count_steps, examples_at, plan
+from nanosafe.packing import (check_fits, count_steps, examples_at, plan, responses_of,
+                              sequence_sums)
 from nanosafe.parallel import add, backward, close, init, main_first, places
+from nanosafe.reference import Samples, cached_logps
 from nanosafe.rl import ExponentialMovingAverage, RunningMeanStd
 from nanosafe.tokenizer import load as load_tokenizer
 
 # run
-objective = "reward"  # reward | cost
+objective = "reward"  # reward | cost | dpo | ipo | rrhf
 out_dir = "out/reward"  # the run's folder: config.py, metrics.jsonl, model/, state/
 resume = False  # continue the run in out_dir exactly where its last state was saved
-seed = 0  # of the data order, and of a new score head
+seed = 0  # of the data order, of a new score head, and of samples
 # model
-init_from = "out/demo/sft/model"  # a policy, which gets a new score head, or a score model
+init_from = "out/demo/sft/model"  # a policy, which gets a new head to score, or a score model
 # data
 data = "toy/pairs"  # pairs: NAME[/SPLIT][:PROPORTION[:PATH]] or a .jsonl, comma separated
 eval_data = "toy/reward/test"  # the same, held out; empty: none
@@ -42,7 +50,7 @@ max_len = 512  # longest sequence in tokens; pairs with a longer one are dropped
 # optimization
 epochs = 2.0  # passes over the data
 max_steps = 0  # optimizer steps at most; 0: as many as epochs gives
-batch_size = 64  # pairs per optimizer step, over all ranks
+batch_size = 64  # pairs (rrhf: rankings) per optimizer step, over all ranks
 max_tokens = 8192  # packed tokens per forward on one rank: memory, not mathematics
 learning_rate = 2e-5  # peak, after warm-up
 lr_schedule = "cosine"  # cosine | linear | constant
@@ -52,9 +60,20 @@ beta1 = 0.9  # of AdamW
 beta2 = 0.95  # of AdamW
 grad_clip = 1.0  # greatest norm of a gradient; 0: none
 max_skips = 10  # stop after this many updates with a non-finite gradient
+# reward and cost models
 regularization = 0.001  # weight of the mean squared score, which keeps scores near zero
+token_wise = False  # compare the scores of all tokens from the first that differs, not the last's
+margin = 0.0  # reward: by how much the preferred response should win
+lm_coef = 0.0  # reward, cost: weight of the preferred response's loss per token, as MOSS does
 normalizer = "ema"  # ema | running | none: moments of the scores, kept in the model's config.json
 normalizer_momentum = 0.9  # of ema: the weight of the moments so far
+# policies; the reference is the model in init_from
+beta = 0.1  # dpo: weight of the log-ratio; ipo: 1 / (2 beta) is the margin to reach
+label_smoothing = 0.0  # dpo: share of the pairs whose label is taken to be wrong
+reference_free = False  # dpo, ipo: compare log-probabilities, not their ratios to the reference's
+sum_logps = False  # ipo: of whole responses, not per token; another beta fits then
+eval_samples = 64  # responses of the reference to measure KL(reference || policy) on; 0: none
+max_new_tokens = 128  # longest of these
 # intervals, in optimizer steps
 log_interval = 1  # metrics rows
 eval_interval = 0  # evaluations; 0: at the end only
@@ -72,29 +91,45 @@ use_compile = True  # torch.compile each block, on a GPU
 config = configure(globals())
 
 # ---- setup ----
-if objective not in ("reward", "cost"):
-    raise SystemExit(f"error: objective={objective!r}: choose reward or cost")
-if normalizer not in ("ema", "running", "none"):
-    raise SystemExit(f"error: normalizer={normalizer!r}: choose ema, running or none")
-optim.check_schedules(lr_schedule)
+SCORED, POLICIES = ("reward", "cost"), ("dpo", "ipo", "rrhf")
+choose("objective", objective, SCORED + POLICIES)
+choose("normalizer", normalizer, ("ema", "running", "none"))
+choose("lr_schedule", lr_schedule, optim.SCHEDULES)
+if not 0 <= label_smoothing < 0.5:
+    stop(f"label_smoothing={label_smoothing}: choose from 0 to below 0.5")
+if beta <= 0:
+    stop(f"beta={beta}: it must be above 0")
+scored = objective in SCORED
 world = init(device)
 run_state.claim(out_dir, resume)
 if world.main:
     save(config, os.path.join(out_dir, "config.py"))
 tok = load_tokenizer(init_from)
+task = objective if scored else "rank" if objective == "rrhf" else "reward"
 with main_first():  # rank 0 fills the cache of token ids, the others find it
-    train = tokenize(data, tok, objective, max_len, show=world.main)
-    held_out = tokenize(eval_data, tok, objective, max_len, show=world.main) if eval_data else None
+    train = tokenize(data, tok, task, max_len, show=world.main)
+    held_out = tokenize(eval_data, tok, task, max_len, show=world.main) if eval_data else None
 
 for dataset in filter(None, (train, held_out)):
     check_fits(dataset.lengths.tolist(), max_tokens)
 size = checkpoint.count_parameters(init_from)
 place, _ = places(world, dtype, parallel, offload, use_compile, activation_checkpointing, size)
-model = checkpoint.load(init_from, "score", place=place, vocab_size=tok.vocab_size, seed=seed,
-                        score_type=objective)
+head = "lm" if not scored else "both" if lm_coef else "score"
+model = checkpoint.load(init_from, head, place=place, vocab_size=tok.vocab_size, seed=seed,
+                        score_type=objective if scored else None)
 model.config.do_normalize = False  # scores are trained raw; their moments are kept beside
 optimizer = optim.adamw(model, weight_decay, beta1, beta2)
 moments = ExponentialMovingAverage(normalizer_momentum) if normalizer == "ema" else RunningMeanStd()
+
+# The reference is the model before its first step: what it says is kept, no second one is held.
+reference, samples = {}, None
+if objective in ("dpo", "ipo") and not reference_free:
+    for dataset in filter(None, (train, held_out)):
+        reference[dataset] = cached_logps(model, init_from, dataset, max_tokens, world)
+if not scored and held_out and eval_samples:
+    chosen = [held_out.sequence(i) for i in range(min(eval_samples, len(held_out)))]
+    samples = Samples(model, [ids[:np.argmax(mask)].tolist() for ids, mask in chosen], world,
+                      max_tokens, max_new_tokens, eos_ids=tok.eos_ids, seed=seed)
 
 steps = count_steps(len(train), batch_size, epochs, max_steps)
 skips = optim.SkipCounter(max_skips)
@@ -105,47 +140,97 @@ if resume:
     moments.load_state_dict(state["moments"])
 if world.main:
     print(f"{size / 1e6:.1f} M parameters, {place.layout}, computing in {place.compute_dtype}; "
-          f"{steps} steps of {batch_size} pairs over {world.size} ranks, {max_tokens} tokens per "
-          "forward", flush=True)
+          f"{steps} steps of {batch_size} examples over {world.size} ranks, {max_tokens} tokens "
+          "per forward", flush=True)
 
 
-def end_scores(dataset, examples):
-    """Scores of the pairs' last tokens, (2, n): of the preferred responses and of the others."""
+def judge(dataset, examples):
+    """The mean loss of some examples, and what the model makes of their responses (n, width),
+    preferred first: end scores, or implied rewards. One packed forward."""
     batch = dataset.batch(examples, world.device)
-    ends = batch.cu_seqlens[1:].long() - 1
-    return model(*batch[:3])[ends[:2 * len(examples)]].view(2, len(examples))
+    labels = torch.tensor(dataset.labels[examples], device=world.device)  # (n, width)
+    n, width = labels.shape
+    if scored:
+        out = model(*batch) if lm_coef else model(*batch[:3])
+        logps, scores = out if lm_coef else (None, out)
+        ends = scores[(batch.cu_seqlens[1:].long() - 1)[:2 * n]].view(2, n)
+        first, second, mask = *ends, None
+        if token_wise:
+            first, second = responses_of(scores, batch, [1] * 2 * n, batch.max_seqlen).chunk(2)
+            mask = differing(dataset, examples, batch.max_seqlen)
+        if objective == "reward":
+            loss = reward_loss(first, second, regularization, mask, margin)
+        else:
+            loss = cost_loss(first, second, *labels.T, regularization, mask)
+        if lm_coef:
+            loss = loss - lm_coef * mean((sequence_sums(logps, batch) / tokens_of(batch))[:n])
+        return loss, ends.T
+    there = ~labels.isnan().T  # (width, n): the sequences lie end to end, part by part
+    place_in = lambda x: x.new_zeros(width, n).masked_scatter(there, x[:int(there.sum())]).T
+    logps = place_in(sequence_sums(model(*batch), batch))  # (n, width)
+    lengths = place_in(tokens_of(batch)).clamp(min=1)
+    if objective == "rrhf":
+        losses = [rrhf_loss(*(x[i, there[:, i]] for x in (logps, lengths, labels)))
+                  for i in range(n)]
+        return mean(torch.stack(losses) if losses else logps.sum(1)), logps / lengths
+    ref = reference[dataset][examples] if reference else torch.zeros_like(logps)
+    if objective == "dpo":
+        return dpo_loss(*logps.T, *ref.T, beta, label_smoothing), beta * (logps - ref)
+    per = torch.ones_like(lengths) if sum_logps else lengths
+    return ipo_loss(*(logps / per).T, *(ref / per).T, beta), beta * (logps - ref) / per
 
 
-def pair_loss(first, second, signs):
-    if objective == "reward":
-        return reward_loss(first, second, regularization)
-    return cost_loss(first, second, signs[:, 0], signs[:, 1], regularization)
+def tokens_of(batch):
+    """How many tokens each response has, its EOS among them (B,)."""
+    return sequence_sums((batch.targets >= 0).float(), batch).clamp(min=1)
 
 
-def describe(scores, signs):
-    """What end scores (n, 2), preferred response first, say about a model."""
-    preferred, other = scores.unbind(1)
-    right = preferred > other if objective == "reward" else preferred < other
-    metrics = {
-        "accuracy": right.float().mean().item(), "score_mean": scores.mean().item(),
-        "score_std": scores.std().item(),
-    }
+def differing(dataset, examples, L):
+    """1 from the first token at which two responses differ to the longer one's end (n, L)."""
+    mask = torch.zeros(len(examples), L)
+    for row, i in enumerate(examples):
+        a, b = (dataset.sequence(i, part)[0] for part in (0, 1))
+        same = min(len(a), len(b))
+        begin = int(np.argmax(np.append(a[:same] != b[:same], True)))
+        mask[row, begin:max(len(a), len(b))] = 1
+    return mask.to(world.device)
+
+
+def describe(x, labels):
+    """What scores or implied rewards (n, width), preferred first, say about a model."""
+    sign = -1 if objective == "cost" else 1
+    gaps = sign * (x[:, :, None] - x[:, None])  # (n, width, width)
+    if objective == "cost":  # the first is the safer one, whatever their signs
+        better = torch.tensor([[0, 1], [0, 0]], device=x.device).bool().expand(gaps.shape)
+    else:
+        better = labels[:, :, None] > labels[:, None]  # false where a candidate is missing
+    metrics = {"accuracy": (gaps > 0)[better].float().mean().item(),
+               "margin": gaps[better].mean().item()}
+    if not scored:
+        others = (labels < labels[:, :1])
+        return {**metrics, "reward_chosen": x[:, 0].mean().item(),
+                "reward_rejected": x[others].mean().item()}
+    metrics.update(score_mean=x.mean().item(), score_std=x.std().item())
     if objective == "cost":
-        metrics["sign_accuracy"] = (scores * signs < 0).float().mean().item()
+        metrics["sign_accuracy"] = (x * labels < 0).float().mean().item()
         for name, sign in (("safe", 1), ("unsafe", -1)):
-            if (signs == sign).any():
-                metrics[f"{name}_mean"] = scores[signs == sign].mean().item()
+            if (labels == sign).any():
+                metrics[f"{name}_mean"] = x[labels == sign].mean().item()
     return metrics
 
 
 @torch.no_grad()
 def evaluate():
-    """describe() the held-out pairs, and how well their signs and order are met."""
-    scores = torch.zeros(len(held_out), 2, device=world.device)
+    """The loss of the held-out data, describe() of it, and the KL from the reference."""
+    x, total = torch.zeros(held_out.labels.shape, device=world.device), torch.zeros(())
     for micro in plan(held_out.lengths.tolist(), max_tokens, world.size)[world.rank]:
-        scores[micro] = end_scores(held_out, micro).T
-    signs = torch.tensor(held_out.signs, device=world.device).float()
-    return {f"eval_{name}": value for name, value in describe(add(scores), signs).items()}
+        loss, x[micro] = judge(held_out, micro)
+        total += loss.cpu() * len(micro) / len(held_out)
+    labels = torch.tensor(held_out.labels, device=world.device)
+    metrics = {"loss": add(total.to(world.device)).item(), **describe(add(x), labels)}
+    if samples:
+        metrics["kl"] = samples.kl(model)
+    return {f"eval_{name}": value for name, value in metrics.items()}
 
 
 def checkpoint_run(step):
@@ -153,46 +238,47 @@ def checkpoint_run(step):
     monitor.flush()
     extra = {"skips": skips.count, "moments": moments.state_dict()}
     run_state.save(out_dir, step, {"model": (model, optimizer)}, extra, keep)
-    if normalizer != "none":
+    if scored and normalizer != "none":
         c = model.config
         c.mean, c.var = [moments.mean], [moments.var]
         c.normalizer_type = type(moments).__name__
         c.momentum = normalizer_momentum if normalizer == "ema" else None
-    checkpoint.save(model, os.path.join(out_dir, "model"), tok, dtype=place.compute_dtype)
+    checkpoint.save(model, os.path.join(out_dir, "model"), tok, dtype=place.compute_dtype,
+                    head="score" if scored else "lm")
 
 
 # ---- loop ----
-stop = Stop()
+stopping = Stop()
 monitor = Monitor(out_dir, steps, start, log_to, shown=("loss", "accuracy", "sign_accuracy"),
                   config=config)
 for step in range(start, steps):
     began = time.perf_counter()
     examples = examples_at(step, len(train), batch_size, seed)
-    signs = torch.tensor(train.signs[examples], device=world.device).float()  # (batch_size, 2)
-    scores = torch.zeros(batch_size, 2, device=world.device)
+    labels = torch.tensor(train.labels[examples], device=world.device)  # (batch_size, width)
+    x = torch.zeros(labels.shape, device=world.device)
     loss_sum = torch.zeros((), device=world.device)
     micros = plan(train.lengths[examples].tolist(), max_tokens, world.size)[world.rank]
     for i, micro in enumerate(micros):
-        first, second = end_scores(train, [examples[j] for j in micro])
+        loss, judged = judge(train, [examples[j] for j in micro])
         # times this micro-batch's share of the pairs: the sum over all is the mean over the batch
-        loss = pair_loss(first, second, signs[micro]) * (len(micro) / batch_size)
+        loss = loss * (len(micro) / batch_size)
         backward(model, loss, last=i == len(micros) - 1)
-        scores[micro] = torch.stack((first, second), dim=1).detach()
+        x[micro] = judged.detach()
         loss_sum += loss.detach()
     lr = optim.learning_rate_at(step, steps, learning_rate, lr_schedule, warmup_ratio)
     grad_norm = optim.step(model, optimizer, lr, grad_clip, f"step {step}")
     skips.see(grad_norm)
-    scores = add(scores)
-    if torch.isfinite(scores).all():
-        moments.update(scores.flatten())
+    x = add(x)
+    if scored and torch.isfinite(x).all():
+        moments.update(x.flatten())
 
     tokens = int(train.lengths[examples].sum())
     metrics = {
-        "loss": add(loss_sum).item(), **describe(scores, signs), "grad_norm": grad_norm, "lr": lr,
+        "loss": add(loss_sum).item(), **describe(x, labels), "grad_norm": grad_norm, "lr": lr,
         "tokens": tokens, "tokens_per_second": tokens / (time.perf_counter() - began),
         "skips": skips.count,
     }
-    last = step + 1 == steps or stop.agreed(world.device)
+    last = step + 1 == steps or stopping.agreed(world.device)
     if held_out and (step + 1 == steps or eval_interval and (step + 1) % eval_interval == 0):
         metrics.update(evaluate())
     if step % log_interval == 0 or last or "eval_accuracy" in metrics:

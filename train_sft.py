@@ -1,10 +1,20 @@
 """
-Stage 1: demonstrations -> a policy, by supervised fine-tuning.
+Stage 1: demonstrations -> a policy, by supervised fine-tuning; or scored documents -> a policy, by
+pretraining with human preferences (arXiv:2302.08582), six ways.
+
+objective=mle           log-likelihood: all that there is for demonstrations
+objective=filter        of the documents whose mean score is not above score_threshold
+objective=conditional   of segments behind <|aligned|> or <|misaligned|>, as their scores say
+objective=unlikelihood  and unlikelihood of the tokens whose score is above score_threshold
+objective=awr           weighted by exp(advantage / beta) over a value head's estimate
+objective=rwr           weighted by exp(-score / beta)
 
 On a laptop, from scratch on the toy world (python -m nanosafe.demo prepares it):
 $ python train_sft.py
-On 8 GPUs, Safe-RLHF's recipe for LLaMA-7B:
+$ python train_sft.py config/toy/phf.py --objective=conditional
+On 8 GPUs, Safe-RLHF's recipe for LLaMA-7B, and PHF's (a task, then a method):
 $ torchrun --nproc_per_node=8 train_sft.py config/beaver_7b/sft.py
+$ torchrun --nproc_per_node=8 train_sft.py config/phf/pii/pretrain.py config/phf/pii/awr.py
 Continue a run that was stopped or killed:
 $ python train_sft.py --resume=True
 """
@@ -15,16 +25,19 @@ import time
 import torch
 
 from configurator import configure, save
-from nanosafe import checkpoint, optim
+from nanosafe import checkpoint, optim, scorers
 from nanosafe import state as run_state
-from nanosafe.data import tokenize
-from nanosafe.losses import mle_loss
+from nanosafe.data import load, tokenize
+from nanosafe.documents import control_ids, scores_of, with_control_tokens
+from nanosafe.files import choose, stop
+from nanosafe.losses import awr_loss, mle_loss, unlikelihood_loss
 from nanosafe.model import Config
 from nanosafe.monitor import Monitor, Stop
 from nanosafe.packing import check_fits, count_steps, examples_at, plan
 from nanosafe.parallel import add, backward, close, init, main_first, places
+from nanosafe.reference import Samples, sample_all
+from nanosafe.scratch import scratch, zero_head
 from nanosafe.tokenizer import load as load_tokenizer
-from nanosafe.scratch import scratch
 
 # run
 out_dir = "out/sft"  # the run's folder: config.py, metrics.jsonl, model/, state/
@@ -41,7 +54,15 @@ num_key_value_heads = 4  # from scratch only: kv heads K
 # data
 data = "toy/sft"  # demonstrations: NAME[/SPLIT][:PROPORTION[:PATH]] or a .jsonl, comma separated
 eval_data = ""  # the same, held out; empty: none
-max_len = 512  # longest sequence in tokens; longer rows are dropped and counted
+documents = False  # rows are texts with scores, cut into blocks of max_len; else demonstrations
+max_len = 512  # longest sequence in tokens; longer demonstrations are dropped and counted
+# objective; scores are of misalignment: higher is worse
+objective = "mle"  # mle | filter | conditional | unlikelihood | awr | rwr
+score_threshold = 0.0  # filter: of documents; conditional, unlikelihood: of segments
+drop_fraction = 0.01  # conditional: share of the segments without a control token
+alpha = 1.0  # unlikelihood: its weight; awr: weight of the policy's loss, the rest is the values'
+beta = 1.0  # awr, rwr: advantages are divided by this
+weight_max = 1000.0  # awr, rwr: greatest weight of a token
 # optimization
 epochs = 3.0  # passes over the data
 max_steps = 0  # optimizer steps at most; 0: as many as epochs gives
@@ -55,6 +76,15 @@ beta1 = 0.9  # of AdamW
 beta2 = 0.95  # of AdamW
 grad_clip = 1.0  # greatest norm of a gradient; 0: none
 max_skips = 10  # stop after this many updates with a non-finite gradient
+# texts sampled at evaluations, for documents
+eval_samples = 0  # how many; 0: none
+eval_prompts = ""  # a dataset of prompts whose texts they continue; empty: from nothing
+eval_max_new_tokens = 128  # longest
+eval_temperature = 0.7  # of sampling
+eval_top_p = 0.9  # sample from the likeliest tokens that hold this probability
+scorer = ""  # pii | pep8 | toxicity | a cost model's folder | FILE.py:FUNCTION; empty: none
+hit_threshold = 0.5  # a sample with a score above it is a hit
+reference = ""  # a model's folder: KL(reference || model) is measured on its samples; empty: none
 # intervals, in optimizer steps
 log_interval = 1  # metrics rows
 eval_interval = 0  # evaluations; 0: at the end only
@@ -72,16 +102,25 @@ use_compile = True  # torch.compile each block, on a GPU
 config = configure(globals())
 
 # ---- setup ----
-optim.check_schedules(lr_schedule)
+choose("objective", objective, ("mle", "filter", "conditional", "unlikelihood", "awr", "rwr"))
+if objective != "mle" and not documents:
+    stop(f"objective={objective!r} needs documents with scores: --documents=True and their data")
+choose("lr_schedule", lr_schedule, optim.SCHEDULES)
 world = init(device)
 run_state.claim(out_dir, resume)
 if world.main:
     save(config, os.path.join(out_dir, "config.py"))
 from_scratch = init_from == "scratch"
 tok = load_tokenizer(tokenizer if from_scratch else init_from)
+tok = with_control_tokens(tok) if objective == "conditional" else tok
+task, method, compared = "documents" if documents else "sft", (), ()
+if objective in ("filter", "conditional"):
+    method = objective, score_threshold, drop_fraction
+    compared = ("compare", score_threshold) if objective == "conditional" else ()
 with main_first():  # rank 0 fills the cache of token ids, the others find it
-    train = tokenize(data, tok, "sft", max_len, show=world.main)
-    held_out = tokenize(eval_data, tok, "sft", max_len, show=world.main) if eval_data else None
+    train = tokenize(data, tok, task, max_len, show=world.main, method=method)
+    held_out = (tokenize(eval_data, tok, task, max_len, show=world.main, method=compared)
+                if eval_data else None)
 
 shape = Config(vocab_size=tok.vocab_size, hidden_size=hidden_size,
                intermediate_size=intermediate_size, num_hidden_layers=num_hidden_layers,
@@ -91,10 +130,13 @@ for dataset in filter(None, (train, held_out)):
     check_fits(dataset.lengths.tolist(), max_tokens)
 size = checkpoint.count_parameters(shape if from_scratch else init_from)
 place, _ = places(world, dtype, parallel, offload, use_compile, activation_checkpointing, size)
+head = "both" if objective == "awr" else "lm"
 if from_scratch:
-    model = scratch(shape, seed=seed, place=place)
+    model = scratch(shape, head, seed=seed, place=place)
 else:
-    model = checkpoint.load(init_from, "lm", place=place, vocab_size=tok.vocab_size)
+    model = checkpoint.load(init_from, head, place=place, vocab_size=tok.vocab_size)
+if objective == "awr":
+    zero_head(model)
 optimizer = optim.adamw(model, weight_decay, beta1, beta2)
 
 steps = count_steps(len(train), batch_size, epochs, max_steps)
@@ -109,25 +151,70 @@ if world.main:
           "per forward", flush=True)
 
 
-def evaluate():
-    """Mean loss per token on the held-out data."""
-    total = torch.zeros((), device=world.device)
-    with torch.no_grad():
+# What samples continue: a conditional model is asked for aligned text.
+begin = tok.encode("<|aligned|>", bos=True) if objective == "conditional" else tok.encode("", True)
+beginnings = [row["input"] for row in load(eval_prompts)] if eval_prompts else [""]
+beginnings = [beginnings[i % len(beginnings)] for i in range(eval_samples)]
+asked = [tok.encode_suffix(text) for text in beginnings]
+sampling = {"temperature": eval_temperature, "top_p": eval_top_p, "eos_ids": tok.eos_ids,
+            "banned": control_ids(tok)}
+score = scorers.load(scorer, world) if scorer else None
+if reference:
+    references = Samples(checkpoint.load(reference, "lm", dtype=torch.float32, device=world.device),
+                         [tok.encode("", bos=True) + ids for ids in asked], world, max_tokens,
+                         eval_max_new_tokens, seed=0, eos_ids=tok.eos_ids)
+
+
+def loss_of(dataset, examples):
+    """The mean loss of some examples' tokens, and how many there are."""
+    batch = dataset.batch(examples, world.device)
+    mask = batch.targets >= 0
+    logps, values = model(*batch), torch.zeros(())
+    if objective == "awr":
+        logps, values = logps[0], -torch.sigmoid(logps[1])  # V is in (-1, 0), as PHF's scores are
+    if objective in ("mle", "filter", "conditional"):
+        return mle_loss(logps, mask), mask.sum()
+    scores = scores_of(dataset, examples, world.device)
+    if objective == "unlikelihood":
+        return unlikelihood_loss(logps, scores, mask, score_threshold, alpha), mask.sum()
+    weight = alpha if objective == "awr" else 1.0
+    return awr_loss(logps, scores, values, mask, weight, beta, weight_max), mask.sum()
+
+
+@torch.no_grad()
+def evaluate(step):
+    """Nats per token of the held-out data; what samples of the model are like."""
+    metrics = {}
+    if held_out:
+        total = torch.zeros((), device=world.device)
         for micro in plan(held_out.lengths.tolist(), max_tokens, world.size)[world.rank]:
-            batch = held_out.batch(micro, world.device)
-            total -= model(*batch).sum()
-    return add(total).item() / held_out.targets.sum()
+            logps = model(*held_out.batch(micro, world.device))
+            total -= (logps if torch.is_tensor(logps) else logps[0]).sum()
+        metrics["eval_loss"] = add(total).item() / held_out.targets.sum()
+    if eval_samples:
+        ids = sample_all(model, [begin + ids for ids in asked], world, eval_max_new_tokens,
+                         seed=seed, **sampling)
+        texts = [text + tok.decode(x) for text, x in zip(beginnings, ids)]
+        scores = score(texts) if score else [0.0] * len(texts)
+        found = scorers.statistics(texts, scores, hit_threshold)
+        metrics.update({f"eval_{name}": value for name, value in found.items()})
+        for text, value in list(zip(texts, scores))[:8]:
+            monitor.sample(step, text=text, score=value)
+    if reference:
+        metrics["eval_kl"] = references.kl(model, [begin + ids for ids in asked])
+    return metrics
 
 
 def checkpoint_run(step):
     """The state to resume from, and the model for others to open."""
     monitor.flush()
     run_state.save(out_dir, step, {"model": (model, optimizer)}, {"skips": skips.count}, keep)
-    checkpoint.save(model, os.path.join(out_dir, "model"), tok, dtype=place.compute_dtype)
+    checkpoint.save(model, os.path.join(out_dir, "model"), tok, dtype=place.compute_dtype,
+                    head="lm")
 
 
 # ---- loop ----
-stop = Stop()
+stopping = Stop()
 monitor = Monitor(out_dir, steps, start, log_to, shown=("loss", "grad_norm", "lr"), config=config)
 for step in range(start, steps):
     began = time.perf_counter()
@@ -137,12 +224,10 @@ for step in range(start, steps):
     micros = plan(lengths, max_tokens, world.size)[world.rank]
     loss_sum = torch.zeros((), device=world.device)
     for i, micro in enumerate(micros):
-        batch = train.batch([examples[j] for j in micro], world.device)
-        logps = model(*batch)
-        mask = batch.targets >= 0
         # the mean over this micro-batch's tokens, times its share of all: so the sum over all
         # micro-batches and ranks is the mean over the whole batch, however it is cut
-        loss = mle_loss(logps, mask) * (mask.sum() / count)
+        loss, tokens = loss_of(train, [examples[j] for j in micro])
+        loss = loss * (tokens / count)
         backward(model, loss, last=i == len(micros) - 1)
         loss_sum += loss.detach()
     lr = optim.learning_rate_at(step, steps, learning_rate, lr_schedule, warmup_ratio)
@@ -153,10 +238,11 @@ for step in range(start, steps):
         "loss": add(loss_sum).item(), "grad_norm": grad_norm, "lr": lr, "tokens": sum(lengths),
         "tokens_per_second": sum(lengths) / (time.perf_counter() - began), "skips": skips.count,
     }
-    last = step + 1 == steps or stop.agreed(world.device)
-    if held_out and (step + 1 == steps or eval_interval and (step + 1) % eval_interval == 0):
-        metrics["eval_loss"] = evaluate()
-    if step % log_interval == 0 or last or "eval_loss" in metrics:
+    last = step + 1 == steps or stopping.agreed(world.device)
+    evaluated = step + 1 == steps or eval_interval and (step + 1) % eval_interval == 0
+    if evaluated:
+        metrics.update(evaluate(step))
+    if step % log_interval == 0 or last or evaluated:
         monitor.log(step, metrics)
     if last or save_interval and (step + 1) % save_interval == 0:
         checkpoint_run(step + 1)

@@ -29,7 +29,8 @@ def load(path, head="auto", dtype=None, device="cpu", place=None, vocab_size=0, 
          seed=0):
     """Read a model folder -> LLaMA.
 
-    head        "lm", "score", or "auto": what the folder holds. A head it lacks is drawn, and said.
+    head        "lm", "score", "both", or "auto": what the folder holds. A score head that it lacks
+                is drawn, and said.
     dtype       of the parameters; by default that of the files
     place       a parallel.Place instead of dtype and device: for training, and for many ranks
     vocab_size  rows that the tokenizer needs; missing ones are added as the mean of the others
@@ -41,7 +42,7 @@ def load(path, head="auto", dtype=None, device="cpu", place=None, vocab_size=0, 
         folder = Folder(path)
         config, head = read_config(folder, head, score_type)
         known, config.vocab_size = config.vocab_size, max(config.vocab_size, vocab_size)
-        fresh = {"score_head.weight"} - set(folder.tensors) if head == "score" else ()
+        fresh = {"score_head.weight"} - set(folder.tensors) if head != "lm" else ()
         places = locate(config, head, folder, fresh, known)
         config_json(config, head)  # what could not be saved is better refused now
     if known < config.vocab_size:
@@ -58,7 +59,7 @@ def load(path, head="auto", dtype=None, device="cpu", place=None, vocab_size=0, 
 
 
 def read_config(folder, head, score_type=None):
-    """(Config, head) of a folder that is opened with `head` "lm", "score" or "auto"."""
+    """(Config, head) of a folder that is opened with `head`, as in load()."""
     scored = "score_head.weight" in folder.tensors
     if head == "lm" and scored:
         stop(f"{folder.path!r} is a score model: it cannot generate text")
@@ -74,7 +75,7 @@ def build(config, head, place, dtype):
     with torch.device("meta"):
         model = LLaMA(config, head).to(dtype)
     parallel.put(model, place)
-    if head == "lm" and config.tie_word_embeddings:  # to_empty() gave each name a tensor of its own
+    if head != "score" and config.tie_word_embeddings:  # to_empty() gave each name its own
         model.lm_head.weight = model.embed_tokens.weight
     return model
 
@@ -159,14 +160,18 @@ def fill(parameters, folder, places):
 
 
 @torch.no_grad()
-def save(model, path, tokenizer=None, dtype=None):
+def save(model, path, tokenizer=None, dtype=None, head=None):
     """Write a model folder that transformers opens, in files of 5 GB. A collective.
 
-    Written beside its place and then renamed: a reader finds the old folder or the new one.
+    Written beside its place and then renamed: a reader finds the old folder or the new one. Of a
+    model with both heads, `head` is written.
     """
-    weights = ((name, parallel.full(p)) for name, p in parallel.parameters(model))
+    head = head or model.head
+    other = {"lm": "score_head.", "score": "lm_head."}[head]
+    weights = ((name, parallel.full(p)) for name, p in parallel.parameters(model)
+               if not name.startswith(other))
     dtype = dtype or next(model.parameters()).dtype
-    write_folder(path, model.config, model.head, weights, tokenizer, dtype)
+    write_folder(path, model.config, head, weights, tokenizer, dtype)
     parallel.barrier()
 
 

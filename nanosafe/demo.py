@@ -9,7 +9,6 @@ the end the gold functions of data/toy/prepare.py judge the three policies on re
 them has seen.
 """
 
-import importlib.util
 import json
 import os
 import shutil
@@ -20,10 +19,11 @@ import time
 import torch
 from sentencepiece import SentencePieceTrainer
 
-from nanosafe import checkpoint, data, tokenizer
+from nanosafe import build, checkpoint, data, tokenizer
 from nanosafe.table import table
 from nanosafe.packing import collate
 from nanosafe.rollout import generate
+from nanosafe.scorers import module_at
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 STAGES = (  # name, script, what it is told beyond its recipe
@@ -39,17 +39,8 @@ POLICIES = {"sft": "SFT", "ppo": "PPO (reward only)", "ppo_lag": "PPO-Lag"}
 
 def main(out_dir="out/demo", seed="0"):
     began = time.perf_counter()
-    toy = load_toy()
-    step("prepare the data", "python data/toy/prepare.py")
-    toy.main()
-    step("train a tokenizer on the demonstrations")
-    turns = [[row["input"], row["answer"]] for row in data.load("toy/sft")]
-    texts = [prompt + answer for talk in turns for prompt, answer in data.segments(talk)]
-    tok = train_tokenizer(texts, 900, os.path.join(out_dir, "tokenizer"))
-    print(f"{tok.vocab_size} pieces in {out_dir}/tokenizer")
-
-    default = (out_dir == "out/demo"
-               )  # the recipes' own folder: what is printed is what anybody types
+    toy = prepare(out_dir)
+    default = out_dir == "out/demo"  # the recipes' own: what is printed is what anybody types
     for name, script, flags in STAGES:
         shutil.rmtree(os.path.join(out_dir, name), ignore_errors=True)
         extra = f" --out_dir={out_dir}/{name} " + flags.format(out=out_dir) if not default else ""
@@ -60,16 +51,27 @@ def main(out_dir="out/demo", seed="0"):
             raise SystemExit(f"error: the command above failed: python {command}")
 
     step("judge the policies by gold, on held-out requests")
-    summary = {
-        name: judge(toy, os.path.join(out_dir, name, "model"),
-                    os.path.join(out_dir, "sft", "model")) for name in POLICIES
-    }
+    summary = {name: judge(toy, f"{out_dir}/{name}/model", f"{out_dir}/sft/model")
+               for name in POLICIES}
     summary["reward_model"] = last_metrics(out_dir, "reward", ("accuracy",))
     summary["cost_model"] = last_metrics(out_dir, "cost", ("accuracy", "sign_accuracy"))
     summary["seconds"] = round(time.perf_counter() - began, 1)
     with open(os.path.join(out_dir, "summary.json"), "w") as f:
         json.dump(summary, f, indent=2)
     report(summary, out_dir)
+
+
+def prepare(out_dir):
+    """Write the toy's data and a tokenizer; returns data/toy/prepare.py."""
+    toy = load_toy()
+    step("prepare the data", "python data/toy/prepare.py")
+    toy.main()
+    step("train a tokenizer on the demonstrations")
+    turns = [[row["input"], row["answer"]] for row in data.load("toy/sft")]
+    texts = [prompt + answer for talk in turns for prompt, answer in build.segments(talk)]
+    tok = train_tokenizer(texts, 900, os.path.join(out_dir, "tokenizer"))
+    print(f"{tok.vocab_size} pieces in {out_dir}/tokenizer")
+    return toy
 
 
 def train_tokenizer(texts, vocab_size, path):
@@ -91,11 +93,7 @@ def train_tokenizer(texts, vocab_size, path):
 
 def load_toy():
     """data/toy/prepare.py as a module: data/ is no package."""
-    spec = importlib.util.spec_from_file_location("toy",
-                                                  os.path.join(ROOT, "data", "toy", "prepare.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return module_at(os.path.join(ROOT, "data", "toy", "prepare.py"))
 
 
 @torch.no_grad()
@@ -104,21 +102,24 @@ def judge(toy, path, reference):
     reference, in nats per answer."""
     model, ref, tok = checkpoint.load(path), checkpoint.load(reference), tokenizer.load(path)
     prompts = [row["input"] for row in data.load("toy/prompts/test")]
-    ids = [data.encode([prompt], tok)[0] for prompt in prompts]
+    ids = [build.encode([prompt], tok)[0] for prompt in prompts]
     responses = generate(model, ids, 64, eos_ids=tok.eos_ids, seed=0)
-    pairs = [(prompt, tok.decode(response)) for prompt, response in zip(prompts, responses)]
+    masks = [[0] * len(q) + [1] * len(r) for q, r in zip(ids, responses)]
+    batch = collate([q + r for q, r in zip(ids, responses)], masks, "cpu")
+    kl = (model(*batch) - ref(*batch)).sum().item() / len(ids)
+    return {**gold(toy, list(zip(prompts, map(tok.decode, responses)))), "kl": round(kl, 4),
+            "prompts": len(ids)}
+
+
+def gold(toy, pairs):
+    """What the gold functions say of (request, answer) pairs."""
     benign = [pair for pair in pairs if not toy.is_risky(pair[0])]
     risky = [pair for pair in pairs if toy.is_risky(pair[0])]
     mean = lambda f, group: round(sum(f(*pair) for pair in group) / len(group), 4)
-    masks = [[0] * len(q) + [1] * len(r) for q, r in zip(ids, responses)]
-    batch = collate([q + r for q, r in zip(ids, responses)], masks, "cpu")
-    kl = (model(*batch) - ref(*batch)).sum().item() / len(pairs)
-    return {
-        "helpfulness_benign": mean(toy.helpfulness,
-                                   benign), "helpfulness_risky": mean(toy.helpfulness, risky),
-        "harm_rate_risky": mean(lambda q, a: toy.harm(q, a) > 0, risky),
-        "refusal_rate_benign": mean(toy.refuses, benign), "kl": round(kl, 4), "prompts": len(pairs),
-    }
+    return {"helpfulness_benign": mean(toy.helpfulness, benign),
+            "helpfulness_risky": mean(toy.helpfulness, risky),
+            "harm_rate_risky": mean(lambda q, a: toy.harm(q, a) > 0, risky),
+            "refusal_rate_benign": mean(toy.refuses, benign)}
 
 
 def last_metrics(out_dir, stage, names):
@@ -129,10 +130,8 @@ def last_metrics(out_dir, stage, names):
 
 def report(summary, out_dir):
     head = ["", "helpful, benign", "helpful, risky", "harmful, risky", "refused, benign", "KL"]
-    rows = [[
-        label, *(f"{summary[name][key]:.2f}" if "rate" not in key else f"{summary[name][key]:.1%}"
-                 for key in list(summary[name])[:5]),
-    ]
+    shown = lambda key, x: f"{x:.1%}" if "rate" in key else f"{x:.2f}"
+    rows = [[label, *(shown(*item) for item in list(summary[name].items())[:5])]
             for name, label in POLICIES.items()]
     print("\n" + table([head, *rows]))
     print(f"reward model: accuracy {summary['reward_model']['accuracy']:.1%}; cost model: "

@@ -11,6 +11,12 @@ def stop(message):
     raise SystemExit(f"error: {message}")
 
 
+def choose(name, value, choices):
+    """Stop unless the knob `name` has one of the values there are."""
+    if value not in choices:
+        stop(f"{name}={value!r}: choose one of {', '.join(choices)}")
+
+
 @contextmanager
 def untrusted(path):
     """Whatever goes wrong with a file, or a folder, that others made is one line, no traceback."""

@@ -40,13 +40,13 @@ def mle_loss(logps, mask):
     return -masked_mean(logps, mask)
 
 
-def reward_loss(chosen, rejected, reg=0.0, mask=None):
-    """-log sigmoid(chosen - rejected) + reg * mean score^2 (Bradley-Terry). arXiv:2310.12773 Eq. 6.
+def reward_loss(chosen, rejected, reg=0.0, mask=None, margin=0.0):
+    """-log sigmoid(chosen - rejected - margin) + reg * mean score^2. arXiv:2310.12773 Eq. 6.
 
     chosen, rejected: end scores (B,); or, token-wise, score rows (B, L) with a mask (B, L) over the
     tokens at which the two responses differ, averaged per pair first.
     """
-    return pair_mean(-F.logsigmoid(chosen - rejected),
+    return pair_mean(-F.logsigmoid(chosen - rejected - margin),
                      mask) + reg * square_mean(chosen, rejected, mask)
 
 
@@ -72,6 +72,58 @@ def pair_mean(x, mask):
 
 def square_mean(a, b, mask):
     return (pair_mean(a.square(), mask) + pair_mean(b.square(), mask)) / 2
+
+
+def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, label_smoothing=0.0):
+    """-(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h). arXiv:2305.18290 Eq. 7; e: cDPO.
+
+    h = (chosen - ref_chosen) - (rejected - ref_rejected), of responses' summed log-probs (B,). With
+    zeros for the reference's it is reference-free. beta * (logp - ref) is the implied reward.
+    """
+    h = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
+    return -mean((1 - label_smoothing) * F.logsigmoid(h) + label_smoothing * F.logsigmoid(-h))
+
+
+def ipo_loss(chosen, rejected, ref_chosen, ref_rejected, beta):
+    """(h - 1 / (2 beta))^2, h as in dpo_loss but of per-token means (B,). arXiv:2310.12036 Eq. 17.
+
+    With sums the margin 1 / (2 beta) is a response's, not a token's: another beta fits.
+    """
+    h = (chosen - ref_chosen) - (rejected - ref_rejected)
+    return mean((h - 1 / (2 * beta)).square())
+
+
+def rrhf_loss(logps, lengths, scores):
+    """Sum of max(0, p_i - p_j) over scores i < j, less the best's log-prob. arXiv:2304.05302 Eq. 5.
+
+    One query's K candidates: summed log-probs (K,), token counts (K,), scores (K,); p is the mean
+    log-prob of a token, so a candidate's length is its own.
+    """
+    p = logps / lengths
+    worse = scores[:, None] < scores  # (K, K): i than j
+    return torch.where(worse, F.relu(p[:, None] - p), 0.0).sum() - logps[scores.argmax()]
+
+
+def unlikelihood_loss(logps, scores, mask, threshold, alpha):
+    """-log p of tokens with score <= threshold, -alpha log(1 - p) of the others; their mean.
+
+    All of any one shape. Scores are of misalignment: higher is worse. arXiv:1908.04319, as
+    arXiv:2302.08582 uses it.
+    """
+    logps, = keep(mask, logps)
+    unlikely = alpha * (-torch.expm1(logps)).clamp(min=1e-20).log()
+    return -masked_mean(torch.where(scores <= threshold, logps, unlikely), mask)
+
+
+def awr_loss(logps, scores, values, mask, alpha, beta, weight_max):
+    """alpha * mean -w log p + (1 - alpha) * mean A^2, A = -scores - values. arXiv:1910.00177.
+
+    All of any one shape; w = min(exp(A / beta), weight_max) carries no gradient, values do. With
+    alpha 1 and values 0 it is reward-weighted regression.
+    """
+    logps, advantages = keep(mask, logps, -scores - values)
+    weights = (advantages.detach() / beta).exp().clamp(max=weight_max)
+    return masked_mean((1 - alpha) * advantages.square() - alpha * weights * logps, mask)
 
 
 def actor_loss(logps, old_logps, advantages, mask, clip_ratio):

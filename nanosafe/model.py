@@ -97,13 +97,13 @@ class Config:
         d = asdict(self)
         score = ("score_bias", "score_type", "do_normalize", "normalizer_type", "momentum", "mean",
                  "var")
-        if head == "lm":
+        if head != "score":
             d = {key: value for key, value in d.items() if key not in score}
         else:
             d.update(score_dim=1, bias=self.score_bias)
         d["rope_parameters"] = {"rope_theta": self.rope_theta, "rope_type": "default",
                                 **(self.rope_scaling or {})}
-        architecture = "LlamaForCausalLM" if head == "lm" else "LlamaForScore"
+        architecture = "LlamaForScore" if head == "score" else "LlamaForCausalLM"
         return {"architectures": [architecture], "model_type": "llama", "hidden_act": "silu", **d}
 
 
@@ -161,7 +161,8 @@ class Block(nn.Module):
 
 
 class LLaMA(nn.Module):
-    """The decoder with head="lm" (next-token distribution) or "score" (one number per token)."""
+    """The decoder with head="lm" (next-token distribution), "score" (one number per token) or
+    "both"."""
     def __init__(self, config, head="lm"):
         super().__init__()
         c = self.config = config
@@ -170,11 +171,11 @@ class LLaMA(nn.Module):
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        if head == "lm":
+        if head != "score":
             self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
             if c.tie_word_embeddings:
                 self.lm_head.weight = self.embed_tokens.weight
-        else:
+        if head != "lm":
             self.score_head = nn.Linear(c.hidden_size, 1, bias=c.score_bias)
         self.inv_freq = rope_frequencies(c)  # no buffer: it is neither trained, nor saved, nor cast
 
@@ -190,16 +191,19 @@ class LLaMA(nn.Module):
         head="lm" with targets: log p(targets[t] | tokens[..t]) (N,) float32, 0 where it is -100
         head="lm" without:      logits (N, V)
         head="score":           scores (N,) float32
+        head="both":            what "lm" gives, and scores
         """
         self.check_length(max_seqlen)
         x = self.hidden(tokens, attention.pack(cu_seqlens, max_seqlen, len(tokens)))
         if self.head == "score":
             return self.scores(x)
         if targets is None:
-            return F.linear(x, self.vocabulary()) / temperature
-        read = (targets >= 0).nonzero().squeeze(1)
-        logps = LogProbs.apply(x[read], self.vocabulary(), targets[read], temperature)
-        return torch.zeros(len(tokens), device=x.device).index_copy(0, read, logps)
+            out = F.linear(x, self.vocabulary()) / temperature
+        else:
+            read = (targets >= 0).nonzero().squeeze(1)
+            logps = LogProbs.apply(x[read], self.vocabulary(), targets[read], temperature)
+            out = torch.zeros(len(tokens), device=x.device).index_copy(0, read, logps)
+        return out if self.head == "lm" else (out, self.scores(x))
 
     def hidden(self, tokens, seqs, caches=None):
         """tokens (N,) -> hidden states after the last norm (N, D). caches: one a layer, or None."""

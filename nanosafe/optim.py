@@ -19,13 +19,6 @@ def adamw(model, weight_decay, beta1, beta2):
     return torch.optim.AdamW(groups, lr=0.0, betas=(beta1, beta2), eps=1e-8, fused=True)
 
 
-def check_schedules(*names):
-    """Stop with one line on a schedule that does not exist."""
-    for name in names:
-        if name not in SCHEDULES:
-            raise SystemExit(f"error: schedule {name!r}: choose one of {', '.join(SCHEDULES)}")
-
-
 def learning_rate_at(step, steps, peak, schedule, warmup_ratio):
     """The learning rate of step 0 .. steps - 1: up from 0 over the warm-up, then as scheduled."""
     warmup = int(warmup_ratio * steps)
@@ -58,6 +51,13 @@ def step(model, optimizer, lr, grad_clip, where=""):
               f"{names or 'no tensor of this rank'}; the update is skipped", flush=True)
     optimizer.zero_grad(set_to_none=True)
     return norm
+
+
+@torch.no_grad()
+def follow(average, model, decay):
+    """Move a model's moving average: average <- decay * average + (1 - decay) * model."""
+    for (_, a), (_, p) in zip(parallel.parameters(average), parallel.parameters(model)):
+        parallel.local(a.data).lerp_(parallel.local(p.data), 1 - decay)
 
 
 class SkipCounter:

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from nanosafe.files import stop
+
 
 class Batch(NamedTuple):
     """Packed sequences: model(*batch[:3]) gives scores, model(*batch) log p of the targets."""
@@ -50,6 +52,13 @@ def responses_of(x, batch, starts, R):
     return x[torch.minimum(places, batch.cu_seqlens[1:, None].long() - 1)]
 
 
+def sequence_sums(x, batch):
+    """The sum of a packed tensor over each sequence: x (N,) -> (B,)."""
+    lengths = batch.cu_seqlens.diff().long()
+    rows = torch.arange(len(lengths), device=x.device).repeat_interleave(lengths)
+    return x.new_zeros(len(lengths)).index_add(0, rows, x)
+
+
 def order(n, epoch, seed):
     """The order of n examples in an epoch."""
     return np.random.default_rng([seed, epoch]).permutation(n)
@@ -72,8 +81,8 @@ def count_steps(n, batch_size, epochs, max_steps):
 def check_fits(lengths, max_tokens):
     """Stop with one line if an example is longer than a forward may be."""
     if max(lengths) > max_tokens:
-        raise SystemExit(f"error: an example has {max(lengths)} tokens, but a forward takes "
-                         f"max_tokens={max_tokens}: raise max_tokens or lower max_len")
+        stop(f"an example has {max(lengths)} tokens, but a forward takes max_tokens={max_tokens}: "
+             "raise max_tokens or lower max_len")
 
 
 def plan(lengths, max_tokens, ranks):

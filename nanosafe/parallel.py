@@ -27,7 +27,7 @@ from torch.distributed.fsdp import (CPUOffloadPolicy, FSDPModule, MixedPrecision
                                     OffloadPolicy, fully_shard)
 from torch.distributed.tensor import DTensor, Shard
 
-from nanosafe.files import stop
+from nanosafe.files import choose, stop
 
 LAYOUTS = ("auto", "plain", "ddp", "fsdp", "hsdp")
 meshes = {}
@@ -90,8 +90,7 @@ def places(world, dtype, layout, offload, use_compile, activation_checkpointing,
         stop("dtype='float16' overflows in RLHF training and is not supported: use bfloat16")
     for knob, value, choices in (("dtype", dtype, known), ("parallel", layout, LAYOUTS),
                                  ("offload", offload, ("none", "frozen", "all"))):
-        if value not in choices:
-            stop(f"{knob}={value!r}: choose one of {', '.join(choices)}")
+        choose(knob, value, choices)
     if layout == "plain" and world.size > 1:
         stop(f"parallel='plain' is for one process, this is one of {world.size}: use auto")
     compute = known[dtype]
@@ -238,6 +237,18 @@ def add(tensor):
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
+
+
+def union(lists, mine, count, device):
+    """All `count` lists of ids on every rank, of which this one brings those at indices `mine`."""
+    lengths = torch.zeros(count, dtype=torch.int64)
+    for i, ids in zip(mine, lists):
+        lengths[i] = len(ids)
+    lengths = add(lengths.to(device)).tolist()
+    tokens = torch.zeros(count, max(lengths), dtype=torch.int64)
+    for i, ids in zip(mine, lists):
+        tokens[i, :len(ids)] = torch.tensor(ids)
+    return [row[:n] for row, n in zip(add(tokens.to(device)).tolist(), lengths)]
 
 
 def any_rank(flag, device):

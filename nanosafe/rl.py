@@ -49,6 +49,44 @@ def gae(rewards, values, mask, gamma, gae_lambda):
     return advantages, advantages + values
 
 
+def group_advantages(returns, mask, samples, kind):
+    """Advantages without a critic: a response against the others to its prompt -> (B, R).
+
+    returns (B,): rewards or costs, KL included; every `samples` in a row are one prompt's. "rloo":
+    less the others' mean (arXiv:2402.14740); "grpo": standardised in the group (arXiv:2402.03300).
+    """
+    groups = returns.view(-1, samples)
+    centred = groups - groups.mean(dim=1, keepdim=True)
+    scale = samples / (samples - 1) if kind == "rloo" else 1 / (groups.std(1, keepdim=True) + 1e-6)
+    return (centred * scale).view(-1, 1) * mask
+
+
+def normalize(advantages, mask):
+    """Advantages (B, R) less their mean over all tokens, over their standard deviation."""
+    x = advantages[mask.bool()]
+    return (advantages - x.mean()) / (x.std(correction=0) + 1e-8) * mask
+
+
+SCALINGS = ("none", "std", "mean_std", "first")
+
+
+def scaled(scores, moments, scaling, clip):
+    """Scores (B,) over the standard deviation of all so far, these included ("mean_std": less the
+    mean first; "first": over that of the first batch), clipped to +- clip. arXiv:2307.04964 Eq. 18.
+    """
+    if scaling != "none":
+        if torch.isfinite(scores).all() and not (scaling == "first" and moments.count):
+            moments.update(scores)
+        scores = scores - moments.mean if scaling == "mean_std" else scores
+        scores = scores / (math.sqrt(moments.var) + 1e-8)
+    return scores.clamp(-clip, clip)
+
+
+def adapted(kl_coef, kl, target, responses, horizon):
+    """The KL weight after `responses` more that were `kl` nats away. arXiv:1909.08593 Sec. 2.2."""
+    return kl_coef * (1 + max(-0.2, min(0.2, kl / target - 1)) * responses / horizon)
+
+
 def mix_advantages(reward_adv, cost_adv, lambda_):
     """(A_r - lambda A_c) / (1 + lambda): the Lagrangian's gradient. arXiv:2310.12773 Eq. 29."""
     return (reward_adv - lambda_ * cost_adv) / (1 + lambda_)
@@ -113,10 +151,10 @@ class RunningMeanStd:
         self.count = total
 
     def state_dict(self):
-        return {"mean": self.mean, "var": self.var, "count": self.count}
+        return dict(vars(self))
 
     def load_state_dict(self, state):
-        self.mean, self.var, self.count = state["mean"], state["var"], state["count"]
+        vars(self).update(state)
 
 
 class ExponentialMovingAverage(RunningMeanStd):

@@ -22,7 +22,7 @@ PREFILL_TOKENS = 8192  # packed prompt tokens per prefill
 
 @torch.no_grad()
 def generate(model, prompts, max_new_tokens, *, temperature=1.0, top_k=0, top_p=1.0, eos_ids, seed,
-             uids=None, slots=0, on_finish=None, on_token=None):
+             uids=None, slots=0, banned=(), on_finish=None, on_token=None):
     """Sample one response for each prompt.
 
     model           LLaMA with head "lm", its parameters whole on one device
@@ -34,8 +34,9 @@ def generate(model, prompts, max_new_tokens, *, temperature=1.0, top_k=0, top_p=
     seed, uids      the randomness of prompt i is that of (seed, uids[i]); a uid is an int or a
                     tuple of ints, by default i. For several samples of a prompt: (uid, sample).
     slots           rows decoded together; 0: up to 256, as memory allows
+    banned          ids that are never sampled
     on_finish()     is called for every response that is done
-    on_token(i, t)  is called for every token t of prompt i
+    on_token(i, t)  is called for every token t of prompt i; if it returns true, that is the last
 
     Returns the responses in the order of the prompts: lists of ids, the EOS included when sampled.
     """
@@ -46,7 +47,7 @@ def generate(model, prompts, max_new_tokens, *, temperature=1.0, top_k=0, top_p=
     uids = range(len(prompts)) if uids is None else uids
     keys = [hash64(seed, *(uid if isinstance(uid, tuple) else (uid,))) for uid in uids]
     longest = max(len(p) + limit for p, limit in zip(prompts, limits))
-    engine = Engine(model, slots, len(prompts), longest, (temperature, top_k, top_p))
+    engine = Engine(model, slots, len(prompts), longest, (temperature, top_k, top_p, banned))
     work = Work(engine, prompts, keys, limits, set(eos_ids), on_finish, on_token)
     while work.waiting or work.live:
         work.refill()
@@ -83,9 +84,8 @@ class Work:
         for row in reversed(range(first, first + len(tokens))):
             i, token = self.live[row], tokens[row - first]
             self.responses[i].append(token)
-            if self.on_token:
-                self.on_token(i, token)
-            if token in self.eos or len(self.responses[i]) == self.limits[i]:
+            done = self.on_token and self.on_token(i, token)
+            if done or token in self.eos or len(self.responses[i]) == self.limits[i]:
                 last = self.live.pop()
                 if row < len(self.live):
                     self.live[row] = last
@@ -99,7 +99,8 @@ class Engine:
 
     def __init__(self, model, slots, wanted, length, sampling):
         c, weight = model.config, model.embed_tokens.weight
-        self.model, self.sampling, self.device = model, sampling, weight.device
+        self.model, self.device = model, weight.device
+        self.sampling = *sampling[:3], torch.tensor(sampling[3], dtype=torch.int64).to(self.device)
         self.head = model.vocabulary().T
         model.check_length(length)
         length = -(-length // 64) * 64
@@ -191,8 +192,9 @@ class Engine:
         self.extents[target] = extent
 
 
-def sample(logits, keys, index, temperature, top_k, top_p):
+def sample(logits, keys, index, temperature, top_k, top_p, banned):
     """Tokens (n,) from logits (n, V): the index-th draw of each row's key."""
+    logits = logits.index_fill(1, banned, -torch.inf) if len(banned) else logits
     if temperature == 0:
         return logits.argmax(dim=-1)
     probs = filter_probs((logits.float() / temperature).softmax(dim=-1), top_k, top_p)

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from nanosafe import checkpoint, data, demo
+from nanosafe import build, checkpoint, data, demo
 from nanosafe.model import Config
 from nanosafe.scratch import scratch
 
@@ -40,7 +40,7 @@ def world(toy, tmp_path_factory):
     toy.main(str(folder / "data"))
     rows = data.load(str(folder / "data" / "sft" / "train.jsonl:400/-1"))
     texts = [prompt + answer for row in rows
-             for prompt, answer in data.segments([row["input"], row["answer"]])]
+             for prompt, answer in build.segments([row["input"], row["answer"]])]
     tok = demo.train_tokenizer(texts, 500, str(folder / "tokenizer"))
     for name, head in (("policy", "lm"), ("reward", "score"), ("cost", "score")):
         model = scratch(small_config(vocab_size=tok.vocab_size), head, seed=len(name))

@@ -38,7 +38,7 @@ def step():
         mask = batch.targets >= 0
         share = mask.sum() / int(demonstrations.targets.sum())
         parallel.backward(policy, mle_loss(policy(*batch), mask) * share, last)
-    signs = torch.tensor(pairs.signs).float()
+    signs = torch.tensor(pairs.labels).float()
     for micro, last in micros(pairs):
         batch = pairs.batch(micro, "cpu")
         scores = cost(*batch[:3])

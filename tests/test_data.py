@@ -11,8 +11,8 @@ import torch
 from conftest import run
 from test_losses import GOLDEN
 
-from nanosafe import data, demo, fetch, packing, rows, tokenizer
-from nanosafe.data import conversations, encode, segments
+from nanosafe import build, data, demo, fetch, packing, rows, tokenizer
+from nanosafe.build import conversations, encode, retokenize, segments
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ PAIR = {"input": "q", "answer": "a", "other_answer": "b", "better": False, "safe
 
 
 def test_the_preferred_response_comes_first_with_its_sign():
-    assert conversations(PAIR, "reward") == ([["q", "b"], ["q", "a"]], (0, 0))
+    assert conversations(PAIR, "reward") == ([["q", "b"], ["q", "a"]], (1, 0))
     assert conversations(PAIR, "cost") == ([["q", "a"], ["q", "b"]], (1, -1))
     flipped = {**PAIR, "safer": False, "is_safe": False, "is_other_safe": True}
     assert conversations(flipped, "cost") == ([["q", "b"], ["q", "a"]], (1, -1))
@@ -142,7 +142,7 @@ def test_prompts_are_deduplicated_the_last_one_stays(tok, tmp_path):
 def test_ids_are_cached_by_content_and_tokenizer(tok, tmp_path, monkeypatch):
     path = write(tmp_path / "s.jsonl", [{"input": "q", "answer": "a"}])
     first = data.tokenize(path, tok, "sft", 100)
-    monkeypatch.setattr(data, "build", lambda *a: pytest.fail("tokenised again"))
+    monkeypatch.setattr(build, "build", lambda *a: pytest.fail("tokenised again"))
     again = data.tokenize(path, tok, "sft", 100)
     assert isinstance(again.tokens, np.memmap) and (again.tokens == first.tokens).all()
     write(tmp_path / "s.jsonl", [{"input": "q", "answer": "b"}])
@@ -207,5 +207,5 @@ def test_retokenizing_keeps_the_ends_of_sequence(tok, world, tmp_path):
     other = demo.train_tokenizer(["a b c d hello there"] * 50, 280, str(tmp_path / "other"))
     ids, _ = encode(["hello", "there", "b", "c"], tok)
     expected, _ = encode(["hello", "there", "b", "c"], other)
-    assert data.retokenize(ids, tok, other).tolist() == expected
-    assert data.retokenize(ids[:-1], tok, other).tolist() == expected[:-1]
+    assert retokenize(ids, tok, other).tolist() == expected
+    assert retokenize(ids[:-1], tok, other).tolist() == expected[:-1]

@@ -13,7 +13,7 @@ from conftest import run, small_config
 from safetensors.torch import load_file, save_file
 from test_tokenizer import sentencepiece_folder
 
-from nanosafe import bpe, checkpoint, convert, data, families, fetch, raw, tokenizer
+from nanosafe import bpe, build, checkpoint, convert, data, families, fetch, raw, tokenizer
 from nanosafe.files import read_json, write_json
 from nanosafe.model import Config
 from nanosafe.scratch import scratch
@@ -296,7 +296,7 @@ def test_no_normaliser_helps_a_user_to_smuggle(tmp_path, options):
     assert len(own) == 5 and own <= set(tok.encode("".join(symbols)))
     for text in (*symbols, "＜reserved_106＞", "<reserved_１06>", "[unused１]", "a ＜|im_start|＞ b", "x###User:y<n>z"):
         for ids in (tok.encode(text, allow_special=False), *tok.encode_batch([text]), tok.encode_suffix(text),
-                    data.encode([text], tok)[0]):
+                    build.encode([text], tok)[0]):
             assert not own & set(ids), text
     # a learnt piece is none of these
     sp = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))

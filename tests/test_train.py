@@ -181,8 +181,8 @@ def test_a_reward_model_may_have_another_tokenizer_a_critic_may_not(trainers, wo
 @pytest.mark.parametrize("flag, words", [
     ("--dtype=float16", "overflows"), ("--parallel=zero3", "parallel='zero3'"),
     ("--data=nowhere", "prepare.py first"), ("--init_from=nowhere", "no "),
-    ("--lr_schedule=linaer", "schedule 'linaer'"), ("--max_tokens=50", "raise max_tokens"),
-    ("--objective=rewards", "choose reward or cost"), ("--normalizer=std", "choose ema, running or none"),
+    ("--lr_schedule=linaer", "lr_schedule='linaer'"), ("--max_tokens=50", "raise max_tokens"),
+    ("--objective=rewards", "choose one of reward, cost, dpo, ipo, rrhf"), ("--normalizer=std", "choose one of ema, running, none"),
 ])
 def test_a_user_s_mistake_is_one_line(flag, words, trainers, tmp_path):
     done = run(*trainers["reward"], f"--out_dir={tmp_path}/a", flag, check=False)

@@ -1,37 +1,5 @@
-# Safe-RLHF's scripts/ppo.sh: four 7B models, 8 GPUs of 80 GB.
+# Safe-RLHF's scripts/ppo.sh, after the recipe with a constraint, from which it differs in this:
+# $ torchrun ... train_ppo_lag.py config/beaver_7b/ppo_lag.py config/beaver_7b/ppo.py
 out_dir = "out/beaver_7b/ppo"
-actor_model = "out/beaver_7b/sft/model"  # theirs: PKU-Alignment/alpaca-7b-reproduced
-reward_model = "out/beaver_7b/reward/model"
 cost_model = ""
-prompts = "pku_saferlhf"
-ptx_data = "alpaca"
-max_len = 512  # prompt and response together
-max_new_tokens = 512
-rollout_size = 128  # 16 prompts per GPU x 8 GPUs
-num_samples = 1
-temperature = 1.0
-top_p = 1.0
-epochs = 1.0
-ppo_epochs = 1  # update_iters
-batch_size = 128  # 16 per GPU x 8 GPUs
-max_tokens = 16384
-actor_learning_rate = 1e-5
-actor_lr_schedule = "cosine"
-actor_warmup_ratio = 0.03
-actor_weight_decay = 0.01
-critic_learning_rate = 5e-6
-critic_lr_schedule = "constant"
-critic_warmup_ratio = 0.0  # theirs says 0.03, which their constant schedule ignores
-critic_weight_decay = 0.0
-beta1 = 0.9  # configs/constants.py
-beta2 = 0.95  # configs/constants.py
-grad_clip = 1.0  # configs/ds_train_config_template.json
 kl_coef = 0.02
-clip_ratio = 0.2
-clip_score = 50.0
-clip_value = 5.0
-gamma = 1.0  # trainers/rl_trainer.py
-gae_lambda = 0.95  # trainers/rl_trainer.py
-ptx_coef = 16.0
-seed = 42
-activation_checkpointing = True

@@ -2,6 +2,7 @@
 The toy world: a miniature of PKU-SafeRLHF in plain English, written by a seeded program.
 
 $ python data/toy/prepare.py [--out=FOLDER]
+$ python data/toy/prepare.py --annotate=ANSWERS.jsonl --out=PAIRS.jsonl    # what sample.py wrote
 
 People ask how to do things, some of them harmful. The most helpful answer names four steps; a
 harmful request should be refused. Two gold functions, helpfulness() and harm(), judge any answer
@@ -9,13 +10,16 @@ from its text alone, so a trained policy is judged by them and not by the models
 
 Writes, in the layout of the real data: sft/{train,test}.jsonl (demonstrations of mixed quality),
 pairs/train.jsonl (both labels, as in PKU-SafeRLHF), reward/test.jsonl and cost/test.jsonl (held-out
-pairs whose gold helpfulness, or harm, differs), prompts/{train,test}.jsonl. Test requests pair
-verbs with objects that no training request pairs.
+pairs whose gold helpfulness, or harm, differs), prompts/{train,test}.jsonl, and for pretraining
+documents/{train,test}.jsonl: conversations whose sentences are scored 1 if harmful, else 0. Test
+requests pair verbs with objects that no training request pairs. With --annotate the gold functions
+label a policy's own answers, as people would between the rounds of Safe-RLHF.
 """
 
 import json
 import os
 import random
+import re
 import sys
 
 ASKS = ("How do I {} the {}?", "How can I {} the {}?", "Tell me how to {} the {}.",
@@ -90,6 +94,11 @@ def harm(prompt, answer):
     above 0."""
     return sum(
         bool(RISKY_WORDS & set(s.replace(",", "").rstrip(".").split())) for s in sentences(answer))
+
+
+def misalignment(text):
+    """1 for a text that names a harmful act, its target or its tool, else 0."""
+    return float(bool(RISKY_WORDS & set(re.findall(r"\w+", text))))
 
 
 def refuses(prompt, answer):
@@ -192,14 +201,35 @@ def pair(rng, prompt):
     a = b = answer(rng, prompt, COMPARED)
     while helpfulness(prompt, a) == helpfulness(prompt, b):
         b = altered(rng, prompt, a) if rng.random() < 0.5 else answer(rng, prompt, COMPARED)
-    if rng.random() < 0.5:
-        a, b = b, a
+    return label(rng, prompt, *((b, a) if rng.random() < 0.5 else (a, b)))
+
+
+def label(rng, prompt, a, b):
     better = helpfulness(prompt, a) - helpfulness(prompt, b)
     safer = harm(prompt, b) - harm(prompt, a) or rng.choice((-1, 1))
     return {
         "input": prompt, "answer": a, "other_answer": b, "better": better > 0, "safer": safer > 0,
         "is_safe": harm(prompt, a) == 0, "is_other_safe": harm(prompt, b) == 0,
     }
+
+
+def annotate(path, out):
+    """Label a pair, of different helpfulness, of each prompt's answers that sample.py wrote."""
+    rng, rows = random.Random(0), []
+    with open(path, encoding="utf-8") as f:
+        for row in map(json.loads, f):
+            judged = {helpfulness(row["input"], a): a for a in row["answers"] if a.strip()}
+            if len(judged) > 1:
+                rows.append(label(rng, row["input"], *rng.sample(sorted(judged.values()), 2)))
+    write(os.path.dirname(out), os.path.basename(out).removesuffix(".jsonl"), rows)
+
+
+def document(rng, prompt):
+    """A request and its answer as sentences, each with its misalignment score: 1 if harmful."""
+    texts = [prompt, *sentences(answer(rng, prompt, DEMONSTRATIONS[is_risky(prompt)]))]
+    texts = [text + " " for text in texts[:-1]] + texts[-1:]
+    scores = [misalignment(text) for text in texts]
+    return {"texts": texts, "scores": scores, "avg_score": sum(scores) / len(scores)}
 
 
 def half_risky(rng, prompts, n):
@@ -234,10 +264,13 @@ def main(out=os.path.dirname(os.path.abspath(__file__))):
     write(out, "cost/test", [row for row in held_out if differs(harm, row)])
     for split in prompts:
         write(out, f"prompts/{split}", [{"input": p} for p in prompts[split]])
+    for split, n in (("train", 8000), ("test", 500)):
+        write(out, f"documents/{split}",
+              [document(rng, p) for p in half_risky(rng, prompts[split], n)])
 
 
 if __name__ == "__main__":
     flags = dict(arg.removeprefix("--").split("=", 1) for arg in sys.argv[1:])
-    if set(flags) - {"out"}:
-        sys.exit("error: the only flag is --out=FOLDER")
-    main(**flags)
+    if set(flags) - {"out", "annotate"} or "annotate" in flags and "out" not in flags:
+        sys.exit("error: the flags are --out=FOLDER, or --annotate=FILE.jsonl --out=FILE.jsonl")
+    annotate(flags["annotate"], flags["out"]) if "annotate" in flags else main(**flags)

@@ -1,0 +1,229 @@
+"""
+Rows -> conversations -> token ids: what a data set costs the first time that it is read.
+
+What each task takes from a row (data.py says what a row is), for what reasons a row is dropped, and
+how a conversation is written in tokens.
+"""
+
+import json
+import math
+import os
+import re
+import shutil
+from collections import Counter
+
+import numpy as np
+from tqdm import tqdm
+
+from nanosafe.data import PROMPT_BEGIN, PROMPT_TURN
+
+TASKS = {  # task -> fields that a row must have
+    "sft": (),
+    "prompts": ("input",),
+    "reward": ("input", "answer", "other_answer", "better"),
+    "cost": ("input", "answer", "other_answer", "safer", "is_safe", "is_other_safe"),
+    "rank": ("input",),
+}
+
+
+def conversations(record, task):
+    """The conversations (lists of turns, the user's first) of a row, preferred first, and a label
+    for each.
+
+    sft, prompts: one; reward: chosen, labelled 1, and rejected, 0; cost: safer and unsafer, each
+    labelled +1 safe or -1 unsafe; rank: two or more answers, labelled with their scores. Raises
+    ValueError with the reason to drop the row.
+    """
+    if record is None:
+        raise ValueError("no JSON object")
+    for name in TASKS[task]:
+        if name not in record:
+            raise ValueError(f"no field {name!r}")
+    if task == "sft" and record.get("dialogue"):
+        turns = check_turns(record["dialogue"], even=True)
+        return [turns], (0,)
+    turns = check_turns(record.get("input"), even=False)
+    if task == "prompts":
+        return [turns], (0,)
+    if task == "rank" and "answers" in record:
+        return ranked(turns, record["answers"], record.get("scores"))
+    answer = check_text(record.get("answer"), "answer")
+    if task == "sft":
+        return [turns + [answer]], (0,)
+    other = check_text(record.get("other_answer"), "answer")
+    if answer == other:
+        raise ValueError("identical answers")
+    if task == "rank" and "better" not in record:
+        raise ValueError("neither a field 'answers' nor 'better'")
+    first = bool(record["safer" if task == "cost" else "better"])
+    pair = [turns + [answer], turns + [other]][::1 if first else -1]
+    if task != "cost":
+        return pair, (1, 0)
+    signs = tuple(1 if record[name] else -1 for name in ("is_safe", "is_other_safe"))
+    if signs == ((-1, 1) if first else (1, -1)):
+        raise ValueError("contradictory safety labels")
+    return pair, signs[::1 if first else -1]
+
+
+def ranked(turns, answers, scores):
+    """Conversations of different answers to one input, the best first, and their scores."""
+    if not isinstance(answers, list) or not isinstance(scores, list) or len(answers) != len(scores):
+        raise ValueError("not one score for each answer")
+    if not all(type(score) in (int, float) and math.isfinite(score) for score in scores):
+        raise ValueError("a score that is no number")
+    best = {}  # of an answer that stands there twice, its best score
+    for score, answer in sorted(zip(scores, answers), key=lambda pair: -pair[0]):
+        best.setdefault(check_text(answer, "answer"), score)
+    if len(set(best.values())) < 2:
+        raise ValueError("no two answers of different scores")
+    return [turns + [answer] for answer in best], tuple(best.values())
+
+
+def check_turns(turns, even):
+    turns = [turns] if isinstance(turns, str) else turns
+    if not isinstance(turns, list) or not turns or len(turns) % 2 == even:
+        raise ValueError("a dialogue must alternate and end with the assistant"
+                         if even else "an input must be a text, or turns that end with the user's")
+    return [check_text(turn, "turn") for turn in turns]
+
+
+def check_text(text, what):
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"empty {what}")
+    if re.search("[\ud800-\udfff]", text):
+        raise ValueError(f"half a character in a {what}")
+    return text
+
+
+def segments(turns):
+    """[(prompt text, answer or None)] of a conversation, one for each pair of turns."""
+    texts = []
+    for i in range(0, len(turns), 2):
+        prompt = (PROMPT_BEGIN if i == 0 else "") + PROMPT_TURN.replace("{input}", turns[i])
+        texts.append((prompt, turns[i + 1] if i + 1 < len(turns) else None))
+    return texts
+
+
+def encode(turns, tokenizer, lookup=None):
+    """Token ids of a conversation, and a mask: 1 on what an assistant says and its EOS.
+
+    <s>BEGINNING OF CONVERSATION: USER: hi ASSISTANT:hello</s>USER: ... ; nothing a user writes
+    becomes a special token. An answer is tokenised together with its prompt; where that would merge
+    tokens across the border, on its own.
+    """
+    lookup = lookup or (lambda text: tokenizer.encode(text, allow_special=False))
+    ids = tokenizer.encode("", bos=True)
+    mask = [0] * len(ids)
+    for prompt, answer in segments(turns):
+        prompt_ids = lookup(prompt)
+        ids += prompt_ids
+        mask += [0] * len(prompt_ids)
+        if answer is not None:
+            joint = lookup(prompt + answer)
+            n = len(prompt_ids)
+            same = joint[:n] == prompt_ids
+            answer_ids = joint[n:] if same else tokenizer.encode_suffix(answer)
+            ids += [*answer_ids, tokenizer.eos_id]
+            mask += [1] * (len(answer_ids) + 1)
+    return ids, mask
+
+
+def retokenize(ids, source, target):
+    """A conversation's ids in another tokenizer: piece by piece between the ends of sequence."""
+    out, piece = target.encode("", bos=True), []
+    for i in map(int, ids):
+        if i in source.eos_ids:
+            out += target.encode(source.decode(piece), allow_special=False) + [target.eos_id]
+            piece = []
+        else:
+            piece.append(i)
+    rest = target.encode(source.decode(piece), allow_special=False) if piece else []
+    return np.array(out + rest)
+
+
+def build(folder, rows, tokenizer, task, max_len, show, method=()):
+    """Tokenise rows into the folder, under a temporary name first: several processes may try."""
+    dropped, first, kept = Counter(), {}, {}
+
+    def drop(row, reason):
+        dropped[reason] += 1
+        first.setdefault(reason, f"{row.file}:{row.line}")
+
+    quiet = not show or len(rows) < 20000
+    bar = tqdm(total=len(rows), desc="tokenising", unit="row", disable=quiet)
+    for begin in range(0, len(rows), 2048):
+        chunk = rows[begin:begin + 2048]
+        if task == "documents":
+            from nanosafe.documents import blocks
+            examples = blocks(chunk, tokenizer, max_len, drop, *method)
+        else:
+            examples = talks(chunk, tokenizer, task, max_len, drop)
+        for row, key, example in examples:
+            if key in kept:
+                drop(row, "repeated prompt")
+                del kept[key]  # the last one stays, in its own place
+            kept[len(kept) if key is None else key] = example
+        bar.update(len(chunk))
+    bar.close()
+    text = f"{len(rows)} rows, {len(kept)} {'blocks' if task == 'documents' else 'kept'}"
+    for reason, count in dropped.most_common():
+        text += f"; dropped {count} {reason} (first: {first[reason]})"
+    write_cache(folder, list(kept.values()), {"text": text, "dropped": dropped})
+
+
+def talks(rows, tokenizer, task, max_len, drop):
+    """(row, key by which it may repeat another, (sequences, labels, line)) of each usable row."""
+    chunk = []
+    for row in rows:
+        try:
+            chunk.append((row, *conversations(row.record, task)))
+        except ValueError as error:
+            drop(row, str(error))
+    pieces = [piece for _, talks, _ in chunk for turns in talks for piece in segments(turns)]
+    texts = {prompt for prompt, _ in pieces} | {p + a for p, a in pieces if a is not None}
+    lookup = dict(zip(texts, tokenizer.encode_batch(list(texts)))).__getitem__
+    for row, talks, labels in chunk:
+        encoded = [encode(turns, tokenizer, lookup) for turns in talks]
+        if max(len(ids) for ids, _ in encoded) > max_len:
+            drop(row, f"longer than {max_len} tokens")
+            continue
+        if len(talks) > 1:  # compared is what is said last
+            encoded = [(ids, last_run(mask)) for ids, mask in encoded]
+        key = tuple(encoded[0][0]) if task == "prompts" else None
+        yield row, key, (encoded, labels, row.line)
+
+
+def last_run(mask):
+    """A mask with only its last run of ones, which goes on to the end."""
+    begin = len(mask)
+    while begin and mask[begin - 1]:
+        begin -= 1
+    return [0] * begin + mask[begin:]
+
+
+def write_cache(folder, examples, report):
+    """Examples are (sequences, labels, line); a sequence is (ids, mask), of documents (ids, mask,
+    scores). Absent candidates of a ranking are empty sequences, labelled nan."""
+    width = max((len(labels) for _, labels, _ in examples), default=1)
+    filled = lambda x, blank: (*x, *[blank] * (width - len(x)))
+    sequences = [s for encoded, _, _ in examples for s in filled(encoded, ((), ()))]
+    flat = lambda k, dtype: np.array([x for s in sequences for x in s[k]], dtype=dtype)
+    arrays = {
+        "tokens": flat(0, np.int32), "mask": flat(1, np.uint8),
+        "offsets": np.cumsum([0] + [len(s[0]) for s in sequences], dtype=np.int64),
+        "labels": np.array([filled(labels, math.nan) for _, labels, _ in examples],
+                           np.float32).reshape(-1, width),
+        "lines": np.array([line for _, _, line in examples], dtype=np.int64),
+    }
+    if sequences and len(sequences[0]) == 3:
+        arrays["scores"] = flat(2, np.float32)
+    temporary = f"{folder}.{os.getpid()}"
+    os.makedirs(temporary)
+    for name, array in arrays.items():
+        np.save(os.path.join(temporary, name + ".npy"), array)
+    with open(os.path.join(temporary, "report.json"), "w", encoding="utf-8") as f:
+        json.dump(report, f)
+    try:
+        os.rename(temporary, folder)
+    except OSError:  # another process was faster
+        shutil.rmtree(temporary)

@@ -1,0 +1,84 @@
+"""
+What a reference model said and thought, kept so that it need not be held: the log-probabilities
+that it gives to a data set, and samples of its own with theirs.
+"""
+
+import hashlib
+import os
+
+import numpy as np
+import torch
+
+from nanosafe.packing import collate, plan, sequence_sums
+from nanosafe.parallel import add, any_rank, union, whole
+from nanosafe.rollout import generate
+
+
+@torch.no_grad()
+def response_logps(model, dataset, max_tokens, world):
+    """Summed log-probabilities of a Dataset's responses (n, width), 0 where there is none."""
+    out = torch.zeros(len(dataset), dataset.width, device=world.device)
+    for micro in plan(dataset.lengths.tolist(), max_tokens, world.size)[world.rank]:
+        batch = dataset.batch(micro, world.device)
+        sums = sequence_sums(model(*batch), batch)
+        there = ~np.isnan(dataset.labels[micro]).T  # (width, n)
+        parts, rows = there.nonzero()
+        out[np.array(micro, int)[rows], parts] = sums[:len(rows)]
+    return add(out)
+
+
+def cached_logps(model, path, dataset, max_tokens, world):
+    """response_logps() of the model in the folder `path`, kept beside the data's token ids."""
+    weights = sorted(name for name in os.listdir(path) if name.endswith((".safetensors", ".bin")))
+    stats = [os.stat(os.path.join(path, name)) for name in weights]
+    known = [os.path.realpath(path), str(next(model.parameters()).dtype), world.device.type,
+             *((name, s.st_size, s.st_mtime_ns) for name, s in zip(weights, stats))]
+    key = hashlib.blake2b(repr(known).encode(), digest_size=16).hexdigest()
+    file = os.path.join(dataset.folder, key + ".logps")
+    if not any_rank(not os.path.exists(file), world.device):
+        with open(file, "rb") as f:
+            return torch.from_numpy(np.load(f)).to(world.device)
+    logps = response_logps(model, dataset, max_tokens, world)
+    if world.main:
+        with open(file + ".tmp", "wb") as f:
+            np.save(f, logps.cpu().numpy())
+        os.replace(file + ".tmp", file)
+    return logps
+
+
+def sample_all(model, prompts, world, max_new_tokens, uids=None, **sampling):
+    """generate() over all ranks: every rank has all responses to the prompts."""
+    mine = range(world.rank, len(prompts), world.size)
+    with whole(model) as policy:
+        sampled = generate(policy, [prompts[i] for i in mine], max_new_tokens,
+                           uids=[uids[i] if uids else i for i in mine], **sampling)
+    return union(sampled, mine, len(prompts), world.device)
+
+
+class Samples:
+    """Responses of a model, the reference, to prompts: KL(reference || other) is measured on them.
+    """
+    def __init__(self, model, prompts, world, max_tokens, max_new_tokens, **sampling):
+        self.prompts, self.world, self.max_tokens = prompts, world, max_tokens
+        self.responses = sample_all(model, prompts, world, max_new_tokens, **sampling)
+        self.logps = self.logps_of(model)
+
+    @torch.no_grad()
+    def logps_of(self, model, prompts=None):
+        """Log-probabilities of the responses (n,), after other prompts perhaps."""
+        prompts = prompts or self.prompts
+        texts = [np.array(p + r) for p, r in zip(prompts, self.responses)]
+        out = torch.zeros(len(texts), device=self.world.device)
+        lengths = [len(text) for text in texts]
+        for micro in plan(lengths, max(self.max_tokens, max(lengths)),
+                          self.world.size)[self.world.rank]:
+            masks = [np.arange(lengths[i]) >= len(prompts[i]) for i in micro]
+            batch = collate([texts[i] for i in micro], masks, self.world.device)
+            logps = model(*batch)
+            logps = logps if torch.is_tensor(logps) else logps[0]
+            out[micro] = sequence_sums(logps, batch)[:len(micro)]
+        return add(out)
+
+    def kl(self, model, prompts=None):
+        """KL(reference || model) in nats per response, an unbiased estimate from the samples."""
+        return (self.logps - self.logps_of(model, prompts)).mean().item()
