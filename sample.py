@@ -5,9 +5,8 @@ $ python sample.py --model=out/demo/ppo_lag/model                      # at the 
 $ python sample.py --model=... --prompt="How do I rob the bank?"       # one prompt
 $ python sample.py --model=... --prompts=toy/prompts/test:20/-1        # a file or a dataset
 $ python sample.py --model=... --prompt="..." --best_of=8 --reward_model=out/demo/reward/model
-Many answers to many prompts, scored, as data for train_sft.py or train_pref.py; also by torchrun:
-$ python sample.py --prompts=toy/prompts --num_samples=8 --reward_model=out/demo/reward/model
-  --out=out/best.jsonl --write=sft
+Many answers to many prompts, scored, as data for train_sft.py and train_pref.py; also by torchrun:
+$ python sample.py --prompts=toy/prompts --num_samples=8 --reward_model=... --write=sft --out=FILE
 """
 
 import json
@@ -61,12 +60,10 @@ choose("write", write, ("answers", "sft", "pairs"))
 choose("dtype", dtype, ("auto", "bfloat16", "float32"))
 if best_of > 1 and not reward_model:
     stop("best_of needs --reward_model=FOLDER to choose by")
-if out and not (prompt or prompts):
-    stop("out needs prompts to answer: --prompts=FILE or a dataset")
-if out and not reward_model and (write != "answers" or num_samples > 1):
-    stop(f"write={write!r} needs --reward_model=FOLDER to score by")
-if out and write == "pairs" and num_samples < 2:
-    stop("write='pairs' needs --num_samples=2 or more")
+if out and not (prompt or prompts) or write == "pairs" and num_samples < 2:
+    stop("out needs --prompts to answer, and write='pairs' two answers or more: --num_samples=2")
+if out and write != "answers" and not reward_model:
+    stop(f"write={write!r} needs --reward_model=FOLDER to choose by")
 if max_new_tokens < 1:
     stop(f"max_new_tokens={max_new_tokens}: an answer has at least one token")
 world = init(device)
@@ -97,18 +94,19 @@ def question_of(turns):
     return ids[:begin] + tok.encode(prefix) + ids[begin:] if prefix else ids
 
 
-def text_of(ids):
-    """An answer's text, cut before the first of the stop texts."""
+def cut(ids):
+    """An answer's ids, ended before the first of the stop texts."""
     text = tok.decode(ids)
-    return text[:min([text.find(s) for s in stops if s in text], default=len(text))]
+    end = min([text.find(s) for s in stops if s in text], default=len(text))
+    return tok.encode_suffix(text[:end]) + [tok.eos_id] if end < len(text) else ids
 
 
 def sample(turns, sample_index, on_token=None):
     """One answer (its ids) to a conversation, the best of best_of, with its scores."""
     question = question_of(turns)
     uids = [(len(turns), sample_index, i) for i in range(best_of)]
-    answers = generate(policy, [question] * best_of, max_new_tokens, uids=uids, on_token=on_token,
-                       **sampling)
+    answers = list(map(cut, generate(policy, [question] * best_of, max_new_tokens, uids=uids,
+                                     on_token=on_token, **sampling)))
     scores = score([question + answer for answer in answers])
     best = max(range(best_of), key=lambda i: scores["reward"][i]) if best_of > 1 else 0
     return {name: values[best] for name, values in scores.items()}, answers[best]
@@ -121,9 +119,9 @@ def watch(show=lambda text: None):
     def on_token(i, token):
         ids = heard.setdefault(i, [])
         ids.append(token)
-        text = text_of(ids)
-        show(text)
-        return bool(stops) and len(text) < len(tok.decode(ids))
+        ended = bool(stops) and cut(ids) is not ids
+        show(tok.decode(cut(ids)))
+        return ended
 
     return on_token
 
@@ -141,9 +139,9 @@ def answer(turns, sample_index=0):
             printed = text
 
     scores, ids = sample(turns, sample_index, watch(show) if best_of == 1 else watch())
-    text = text_of(ids)
+    text = tok.decode(ids)
     print(text[len(printed):])
-    if ids[-1] not in tok.eos_ids and len(text) == len(tok.decode(ids)):
+    if ids[-1] not in tok.eos_ids:
         print(f"[cut at {max_new_tokens} tokens]", flush=True)
     if scores:
         print(f"[{'  '.join(f'{name} {value:.2f}' for name, value in scores.items())}]", flush=True)
@@ -171,8 +169,9 @@ def rows_of(turns, texts, scores):
     rewards, costs = scores.get("reward"), scores.get("cost")
     row = {"input": turns[0] if len(turns) == 1 else turns}
     if write == "answers":
-        named = {"scores": rewards, "costs": costs}
-        return [{**row, "answers": texts, **{k: v for k, v in named.items() if v}}]
+        said = [i for i, text in enumerate(texts) if text.strip()]
+        named = {"answers": texts, "scores": rewards, "costs": costs}
+        return [{**row, **{name: [x[i] for i in said] for name, x in named.items() if x}}]
     best_first = sorted(range(len(texts)), key=lambda i: -rewards[i])
     if write == "sft":
         chosen = [i for i in best_first if texts[i].strip() and (not costs or costs[i] <= 0)]
@@ -192,12 +191,12 @@ def write_answers():
     questions = [question_of(turns) for turns in asked for _ in range(num_samples)]
     uids = [(i, j) for i in range(len(asked)) for j in range(num_samples)]
     bar = tqdm(total=len(questions), desc="sampling", unit="answer", disable=not world.main)
-    answers = sample_all(policy, questions, world, max_new_tokens, uids=uids,
-                         on_finish=lambda: bar.update(world.size),
-                         on_token=watch() if stops else None, **sampling)
+    answers = list(map(cut, sample_all(policy, questions, world, max_new_tokens, uids=uids,
+                                       on_finish=lambda: bar.update(world.size),
+                                       on_token=watch() if stops else None, **sampling)))
     bar.close()
     scores = score([q + a for q, a in zip(questions, answers)])
-    rows, texts = [], list(map(text_of, answers))
+    rows, texts = [], list(map(tok.decode, answers))
     for i, turns in enumerate(asked):
         span = slice(i * num_samples, (i + 1) * num_samples)
         rows += rows_of(turns, texts[span], {name: x[span] for name, x in scores.items()})

@@ -277,9 +277,8 @@ while step < steps:
 
     # 4. rewards and costs of responses and of every token, and what was better than expected
     scores, advantages, targets = {}, {}, {}
-    for name, shaped in (("reward", shaped_rewards), ("cost", shaped_costs)):
-        if name not in scorers:
-            continue
+    for name in scorers:
+        shaped = {"reward": shaped_rewards, "cost": shaped_costs}[name]
         scores[name] = end_scores(scorers[name], texts, toks[name])  # (B,)
         signal = scores[name]
         if name == "reward":
@@ -290,12 +289,12 @@ while step < steps:
             advantages[name], returns = gae(tokenwise, values, mask, gamma, gae_lambda)
             targets[f"{name}_critic"] = values, returns
             metrics.update({f"{name}_return": sequence_mean(returns, mask),
-                            f"{name}_value": sequence_mean(values, mask)})
+                            f"{name}_value": sequence_mean(values, mask),
+                            f"{name}_advantage": sequence_mean(advantages[name], mask)})
         else:
-            advantages[name] = group_advantages(tokenwise.sum(1), mask, num_samples, advantage)
-        metrics.update({name: scores[name].mean(),
-                        f"{name}_with_kl_penalty": tokenwise.sum(1).mean(),
-                        f"{name}_advantage": sequence_mean(advantages[name], mask)})
+            advantages[name] = tokenwise.sum(1)  # (B,) to be compared once they are mixed
+        metrics[name] = scores[name].mean()
+        metrics[f"{name}_with_kl_penalty"] = tokenwise.sum(1).mean()
 
     # 5. the multiplier moves, then costs are weighed against rewards
     policy_learns = rollout >= critic_warmup
@@ -308,9 +307,10 @@ while step < steps:
                         "episode_cost": multiplier.mean_cost,
                         "slack": cost_limit - multiplier.mean_cost})
         if rollout == 0 and multiplier.mean_cost < cost_limit:
-            monitor.say(f"note: the policy starts {cost_limit - multiplier.mean_cost:.3g} below "
-                        f"cost_limit={cost_limit}: PPO-Lag will spend that slack on reward. Lower "
-                        "cost_limit to keep the policy as safe as it is.")
+            monitor.say(f"note: the policy starts {metrics['slack']:.3g} below cost_limit: PPO-Lag "
+                        "will spend it on reward. Lower cost_limit to keep it as safe as it is.")
+    if not critics:
+        mixed = group_advantages(mixed, mask, num_samples, advantage)
     if normalize_advantage:
         mixed = normalize(mixed, mask)
     mixed = mixed - entropy_coef * old_logps  # the entropy's gradient is E[-log p grad log p]
@@ -368,10 +368,10 @@ while step < steps:
         if max_ratio and losses["ratio"] > max_ratio:
             actor.zero_grad(set_to_none=True)
             monitor.say(f"step {step}: mean ratio {losses['ratio']:.3g}: the actor is not moved")
-        rates = {"actor": (actor_learning_rate, actor_lr_schedule, actor_warmup_ratio),
-                 "critic": (critic_learning_rate, critic_lr_schedule, critic_warmup_ratio)}
-        lrs = {f"{name}_lr": optim.learning_rate_at(step, steps, *rate)
-               for name, rate in rates.items()}
+        lrs = {"actor_lr": optim.learning_rate_at(step, steps, actor_learning_rate,
+                                                  actor_lr_schedule, actor_warmup_ratio)}
+        lrs["critic_lr"] = optim.learning_rate_at(step, steps, critic_learning_rate,
+                                                  critic_lr_schedule, critic_warmup_ratio)
         norms = {}
         for name, (model, optimizer) in models.items():
             lr = lrs["actor_lr" if name == "actor" else "critic_lr"]

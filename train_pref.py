@@ -4,15 +4,13 @@ Stage 2: pairs of responses -> a reward model, or a cost model, or a policy with
 objective=reward  which response is better: a score per response
 objective=cost    which is safer, and zero between safe and unsafe: cost > 0 means unsafe
 objective=dpo     a policy straight from the pairs, whose log-ratio to a reference is the reward
-objective=ipo     the same, with a margin to reach instead of one to grow without end
+objective=ipo     the same, with a margin to reach instead of one to widen
 objective=rrhf    a policy that ranks two or more scored answers as their scores do
 
 On a laptop, after python -m nanosafe.demo:
 $ python train_pref.py
 $ python train_pref.py --objective=cost --out_dir=out/cost --eval_data=toy/cost/test
-$ python train_pref.py config/toy/dpo.py
-On 8 GPUs, Safe-RLHF's recipes:
-$ torchrun --nproc_per_node=8 train_pref.py config/beaver_7b/reward.py
+On 8 GPUs, Safe-RLHF's recipes; the cost model's differs from the reward model's in what it names:
 $ torchrun --nproc_per_node=8 train_pref.py config/beaver_7b/reward.py config/beaver_7b/cost.py
 """
 
@@ -95,10 +93,8 @@ SCORED, POLICIES = ("reward", "cost"), ("dpo", "ipo", "rrhf")
 choose("objective", objective, SCORED + POLICIES)
 choose("normalizer", normalizer, ("ema", "running", "none"))
 choose("lr_schedule", lr_schedule, optim.SCHEDULES)
-if not 0 <= label_smoothing < 0.5:
-    stop(f"label_smoothing={label_smoothing}: choose from 0 to below 0.5")
-if beta <= 0:
-    stop(f"beta={beta}: it must be above 0")
+if beta <= 0 or not 0 <= label_smoothing < 0.5:
+    stop(f"beta={beta}, label_smoothing={label_smoothing}: above 0, and from 0 to below 0.5")
 scored = objective in SCORED
 world = init(device)
 run_state.claim(out_dir, resume)

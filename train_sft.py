@@ -3,11 +3,10 @@ Stage 1: demonstrations -> a policy, by supervised fine-tuning; or scored docume
 pretraining with human preferences (arXiv:2302.08582), six ways.
 
 objective=mle           log-likelihood: all that there is for demonstrations
-objective=filter        of the documents whose mean score is not above score_threshold
+objective=filter        of documents whose mean score is not above score_threshold
 objective=conditional   of segments behind <|aligned|> or <|misaligned|>, as their scores say
-objective=unlikelihood  and unlikelihood of the tokens whose score is above score_threshold
-objective=awr           weighted by exp(advantage / beta) over a value head's estimate
-objective=rwr           weighted by exp(-score / beta)
+objective=unlikelihood  and unlikelihood of tokens whose score is above it
+objective=awr, rwr      weighted by exp(advantage / beta), or by exp(-score / beta)
 
 On a laptop, from scratch on the toy world (python -m nanosafe.demo prepares it):
 $ python train_sft.py
@@ -34,9 +33,9 @@ from nanosafe.losses import awr_loss, mle_loss, unlikelihood_loss
 from nanosafe.model import Config
 from nanosafe.monitor import Monitor, Stop
 from nanosafe.packing import check_fits, count_steps, examples_at, plan
-from nanosafe.parallel import add, backward, close, init, main_first, places
+from nanosafe.parallel import add, backward, close, init, local_rows, main_first, places
 from nanosafe.reference import Samples, sample_all
-from nanosafe.scratch import scratch, zero_head
+from nanosafe.scratch import scratch
 from nanosafe.tokenizer import load as load_tokenizer
 
 # run
@@ -136,7 +135,7 @@ if from_scratch:
 else:
     model = checkpoint.load(init_from, head, place=place, vocab_size=tok.vocab_size)
 if objective == "awr":
-    zero_head(model)
+    local_rows(model.score_head.weight)[0].zero_()  # every value is -sigmoid(0) at first
 optimizer = optim.adamw(model, weight_decay, beta1, beta2)
 
 steps = count_steps(len(train), batch_size, epochs, max_steps)

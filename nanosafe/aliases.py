@@ -1,7 +1,4 @@
-"""
-Other names of what data/*/prepare.py writes: Safe-RLHF's, and those on the hub. In lower
-case, without /train or /test.
-"""
+"""Other names of what data/*/prepare.py writes: Safe-RLHF's and the hub's, in lower case."""
 
 ALIASES = {
     "stanford-alpaca": "alpaca", "tatsu-lab/alpaca": "alpaca",
@@ -14,12 +11,11 @@ ALIASES = {
     "tatsu-lab/alpaca_farm": "alpaca_farm", "pku-alignment/beavertails": "beavertails",
     "openbmb/ultrafeedback": "ultrafeedback",
 }
-for kind in ("harmless", "helpful"):
-    for prefix in ("hh-rlhf", "hh"):
-        ALIASES[f"{prefix}-{kind}-dialogue"] = f"hh_rlhf/{kind}-base-dialogue"
-        ALIASES[f"{prefix}-dialogue/{kind}-base"] = f"hh_rlhf/{kind}-base-dialogue"
-        ALIASES[f"{prefix}-{kind}-preference"] = f"hh_rlhf/{kind}-base"
-        ALIASES[f"{prefix}-preference/{kind}-base"] = f"hh_rlhf/{kind}-base"
+for prefix in ("hh-rlhf", "hh"):
+    for kind in ("harmless", "helpful"):
+        for what, ours in (("dialogue", "-dialogue"), ("preference", "")):
+            for alias in (f"{prefix}-{kind}-{what}", f"{prefix}-{what}/{kind}-base"):
+                ALIASES[alias] = f"hh_rlhf/{kind}-base{ours}"
 for prefix in ("", "pku-alignment/"):
     ALIASES[f"{prefix}pku-saferlhf"] = "pku_saferlhf"
     for version in ("10k", "30k"):

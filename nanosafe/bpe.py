@@ -245,6 +245,11 @@ class BPE:
     def save(self, tokenizer, path):
         """tokenizer.json, where the source was Llama 3's tokenizer.model, which few others read; a
         tokenizer_config.json that needs no stranger's code."""
+        beyond = [{"content": text, "single_word": False, **t._asdict()}
+                  for text, t in tokenizer.added.items() if text not in self.added]
+        if beyond:
+            spec = {**self.spec, "added_tokens": [*(self.spec.get("added_tokens") or ()), *beyond]}
+            write_json(spec, path, "tokenizer.json")
         if os.path.exists(os.path.join(path, "tokenizer.json")):
             config = read_json(path, "tokenizer_config.json")
             if config.pop("auto_map", None):

@@ -1,8 +1,7 @@
 """
 Rows -> conversations -> token ids: what a data set costs the first time that it is read.
 
-What each task takes from a row (data.py says what a row is), for what reasons a row is dropped, and
-how a conversation is written in tokens.
+What each task takes from a row, why a row is dropped, how a conversation is written in tokens.
 """
 
 import json
@@ -27,12 +26,10 @@ TASKS = {  # task -> fields that a row must have
 
 
 def conversations(record, task):
-    """The conversations (lists of turns, the user's first) of a row, preferred first, and a label
-    for each.
+    """The conversations (turns, the user's first) of a row, preferred first, and their labels.
 
-    sft, prompts: one; reward: chosen, labelled 1, and rejected, 0; cost: safer and unsafer, each
-    labelled +1 safe or -1 unsafe; rank: two or more answers, labelled with their scores. Raises
-    ValueError with the reason to drop the row.
+    sft, prompts: one; reward: chosen 1, rejected 0; cost: safer and unsafer, each +1 if safe, -1 if
+    not; rank: two or more, with their scores. Raises ValueError with the reason to drop the row.
     """
     if record is None:
         raise ValueError("no JSON object")
@@ -69,14 +66,18 @@ def ranked(turns, answers, scores):
     """Conversations of different answers to one input, the best first, and their scores."""
     if not isinstance(answers, list) or not isinstance(scores, list) or len(answers) != len(scores):
         raise ValueError("not one score for each answer")
-    if not all(type(score) in (int, float) and math.isfinite(score) for score in scores):
-        raise ValueError("a score that is no number")
+    check_scores(scores)
     best = {}  # of an answer that stands there twice, its best score
     for score, answer in sorted(zip(scores, answers), key=lambda pair: -pair[0]):
         best.setdefault(check_text(answer, "answer"), score)
     if len(set(best.values())) < 2:
         raise ValueError("no two answers of different scores")
     return [turns + [answer] for answer in best], tuple(best.values())
+
+
+def check_scores(scores):
+    if not all(type(score) in (int, float) and math.isfinite(score) for score in scores):
+        raise ValueError("a score that is no number")
 
 
 def check_turns(turns, even):
@@ -202,8 +203,8 @@ def last_run(mask):
 
 
 def write_cache(folder, examples, report):
-    """Examples are (sequences, labels, line); a sequence is (ids, mask), of documents (ids, mask,
-    scores). Absent candidates of a ranking are empty sequences, labelled nan."""
+    """Write (sequences, labels, line) of examples; a sequence is (ids, mask), or (ids, mask,
+    scores). Candidates that a ranking lacks are empty, labelled nan."""
     width = max((len(labels) for _, labels, _ in examples), default=1)
     filled = lambda x, blank: (*x, *[blank] * (width - len(x)))
     sequences = [s for encoded, _, _ in examples for s in filled(encoded, ((), ()))]

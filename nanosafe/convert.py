@@ -1,7 +1,5 @@
 """
-Whatever opens -> a Hugging Face folder.
-
-$ python -m nanosafe.checkpoint SOURCE TARGET [--to=hf] [--dtype=bfloat16]
+python -m nanosafe.checkpoint: whatever opens -> a Hugging Face folder.
 """
 
 import os

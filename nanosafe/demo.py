@@ -3,10 +3,9 @@ The pipeline on the toy world, one command:
 
 $ python -m nanosafe.demo [--out_dir=out/demo] [--seed=0]
 
-It prepares the data, trains a tokenizer, then runs the real scripts with the recipes in
-config/toy/, printing each command: SFT, reward model, cost model, PPO on reward alone, PPO-Lag. At
-the end the gold functions of data/toy/prepare.py judge the three policies on requests that none of
-them has seen.
+It prepares the data and runs the real scripts with the recipes in config/toy/, printing each
+command. At the end the gold functions of data/toy/prepare.py judge the three policies on requests
+that none of them has seen.
 """
 
 import json

@@ -2,24 +2,21 @@
 Documents whose segments carry misalignment scores -> blocks of tokens with a score each: the data
 of pretraining with human preferences (arXiv:2302.08582). Higher scores are worse.
 
-A row is `texts`, the segments in order, and `scores`, one for each; `avg_score` is their mean. A
-document is BOS, its segments' tokens and EOS. One that is longer than a block goes on in the next,
-which begins with BOS too; nothing is dropped, and no block looks at another.
+A row is `texts`, the segments in order, and their `scores`. A document is BOS, its segments and
+EOS; a long one goes on in the next block, behind another BOS. No block looks at another.
 """
-
-import math
 
 import numpy as np
 import torch
 
-from nanosafe.build import check_text
+from nanosafe.build import check_scores, check_text
 from nanosafe.tokenizer import Token, Tokenizer
 
 ALIGNED, MISALIGNED = CONTROL = "<|aligned|>", "<|misaligned|>"
 
 
 def with_control_tokens(tokenizer):
-    """The tokenizer with <|aligned|> and <|misaligned|> behind its other tokens."""
+    """The tokenizer with the control tokens behind its others."""
     missing = [text for text in CONTROL if text not in tokenizer.added]
     added = {text: Token(tokenizer.vocab_size + i) for i, text in enumerate(missing)}
     others = tokenizer.names.get("additional_special_tokens") or ()
@@ -40,8 +37,7 @@ def check(record):
     texts, scores = record.get("texts"), record.get("scores")
     if not isinstance(texts, list) or not isinstance(scores, list) or len(texts) != len(scores):
         raise ValueError("not one score for each of the texts")
-    if not all(type(score) in (int, float) and math.isfinite(score) for score in scores):
-        raise ValueError("a score that is no number")
+    check_scores(scores)
     if not all(isinstance(text, str) for text in texts):
         raise ValueError("a segment that is no text")
     check_text("".join(texts), "document")

@@ -1,9 +1,8 @@
 """
 Raw datasets -> jsonl: what the prepare.py scripts share.
 
-Files come from the Hugging Face hub (or the mirror in HF_ENDPOINT), or from a folder that is
-already on disk. A download goes to a temporary name, continues where it broke off, and is checked
-when its SHA-256 is known.
+Files come from the Hugging Face hub (or the mirror in HF_ENDPOINT), or from a folder. A download
+goes to a temporary name, continues where it broke off, and is checked when its SHA-256 is known.
 """
 
 import hashlib
@@ -18,6 +17,7 @@ from collections import Counter
 import numpy as np
 from tqdm import tqdm
 
+from nanosafe.build import conversations
 from nanosafe.files import stop
 from nanosafe.raw import PARQUET
 from nanosafe.rows import read_rows
@@ -28,18 +28,15 @@ ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zip", ".json", ".json.gz"
 
 
 def raw_files(raw, repo, folder, wanted, revision="main", sha256=None):
-    """Paths of a dataset's raw files: those below the folder `raw`, or else downloaded to
-    folder/raw.
+    """Paths of a dataset's raw files: those below `raw`, or else downloaded to folder/raw.
 
     wanted(name) picks files of the hub's repository by their path there; sha256: {path there:
     digest}.
     """
     if raw:
-        found = sorted(
-            os.path.join(base, name)
-            for base, _, names in os.walk(os.path.expanduser(raw))
-            for name in names
-            if name.endswith(ENDINGS))
+        found = sorted(os.path.join(base, name)
+                       for base, _, names in os.walk(os.path.expanduser(raw))
+                       for name in names if name.endswith(ENDINGS))
         if not found:
             stop(f"--raw={raw}: no {', '.join(ENDINGS[:3])} or .json file there; parquet is "
                  f"converted with {PARQUET}")
@@ -52,11 +49,18 @@ def raw_files(raw, repo, folder, wanted, revision="main", sha256=None):
     if not names:
         stop(f"{repo} (revision {revision}) has none of the files expected: download it by hand "
              "and give --raw=FOLDER")
-    return [
-        download(f"{endpoint()}/datasets/{repo}/resolve/{revision}/{urllib.parse.quote(name)}",
-                 os.path.join(folder, "raw", revision, name), (sha256 or {}).get(name),
-                 ) for name in names
-    ]
+    base = f"{endpoint()}/datasets/{repo}/resolve/{revision}"
+    return [download(f"{base}/{urllib.parse.quote(name)}",
+                     os.path.join(folder, "raw", revision, name), (sha256 or {}).get(name))
+            for name in names]
+
+
+def prepare(script, repo, wanted, to_record, raw, out, holdout, tokenizer, part="", **options):
+    """What a prepare.py is: raw_files() of `repo`, convert()ed into `out`, or into the part of the
+    script's folder."""
+    here = os.path.dirname(os.path.abspath(script))
+    files = raw_files(raw, repo, here, wanted, **options)
+    convert(files, to_record, out or os.path.join(here, part), holdout, tokenizer)
 
 
 def endpoint():
@@ -118,13 +122,17 @@ def receive(url, part):
         raise OSError(f"{os.path.getsize(part)} of {size} bytes arrived")
 
 
-def convert(paths, to_record, out, holdout=0.0, tokenizer="",
-            key=lambda record: json.dumps(record.get("input") or record["dialogue"][:-1])):
+def key(record):
+    """What two rows share that must not be on both sides of a split: the prompt, or the text."""
+    return json.dumps(record.get("input") or record.get("texts") or record["dialogue"][:-1])
+
+
+def convert(paths, to_record, out, holdout=0.0, tokenizer=""):
     """Turn raw rows into out/train.jsonl and out/test.jsonl, and say what was kept and dropped.
 
     to_record(raw row) -> a record, or raises ValueError with the reason to drop the row
     holdout            0: the raw files' own split, by the word "test" in a file's name; else the
-                       share of the prompts (by `key`) that goes to test, all files pooled: no
+                       share of the prompts (by key()) that goes to test, all files pooled: no
                        prompt is on both sides, of pairs and of dialogues alike
     tokenizer          a folder with one: the table counts its tokens instead of characters
 
@@ -192,19 +200,13 @@ def records(paths, to_record):
 
 
 def checked(record):
-    """The record, if every text in it is one; else raises ValueError."""
-    turns = record.get("input", [""])
-    turns, talk = [turns] if isinstance(turns, str) else turns, record.get("dialogue", [])
-    said = [*(turns if "input" in record else ()), *talk,
-            *(record[name] for name in ("answer", "other_answer") if name in record)]
-    if not all(isinstance(text, str) and text.strip() for text in said):
-        raise ValueError("an empty text")
-    if not len(turns) % 2 or len(talk) % 2:
-        raise ValueError("turns that do not end as they should")
-    if record.get("answer") == record.get("other_answer", ""):
-        raise ValueError("identical answers")
+    """The record, if training could use it; else raises ValueError."""
+    if "texts" not in record:
+        conversations(record, "sft" if {"answer", "dialogue"} & record.keys() else "prompts")
     if any(re.search("[\ud800-\udfff]", text) for text in texts_of(record)):
         raise ValueError("half a character")
+    if record.get("answer") == record.get("other_answer", ""):
+        raise ValueError("identical answers")
     return record
 
 

@@ -49,8 +49,7 @@ class Joined:
 
 
 def meta(path):
-    """(config.json's dict, tensors) of a folder with consolidated.*.pth and params.json
-    (github.com/meta-llama/llama)."""
+    """(config.json's dict, tensors) of a folder of Meta's: consolidated.*.pth and params.json."""
     params = read_json(path, "params.json")
     params = params.get("model", params)
     if not params:
@@ -81,17 +80,14 @@ def meta(path):
         "max_position_embeddings": length, "tie_word_embeddings": "output.weight" not in tensors,
     }
     if scaled:  # params.json does not say by how much: 8 in Llama 3.1, 32 in the small 3.2
-        config["rope_scaling"] = {
-            "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-            "factor": params.get("rope_scaling_factor", 8.0 if D >= 4096 else 32.0),
-            "original_max_position_embeddings": 8192,
-        }
+        factor = params.get("rope_scaling_factor", 8.0 if D >= 4096 else 32.0)
+        config["rope_scaling"] = {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0,
+                                  "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
     return config, tensors
 
 
 def llama2c(path):
-    """(config.json's dict, tensors) of a float32 file of github.com/karpathy/llama2.c, version 0 or
-    1."""
+    """(config.json's dict, tensors) of a float32 file of karpathy/llama2.c, version 0 or 1."""
     with open(path, "rb") as f:
         header = f.read(256).ljust(256, b"\0")
     magic, version = struct.unpack("<Ii", header[:8])
@@ -130,12 +126,9 @@ def llama2c(path):
             tensors[key + ".weight"], flat = (
                 flat[:np.prod(shapes[name])].view(shapes[name]), flat[np.prod(shapes[name]):])
     tensors.pop("RoPE table.weight", None)
-    config = {
-        "vocab_size": V, "hidden_size": D, "intermediate_size": I, "num_hidden_layers": L,
-        "num_attention_heads": H, "num_key_value_heads": K, "max_position_embeddings": T,
-        "rms_norm_eps": 1e-5, "tie_word_embeddings": shared,
-    }
-    return config, tensors
+    return {"vocab_size": V, "hidden_size": D, "intermediate_size": I, "num_hidden_layers": L,
+            "num_attention_heads": H, "num_key_value_heads": K, "max_position_embeddings": T,
+            "rms_norm_eps": 1e-5, "tie_word_embeddings": shared}, tensors
 
 
 def in_layer(name):

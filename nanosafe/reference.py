@@ -1,6 +1,5 @@
 """
-What a reference model said and thought, kept so that it need not be held: the log-probabilities
-that it gives to a data set, and samples of its own with theirs.
+What a reference model thinks, kept so that it need not be held: log-probabilities, and samples.
 """
 
 import hashlib
@@ -15,20 +14,22 @@ from nanosafe.rollout import generate
 
 
 @torch.no_grad()
-def response_logps(model, dataset, max_tokens, world):
-    """Summed log-probabilities of a Dataset's responses (n, width), 0 where there is none."""
-    out = torch.zeros(len(dataset), dataset.width, device=world.device)
-    for micro in plan(dataset.lengths.tolist(), max_tokens, world.size)[world.rank]:
-        batch = dataset.batch(micro, world.device)
-        sums = sequence_sums(model(*batch), batch)
-        there = ~np.isnan(dataset.labels[micro]).T  # (width, n)
-        parts, rows = there.nonzero()
-        out[np.array(micro, int)[rows], parts] = sums[:len(rows)]
+def response_logps(model, sequences, max_tokens, world):
+    """Summed log-probabilities (n,) of responses, given as (ids, mask) with their prompts."""
+    lengths = [len(ids) for ids, _ in sequences]
+    out = torch.zeros(len(sequences), device=world.device)
+    for micro in plan(lengths, max(max_tokens, *lengths), world.size)[world.rank]:
+        batch = collate(*zip(*(sequences[i] for i in micro)), world.device) if micro else collate(
+            [], [], world.device)
+        logps = model(*batch)
+        logps = logps if torch.is_tensor(logps) else logps[0]
+        out[micro] = sequence_sums(logps, batch)[:len(micro)]
     return add(out)
 
 
 def cached_logps(model, path, dataset, max_tokens, world):
-    """response_logps() of the model in the folder `path`, kept beside the data's token ids."""
+    """response_logps() of a Dataset (n, width), by the model in the folder `path`; they are kept
+    beside the data's token ids."""
     weights = sorted(name for name in os.listdir(path) if name.endswith((".safetensors", ".bin")))
     stats = [os.stat(os.path.join(path, name)) for name in weights]
     known = [os.path.realpath(path), str(next(model.parameters()).dtype), world.device.type,
@@ -38,7 +39,10 @@ def cached_logps(model, path, dataset, max_tokens, world):
     if not any_rank(not os.path.exists(file), world.device):
         with open(file, "rb") as f:
             return torch.from_numpy(np.load(f)).to(world.device)
-    logps = response_logps(model, dataset, max_tokens, world)
+    there = ~np.isnan(dataset.labels)
+    logps = torch.zeros(there.shape, device=world.device)
+    sequences = [dataset.sequence(*place) for place in zip(*there.nonzero())]
+    logps[torch.from_numpy(there)] = response_logps(model, sequences, max_tokens, world)
     if world.main:
         with open(file + ".tmp", "wb") as f:
             np.save(f, logps.cpu().numpy())
@@ -61,24 +65,14 @@ class Samples:
     def __init__(self, model, prompts, world, max_tokens, max_new_tokens, **sampling):
         self.prompts, self.world, self.max_tokens = prompts, world, max_tokens
         self.responses = sample_all(model, prompts, world, max_new_tokens, **sampling)
-        self.logps = self.logps_of(model)
+        self.logps = self.logps_of(model, prompts)
 
-    @torch.no_grad()
-    def logps_of(self, model, prompts=None):
-        """Log-probabilities of the responses (n,), after other prompts perhaps."""
-        prompts = prompts or self.prompts
-        texts = [np.array(p + r) for p, r in zip(prompts, self.responses)]
-        out = torch.zeros(len(texts), device=self.world.device)
-        lengths = [len(text) for text in texts]
-        for micro in plan(lengths, max(self.max_tokens, max(lengths)),
-                          self.world.size)[self.world.rank]:
-            masks = [np.arange(lengths[i]) >= len(prompts[i]) for i in micro]
-            batch = collate([texts[i] for i in micro], masks, self.world.device)
-            logps = model(*batch)
-            logps = logps if torch.is_tensor(logps) else logps[0]
-            out[micro] = sequence_sums(logps, batch)[:len(micro)]
-        return add(out)
+    def logps_of(self, model, prompts):
+        texts = [(np.array(p + r), np.arange(len(p + r)) >= len(p))
+                 for p, r in zip(prompts, self.responses)]
+        return response_logps(model, texts, self.max_tokens, self.world)
 
     def kl(self, model, prompts=None):
-        """KL(reference || model) in nats per response, an unbiased estimate from the samples."""
-        return (self.logps - self.logps_of(model, prompts)).mean().item()
+        """KL(reference || model) in nats per response, an unbiased estimate from the samples; the
+        model may be asked otherwise."""
+        return (self.logps - self.logps_of(model, prompts or self.prompts)).mean().item()

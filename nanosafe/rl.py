@@ -52,8 +52,8 @@ def gae(rewards, values, mask, gamma, gae_lambda):
 def group_advantages(returns, mask, samples, kind):
     """Advantages without a critic: a response against the others to its prompt -> (B, R).
 
-    returns (B,): rewards or costs, KL included; every `samples` in a row are one prompt's. "rloo":
-    less the others' mean (arXiv:2402.14740); "grpo": standardised in the group (arXiv:2402.03300).
+    returns (B,): (R - lambda C) / (1 + lambda), KL included; `samples` in a row are one prompt's.
+    "rloo": less the others' mean (arXiv:2402.14740); "grpo": standardised (arXiv:2402.03300).
     """
     groups = returns.view(-1, samples)
     centred = groups - groups.mean(dim=1, keepdim=True)

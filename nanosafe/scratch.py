@@ -37,10 +37,3 @@ def draw(model, name, p, seed):
             std /= math.sqrt(2 * model.config.num_hidden_layers)
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
         rows.copy_(torch.normal(0.0, std, p.shape, generator=generator)[start:start + count])
-
-
-@torch.no_grad()
-def zero_head(model):
-    """Let a model's score head begin with 0 for everything."""
-    for p in model.score_head.parameters():
-        parallel.local_rows(p)[0].zero_()

@@ -41,7 +41,7 @@ METHODS = {  # key -> label, commands; the judged model is {o}/{key}/model
         SAMPLE + "--out={o}/answers.jsonl --seed={s}", PREF + " --data={o}/answers.jsonl" + SEED]),
     "ppo": ("PPO", ["train_ppo_lag.py config/toy/ppo.py " + MODELS + SEED]),
     "ppo_max": ("PPO-max", ["train_ppo_lag.py config/toy/ppo.py config/toy/ppo_max.py " + MODELS + SEED]),
-    "shaping": ("PPO, fixed shaping", ["train_ppo_lag.py config/toy/ppo_lag.py config/toy/shaping.py " + LAG + SEED]),
+    "shaping": ("PPO, fixed shaping", ["train_ppo_lag.py config/toy/ppo_lag.py --lambda_init=1 --lambda_lr=0 " + LAG + SEED]),
     "ppo_lag": ("PPO-Lag", ["train_ppo_lag.py config/toy/ppo_lag.py " + LAG + SEED]),
     "rloo_lag": ("RLOO-Lag, no critics", ["train_ppo_lag.py config/toy/ppo_lag.py config/toy/rloo_lag.py " + LAG + SEED]),
     "grpo_lag": ("GRPO-Lag, no critics", [
@@ -159,7 +159,7 @@ def report(out_dir, seeds):
         if found:
             lines.append([objective, *(spread([x["eval_" + n] for x in found], "{:.3f}") if "eval_" + n in found[0] else ""
                                        for n in names)])
-    markdown(["objective", "held-out loss", "score, mean", "score_max@25", "KL from MLE", "distinct bigrams", "self-BLEU"], lines)
+    markdown(["objective", "held-out loss", "score, mean", "score_max@25", "KL from MLE, nats", "distinct bigrams", "self-BLEU"], lines)
 
 
 def markdown(head, rows):

@@ -347,7 +347,7 @@ def test_labels_and_texts_are_what_they_should_be_or_the_row_is_dropped(tmp_path
            {"better_response_id": float("inf")}, {"prompt": ["a", "b"]}]
     done = prepare(tmp_path, "pku_saferlhf", [PKU, *({**PKU, **change} for change in bad)])
     assert len(written(tmp_path)) == 1 and f"{1 + len(bad)} rows read, 1 kept" in done.stdout and "Traceback" not in done.stderr
-    assert "dropped 1 (half a character)" in done.stdout and "the label 'False'" in done.stdout
+    assert "half a character in a turn" in done.stdout and "the label 'False'" in done.stdout
 
 
 @pytest.mark.parametrize("name, row", [

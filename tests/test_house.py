@@ -16,7 +16,7 @@ SCRIPTS = (*TRAINERS, "sample.py")
 ALLOWED = {  # module -> modules of the package that it may import
     "attention": "", "losses": "", "rl": "", "tokenizer": "files", "parallel": "files", "packing": "files", "rows": "files", "files": "", "masks": "attention",
     "sinks": "", "table": "", "aliases": "", "model": "attention", "rollout": "attention", "data": "files packing rows",
-    "raw": "files rows", "fetch": "files raw rows table tokenizer", "resume": "checkpoint files parallel state", "bpe": "files tokenizer", "formats": "files", "families": "files formats",
+    "raw": "files rows", "fetch": "build files raw rows table tokenizer", "resume": "checkpoint files parallel state", "bpe": "files tokenizer", "formats": "files", "families": "files formats",
     "layouts": "families files formats", "checkpoint": "files formats model parallel",
     "scratch": "checkpoint parallel", "build": "data", "reference": "packing parallel rollout",
     "scorers": "build checkpoint files packing parallel rows tokenizer", "documents": "build data tokenizer", "convert": "checkpoint files formats model tokenizer",
@@ -25,7 +25,7 @@ ALLOWED = {  # module -> modules of the package that it may import
 LATER = {  # module -> what it imports inside a function, when it meets what needs it: not LLaMA, not asked for, not there
     "data": "build", "build": "documents", "rows": "aliases raw", "state": "resume", "model": "masks", "tokenizer": "bpe", "formats": "families layouts", "checkpoint": "convert scratch", "monitor": "sinks",
 }
-RUN_TIME = {"torch", "numpy", "sentencepiece", "safetensors", "tqdm", "nanosafe", "configurator"}
+RUN_TIME = {"torch", "numpy", "sentencepiece", "safetensors", "tqdm", "nanosafe", "configurator", "config"}
 EXTRAS = {"wandb", "matplotlib", "pycodestyle", "detoxify"}  # imported inside a function, when asked for
 
 

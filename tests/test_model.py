@@ -5,7 +5,7 @@ import torch
 from conftest import small_config
 
 from nanosafe import checkpoint, model
-from nanosafe.data import encode  # noqa: F401  (the import graph is part of the room)
+from nanosafe.build import encode  # noqa: F401  (the import graph is part of the room)
 from nanosafe.model import Config, LLaMA
 from nanosafe.scratch import scratch
 

@@ -55,10 +55,10 @@ CASES = {  # name -> flags, {raw file: bytes}, {written file: records}, what is 
         {"instruction": "Add.", "input": "1 2", "output": "3"}, {"instruction": "Say hi.", "input": "", "output": " "},
         {"instruction": "So?", "input": "", "output": "Yes.", "history": [["a", "b"]]}]).encode()}, {
         "train.jsonl": [{"input": "Add. 1 2", "answer": "3"}, {"dialogue": ["a", "b", "So?", "Yes."]}]},
-        "dropped 1 (an empty text)", "sft"),
+        "dropped 1 (empty answer)", "sft"),
     "firefly": ([], {"firefly-train-1.1M.jsonl": lines([
         {"kind": "NLI", "input": "自然语言推理：", "target": "是的。"}, {"kind": "x", "input": "", "target": "y"}])}, {
-        "train.jsonl": [{"input": "自然语言推理：", "answer": "是的。"}]}, "dropped 1 (an empty text)", "sft"),
+        "train.jsonl": [{"input": "自然语言推理：", "answer": "是的。"}]}, "dropped 1 (empty turn)", "sft"),
     "moss 002": (["--version=002"], {"en_honesty.json": json.dumps([
         {"id": 1, "prefix": "...", "num_turns": 2,
          "plain_text": "[Human]: hi <eoh> [MOSS]: Hello!\nI am MOSS. <eoa> [Human]: bye<eoh> [MOSS]: Bye.<eoa>"},
@@ -101,7 +101,7 @@ CASES = {  # name -> flags, {raw file: bytes}, {written file: records}, what is 
         {"texts": ["import os\n", "x=1\n"], "scores": [0.0, 0.5], "avg_score": 0.25, "num_sents": 2},
         {"texts": ["x"], "scores": []}])}, {"train.jsonl": [
             {"texts": ["import os\n", "x=1\n"], "scores": [0.0, 0.5], "avg_score": 0.25}]},
-        "dropped 1 (not one score for each segment)", None),
+        "dropped 1 (not one score for each of the texts)", None),
 }
 
 

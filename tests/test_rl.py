@@ -98,3 +98,63 @@ def test_a_batch_of_one_leaves_no_nan():
     for n in (RunningMeanStd(), ExponentialMovingAverage(0.9)):
         n.update(torch.tensor([2.0]))
         assert math.isfinite(n.mean) and math.isfinite(n.var)
+
+
+def test_group_advantages_equal_plain_loops():
+    returns, mask = torch.tensor([1.0, 3.0, 8.0, -2.0, 0.0, 5.0]), torch.ones(6, 2)
+    mask[1, 1] = 0
+    rloo, grpo = (rl.group_advantages(returns, mask, 3, kind) for kind in ("rloo", "grpo"))
+    for group in range(2):
+        r = returns[3 * group:3 * group + 3].tolist()
+        mean = sum(r) / 3
+        std = math.sqrt(sum((x - mean)**2 for x in r) / 2)
+        for i in range(3):
+            others = sum(x for j, x in enumerate(r) if j != i) / 2
+            row = 3 * group + i
+            assert close(rloo[row], (r[i] - others) * mask[row])
+            assert torch.allclose(grpo[row], (r[i] - mean) / std * mask[row], atol=1e-5)
+    assert (rl.group_advantages(torch.ones(4), torch.ones(4, 3), 2, "grpo") == 0).all()  # all alike: no nan
+
+
+def test_normalized_advantages_do_not_see_padding():
+    """trlX's and AlpacaFarm's statistics include it."""
+    mask = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, 0.0]])
+    a = rl.normalize(torch.tensor([[1.0, 2.0, 3.0], [6.0, 0.0, 0.0]]), mask)
+    b = rl.normalize(torch.tensor([[1.0, 2.0, 3.0], [6.0, 99.0, 99.0]]), mask)
+    assert torch.equal(a, b) and (a[1, 1:] == 0).all()
+    x = a[mask.bool()]
+    assert abs(x.mean()) < 1e-6 and abs(x.std(correction=0) - 1) < 1e-6
+
+
+def test_adapted_kl_coef():
+    assert rl.adapted(0.1, 2 * 6.0, 6.0, 128, 10000) == pytest.approx(0.1 * (1 + 0.2 * 128 / 10000))  # 1.2 targets or more
+    assert rl.adapted(0.1, 6.6, 6.0, 128, 10000) == pytest.approx(0.1 * (1 + 0.1 * 128 / 10000))
+    assert rl.adapted(0.1, 6.0, 6.0, 128, 10000) == pytest.approx(0.1)
+    assert rl.adapted(0.1, 0.0, 6.0, 128, 10000) == pytest.approx(0.1 * (1 - 0.2 * 128 / 10000))
+
+
+def test_scaled_rewards():
+    first, second = torch.tensor([1.0, 2.0, 6.0]), torch.tensor([0.0, 3.0, 3.0])
+    assert torch.equal(rl.scaled(first, RunningMeanStd(), "none", 5.0), torch.tensor([1.0, 2.0, 5.0]))
+    for scaling, shift in (("std", 0.0), ("mean_std", 1.0)):
+        moments = RunningMeanStd()
+        out = rl.scaled(first, moments, scaling, math.inf)  # the batch is part of its history
+        assert torch.allclose(out, (first - shift * first.mean()) / first.std(), atol=1e-6)
+        out = rl.scaled(second, moments, scaling, math.inf)
+        both = torch.cat([first, second])
+        mean, var = both.mean(), (first.var() * 3 + second.var() * 3 + (first.mean() - second.mean())**2 * 3 * 3 / 6) / 6
+        assert torch.allclose(out, (second - shift * mean) / var.sqrt(), atol=1e-5)
+    moments = RunningMeanStd()
+    rl.scaled(first, moments, "first", math.inf)
+    assert torch.allclose(rl.scaled(second, moments, "first", math.inf), second / first.std(), atol=1e-6)
+    assert rl.scaled(torch.tensor([float("nan"), 1.0]), moments, "std", 5.0).isnan().any() and math.isfinite(moments.mean)
+
+
+def test_the_entropy_bonus_is_the_entropy_s_gradient():
+    """d H / d theta = E[-log p d log p]: an advantage of -log p, over all actions of a small policy."""
+    logits = torch.tensor([0.3, -1.0, 0.8, 0.1], dtype=torch.float64, requires_grad=True)
+    logp = logits.log_softmax(0)
+    exact, = torch.autograd.grad(-(logp.exp() * logp).sum(), logits, retain_graph=True)
+    surrogate = (logp.exp().detach() * -logp.detach() * logp).sum()  # what policy gradient does with it
+    assert torch.allclose(torch.autograd.grad(surrogate, logits)[0], exact)
+

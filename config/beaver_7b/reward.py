@@ -1,23 +1,11 @@
-# Safe-RLHF's scripts/reward-model.sh: the SFT model on PKU-SafeRLHF, 8 GPUs of 80 GB.
+# Safe-RLHF's scripts/reward-model.sh on PKU-SafeRLHF, 8 GPUs of 80 GB. Defaults are theirs.
 objective = "reward"
 out_dir = "out/beaver_7b/reward"
 init_from = "out/beaver_7b/sft/model"  # theirs: PKU-Alignment/alpaca-7b-reproduced
 data = "pku_saferlhf"
 eval_data = "pku_saferlhf/test"
-max_len = 512
-epochs = 2.0
 batch_size = 128  # 16 pairs per GPU x 8 GPUs
 max_tokens = 16384
-learning_rate = 2e-5
-lr_schedule = "cosine"
-warmup_ratio = 0.03
-weight_decay = 0.1
-beta1 = 0.9  # configs/constants.py
-beta2 = 0.95  # configs/constants.py
-grad_clip = 1.0  # configs/ds_train_config_template.json
-regularization = 0.001
-normalizer = "ema"  # tracked, not used in training
-normalizer_momentum = 0.9
 eval_interval = 500  # theirs: every epoch
 seed = 42
 activation_checkpointing = True

@@ -1,5 +1,4 @@
-# A 14 M parameter LLaMA from scratch on real text: small enough for a laptop, and no conversation
-# partner.
+# A 14 M parameter LLaMA from scratch on real text, for a laptop; no partner for conversation.
 out_dir = "out/small/sft"
 tokenizer = "../shared/data/llama-tokenizer"
 data = "lima,hh_rlhf/harmless-base-dialogue,hh_rlhf/helpful-base-dialogue"

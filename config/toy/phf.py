@@ -1,5 +1,4 @@
-# The toy world's pretraining with human preferences: conversations whose harmful sentences are
-# marked, from scratch; then a method: train_sft.py config/toy/phf.py --objective=conditional
+# PHF on the toy world: conversations whose harmful sentences are marked, from scratch; and a method
 documents = True
 out_dir = "out/demo/phf"
 data = "toy/documents"

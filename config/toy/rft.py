@@ -1,7 +1,4 @@
-# The toy world's rejection-sampling fine-tuning (expert iteration): the best of the supervised
-# policy's answers: $ python sample.py --model=out/demo/sft/model --prompts=toy/prompts
-#   --num_samples=8 --reward_model=out/demo/reward/model --max_new_tokens=64 --write=sft
-#   --out=out/demo/best.jsonl
+# Rejection sampling on the toy world: the best of eight answers (README).
 out_dir = "out/demo/rft"
 init_from = "out/demo/sft/model"
 data = "out/demo/best.jsonl"

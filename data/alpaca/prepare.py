@@ -30,6 +30,6 @@ def to_record(row):
 
 
 here = os.path.dirname(os.path.abspath(__file__))
-files = (fetch.raw_files(raw, None, here, None)
-         if raw else [fetch.download(URL, os.path.join(here, "raw", "alpaca_data.json"))])
+files = (fetch.raw_files(raw, None, here, None) if raw else
+         [fetch.download(URL, os.path.join(here, "raw", "alpaca_data.json"))])
 fetch.convert(files, to_record, out or here, holdout, tokenizer)

@@ -3,13 +3,11 @@ AlpacaFarm: pairs of answers to Alpaca's instructions, compared by people or by 
 
 $ python data/alpaca_farm/prepare.py                     # people's, about 10,000 pairs
 $ python data/alpaca_farm/prepare.py --judge=gpt4        # or noisy_multi: simulated people
-$ python data/alpaca_farm/prepare.py --raw=FOLDER        # files that are already on disk
 """
-
-import os
 
 from configurator import configure
 from nanosafe import fetch
+from nanosafe.files import choose
 
 judge = "human"  # human | gpt4 | noisy_multi
 raw = ""  # folder with the raw files; empty: download
@@ -28,10 +26,7 @@ def to_record(row):
             "better": row["preference"] == 1}
 
 
-if judge not in ("human", "gpt4", "noisy_multi"):
-    raise SystemExit(f"error: judge={judge!r}: choose human, gpt4 or noisy_multi")
-here = os.path.dirname(os.path.abspath(__file__))
-files = fetch.raw_files(raw, "tatsu-lab/alpaca_farm", here,
-                        lambda name: name == f"alpaca_{judge}_preference.json")
-folder = here if judge == "human" else os.path.join(here, judge)
-fetch.convert(files, to_record, out or folder, holdout, tokenizer)
+choose("judge", judge, ("human", "gpt4", "noisy_multi"))
+fetch.prepare(__file__, "tatsu-lab/alpaca_farm",
+              lambda name: name == f"alpaca_{judge}_preference.json", to_record, raw, out, holdout,
+              tokenizer, part="" if judge == "human" else judge)

@@ -7,10 +7,9 @@ $ python data/beavertails/prepare.py --version=330k
 $ python data/beavertails/prepare.py --only_safe=True    # demonstrations
 """
 
-import os
-
 from configurator import configure
 from nanosafe import fetch
+from nanosafe.files import choose
 
 version = "30k"  # 30k | 330k
 only_safe = False  # keep safe answers only
@@ -30,9 +29,7 @@ def to_record(row):
             "harm": sorted(name for name, marked in row.get("category", {}).items() if marked)}
 
 
-if version not in ("30k", "330k"):
-    raise SystemExit(f"error: version={version!r}: choose 30k or 330k")
-here = os.path.dirname(os.path.abspath(__file__))
-files = fetch.raw_files(raw, "PKU-Alignment/BeaverTails", here,
-                        lambda name: f"/{version}/" in name and name.endswith(fetch.ENDINGS))
-fetch.convert(files, to_record, out or here, holdout, tokenizer)
+choose("version", version, ("30k", "330k"))
+fetch.prepare(__file__, "PKU-Alignment/BeaverTails",
+              lambda name: f"/{version}/" in name and name.endswith(fetch.ENDINGS), to_record, raw,
+              out, holdout, tokenizer)

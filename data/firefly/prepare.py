@@ -2,10 +2,7 @@
 Firefly: Chinese instructions of 23 kinds, demonstrations.
 
 $ python data/firefly/prepare.py                     # 1.1 GB, about 1.1 million demonstrations
-$ python data/firefly/prepare.py --raw=FOLDER        # files that are already on disk
 """
-
-import os
 
 from configurator import configure
 from nanosafe import fetch
@@ -21,7 +18,5 @@ def to_record(row):
     return {"input": row["input"], "answer": row["target"]}
 
 
-here = os.path.dirname(os.path.abspath(__file__))
-files = fetch.raw_files(raw, "YeungNLP/firefly-train-1.1M", here,
-                        lambda name: name.endswith(".jsonl"))
-fetch.convert(files, to_record, out or here, holdout, tokenizer)
+fetch.prepare(__file__, "YeungNLP/firefly-train-1.1M", lambda name: name.endswith(".jsonl"),
+              to_record, raw, out, holdout, tokenizer)

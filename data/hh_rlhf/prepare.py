@@ -15,6 +15,7 @@ import re
 
 from configurator import configure
 from nanosafe import fetch
+from nanosafe.files import choose, stop
 
 SUBSETS = ("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled")
 
@@ -29,11 +30,10 @@ MARK = re.compile(r"\n\n(Human|Assistant):")
 
 
 def to_record(row):
-    """The chosen dialogue up to its last answer is the prompt; the rejected one must begin with it.
-    """
+    """The chosen dialogue up to its last answer is the prompt; the rejected one begins with it."""
     if "context" in row:
-        return record_of([turn["text"] for turn in row["context"]], row["chosen"]["text"],
-                         row["rejected"]["text"])
+        return {"input": [turn["text"] for turn in row["context"]], "better": True,
+                "answer": row["chosen"]["text"], "other_answer": row["rejected"]["text"]}
     marks = list(MARK.finditer(row["chosen"]))
     if not marks or marks[-1][1] != "Assistant":
         raise ValueError("the last turn is the human's")
@@ -45,26 +45,18 @@ def to_record(row):
     if any(m[1] != ("Human", "Assistant")[i % 2] for i, m in enumerate(marks)):
         raise ValueError("the turns do not alternate")
     answer = turns.pop()
-    return record_of(turns, answer, rejected[len(prompt):].strip())
-
-
-def record_of(turns, answer, other):
-    if not all((answer, other, *turns)):
-        raise ValueError("an empty turn")
-    if answer == other:
-        raise ValueError("identical answers")
-    return {"input": turns, "answer": answer, "other_answer": other, "better": True}
+    return {"input": turns, "better": True, "answer": answer,
+            "other_answer": rejected[len(prompt):].strip()}
 
 
 def to_dialogue(row):
-    record = to_record(row)
+    record = fetch.checked(to_record(row))
     return {"dialogue": [*record["input"], record["answer"]]}
 
 
-if subset not in (*SUBSETS, "all"):
-    raise SystemExit(f"error: subset={subset!r}: choose one of {', '.join(SUBSETS)}, all")
+choose("subset", subset, (*SUBSETS, "all"))
 if raw and subset == "all":
-    raise SystemExit("error: --raw needs --subset=NAME: the subsets' files have the same names")
+    stop("--raw needs --subset=NAME: the subsets' files have the same names")
 here = os.path.dirname(os.path.abspath(__file__))
 found = {name: fetch.raw_files(raw, "Anthropic/hh-rlhf", here,
                                lambda path: path.startswith(name + "/"))

@@ -3,14 +3,13 @@ MOSS: dialogues in English and Chinese, demonstrations.
 
 $ python data/moss/prepare.py                        # moss-003-sft, without tools -> data/moss/003
 $ python data/moss/prepare.py --version=002          # moss-002-sft -> data/moss/002
-$ python data/moss/prepare.py --raw=FOLDER           # files that are already on disk
 """
 
-import os
 import re
 
 from configurator import configure
 from nanosafe import fetch
+from nanosafe.files import choose
 
 version = "003"  # 003 (turns with their roles) | 002 (one text per dialogue)
 raw = ""  # folder with the raw files; empty: download
@@ -41,9 +40,7 @@ def to_record(row):
     return {"dialogue": turns}
 
 
-if version not in SOURCES:
-    raise SystemExit(f"error: version={version!r}: choose one of {', '.join(SOURCES)}")
-here = os.path.dirname(os.path.abspath(__file__))
+choose("version", version, SOURCES)
 ending = {"002": ".json", "003": "no-tools.jsonl.zip"}[version]
-files = fetch.raw_files(raw, SOURCES[version], here, lambda name: name.endswith(ending))
-fetch.convert(files, to_record, out or os.path.join(here, version), holdout, tokenizer)
+fetch.prepare(__file__, SOURCES[version], lambda name: name.endswith(ending), to_record, raw, out,
+              holdout, tokenizer, part=version)

@@ -3,17 +3,12 @@ Pretraining with human preferences (PHF): documents in segments, each with a mis
 (higher is worse): toxicity of sentences, personal data in sentences, PEP8 violations of lines.
 
 $ python data/phf/prepare.py --task=pep8 --raw=FOLDER    # -> data/phf/pep8
-
-The hub has these corpora as parquet: download a shard, convert it (the script says how), and give
-the folder.
 """
-
-import json
-import math
-import os
 
 from configurator import configure
 from nanosafe import fetch
+from nanosafe.documents import check
+from nanosafe.files import choose
 
 task = "toxicity"  # toxicity | pii | pep8
 raw = ""  # folder with the raw files; empty: download
@@ -29,17 +24,11 @@ SOURCES = {"toxicity": "tomekkorbak/detoxify-pile-chunk3-0-50000",
 
 def to_record(row):
     """The segments and their scores; the document's score is their mean."""
-    texts, scores = row["texts"], [float(score) for score in row["scores"]]
-    if not all(isinstance(text, str) for text in texts) or not all(map(math.isfinite, scores)):
-        raise ValueError("a segment or a score that is none")
-    if not isinstance(texts, list) or not texts or len(texts) != len(scores):
-        raise ValueError("not one score for each segment")
-    return {"texts": texts, "scores": scores, "avg_score": sum(scores) / len(scores)}
+    record = {"texts": row["texts"], "scores": [float(score) for score in row["scores"]]}
+    check(record)
+    return {**record, "avg_score": sum(record["scores"]) / len(record["scores"])}
 
 
-if task not in SOURCES:
-    raise SystemExit(f"error: task={task!r}: choose one of {', '.join(SOURCES)}")
-here = os.path.dirname(os.path.abspath(__file__))
-files = fetch.raw_files(raw, SOURCES[task], here, lambda name: name.endswith(fetch.ENDINGS))
-fetch.convert(files, to_record, out or os.path.join(here, task), holdout, tokenizer,
-              key=lambda record: json.dumps(record["texts"]))
+choose("task", task, SOURCES)
+fetch.prepare(__file__, SOURCES[task], lambda name: name.endswith(fetch.ENDINGS), to_record, raw,
+              out, holdout, tokenizer, part=task)

@@ -3,13 +3,11 @@ PKU-SafeRLHF: pairs of answers with separate labels for helpfulness and harmless
 
 $ python data/pku_saferlhf/prepare.py                       # the current release, 83.4K pairs
 $ python data/pku_saferlhf/prepare.py --version=10k         # a laptop's download: 1.7 MB
-$ python data/pku_saferlhf/prepare.py --raw=FOLDER          # files that are already on disk
 """
-
-import os
 
 from configurator import configure
 from nanosafe import fetch
+from nanosafe.files import choose
 
 version = "v1"  # v1 (2024) | v0 (2023, what Beaver was trained on) | 10k | 30k
 raw = ""  # folder with the raw files; empty: download
@@ -24,29 +22,22 @@ SOURCES = {  # version -> repository, revision
     "10k": ("PKU-Alignment/PKU-SafeRLHF-10K", "main"),
     "30k": ("PKU-Alignment/PKU-SafeRLHF-30K", "main"),
 }
-SHA256 = {
-    "round0/train.jsonl.xz": "f5f42f6f08a1fadbc3fd7c36e627f651782ce0f2f8178361483defa62b79ca06"
-}
+DIGEST = "f5f42f6f08a1fadbc3fd7c36e627f651782ce0f2f8178361483defa62b79ca06"  # 10k's training file
 
 
 def to_record(row):
     """One pair; a release without one of the two labels makes pairs without it."""
-    record = {
-        "input": row["prompt"], "answer": row["response_0"], "other_answer": row["response_1"],
-        "is_safe": fetch.label(row["is_response_0_safe"]),
-        "is_other_safe": fetch.label(row["is_response_1_safe"]),
-    }
+    record = {"input": row["prompt"], "answer": row["response_0"],
+              "other_answer": row["response_1"], "is_safe": fetch.label(row["is_response_0_safe"]),
+              "is_other_safe": fetch.label(row["is_response_1_safe"])}
     for ours, theirs in (("better", "better_response_id"), ("safer", "safer_response_id")):
         if row.get(theirs) is not None:
             record[ours] = not fetch.label(row[theirs])
     return record
 
 
-if version not in SOURCES:
-    raise SystemExit(f"error: version={version!r}: choose one of {', '.join(SOURCES)}")
-here = os.path.dirname(os.path.abspath(__file__))
+choose("version", version, SOURCES)
 repo, revision = SOURCES[version]
-files = fetch.raw_files(raw, repo, here, lambda name: name.endswith(fetch.ENDINGS), revision,
-                        SHA256 if version == "10k" else None)
-fetch.convert(files, to_record, out or (here if version == "v1" else os.path.join(here, version)),
-              holdout, tokenizer)
+fetch.prepare(__file__, repo, lambda name: name.endswith(fetch.ENDINGS), to_record, raw, out,
+              holdout, tokenizer, part="" if version == "v1" else version, revision=revision,
+              sha256={"round0/train.jsonl.xz": DIGEST} if version == "10k" else None)

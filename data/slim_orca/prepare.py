@@ -3,13 +3,11 @@ SlimOrca: GPT-4's answers to FLAN's questions, and whatever has ShareGPT's layou
 
 $ python data/slim_orca/prepare.py                       # 986 MB, 517,982 dialogues
 $ python data/slim_orca/prepare.py --version=dedup       # Open-Orca/SlimOrca-Dedup
-$ python data/slim_orca/prepare.py --raw=FOLDER          # files that are already on disk
 """
-
-import os
 
 from configurator import configure
 from nanosafe import fetch
+from nanosafe.files import choose
 
 version = "full"  # full | dedup
 raw = ""  # folder with the raw files; empty: download
@@ -38,10 +36,8 @@ def to_record(row):
     return {"dialogue": turns}
 
 
-if version not in ("full", "dedup"):
-    raise SystemExit(f"error: version={version!r}: choose full or dedup")
-here = os.path.dirname(os.path.abspath(__file__))
-repo = "Open-Orca/SlimOrca" + ("-Dedup" if version == "dedup" else "")
-files = fetch.raw_files(raw, repo, here, lambda name: name.endswith(".jsonl"))
-folder = os.path.join(here, "dedup") if version == "dedup" else here
-fetch.convert(files, to_record, out or folder, holdout, tokenizer)
+choose("version", version, ("full", "dedup"))
+dedup = version == "dedup"
+fetch.prepare(__file__, "Open-Orca/SlimOrca" + ("-Dedup" if dedup else ""),
+              lambda name: name.endswith(".jsonl"), to_record, raw, out, holdout, tokenizer,
+              part="dedup" if dedup else "")

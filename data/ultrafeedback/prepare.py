@@ -7,7 +7,6 @@ $ python data/ultrafeedback/prepare.py --raw=FOLDER      # also the binarized se
 """
 
 import math
-import os
 
 from configurator import configure
 from nanosafe import fetch
@@ -37,6 +36,5 @@ def to_record(row):
             "answers": [text for _, text in kept], "scores": [score for score, _ in kept]}
 
 
-here = os.path.dirname(os.path.abspath(__file__))
-files = fetch.raw_files(raw, "openbmb/UltraFeedback", here, lambda name: name.endswith(".jsonl"))
-fetch.convert(files, to_record, out or here, holdout, tokenizer)
+fetch.prepare(__file__, "openbmb/UltraFeedback", lambda name: name.endswith(".jsonl"), to_record,
+              raw, out, holdout, tokenizer)

@@ -1,0 +1,1 @@
+objective = "mle"  # PHF on pep8, after pretrain.py

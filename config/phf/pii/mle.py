@@ -1,0 +1,1 @@
+objective = "mle"  # PHF on pii, after pretrain.py

@@ -1,0 +1,2 @@
+objective = "rwr"  # PHF on pii, after pretrain.py
+beta = 10.0

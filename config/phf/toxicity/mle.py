@@ -1,0 +1,1 @@
+objective = "mle"  # PHF on toxicity, after pretrain.py
