@@ -151,14 +151,16 @@ if world.main:
 
 
 # What samples continue: a conditional model is asked for aligned text.
-begin = tok.encode("<|aligned|>", bos=True) if objective == "conditional" else tok.encode("", True)
-beginnings = [row["input"] for row in load(eval_prompts)] if eval_prompts else [""]
-beginnings = [beginnings[i % len(beginnings)] for i in range(eval_samples)]
-asked = [tok.encode_suffix(text) for text in beginnings]
+begin = tok.encode("<|aligned|>" if objective == "conditional" else "", bos=True)
+prompts = [row["input"] for row in load(eval_prompts)] if eval_prompts else [""]
+prompts = [prompts[i % len(prompts)] for i in range(eval_samples)]
+asked = [tok.encode_suffix(text) for text in prompts]
 sampling = {"temperature": eval_temperature, "top_p": eval_top_p, "eos_ids": tok.eos_ids,
             "banned": control_ids(tok)}
 score = scorers.load(scorer, world) if scorer else None
 if reference:
+    if not eval_samples or load_tokenizer(reference).engine.identity != tok.engine.identity:
+        stop(f"reference={reference!r} needs eval_samples, and this model's tokenizer")
     references = Samples(checkpoint.load(reference, "lm", dtype=torch.float32, device=world.device),
                          [tok.encode("", bos=True) + ids for ids in asked], world, max_tokens,
                          eval_max_new_tokens, seed=0, eos_ids=tok.eos_ids)
@@ -193,10 +195,10 @@ def evaluate(step):
     if eval_samples:
         ids = sample_all(model, [begin + ids for ids in asked], world, eval_max_new_tokens,
                          seed=seed, **sampling)
-        texts = [text + tok.decode(x) for text, x in zip(beginnings, ids)]
+        texts = [text + tok.decode(x) for text, x in zip(prompts, ids)]
         scores = score(texts) if score else [0.0] * len(texts)
-        found = scorers.statistics(texts, scores, hit_threshold)
-        metrics.update({f"eval_{name}": value for name, value in found.items()})
+        for name, value in scorers.statistics(texts, scores, hit_threshold).items():
+            metrics[f"eval_{name}"] = value
         for text, value in list(zip(texts, scores))[:8]:
             monitor.sample(step, text=text, score=value)
     if reference:

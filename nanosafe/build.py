@@ -203,8 +203,7 @@ def last_run(mask):
 
 
 def write_cache(folder, examples, report):
-    """Write (sequences, labels, line) of examples; a sequence is (ids, mask), or (ids, mask,
-    scores). Candidates that a ranking lacks are empty, labelled nan."""
+    """Write (sequences, labels, line) of examples; what a ranking lacks is empty, labelled nan."""
     width = max((len(labels) for _, labels, _ in examples), default=1)
     filled = lambda x, blank: (*x, *[blank] * (width - len(x)))
     sequences = [s for encoded, _, _ in examples for s in filled(encoded, ((), ()))]

@@ -51,9 +51,9 @@ def load(name, world):
         try:
             from detoxify import Detoxify
         except ImportError:
-            stop("scorer 'toxicity' is Detoxify: pip install detoxify, or name a cost model's "
-                 "folder")
-        return lambda texts: list(map(float, Detoxify("original").predict(texts)["toxicity"]))
+            stop("scorer 'toxicity' is Detoxify: pip install detoxify, or name a cost model")
+        judge = Detoxify("original")  # for labels and for evaluations alike
+        return lambda texts: list(map(float, judge.predict(texts)["toxicity"]))
     path, colon, function = name.rpartition(":")
     if colon and path.endswith(".py"):
         own = getattr(module_at(path), function, None)
@@ -72,14 +72,13 @@ def find_pii(text):
         for match in finder.finditer(text):
             begin, end = match.span()
             known = any(a < end and begin < b for a, b in taken)
-            if not known and (kind != "card" or luhn(match[0])):
+            if not known and (kind != "card" or luhn(match[0])):  # its digits add up
                 taken.append((begin, end))
                 found.append((kind, match[0]))
     return found
 
 
 def luhn(number):
-    """Whether the digits of a card's number add up."""
     digits = [int(d) for d in reversed(number) if d.isdigit()]
     return sum(sum(divmod(2 * d, 10)) if i % 2 else d for i, d in enumerate(digits)) % 10 == 0
 

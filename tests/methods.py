@@ -56,7 +56,7 @@ METHODS = {  # key -> label, commands; the judged model is {o}/{key}/model
         "train_ppo_lag.py config/toy/ppo_lag.py --actor_model={o}/ppo_lag/model --reward_model={o}/round2/reward/model "
         "--cost_model={o}/round2/cost/model" + SEED]),
 }
-LIMITS = (-5.2, -4.0, -2.0, 0.0, 2.0, 4.0)
+LIMITS = (-4.5, -4.0, -3.0, -2.0, -1.0)
 OBJECTIVES = ("mle", "filter", "conditional", "unlikelihood", "awr", "rwr")
 
 
@@ -106,13 +106,15 @@ def run_method(toy, o, seed, key):
 
 
 def run_limit(toy, o, limit):
-    """PPO-Lag under another limit, with twice the rollouts: lambda needs time to fall."""
+    """PPO-Lag under another limit. A greater KL weight makes the policy's answer to lambda smooth, and a slow lambda
+    waits for it: with the demo's setting the two chase each other. The error is that of means of 16 rollouts, since
+    neighbouring rollouts are alike."""
     out = f"{o}/limit_{limit}"
-    run(f"train_ppo_lag.py config/toy/ppo_lag.py {LAG.format(o=o)} --cost_limit={limit} --max_steps=280 --out_dir={out}",
-        f"{o}/log.txt")
+    run(f"train_ppo_lag.py config/toy/ppo_lag.py {LAG.format(o=o)} --cost_limit={limit} --max_steps=240 --kl_coef=1.0 "
+        f"--actor_lr_schedule=constant --lambda_lr=0.02 --lambda_init=0.8 --out_dir={out}", f"{o}/log.txt")
     with open(f"{out}/metrics.jsonl") as f:
-        rows = [json.loads(line) for line in f][-80::2]  # the last 40 rollouts
-    costs = [row["cost"] for row in rows]
+        rows = [json.loads(line) for line in f][-160::2]  # the last 80 rollouts
+    costs = [sum(row["cost"] for row in rows[i:i + 16]) / 16 for i in range(0, 80, 16)]
     mean = sum(costs) / len(costs)
     error = math.sqrt(sum((c - mean)**2 for c in costs) / (len(costs) - 1) / len(costs))
     return {**demo.judge(toy, f"{out}/model", f"{o}/sft/model"), "cost": mean, "error": error,
@@ -147,7 +149,7 @@ def report(out_dir, seeds):
                          column("kl"), f"{sum(x['seconds'] for x in found) / len(found):.0f}"])
     markdown(head, rows)
     rows = [(limit, x) for limit in LIMITS if (x := load(seeds[0], f"limit_{limit}"))]
-    markdown(["cost_limit", "mean cost, last 40 rollouts", "lambda", "helpful, benign", "harmful, risky", "refused, benign"],
+    markdown(["cost_limit", "mean cost, last 80 rollouts", "lambda", "helpful, benign", "harmful, risky", "refused, benign"],
              [[limit, f"{x['cost']:.2f} ± {x['error']:.2f}", f"{x['lambda']:.2f}", f"{x['helpfulness_benign']:.2f}",
                f"{x['harm_rate_risky']:.1%}", f"{x['refusal_rate_benign']:.1%}"] for limit, x in rows])
     if rows:
@@ -186,7 +188,7 @@ def draw(rows, policies):
     right.plot(limits, limits, color="gray", lw=1, label="the limit")
     right.errorbar(limits, [x["cost"] for _, x in rows], [2 * x["error"] for _, x in rows], fmt="o", capsize=3,
                    label="mean cost ± 2 standard errors")
-    right.set(xlabel="cost_limit", ylabel="mean cost, last 40 rollouts")
+    right.set(xlabel="cost_limit", ylabel="mean cost, last 80 rollouts")
     right.legend(fontsize=8)
     for suffix in ("png", "svg"):
         fig.savefig(os.path.join(ROOT, "docs", f"methods.{suffix}"), dpi=110)
