@@ -30,10 +30,11 @@ def response_logps(model, sequences, max_tokens, world):
 def cached_logps(model, path, dataset, max_tokens, world):
     """response_logps() of a Dataset (n, width), by the model in the folder `path`; they are kept
     beside the data's token ids."""
-    weights = sorted(name for name in os.listdir(path) if name.endswith((".safetensors", ".bin")))
-    stats = [os.stat(os.path.join(path, name)) for name in weights]
-    known = [os.path.realpath(path), str(next(model.parameters()).dtype), world.device.type,
-             *((name, s.st_size, s.st_mtime_ns) for name, s in zip(weights, stats))]
+    names = sorted(os.listdir(path)) if os.path.isdir(path) else [""]
+    stats = [os.stat(os.path.join(path, name) if name else path) for name in names]
+    place = getattr(model, "place", None)
+    known = [os.path.realpath(path), world.device.type, str(place and place.compute_dtype),
+             *((name, s.st_size, s.st_mtime_ns) for name, s in zip(names, stats))]
     key = hashlib.blake2b(repr(known).encode(), digest_size=16).hexdigest()
     file = os.path.join(dataset.folder, key + ".logps")
     if not any_rank(not os.path.exists(file), world.device):
@@ -60,8 +61,7 @@ def sample_all(model, prompts, world, max_new_tokens, uids=None, **sampling):
 
 
 class Samples:
-    """Responses of a model, the reference, to prompts: KL(reference || other) is measured on them.
-    """
+    """Responses of a reference model to prompts, on which KL(reference || other) is measured."""
     def __init__(self, model, prompts, world, max_tokens, max_new_tokens, **sampling):
         self.prompts, self.world, self.max_tokens = prompts, world, max_tokens
         self.responses = sample_all(model, prompts, world, max_new_tokens, **sampling)

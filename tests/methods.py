@@ -17,8 +17,7 @@ import time
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
-from nanosafe import build, data, demo  # noqa: E402
-from nanosafe.table import table  # noqa: E402
+from nanosafe import data, demo  # noqa: E402
 
 MODELS = "--actor_model={o}/sft/model --reward_model={o}/reward/model"
 LAG = MODELS + " --cost_model={o}/cost/model"

@@ -8,7 +8,6 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from conftest import run
 from test_losses import GOLDEN
 
 from nanosafe import build, data, demo, fetch, packing, rows, tokenizer
