@@ -197,8 +197,8 @@ def evaluate(step):
                          seed=seed, **sampling)
         texts = [text + tok.decode(x) for text, x in zip(prompts, ids)]
         scores = score(texts) if score else [0.0] * len(texts)
-        for name, value in scorers.statistics(texts, scores, hit_threshold).items():
-            metrics[f"eval_{name}"] = value
+        found = scorers.statistics(texts, scores, hit_threshold)
+        metrics |= {f"eval_{name}": x for name, x in found.items() if x == x}  # nan: too few
         for text, value in list(zip(texts, scores))[:8]:
             monitor.sample(step, text=text, score=value)
     if reference:
