@@ -306,3 +306,11 @@ def test_gradients_of_the_other_losses_equal_finite_differences(loss, n):
     g = torch.Generator().manual_seed(2)
     inputs = [torch.randn(3, dtype=torch.float64, generator=g, requires_grad=True) for _ in range(n)]
     assert torch.autograd.gradcheck(loss, inputs)
+
+
+def test_a_badly_ordered_pair_keeps_its_gradient():
+    """MOSS adds 1e-5 inside the logarithm: its loss stops at 11.51 and its gradient vanishes there."""
+    chosen = T([-20.0], requires_grad=True)
+    loss = losses.reward_loss(chosen, T([0.0]))
+    loss.backward()
+    assert close(loss.detach(), 20.0) and close(chosen.grad, -1.0)

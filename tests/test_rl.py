@@ -158,3 +158,17 @@ def test_the_entropy_bonus_is_the_entropy_s_gradient():
     surrogate = (logp.exp().detach() * -logp.detach() * logp).sum()  # what policy gradient does with it
     assert torch.allclose(torch.autograd.grad(surrogate, logits)[0], exact)
 
+
+
+def test_a_negative_kl_is_not_clamped():
+    """AlpacaFarm clamps each token's KL at 0, which biases the penalty: a token less likely than before pays back."""
+    logps, ref, mask = torch.tensor([[-2.0, -1.0]]), torch.tensor([[-1.0, -2.0]]), torch.ones(1, 2)
+    assert close(rl.shaped_rewards(torch.zeros(1), logps, ref, mask, 0.5, 50.0), [[0.5, -0.5]])
+
+
+def test_every_rollout_has_randomness_of_its_own():
+    """ColossalChat seeds every generation alike: one random stream for all rollouts."""
+    from nanosafe.rollout import hash64, uniforms
+    keys = [[hash64(hash64(0, rollout), 7, 0) for rollout in range(4)]]
+    signed = torch.tensor([k - 2**64 if k >= 2**63 else k for k in keys[0]])
+    assert len(set(uniforms(signed, torch.zeros(4, dtype=torch.int64)).tolist())) == 4
