@@ -61,7 +61,8 @@ def test_commands_run(command, place):
         assert re.search(r"^> ", run(os.path.join(ROOT, "sample.py"), *words[2:], cwd=place).stdout, re.M)
     elif words[1].startswith("train_"):
         (place / "data").exists() or (place / "data").symlink_to(os.path.join(ROOT, "data"))
-        run(os.path.join(ROOT, words[1]), *words[2:], "--max_steps=2", cwd=place)
+        short = {"train_pref.py": ["--eval_data="], "train_sft.py": ["--eval_samples=25"]}.get(words[1], [])
+        run(os.path.join(ROOT, words[1]), *words[2:], "--max_steps=2", *short, cwd=place)
         out = [word.removeprefix("--out_dir=") for word in words if word.startswith("--out_dir=")]
         assert (place / out[0] / "model" / "config.json").exists()
     else:
