@@ -51,6 +51,6 @@ def faults(first, last, knobs):
     clipped, learns = now["clip_fraction"] or 0, last[0].get("ratio")  # 0 while critics warm up
     if learns and (abs(now["ratio"] - 1) > RATIO or clipped > 2 * RATIO):
         found["ratio"] = (f"updates leave the rollout's policy: mean ratio {now['ratio']:.3g}, "
-                          f"{clipped:.0%} of tokens clipped; lower "
-                          "actor_learning_rate or ppo_epochs")
+                          f"{clipped:.0%} of tokens clipped; lower actor_learning_rate or "
+                          "ppo_epochs")
     return found

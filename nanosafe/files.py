@@ -45,6 +45,11 @@ def write_json(value, folder, name):
         json.dump(value, f, indent=2)
         f.write("\n")
 
+def make_folder(path):
+    """Make a folder to write to: before there is anything that could be lost."""
+    with untrusted(path):
+        os.makedirs(path, exist_ok=True)
+
 def read_jsonl(path):
     """The rows of a file of ours; none where there is none. A line that broke off is left out."""
     with untrusted(path):

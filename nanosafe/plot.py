@@ -10,7 +10,7 @@ import os
 import sys
 
 from nanosafe.advice import Watch
-from nanosafe.files import read_jsonl, stop, untrusted
+from nanosafe.files import make_folder, read_jsonl, stop, untrusted
 
 COLOURS = ("#c0392b", "#2458a8", "#3a8f4d", "#b8860b", "#7d3c98", "#555555")
 PANELS = {  # metric -> title
@@ -178,8 +178,7 @@ def main(arguments):
     if len(found) < len(folders):
         print("no runs, left out:", *(path for path in folders if path not in found))
     out = flags.get("out") or "out/plots"
-    with untrusted(out):
-        os.makedirs(out, exist_ok=True)
+    make_folder(out)
     if "html" in flags:
         page(runs, os.path.join(out, "index.html"))
         print(f"{out}/index.html: {len(runs)} runs; open it in a browser")

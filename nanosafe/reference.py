@@ -94,7 +94,7 @@ class Policy:
         if not (0 <= temperature < 1e9 and 0 < top_p <= 1 and top_k >= 0 and max_new_tokens > 0):
             stop(f"temperature={temperature} and top_k={top_k} are 0 or more, top_p={top_p} is "
                  f"above 0 and at most 1, max_new_tokens={max_new_tokens} is 1 or more")
-        self.path, self.name, self.world = path, name or name_of(path), world
+        self.name, self.world = name or name_of(path), world
         self.max_new_tokens = max_new_tokens
         self.tok = tokenizer.load(path)
         self.model = checkpoint.load(path, "lm", precision(dtype, world), world.device,

@@ -17,7 +17,7 @@ from nanosafe import plot
 from nanosafe.build import conversations
 from nanosafe.data import load
 from nanosafe.eval.measures import bradley_terry, interval, quadrants, win_rates
-from nanosafe.files import stop, table, untrusted, write_json, write_jsonl
+from nanosafe.files import make_folder, stop, table, write_json, write_jsonl
 from nanosafe.parallel import close, init
 from nanosafe.reference import Policy, name_of, precision
 from nanosafe.scorers import ScoreModel
@@ -44,8 +44,7 @@ players = {(name or name_of(path)): path for name, path in named}
 if len(players) < max(2, len(named)):
     stop(f"{len(named)} folders, {len(players)} names ({', '.join(players)}): give each a name of "
          "its own, --models=NAME=FOLDER,NAME=FOLDER")
-with untrusted(out_dir):
-    os.makedirs(out_dir, exist_ok=True)
+make_folder(out_dir)
 world = init(device)
 for path in (*players.values(), reward_model, cost_model):
     load_tokenizer(path)  # what is not there is better said now

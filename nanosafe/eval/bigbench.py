@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from configurator import configure
 from nanosafe.eval.measures import calibration
-from nanosafe.files import stop, table, untrusted, write_json
+from nanosafe.files import make_folder, stop, table, untrusted, write_json
 from nanosafe.parallel import close, init
 from nanosafe.reference import Policy, response_logps
 
@@ -131,8 +131,7 @@ def texts(task, prompts, examples):
     return {"exact_str_match": sum(q["hit"] for q in queries) / len(queries)}, queries
 
 found = {name: (path, read_task(path)) for name, path in find_tasks().items()}
-with untrusted(out_dir):
-    os.makedirs(out_dir, exist_ok=True)
+make_folder(out_dir)
 world = init(device)
 policy = Policy(model, world, max_new_tokens, temperature=0.0, seed=seed)
 rows = [("task", "examples", "metric", "value")]
@@ -152,7 +151,7 @@ for name, (path, task) in tqdm(found.items(), unit="task", disable=not world.mai
     unknown = [x for x in wanted if x not in numbers]
     if world.main:
         folder = os.path.join(out_dir, name)
-        os.makedirs(folder, exist_ok=True)
+        make_folder(folder)
         write_json({"task": path, "model": model, "shots": shots, "examples": len(prompts),
                     "metrics": numbers, "not_computed": unknown,
                     "preferred": task.get("preferred_score"), "queries": queries},

@@ -25,7 +25,8 @@ from tqdm import tqdm
 
 from configurator import configure
 from nanosafe.build import check_text
-from nanosafe.files import read_json, read_jsonl, stop, table, untrusted, write_json, write_jsonl
+from nanosafe.files import (make_folder, read_json, read_jsonl, stop, table, untrusted, write_json,
+                            write_jsonl)
 from nanosafe.parallel import barrier, close, init
 from nanosafe.reference import Policy
 
@@ -54,7 +55,7 @@ host, api_key = urlsplit(address).hostname, os.environ.get("OPENAI_API_KEY", "")
 if not address.startswith(("http://", "https://")) or not host:
     stop("OPENAI_BASE_URL is no http:// or https:// address")
 if not api_key.isascii() or not api_key and "OPENAI_BASE_URL" not in os.environ:
-    stop("OPENAI_API_KEY is not set (nor OPENAI_BASE_URL, of a server without keys), or no key")
+    stop("OPENAI_API_KEY is not set (nor OPENAI_BASE_URL, of a server without keys), or is odd")
 if min(attempts, concurrency) < 1 or not (0 < timeout <= 3600 and 0 <= pause <= 3600):
     stop("attempts and concurrency are 1 or more, timeout and pause seconds of an hour at most")
 file = problems or os.path.join(HERE, "problems.json")
@@ -68,8 +69,7 @@ if not texts:
     stop(f'{file!r} must be a list of {{"prompt": ..., "category": ...}}, of one or more')
 with open(os.path.join(HERE, "judge.txt"), encoding="utf-8") as f:
     role, question = f.read().split("\n---\n")
-with untrusted(out_dir):
-    os.makedirs(out_dir, exist_ok=True)
+make_folder(out_dir)
 world = init(device)
 
 # 1. answers, kept: it is these that the replies are about

@@ -15,7 +15,7 @@ from configurator import configure
 from nanosafe import plot
 from nanosafe.build import conversations, encode
 from nanosafe.eval.measures import calibration, interval
-from nanosafe.files import choose, stop, untrusted, write_json, write_jsonl
+from nanosafe.files import choose, make_folder, stop, write_json, write_jsonl
 from nanosafe.parallel import close, init
 from nanosafe.reference import precision
 from nanosafe.rows import load_rows
@@ -32,8 +32,7 @@ device = "auto"  # auto | cpu | cuda
 configure(globals())
 
 choose("objective", objective, ("auto", "reward", "cost"))
-with untrusted(out_dir):
-    os.makedirs(out_dir, exist_ok=True)
+make_folder(out_dir)
 world = init(device)
 scorer = ScoreModel(model, world, precision("auto", world), max_tokens)
 if objective == "auto":
@@ -89,7 +88,7 @@ if world.main:
     for name, value in summary.items():
         if isinstance(value, (float, tuple)):
             mean, *ends = np.atleast_1d(value)
-            print(f"{name:24} {mean:.4f}", " ".join(f"{x:.4f}" for x in ends))
+            print(f"{name:24} {mean:.4f}", " [{:.4f}, {:.4f}]".format(*ends) if ends else "")
     mistakes = [row for row in rows[:worst] if row["margin"] <= 0]
     for row in mistakes:
         print(f"\n{row['where']}: wrong by {-row['margin']:.2f}")
