@@ -7,8 +7,7 @@
 
 A knob is a global that the script assigns above its call of configure(): a bool, int, float or str,
 in lower case, with a comment behind it. Config files are Python files of assignments to knobs.
-Defaults < files from left to right < flags, wherever the flags stand. The default's type decides
-how a value is read, and a name that is no knob stops the run."""
+Defaults < files from left to right < flags. The default's type decides how a value is read."""
 
 import ast
 import difflib
@@ -17,7 +16,7 @@ import os
 import sys
 import textwrap
 
-TYPES = (bool, int, float, str)
+TYPES, INFINITY = (bool, int, float, str), float("inf")
 
 def configure(script):
     """Set the knobs in `script` (a module's globals()) from sys.argv; returns them, a dict.
@@ -62,8 +61,9 @@ def configure(script):
 def save(config, path):
     """Write `config` to `path` as a config file that configure() reads back to the same values."""
     lines = [f"{name} = {value!r}\n" for name, value in config.items()]
-    with open(path, "w", encoding="utf-8") as f:
+    with open(path + ".tmp", "w", encoding="utf-8") as f:
         f.writelines(lines)
+    os.replace(path + ".tmp", path)
 
 def read_knobs(script):
     """{name: comment} of the knobs: what the source assigns at module level before configure()."""
@@ -121,7 +121,7 @@ def check(name, value, config, where):
         value = float(value)
     if want is int and type(value) is float and value == int(value):
         value = int(value)  # 1e5
-    if type(value) is not want:
+    if type(value) is not want or want is float and not abs(value) < INFINITY:
         stop(f"{where}: {name} must be {want.__name__}, given {value!r}")
     return value
 
@@ -129,20 +129,18 @@ def parse(name, text, config):
     """A value from a flag, read as the type of the knob's default."""
     known(name, config, "flag")
     want = type(config[name])
+    if want is str:
+        return text
+    kinds = {bool: "true, false, 1 or 0", int: "a whole number", float: "a number"}
     try:
         if want is bool:
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-        if want is int:
-            try:
-                return int(text)
-            except ValueError:
-                if float(text) == int(float(text)):
-                    return int(float(text))
-                raise
-        return want(text)
+        value = int(text) if text.lstrip("+-").isdecimal() else float(text)  # 1e5 is whole, too
+        if abs(value) < INFINITY and want(value) == value:
+            return want(value)
     except (KeyError, ValueError, OverflowError):
-        kinds = {bool: "true, false, 1 or 0", int: "a whole number", float: "a number"}
-        stop(f"--{name}={text}: {name} takes {kinds[want]}")
+        pass
+    stop(f"--{name}={' '.join(text.split())}: {name} takes {kinds[want]}")
 
 def known(name, config, where):
     if name not in config:

@@ -46,7 +46,7 @@ keep = 1  # sft: answers kept to each prompt; with a cost_model only safe ones a
 max_tokens = 8192  # packed tokens per forward when many answers are scored
 device = "auto"  # auto | cpu | cuda
 dtype = "auto"  # auto | bfloat16 | float32; auto is that of the files on a GPU, float32 on a CPU
-configure(globals())
+config = configure(globals())
 
 choose("write", write, ("answers", "sft", "pairs"))
 if min(best_of, num_samples, keep) < 1:
@@ -59,7 +59,7 @@ if out and write != "answers" and not reward_model:
     stop(f"write={write!r} needs --reward_model=FOLDER to choose by")
 if (red or blue) and (out or not (red and blue)):
     stop("red and blue are two folders, to talk to: --red=FOLDER --blue=FOLDER, without out")
-world = init(device)
+world = init(device, config)
 corners = {"red": red, "blue": blue} if red or blue else {"": model}
 policies = [Policy(path, world, max_new_tokens, "", dtype, seed=seed, temperature=temperature,
                    top_k=top_k, top_p=top_p) for path in corners.values()]

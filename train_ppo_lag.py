@@ -24,10 +24,10 @@ from nanosafe import state as run_state
 from nanosafe.data import tokenize
 from nanosafe.files import choose, stop
 from nanosafe.losses import actor_loss, critic_loss, masked_mean, mle_loss, sequence_mean
-from nanosafe.monitor import Monitor, Stop
+from nanosafe.monitor import Monitor
 from nanosafe.packing import (check_fits, collate, count_steps, examples_at, order, plan,
                               responses_of)
-from nanosafe.parallel import add, backward, close, init, main_first, places, union, whole
+from nanosafe.parallel import add, backward, close, init, places, union, whole
 from nanosafe.rl import (SCALINGS, LagrangeMultiplier, RunningMeanStd, adapted, gae,
                          group_advantages, mix_advantages, normalize, scaled, shaped_costs,
                          shaped_rewards)
@@ -125,11 +125,11 @@ choose("reward_scaling", reward_scaling, SCALINGS)
 if advantage != "gae" and num_samples < 2:
     stop(f"advantage={advantage!r} compares a prompt's responses with each other: num_samples="
          f"{num_samples} must be at least 2")
-world = init(device)
+world = init(device, config)
 per_rollout = rollout_size * num_samples
 if per_rollout % batch_size:
     stop(f"rollout_size * num_samples = {per_rollout} is no multiple of batch_size={batch_size}")
-run_state.claim(out_dir, resume)
+resume = run_state.claim(out_dir, resume)
 if world.main:
     save(config, os.path.join(out_dir, "config.py"))
 tok = load_tokenizer(actor_model)
@@ -141,11 +141,9 @@ for name in critics:
     if load_tokenizer(critic_paths[name]).fingerprint != tok.fingerprint:
         stop(f"a critic values the actor's tokens, but {critic_paths[name]!r} has another "
              f"tokenizer than {actor_model!r}: set {name}_critic, or advantage=rloo")
-with main_first():  # rank 0 fills the cache of token ids, the others find it
-    asked = tokenize(prompts, tok, "prompts", max_len - 1, show=world.main)
-    ptx = tokenize(ptx_data, tok, "sft", max_len, show=world.main) if ptx_data else None
-
-check_fits([max_len, *(ptx.lengths.tolist() if ptx else ())], max_tokens)
+check_fits([max_len], max_tokens)
+asked = tokenize(prompts, tok, "prompts", max_len - 1)
+ptx = tokenize(ptx_data, tok, "sft", max_len, max_tokens) if ptx_data else None
 
 size = checkpoint.count_parameters(actor_model)
 trained_place, frozen_place = places(world, dtype, parallel, offload, use_compile,
@@ -180,13 +178,12 @@ unbounded = float("inf")
 updates = ppo_epochs * per_rollout // batch_size  # optimizer steps per rollout
 actor_weight = 0.5 if ptx and ptx_average else 1.0
 steps = count_steps(len(asked), rollout_size, epochs, -(-max_steps // updates)) * updates
-skips = optim.SkipCounter(max_skips)
-step = 0
+step = skips = 0
 if resume:
     state = run_state.load(out_dir, {**models, **average})
-    step, skips.count, kl_weight = state["step"], state["skips"], state["kl_coef"]
+    step, skips, kl_weight = state["step"], state["skips"], state["kl_coef"]
     multiplier.load_state_dict(state["multiplier"])
-    moments.load_state_dict(state["moments"])
+    vars(moments).update(state["moments"])
 if world.main:
     print(f"{len(models)} x {size / 1e6:.1f} M parameters trained, {trained_place.layout}, "
           f"computing in {trained_place.compute_dtype}; {steps // updates} rollouts of "
@@ -219,15 +216,14 @@ def response_batch(micro, texts, starts):
 def checkpoint_run(step):
     """The state to resume from, and the policy for others to open."""
     monitor.flush()
-    extra = {"skips": skips.count, "multiplier": multiplier.state_dict(), "kl_coef": kl_weight,
-             "moments": moments.state_dict()}
-    run_state.save(out_dir, step, {**models, **average}, extra, keep)
+    extra = {"skips": skips, "multiplier": multiplier.state_dict(), "kl_coef": kl_weight,
+             "moments": vars(moments)}
     for folder, (model, _) in {"model": models["actor"], **average}.items():
         checkpoint.save(model, os.path.join(out_dir, folder), tok,
                         dtype=trained_place.compute_dtype)
+    run_state.save(out_dir, step, {**models, **average}, extra, keep)
 
 # ---- loop ----
-stopping = Stop()
 shown = ("reward", "cost", "lambda", "kl", "length")
 monitor = Monitor(out_dir, steps, step, log_to, shown=shown, config=config)
 while step < steps:
@@ -270,6 +266,9 @@ while step < steps:
     for name in scorers:
         shaped = {"reward": shaped_rewards, "cost": shaped_costs}[name]
         scores[name] = end_scores(scorers[name], texts, toks[name])  # (B,)
+        if not scores[name].isfinite().all():
+            monitor.say(f"step {step}: the {name} model gives some responses no number: no update "
+                        "with them")
         signal = scores[name]
         if name == "reward":
             signal = scaled(signal, moments, reward_scaling, reward_clip or unbounded)
@@ -367,18 +366,18 @@ while step < steps:
             lr = lrs["actor_lr" if name == "actor" else "critic_lr"]
             norms[f"{name}_grad_norm"] = optim.step(model, optimizer, lr, grad_clip,
                                                     f"step {step}, {name}")
-        skips.see(*norms.values())
+        skips = optim.count_skips(skips, max_skips, *norms.values())
         if ema:
             optim.follow(average["model_ema"][0], actor, ema)
 
         if step % log_interval == 0 or step + 1 == steps:
-            monitor.log(step, {**metrics, **losses, **norms, **lrs, "skips": skips.count,
+            monitor.log(step, {**metrics, **losses, **norms, **lrs, "skips": skips,
                                "rollout_seconds": rollout_seconds,
                                "seconds": time.perf_counter() - began})
         step += 1
 
     # 7. samples to read, a state to come back to
-    halt = stopping.agreed(world.device)
+    halt = monitor.asked_to_stop(world.device)
     saves = (step >= steps or halt
              or save_interval and step // save_interval > (step - updates) // save_interval)
     if saves or rollout == 0:

@@ -1,8 +1,8 @@
 """Stage 2: pairs of responses -> a reward model, or a cost model, or a policy without either.
 
 objective is reward (which response is better) or cost (which is safer; above 0 means unsafe), a
-score per response; or dpo, ipo, a policy straight from the pairs, whose log-ratio to a reference
-is the reward; or rrhf, a policy that ranks scored answers as their scores do.
+score per response; or dpo, ipo, a policy whose log-ratio to a reference is the reward; or rrhf, a
+policy that ranks scored answers as their scores do.
 
 On a laptop, after python -m nanosafe.demo:
 $ python train_pref.py
@@ -22,10 +22,9 @@ from nanosafe import state as run_state
 from nanosafe.data import tokenize
 from nanosafe.files import choose, stop
 from nanosafe.losses import cost_loss, dpo_loss, ipo_loss, mean, reward_loss, rrhf_loss
-from nanosafe.monitor import Monitor, Stop
-from nanosafe.packing import (check_fits, count_steps, examples_at, plan, responses_of,
-                              sequence_sums)
-from nanosafe.parallel import add, backward, close, init, main_first, places
+from nanosafe.monitor import Monitor
+from nanosafe.packing import count_steps, examples_at, plan, responses_of, sequence_sums
+from nanosafe.parallel import add, backward, close, init, places
 from nanosafe.reference import Samples, cached_logps
 from nanosafe.rl import ExponentialMovingAverage, RunningMeanStd
 from nanosafe.tokenizer import load as load_tokenizer
@@ -92,18 +91,14 @@ choose("lr_schedule", lr_schedule, optim.SCHEDULES)
 if beta <= 0 or not 0 <= label_smoothing < 0.5:
     stop(f"beta={beta}, label_smoothing={label_smoothing}: above 0, and from 0 to below 0.5")
 scored = objective in SCORED
-world = init(device)
-run_state.claim(out_dir, resume)
+world = init(device, config)
+resume = run_state.claim(out_dir, resume)
 if world.main:
     save(config, os.path.join(out_dir, "config.py"))
 tok = load_tokenizer(init_from)
 task = objective if scored else "rank" if objective == "rrhf" else "reward"
-with main_first():  # rank 0 fills the cache of token ids, the others find it
-    train = tokenize(data, tok, task, max_len, show=world.main)
-    held_out = tokenize(eval_data, tok, task, max_len, show=world.main) if eval_data else None
-
-for dataset in filter(None, (train, held_out)):
-    check_fits(dataset.lengths.tolist(), max_tokens)
+train = tokenize(data, tok, task, max_len, max_tokens)
+held_out = tokenize(eval_data, tok, task, max_len, max_tokens) if eval_data else None
 size = checkpoint.count_parameters(init_from)
 place, _ = places(world, dtype, parallel, offload, use_compile, activation_checkpointing, size)
 head = "lm" if not scored else "both" if lm_coef else "score"
@@ -124,12 +119,11 @@ if not scored and held_out and eval_samples:
                       max_tokens, max_new_tokens, eos_ids=tok.eos_ids, seed=seed)
 
 steps = count_steps(len(train), batch_size, epochs, max_steps)
-skips = optim.SkipCounter(max_skips)
-start = 0
+start = skips = 0
 if resume:
     state = run_state.load(out_dir, {"model": (model, optimizer)})
-    start, skips.count = state["step"], state["skips"]
-    moments.load_state_dict(state["moments"])
+    start, skips = state["step"], state["skips"]
+    vars(moments).update(state["moments"])
 if world.main:
     print(f"{size / 1e6:.1f} M parameters, {place.layout}, computing in {place.compute_dtype}; "
           f"{steps} steps of {batch_size} examples over {world.size} ranks, {max_tokens} tokens "
@@ -222,8 +216,6 @@ def evaluate():
 def checkpoint_run(step):
     """The state to resume from, and the model for others to open."""
     monitor.flush()
-    extra = {"skips": skips.count, "moments": moments.state_dict()}
-    run_state.save(out_dir, step, {"model": (model, optimizer)}, extra, keep)
     if scored and normalizer != "none":
         c = model.config
         c.mean, c.var = [moments.mean], [moments.var]
@@ -231,9 +223,10 @@ def checkpoint_run(step):
         c.momentum = normalizer_momentum if normalizer == "ema" else None
     checkpoint.save(model, os.path.join(out_dir, "model"), tok, dtype=place.compute_dtype,
                     head="score" if scored else "lm")
+    extra = {"skips": skips, "moments": vars(moments)}
+    run_state.save(out_dir, step, {"model": (model, optimizer)}, extra, keep)
 
 # ---- loop ----
-stopping = Stop()
 monitor = Monitor(out_dir, steps, start, log_to, shown=("loss", "accuracy", "sign_accuracy"),
                   config=config)
 for step in range(start, steps):
@@ -252,18 +245,16 @@ for step in range(start, steps):
         loss_sum += loss.detach()
     lr = optim.learning_rate_at(step, steps, learning_rate, lr_schedule, warmup_ratio)
     grad_norm = optim.step(model, optimizer, lr, grad_clip, f"step {step}")
-    skips.see(grad_norm)
+    skips = optim.count_skips(skips, max_skips, grad_norm)
     x = add(x)
     if scored and torch.isfinite(x).all():
         moments.update(x.flatten())
 
     tokens = int(train.lengths[examples].sum())
-    metrics = {
-        "loss": add(loss_sum).item(), **describe(x, labels), "grad_norm": grad_norm, "lr": lr,
-        "tokens": tokens, "tokens_per_second": tokens / (time.perf_counter() - began),
-        "skips": skips.count,
-    }
-    last = step + 1 == steps or stopping.agreed(world.device)
+    metrics = {"loss": add(loss_sum).item(), **describe(x, labels), "grad_norm": grad_norm,
+               "tokens": tokens, "tokens_per_second": tokens / (time.perf_counter() - began),
+               "lr": lr, "skips": skips}
+    last = step + 1 == steps or monitor.asked_to_stop(world.device)
     if held_out and (step + 1 == steps or eval_interval and (step + 1) % eval_interval == 0):
         metrics.update(evaluate())
     if step % log_interval == 0 or last or "eval_accuracy" in metrics:
@@ -273,7 +264,4 @@ for step in range(start, steps):
     if last:
         break
 monitor.close()
-if world.main:
-    print("  ".join(f"{name} {value:.4g}" for name, value in metrics.items()
-                    if name.startswith("eval_")))
 close()

@@ -1,8 +1,8 @@
 """Stage 1: demonstrations -> a policy, by supervised fine-tuning; or scored documents -> a policy,
 by pretraining with human preferences (arXiv:2302.08582), six ways.
 
-objective is mle, all that there is for demonstrations; filter of documents; conditional training
-behind <|aligned|> or <|misaligned|>; unlikelihood; awr or rwr: docs/methods.md has the equations.
+objective is mle, all that there is for demonstrations; of documents also filter, conditional,
+unlikelihood, awr or rwr: docs/methods.md has the equations.
 
 On a laptop, from scratch on the toy world (python -m nanosafe.demo prepares it):
 $ python train_sft.py
@@ -10,8 +10,7 @@ $ python train_sft.py config/toy/phf.py --objective=conditional
 On 8 GPUs, Safe-RLHF's recipe for LLaMA-7B, and PHF's (a task, then a method):
 $ torchrun --nproc_per_node=8 train_sft.py config/beaver_7b/sft.py
 $ torchrun --nproc_per_node=8 train_sft.py config/phf/pii/pretrain.py config/phf/pii/awr.py
-Continue a run that was stopped or killed:
-$ python train_sft.py --resume=True"""
+A run that was stopped or killed goes on with --resume=True."""
 
 import os
 import time
@@ -26,9 +25,9 @@ from nanosafe.documents import ALIGNED, control_ids, scores_of, with_control_tok
 from nanosafe.files import choose, stop, untrusted
 from nanosafe.losses import awr_loss, mle_loss, unlikelihood_loss
 from nanosafe.model import Config
-from nanosafe.monitor import Monitor, Stop
-from nanosafe.packing import check_fits, count_steps, examples_at, plan
-from nanosafe.parallel import add, backward, close, init, local_rows, main_first, places
+from nanosafe.monitor import Monitor
+from nanosafe.packing import count_steps, examples_at, plan
+from nanosafe.parallel import add, backward, close, init, local_rows, places
 from nanosafe.reference import Samples, sample_all
 from nanosafe.tokenizer import load as load_tokenizer
 
@@ -99,8 +98,8 @@ choose("objective", objective, ("mle", "filter", "conditional", "unlikelihood", 
 if objective != "mle" and not documents:
     stop(f"objective={objective!r} needs documents with scores: --documents=True and their data")
 choose("lr_schedule", lr_schedule, optim.SCHEDULES)
-world = init(device)
-run_state.claim(out_dir, resume)
+world = init(device, config)
+resume = run_state.claim(out_dir, resume)
 if world.main:
     save(config, os.path.join(out_dir, "config.py"))
 from_scratch = init_from == "scratch"
@@ -110,17 +109,14 @@ task, method, compared = "documents" if documents else "sft", (), ()
 if objective in ("filter", "conditional"):
     method = objective, score_threshold, drop_fraction
     compared = ("compare", score_threshold) if objective == "conditional" else ()
-with main_first():  # rank 0 fills the cache of token ids, the others find it
-    train = tokenize(data, tok, task, max_len, show=world.main, method=method)
-    held_out = (tokenize(eval_data, tok, task, max_len, show=world.main, method=compared)
-                if eval_data else None)
+train = tokenize(data, tok, task, max_len, max_tokens, method=method)
+held_out = (tokenize(eval_data, tok, task, max_len, max_tokens, method=compared)
+            if eval_data else None)
 
 shape = Config(vocab_size=tok.vocab_size, hidden_size=hidden_size,
                intermediate_size=intermediate_size, num_hidden_layers=num_hidden_layers,
                num_attention_heads=num_attention_heads, num_key_value_heads=num_key_value_heads,
                initializer_range=hidden_size**-0.5)  # about 0.02 at 7B's width
-for dataset in filter(None, (train, held_out)):
-    check_fits(dataset.lengths.tolist(), max_tokens)
 size = checkpoint.count_parameters(shape if from_scratch else init_from)
 place, _ = places(world, dtype, parallel, offload, use_compile, activation_checkpointing, size)
 head = "both" if objective == "awr" else "lm"
@@ -133,11 +129,10 @@ if objective == "awr":
 optimizer = optim.adamw(model, weight_decay, beta1, beta2)
 
 steps = count_steps(len(train), batch_size, epochs, max_steps)
-skips = optim.SkipCounter(max_skips)
-start = 0
+start = skips = 0
 if resume:
     state = run_state.load(out_dir, {"model": (model, optimizer)})
-    start, skips.count = state["step"], state["skips"]
+    start, skips = state["step"], state["skips"]
 if world.main:
     print(f"{size / 1e6:.1f} M parameters, {place.layout}, computing in {place.compute_dtype}; "
           f"{steps} steps of {batch_size} sequences over {world.size} ranks, {max_tokens} tokens "
@@ -200,12 +195,11 @@ def evaluate(step):
 def checkpoint_run(step):
     """The state to resume from, and the model for others to open."""
     monitor.flush()
-    run_state.save(out_dir, step, {"model": (model, optimizer)}, {"skips": skips.count}, keep)
     checkpoint.save(model, os.path.join(out_dir, "model"), tok, dtype=place.compute_dtype,
                     head="lm")
+    run_state.save(out_dir, step, {"model": (model, optimizer)}, {"skips": skips}, keep)
 
 # ---- loop ----
-stopping = Stop()
 monitor = Monitor(out_dir, steps, start, log_to, shown=("loss", "grad_norm", "lr"), config=config)
 for step in range(start, steps):
     began = time.perf_counter()
@@ -223,13 +217,12 @@ for step in range(start, steps):
         loss_sum += loss.detach()
     lr = optim.learning_rate_at(step, steps, learning_rate, lr_schedule, warmup_ratio)
     grad_norm = optim.step(model, optimizer, lr, grad_clip, f"step {step}")
-    skips.see(grad_norm)
+    skips = optim.count_skips(skips, max_skips, grad_norm)
 
-    metrics = {
-        "loss": add(loss_sum).item(), "grad_norm": grad_norm, "lr": lr, "tokens": sum(lengths),
-        "tokens_per_second": sum(lengths) / (time.perf_counter() - began), "skips": skips.count,
-    }
-    last = step + 1 == steps or stopping.agreed(world.device)
+    speed = sum(lengths) / (time.perf_counter() - began)
+    metrics = {"loss": add(loss_sum).item(), "grad_norm": grad_norm, "lr": lr, "skips": skips,
+               "tokens": sum(lengths), "tokens_per_second": speed}
+    last = step + 1 == steps or monitor.asked_to_stop(world.device)
     evaluated = step + 1 == steps or eval_interval and (step + 1) % eval_interval == 0
     if evaluated:
         metrics.update(evaluate(step))

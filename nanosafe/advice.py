@@ -6,8 +6,7 @@ KL, EOS, RATIO, GROWTH = 0.5, 0.2, 0.2, 1.5  # nats per token; shares; times as 
 WINDOW = 5  # rows
 
 class Watch:
-    """Says of each thing that goes wrong, once: the last WINDOW rows of a run with these `knobs`
-    are compared with the first."""
+    """Says once what goes wrong in a run with these `knobs`: the last WINDOW rows by the first."""
     def __init__(self, knobs):
         self.knobs, self.said, self.first, self.last = knobs or {}, set(), [], deque(maxlen=WINDOW)
 

@@ -47,8 +47,7 @@ class Packed(NamedTuple):
                            self.max_seqlen, window_size=(self.window - 1, 0), **options)
 
     def padded(self, q, k, v):
-        """Right-padded scaled_dot_product_attention. Causality alone needs no mask: a row never
-        looks at what stands to its right."""
+        """Right-padded SDPA. Causality alone needs no mask: no row looks to its right."""
         B, L = len(self.cu_seqlens) - 1, self.max_seqlen
         k, v = repeat_heads(q, k, v)
         N, H, E = q.shape
@@ -98,8 +97,7 @@ def repeat_heads(q, k, v):
     return (k, v) if groups == 1 else (x.repeat_interleave(groups, dim=1) for x in (k, v))
 
 def limit(seqs, config, x):
-    """A Packed or Step with what a model's config asks for, for hidden states x (N, D): their
-    device and dtype."""
+    """A Packed or Step with what a model's config asks for; x (N, D) has its device and dtype."""
     window, kv = config.sliding_window, config.num_key_value_heads
     slopes = alibi_slopes(config.num_attention_heads, x.device) if config.alibi else None  # (H,)
     if isinstance(seqs, Step):
@@ -116,8 +114,7 @@ def limit(seqs, config, x):
 
 def visible(back, window, slopes, dtype):
     """The mask of keys that are `back` (.., queries, keys) positions behind their query: True where
-    it sees them. With slopes (H,), what is added to a head's logits, in `dtype`: ALiBi
-    (arXiv:2108.12409)."""
+    it sees them. With slopes (H,), what ALiBi (arXiv:2108.12409) adds to a head's logits."""
     seen = (back >= 0) & (back < window) if window else back >= 0
     if slopes is None:
         return seen
@@ -125,8 +122,7 @@ def visible(back, window, slopes, dtype):
     return fall.masked_fill_(~seen, float("-inf")).to(dtype)
 
 def alibi_slopes(heads, device=None):
-    """ALiBi's slope of each head (H,) float32: 2^(-8 i / P) for the power of two P below, and
-    between these for the heads beyond P."""
+    """ALiBi's slopes (H,) float32: 2^(-8 i / P) for the power of two P below, others between."""
     P = 2**int(math.log2(heads))
     count = torch.arange(1, heads + 1, device=device)
     return torch.exp2(-8 / P * torch.where(count <= P, count, count - P - 0.5))

@@ -23,8 +23,7 @@ SPELLING.update({b: chr(256 + i) for i, b in enumerate(sorted(set(range(256)) - 
 BYTES = {char: bytes([byte]) for byte, char in SPELLING.items()}
 
 def load(file, names):
-    """The engine of a tokenizer.json or of Llama 3's tokenizer.model; `names`: what
-    tokenizer_config.json says."""
+    """The engine of a tokenizer.json, or Llama 3's tokenizer.model; names: tokenizer_config's."""
     if not file.endswith(".json"):
         return BPE(*llama3(file), names)
     spec = read_json(*os.path.split(file))
@@ -137,8 +136,7 @@ class BPE:
         return text
 
     def encode(self, text, begins=True, plain=False):
-        """Ids of text; begins: put a space in front, where the model's texts begin so. No special
-        token is found: `plain` changes nothing."""
+        """As Pieces.encode(); no special token is found in any text: `plain` changes nothing."""
         text = self.normalize(text)
         if self.marked:
             prefixed = begins and self.prefix != "never"
@@ -214,8 +212,7 @@ class BPE:
         return text[1:] if begins and self.prefix != "never" and text[:1] == " " else text
 
     def save(self, tokenizer, path):
-        """tokenizer.json, where the source was Llama 3's tokenizer.model, which few others read; a
-        tokenizer_config.json that needs no stranger's code."""
+        """tokenizer.json, also for Llama 3's tokenizer.model; a config without strangers' code."""
         beyond = [{"content": text, "single_word": False, **t._asdict()}
                   for text, t in tokenizer.added.items() if text not in self.added]
         if beyond:
@@ -228,11 +225,10 @@ class BPE:
                 write_json(config, path, "tokenizer_config.json")
             return
         write_json(self.spec, path, "tokenizer.json")
-        write_json({
-            "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
-            "bos_token": tokenizer.contents[tokenizer.bos_id],
-            "eos_token": tokenizer.contents[tokenizer.eos_id],
-        }, path, "tokenizer_config.json")
+        said = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
+                "bos_token": tokenizer.contents[tokenizer.bos_id],
+                "eos_token": tokenizer.contents[tokenizer.eos_id]}
+        write_json(said, path, "tokenizer_config.json")
 
 def sequence(part, key):
     """The parts of a component of tokenizer.json: none, itself, or those of a Sequence."""
@@ -244,8 +240,7 @@ def spell(word):
     return "".join(map(SPELLING.__getitem__, word))
 
 def translate(pattern):
-    """A regular expression of Hugging Face's engine in Python's words: \\p{..} and \\s are written
-    out, since Python has no \\p and its \\s has four characters more."""
+    """A pattern of Hugging Face's engine in Python's words: \\p (unknown) and \\s (wider) spelt."""
     out, i, inside = "", 0, False
     while i < len(pattern):
         two, c = pattern[i:i + 2], pattern[i]

@@ -1,18 +1,15 @@
-"""Rows -> conversations -> token ids: what a data set costs the first time that it is read.
+"""Rows -> conversations -> token ids: what each task takes from a row, why a row is dropped."""
 
-What each task takes from a row, why a row is dropped, how a conversation is written in tokens."""
-
-import json
 import math
 import os
 import re
-import shutil
 from collections import Counter
 
 import numpy as np
 from tqdm import tqdm
 
 from nanosafe.data import PROMPT_BEGIN, PROMPT_TURN
+from nanosafe.files import make_folder, put_folder, untrusted, write_json
 
 TASKS = {  # task -> fields that a row must have
     "sft": (),
@@ -99,8 +96,7 @@ def encode(turns, tokenizer, lookup=None):
     """Token ids of a conversation, and a mask: 1 on what an assistant says and its EOS.
 
     <s>BEGINNING OF CONVERSATION: USER: hi ASSISTANT:hello</s>USER: ... ; nothing a user writes
-    becomes a special token. An answer is tokenised together with its prompt; where that would merge
-    tokens across the border, on its own."""
+    becomes a special token. An answer is tokenised with its prompt, unless tokens would merge."""
     lookup = lookup or (lambda text: tokenizer.encode(text, allow_special=False))
     ids = tokenizer.encode("", bos=True)
     mask = [0] * len(ids)
@@ -192,22 +188,17 @@ def write_cache(folder, examples, report):
     filled = lambda x, blank: (*x, *[blank] * (width - len(x)))
     sequences = [s for encoded, _, _ in examples for s in filled(encoded, ((), ()))]
     flat = lambda k, dtype: np.array([x for s in sequences for x in s[k]], dtype=dtype)
-    arrays = {
-        "tokens": flat(0, np.int32), "mask": flat(1, np.uint8),
-        "offsets": np.cumsum([0] + [len(s[0]) for s in sequences], dtype=np.int64),
-        "labels": np.array([filled(labels, math.nan) for _, labels, _ in examples],
-                           np.float32).reshape(-1, width),
-        "lines": np.array([line for _, _, line in examples], dtype=np.int64),
-    }
+    labels = [filled(labels, math.nan) for _, labels, _ in examples]
+    arrays = {"tokens": flat(0, np.int32), "mask": flat(1, np.uint8),
+              "offsets": np.cumsum([0] + [len(s[0]) for s in sequences], dtype=np.int64),
+              "labels": np.array(labels, np.float32).reshape(-1, width),
+              "lines": np.array([line for _, _, line in examples], dtype=np.int64)}
     if sequences and len(sequences[0]) == 3:
         arrays["scores"] = flat(2, np.float32)
     temporary = f"{folder}.{os.getpid()}"
-    os.makedirs(temporary)
-    for name, array in arrays.items():
-        np.save(os.path.join(temporary, name + ".npy"), array)
-    with open(os.path.join(temporary, "report.json"), "w", encoding="utf-8") as f:
-        json.dump(report, f)
-    try:
-        os.rename(temporary, folder)
-    except OSError:  # another process was faster
-        shutil.rmtree(temporary)
+    make_folder(temporary)
+    with untrusted(temporary, "written"):
+        for name, array in arrays.items():
+            np.save(os.path.join(temporary, name + ".npy"), array)
+        write_json(report, temporary, "report.json")
+        put_folder(temporary, folder)

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from nanosafe import parallel
-from nanosafe.files import stop, untrusted, write_json
+from nanosafe.files import CHECKSUMS, damage, make_folder, put_folder, stop, untrusted, write_json
 from nanosafe.formats import IGNORED, NORMALIZER, Folder, config_json, parts
 from nanosafe.model import Config, LLaMA
 
@@ -36,6 +36,8 @@ def load(path, head="auto", dtype=None, device="cpu", place=None, vocab_size=0, 
     score_type  "reward", "cost" or "critic", over what the config says
 
     Stops with one line that lists missing, surplus or misshapen tensors."""
+    if os.path.exists(os.path.join(path, CHECKSUMS)) and (name := damage(path, replaced=True)):
+        stop(f"{os.fspath(path)!r}: {name} is damaged; if you changed it, remove {CHECKSUMS}")
     with untrusted(path):
         folder = Folder(path)
         config, head = read_config(folder, head, score_type)
@@ -85,8 +87,7 @@ def scratch(config, head="lm", seed=0, place=None):
 
 @torch.no_grad()
 def draw(model, name, p, seed):
-    """Initialise this rank's rows of a parameter from a generator of the parameter's own, so that
-    no layout changes them."""
+    """Draw this rank's rows of a parameter by a generator of its own: no layout changes them."""
     rows, start, count, _ = parallel.local_rows(p)
     if name.endswith("norm.weight"):
         rows.fill_(1.0)
@@ -177,8 +178,7 @@ def fill(parameters, folder, places):
 def save(model, path, tokenizer=None, dtype=None, head=None):
     """Write a model folder that transformers opens, in files of 5 GB. A collective.
 
-    Written beside its place and then renamed: a reader finds the old folder or the new one. Of a
-    model with both heads, `head` is written."""
+    Written beside its place and then renamed, with checksums. Of two heads, `head` is written."""
     head = head or model.head
     other = {"lm": "score_head.", "score": "lm_head."}[head]
     weights = ((name, parallel.full(p)) for name, p in parallel.parameters(model)
@@ -195,12 +195,13 @@ def write_folder(path, config, head, weights, tokenizer, dtype):
     temporary = path.rstrip("/") + ".tmp"
     if main:
         shutil.rmtree(temporary, ignore_errors=True)
-        os.makedirs(temporary)
+        make_folder(temporary)
     held, files, index, size, total = {}, [], {}, 0, 0
 
     def flush():
         files.append(f"part-{len(files)}")
-        save_file(held, os.path.join(temporary, files[-1]), metadata={"format": "pt"})
+        with untrusted(path, "written"):
+            save_file(held, os.path.join(temporary, files[-1]), metadata={"format": "pt"})
         index.update({name: len(files) - 1 for name in held})
         held.clear()
 
@@ -221,7 +222,8 @@ def write_folder(path, config, head, weights, tokenizer, dtype):
         flush()
         config_dict["torch_dtype"] = config_dict["dtype"] = str(dtype).removeprefix("torch.")
         finish_folder(temporary, config_dict, tokenizer, files, index, total)
-        replace_folder(temporary, path)
+        with untrusted(path, "written"):
+            put_folder(temporary, path)
 
 def finish_folder(folder, config, tokenizer, files, index, total):
     names = (["model.safetensors"] if len(files) == 1 else
@@ -239,22 +241,6 @@ def finish_folder(folder, config, tokenizer, files, index, total):
             pad_token_id=tokenizer.pad_id if tokenizer.pad_id >= 0 else None)
         tokenizer.save(folder)
     write_json(config, folder, "config.json")
-
-def replace_folder(source, target):
-    """Put the finished folder `source` in the place of `target`."""
-    sync_tree(source)
-    old = target.rstrip("/") + ".old"
-    shutil.rmtree(old, ignore_errors=True)
-    if os.path.exists(target):
-        os.rename(target, old)
-    os.rename(source, target)
-    shutil.rmtree(old, ignore_errors=True)
-
-def sync_tree(folder):
-    for name in (*os.listdir(folder), "."):
-        handle = os.open(os.path.join(folder, name), os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
 
 def tell(text):
     if parallel.rank() == 0:

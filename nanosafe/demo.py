@@ -3,10 +3,8 @@
 $ python -m nanosafe.demo [--out_dir=out/demo] [--seed=0]
 
 It prepares the data and runs the real scripts with the recipes in config/toy/, printing each
-command. At the end the gold functions of data/toy/prepare.py judge the three policies on requests
-that none of them has seen."""
+command. At the end data/toy/prepare.py's gold judges the three policies on unseen requests."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -17,7 +15,7 @@ import torch
 from sentencepiece import SentencePieceTrainer
 
 from nanosafe import build, checkpoint, data, tokenizer
-from nanosafe.files import read_jsonl, table
+from nanosafe.files import read_jsonl, table, write_json
 from nanosafe.packing import collate
 from nanosafe.rollout import generate
 from nanosafe.scorers import module_at
@@ -52,8 +50,7 @@ def main(out_dir="out/demo", seed="0"):
     summary["reward_model"] = last_metrics(out_dir, "reward", ("accuracy",))
     summary["cost_model"] = last_metrics(out_dir, "cost", ("accuracy", "sign_accuracy"))
     summary["seconds"] = round(time.perf_counter() - began, 1)
-    with open(os.path.join(out_dir, "summary.json"), "w") as f:
-        json.dump(summary, f, indent=2)
+    write_json(summary, out_dir, "summary.json")
     report(summary, out_dir)
 
 def prepare(out_dir):
@@ -69,8 +66,7 @@ def prepare(out_dir):
     return toy
 
 def train_tokenizer(texts, vocab_size, path):
-    """Train a SentencePiece BPE with LLaMA's settings (bytes as fallback, split digits) and write
-    path/tokenizer.model."""
+    """Train a SentencePiece BPE with LLaMA's settings and write path/tokenizer.model."""
     os.makedirs(path, exist_ok=True)
     with open(os.path.join(path, "tokenizer.model"), "wb") as out:
         SentencePieceTrainer.train(
@@ -78,16 +74,14 @@ def train_tokenizer(texts, vocab_size, path):
             vocab_size=vocab_size, byte_fallback=True, split_digits=True,
             allow_whitespace_only_pieces=True, normalization_rule_name="identity",
             remove_extra_whitespaces=False, character_coverage=1.0, num_threads=1, minloglevel=2,
-            hard_vocab_limit=False,
-        )
+            hard_vocab_limit=False)
     tok = tokenizer.load(path)
     tok.save(path)
     return tok
 
 @torch.no_grad()
 def judge(toy, path, reference):
-    """Sample an answer to every held-out request, and judge it by gold; KL is against the
-    reference, in nats per answer."""
+    """Judge an answer to every held-out request by gold; KL to the reference, nats per answer."""
     model, ref, tok = checkpoint.load(path), checkpoint.load(reference), tokenizer.load(path)
     prompts = [row["input"] for row in data.load("toy/prompts/test")]
     ids = [build.encode([prompt], tok)[0] for prompt in prompts]

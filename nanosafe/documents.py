@@ -43,8 +43,7 @@ def blocks(rows, tokenizer, max_len, drop, objective="mle", threshold=0.0, drop_
 
     objective "filter" drops documents whose mean score is above the threshold; "conditional" puts a
     control token before every segment, by its score, but for a drop_fraction of them; "compare"
-    does so too, and does not count control tokens: to measure a conditional model's loss on text.
-    """
+    does so too, but counts no control tokens: to measure a conditional model's loss on text."""
     control = control_ids(tokenizer)
     for row in rows:
         try:

@@ -26,8 +26,7 @@ def internlm(d):
     return {"bias": None, "rope_theta": rotary.get("base", d.get("rope_theta"))}
 
 def baichuan(d):
-    """The 13B models have ALiBi and no max_position_embeddings; the second generation is known by
-    its vocabulary."""
+    """The 13B models have ALiBi and no max_position_embeddings; Baichuan2 a larger vocabulary."""
     length = d.get("max_position_embeddings")
     return {"alibi": length is None, "max_position_embeddings": length or d["model_max_length"],
             "norm_head": d.get("norm_head", d["vocab_size"] >= 125696)}
@@ -43,8 +42,7 @@ def groups(tensors, H, K, E):
             for first, heads in ((0, G), (G, 1), (G + 1, 1)) for group in range(K)]
 
 def pairs(tensors, H, K, E):
-    """The two dimensions that RoPE turns together are neighbours; in LLaMA they are half a head
-    apart."""
+    """Dimensions that RoPE turns together are neighbours; in LLaMA they are half a head apart."""
     q, k, v = tensors
     return [(tensor, head * E + odd, E // 2, 2) for tensor, heads in ((q, H), (k, K))
             for head in range(heads) for odd in (0, 1)] + [(v, 0, K * E, 1)]
@@ -145,13 +143,12 @@ def meta(path):
     vocabulary = tensors["tok_embeddings.weight"].shape[0]
     eps, scaled = params.get("norm_eps", 1e-5), params.get("use_scaled_rope", False)
     length = (2048 if eps == 1e-6 else 4096) if vocabulary < 100000 else 131072 if scaled else 8192
-    config = {
-        "vocab_size": vocabulary, "hidden_size": D, "num_attention_heads": H,
-        "intermediate_size": tensors["layers.0.feed_forward.w1.weight"].shape[0],
-        "num_hidden_layers": params["n_layers"], "num_key_value_heads": params.get("n_kv_heads"),
-        "rms_norm_eps": eps, "rope_theta": params.get("rope_theta", 1e4),
-        "max_position_embeddings": length, "tie_word_embeddings": "output.weight" not in tensors,
-    }
+    inner = tensors["layers.0.feed_forward.w1.weight"].shape[0]
+    config = {"vocab_size": vocabulary, "hidden_size": D, "num_hidden_layers": params["n_layers"],
+              "num_attention_heads": H, "num_key_value_heads": params.get("n_kv_heads"),
+              "intermediate_size": inner, "tie_word_embeddings": "output.weight" not in tensors,
+              "rope_theta": params.get("rope_theta", 1e4), "max_position_embeddings": length,
+              "rms_norm_eps": eps}
     if scaled:  # params.json does not say by how much: 8 in Llama 3.1, 32 in the small 3.2
         factor = params.get("rope_scaling_factor", 8.0 if D >= 4096 else 32.0)
         config["rope_scaling"] = {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0,

@@ -26,11 +26,9 @@ ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zip", ".json", ".json.gz"
 def raw_files(raw, repo, folder, wanted, revision="main", sha256=None):
     """Paths of a dataset's raw files: those below `raw`, or else downloaded to folder/raw.
 
-    wanted(name) picks files of the hub's repository by their path there; sha256: {path there:
-    digest}."""
+    wanted(name) picks files of the hub's repository by their path; sha256: {path: digest}."""
     if raw:
-        found = sorted(os.path.join(base, name)
-                       for base, _, names in os.walk(os.path.expanduser(raw))
+        found = sorted(f"{base}/{name}" for base, _, names in os.walk(os.path.expanduser(raw))
                        for name in names if name.endswith(ENDINGS))
         if not found:
             stop(f"--raw={raw}: no {', '.join(ENDINGS[:3])} or .json file there; parquet is "
@@ -44,12 +42,12 @@ def raw_files(raw, repo, folder, wanted, revision="main", sha256=None):
     if not names:
         stop(f"{repo} (revision {revision}) has none of the files expected: download it by hand "
              "and give --raw=FOLDER")
-    base = f"{endpoint()}/datasets/{repo}/resolve/{revision}"
-    return [download(f"{base}/{urllib.parse.quote(name)}",
-                     os.path.join(folder, "raw", revision, name), (sha256 or {}).get(name))
-            for name in names]
+    base, place = f"{endpoint()}/datasets/{repo}/resolve/{revision}", f"{folder}/raw/{revision}"
+    return [download(f"{base}/{urllib.parse.quote(name)}", f"{place}/{name}",
+                     (sha256 or {}).get(name)) for name in names]
 
-def prepare(script, repo, wanted, to_record, raw, out, holdout, tokenizer, part="", **options):
+def prepare(script, repo, to_record, raw, out, holdout, tokenizer, part="",
+            wanted=lambda name: name.endswith(ENDINGS), **options):
     """What a prepare.py is: raw_files() of `repo`, convert()ed into `out`, or beside the script."""
     here = os.path.dirname(os.path.abspath(script))
     files = raw_files(raw, repo, here, wanted, **options)

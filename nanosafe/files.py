@@ -1,11 +1,15 @@
-"""Files: other people's, read with care and refused in one line, and ours. Words in tables."""
+"""Files: others', refused in one line, and ours, which appear whole. Words in tables."""
 
 import json
 import os
+import shutil
+import zlib
 from contextlib import contextmanager
 
+CHECKSUMS = "checksums.json"
+
 def stop(message):
-    raise SystemExit(f"error: {message}")
+    raise SystemExit("error: " + " ".join(message.splitlines()))
 
 def choose(name, value, choices):
     """Stop unless the knob `name` has one of the values there are."""
@@ -13,7 +17,7 @@ def choose(name, value, choices):
         stop(f"{name}={value!r}: choose one of {', '.join(choices)}")
 
 @contextmanager
-def untrusted(path):
+def untrusted(path, done="read"):
     """Whatever goes wrong with a file, or a folder, that others made is one line, no traceback."""
     try:
         yield
@@ -23,7 +27,7 @@ def untrusted(path):
         if type(error).__name__ == "OutOfMemoryError":
             raise
         words = " ".join(str(error).split()) or "it breaks off"
-        stop(f"{os.fspath(path)!r} cannot be read: {type(error).__name__}: {words[:300]}")
+        stop(f"{os.fspath(path)!r} cannot be {done}: {type(error).__name__}: {words[:300]}")
 
 def read_json(folder, name):
     """The object in a json file; {} where there is no file."""
@@ -41,14 +45,68 @@ def read_json(folder, name):
     stop(f"{os.path.join(folder, name)!r} is no JSON object")
 
 def write_json(value, folder, name):
-    with open(os.path.join(folder, name), "w", encoding="utf-8") as f:
+    with whole_file(os.path.join(folder, name), encoding="utf-8") as f:
         json.dump(value, f, indent=2)
         f.write("\n")
 
 def make_folder(path):
     """Make a folder to write to: before there is anything that could be lost."""
-    with untrusted(path):
+    with untrusted(path, "made"):
         os.makedirs(path, exist_ok=True)
+
+@contextmanager
+def whole_file(path, mode="w", **text):
+    """Open a file to write that has its name when it is whole, and on the disk."""
+    with untrusted(path, "written"):
+        with open(path + ".tmp", mode, **text) as f:
+            yield f
+        sync(path + ".tmp")
+        os.replace(path + ".tmp", path)
+
+def sync(path):
+    """Bring a file, or a folder's names, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+def checksum(path):
+    """[a file's bytes, its CRC-32], which finds damage, not ill will, as fast as a disk reads."""
+    crc = 0
+    with open(path, "rb") as f:
+        while block := f.read(2**22):
+            crc = zlib.crc32(block, crc)
+    return [os.path.getsize(path), crc]
+
+def put_folder(source, target, sums=None):
+    """Put a finished folder in the place of `target`, with checksums: `sums`, or of its tensors."""
+    names = sorted(os.listdir(source))
+    sums = {name: checksum(os.path.join(source, name)) for name in names
+            if name.endswith((".safetensors", ".npy"))} if sums is None else sums
+    write_json(sums, source, CHECKSUMS)
+    for name in (*os.listdir(source), "."):
+        sync(os.path.join(source, name))
+    old = target.rstrip("/") + ".old"
+    shutil.rmtree(old, ignore_errors=True)
+    if os.path.exists(target):
+        os.rename(target, old)
+    os.rename(source, target)
+    sync(os.path.dirname(os.path.abspath(target)))
+    shutil.rmtree(old, ignore_errors=True)
+
+def damage(folder, part=0, parts=1, replaced=False):
+    """The first file that is not as put_folder() found it, or ''; replaced: length may differ."""
+    name = CHECKSUMS
+    try:
+        with open(os.path.join(folder, name), encoding="utf-8") as f:
+            sums = sorted(json.load(f).items())
+        for name, (size, crc) in sums[part::parts]:
+            path = os.path.join(folder, name)
+            other = replaced and not (os.path.exists(path) and os.path.getsize(path) == size)
+            if os.path.basename(name) != name or not other and checksum(path) != [size, crc]:
+                return name
+    except (OSError, ValueError, AttributeError, TypeError):
+        return name
+    return ""
 
 def read_jsonl(path):
     """The rows of a file of ours; none where there is none. A line that broke off is left out."""
@@ -58,15 +116,12 @@ def read_jsonl(path):
 
 def write_jsonl(rows, path):
     """Write rows to a file that appears when it is whole."""
-    with untrusted(path):
-        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        with open(path + ".tmp", "w", encoding="utf-8", errors="backslashreplace") as f:
-            f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        os.replace(path + ".tmp", path)
+    make_folder(os.path.dirname(os.path.abspath(path)))
+    with whole_file(path, encoding="utf-8", errors="backslashreplace") as f:
+        f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 def table(rows):
     """Lines of a table: rows of cells, the first row being the head."""
     widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(str(cell).ljust(width)
-                               for cell, width in zip(row, widths)).rstrip()
-                     for row in rows)
+    lines = ("  ".join(str(x).ljust(width) for x, width in zip(row, widths)) for row in rows)
+    return "\n".join(map(str.rstrip, lines))

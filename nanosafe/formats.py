@@ -1,7 +1,5 @@
 """What model folders look like: which tensor holds which of our rows, and how it is read in slices.
-
-There is one decoder, model.py's. A Family says how a folder's config.json and tensors differ from
-LLaMA's. families.py has the others, and what is no Hugging Face folder."""
+A Family says how a folder differs from LLaMA's; families.py has the others, and other layouts."""
 
 import os
 import zipfile
@@ -53,8 +51,7 @@ def parts(config, name, family=LLAMA):
     return [(named(name), 0, None, 1)]
 
 def config_json(config, head):
-    """What to write as config.json, and the Family that it names: LLaMA, unless the model has what
-    a LLaMA's config.json cannot say."""
+    """What to write as config.json, and its Family: LLaMA, unless that cannot say it all."""
     d = config.to_dict(head)
     keys = ("sliding_window", "alibi", "norm_head", "output_bias")
     window, alibi, norm_head, output_bias = (d.pop(key) for key in keys)
@@ -66,8 +63,7 @@ def config_json(config, head):
 class Folder:
     """The tensors of what is at a path, read in slices: a tensor has a .shape and takes rows.
 
-    Only files that the folder's index names are opened, and only inside it; one at a time, so that
-    no more than one is in memory. Nothing in them is executed."""
+    Only files that its index names are opened, inside it, one at a time; nothing is executed."""
     def __init__(self, path):
         self.path = os.fspath(path)
         self.files = {}  # tensor name -> file name

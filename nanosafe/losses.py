@@ -35,8 +35,7 @@ def mle_loss(logps, mask):
 def reward_loss(chosen, rejected, reg=0.0, mask=None, margin=0.0):
     """-log sigmoid(chosen - rejected - margin) + reg * mean score^2. arXiv:2310.12773 Eq. 6.
 
-    chosen, rejected: end scores (B,); or, token-wise, score rows (B, L) with a mask (B, L) over the
-    tokens at which the two responses differ, averaged per pair first."""
+    chosen, rejected: end scores (B,); or (B, L), token-wise, with a mask of where they differ."""
     return pair_mean(-F.logsigmoid(chosen - rejected - margin),
                      mask) + reg * square_mean(chosen, rejected, mask)
 
@@ -78,8 +77,7 @@ def ipo_loss(chosen, rejected, ref_chosen, ref_rejected, beta):
 def rrhf_loss(logps, lengths, scores):
     """Sum of max(0, p_i - p_j) over scores i < j, less the best's log-prob. arXiv:2304.05302 Eq. 5.
 
-    One query's K candidates: summed log-probs (K,), token counts (K,), scores (K,); p is the mean
-    log-prob of a token, so a candidate's length is its own."""
+    One query's K candidates: summed log-probs, token counts, scores (K,); p is per token."""
     p = logps / lengths
     worse = scores[:, None] < scores  # (K, K): i than j
     return torch.where(worse, F.relu(p[:, None] - p), 0.0).sum() - logps[scores.argmax()]
@@ -87,8 +85,7 @@ def rrhf_loss(logps, lengths, scores):
 def unlikelihood_loss(logps, scores, mask, threshold, alpha):
     """-log p of tokens with score <= threshold, -alpha log(1 - p) of the others; their mean.
 
-    All of any one shape. Scores are of misalignment: higher is worse. arXiv:1908.04319, as
-    arXiv:2302.08582 uses it."""
+    All of any one shape; higher scores are worse. arXiv:1908.04319, as arXiv:2302.08582 has it."""
     logps, = keep(mask, logps)
     unlikely = alpha * (-torch.expm1(logps)).clamp(min=1e-20).log()
     return -masked_mean(torch.where(scores <= threshold, logps, unlikely), mask)
@@ -96,8 +93,7 @@ def unlikelihood_loss(logps, scores, mask, threshold, alpha):
 def awr_loss(logps, scores, values, mask, alpha, beta, weight_max):
     """alpha * mean -w log p + (1 - alpha) * mean A^2, A = -scores - values. arXiv:1910.00177.
 
-    All of any one shape; w = min(exp(A / beta), weight_max) carries no gradient, values do. With
-    alpha 1 and values 0 it is reward-weighted regression."""
+    Of any one shape; w = min(exp(A / beta), weight_max), no gradient. RWR: alpha 1, values 0."""
     logps, advantages = keep(mask, logps, -scores - values)
     weights = (advantages.detach() / beta).exp().clamp(max=weight_max)
     return masked_mean((1 - alpha) * advantages.square() - alpha * weights * logps, mask)

@@ -151,8 +151,7 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 class LLaMA(nn.Module):
-    """The decoder with head="lm" (next-token distribution), "score" (one number per token) or
-    "both"."""
+    """The decoder with head="lm" (next token's distribution), "score" (a number each) or "both"."""
     def __init__(self, config, head="lm"):
         super().__init__()
         c = self.config = config
@@ -256,8 +255,7 @@ def rope_frequencies(c):
 class LogProbs(torch.autograd.Function):
     """log softmax(x @ weight.T / temperature)[targets] in chunks: (N, V) logits never exist.
 
-    The backward pass computes each chunk's logits again: one more matrix product, 6 N V bytes less.
-    """
+    The backward pass computes each chunk's logits again: one matrix product, 6 N V bytes less."""
     @staticmethod
     def forward(ctx, x, weight, targets, temperature):
         logps = torch.empty(len(x), device=x.device)

@@ -5,12 +5,13 @@ import json
 import os
 import signal
 import sys
+import time
 
 from tqdm import tqdm
 
 from nanosafe import parallel
 from nanosafe.advice import Watch
-from nanosafe.files import stop
+from nanosafe.files import stop, untrusted, whole_file
 
 class Monitor:
     """Writes a row per optimizer step to out_dir/metrics.jsonl and a few numbers on a bar.
@@ -22,7 +23,9 @@ class Monitor:
     shown     names of the metrics on the bar"""
     def __init__(self, out_dir, steps, start=0, log_to="", shown=(), config=None):
         self.main, self.shown = parallel.rank() == 0, shown
-        self.sinks = []
+        self.sinks, self.asked = [], 0.0
+        for sig in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(sig, self.ask)
         if not self.main:
             return
         self.out_dir = out_dir
@@ -50,6 +53,8 @@ class Monitor:
         self.bar.set_postfix_str(" ".join(f"{name} {row[name]:.3g}" for name in self.shown
                                           if name in row))
         self.bar.update(step + 1 - self.bar.n)
+        if held_out := [f"{name} {x:.4g}" for name, x in row.items() if name[:5] == "eval_"]:
+            self.say(f"step {step}: {'  '.join(held_out)}")
         for text in self.watch.see(row):
             self.say(f"warning at step {step}: {text}")
 
@@ -62,6 +67,17 @@ class Monitor:
         """Print a line without breaking the bar."""
         if self.main:
             tqdm.write(text, file=sys.stderr)
+
+    def ask(self, sig, frame):
+        """A first SIGTERM or SIGINT asks the run to end after its step. A second ends it at once,
+        unless it is the first's echo: torchrun passes on what a terminal sends to all."""
+        if self.asked and time.monotonic() - self.asked > 1:
+            os._exit(128 + sig)
+        self.asked = self.asked or time.monotonic()
+
+    def asked_to_stop(self, device):
+        """Whether any rank was asked to: the same on all."""
+        return parallel.any_rank(bool(self.asked), device)
 
     def flush(self):
         """Bring the rows to the disk: before a state is saved that counts on them."""
@@ -96,24 +112,8 @@ def reopen(path, start):
     """Open a jsonl file for appending, with the lines of steps before `start` kept; and these."""
     rows = []
     if start > 0 and os.path.exists(path):
-        with open(path, encoding="utf-8") as f:
+        with untrusted(path), open(path, encoding="utf-8") as f:
             rows = [line for line in f if line.endswith("\n") and json.loads(line)["step"] < start]
-    file = open(path + ".tmp", "w", encoding="utf-8", buffering=1)
-    file.writelines(rows)
-    os.replace(path + ".tmp", path)
-    return file, rows
-
-class Stop:
-    """Whether SIGTERM or SIGINT asked the run to end after the step. A second one kills."""
-    def __init__(self):
-        self.asked = False
-        for sig in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(sig, self.ask)
-
-    def ask(self, sig, frame):
-        self.asked = True
-        signal.signal(sig, signal.SIG_DFL)
-
-    def agreed(self, device):
-        """True on all ranks once any was asked."""
-        return parallel.any_rank(self.asked, device)
+    with whole_file(path, encoding="utf-8") as f:
+        f.writelines(rows)
+    return open(path, "a", encoding="utf-8", buffering=1), rows

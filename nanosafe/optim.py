@@ -27,8 +27,7 @@ def learning_rate_at(step, steps, peak, schedule, warmup_ratio):
 def step(model, optimizer, lr, grad_clip, where=""):
     """Clip the gradients to norm `grad_clip` (0: do not), move the weights, clear the gradients.
 
-    Returns the norm before clipping, a float. If it is not finite nothing is moved, on any rank,
-    and a line names the tensors on this rank, after `where`."""
+    Returns the norm before clipping. If it is not finite no rank moves, and a line says `where`."""
     parameters = [p for p in model.parameters() if p.grad is not None]
     norm = parallel.grad_norm(parameters).item()
     if math.isfinite(norm):
@@ -52,13 +51,10 @@ def follow(average, model, decay):
     for (_, a), (_, p) in zip(parallel.parameters(average), parallel.parameters(model)):
         parallel.local(a.data).lerp_(parallel.local(p.data), 1 - decay)
 
-class SkipCounter:
-    """Counts skipped updates, and stops the run when more than `limit` came to nothing."""
-    def __init__(self, limit):
-        self.limit, self.count = limit, 0
-
-    def see(self, *norms):
-        self.count += sum(not math.isfinite(norm) for norm in norms)
-        if self.count > self.limit:
-            raise SystemExit(f"error: {self.count} updates had a non-finite gradient: lower the "
-                             "learning rate, or look for bad data")
+def count_skips(skips, limit, *norms):
+    """Updates skipped so far, with those of the last `norms`; stops the run above `limit`."""
+    skips += sum(not math.isfinite(norm) for norm in norms)
+    if skips > limit:
+        raise SystemExit(f"error: {skips} updates had a non-finite gradient: lower the learning "
+                         "rate, or look for bad data")
+    return skips

@@ -76,8 +76,7 @@ def plan(lengths, max_tokens, ranks):
     """Deal a batch out: plan[rank] is its list of micro-batches, lists of indices into `lengths`.
 
     No micro-batch has more than max_tokens tokens; every rank gets as many (some may be empty),
-    with about equal tokens; like lengths lie together. Every rank computes it and takes its part.
-    """
+    with about equal tokens; like lengths lie together. Every rank plans and takes its part."""
     check_fits(lengths, max_tokens)
     longest, total = max(lengths), sum(lengths)
     by_length = sorted(range(len(lengths)), key=lambda i: -lengths[i])

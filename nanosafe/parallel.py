@@ -8,9 +8,8 @@
 
 One mechanism serves every layout: FSDP2 over a mesh (replicate, shard). DDP is (N, 1): whole copies
 whose gradients are averaged. FSDP is (1, N): every tensor cut into N row slices. HSDP is (nodes, N
-/ nodes): slices inside a node, copies across nodes. It also brings mixed precision (float32 master
-weights, bfloat16 compute, float32 reduction), so a single GPU that trains in bfloat16 is (1, 1). A
-single process that computes in float32 is left plain: no wrapper at all."""
+/ nodes): slices inside a node, copies across. A single GPU that trains in bfloat16, with float32
+master weights and reduction, is (1, 1); a process that computes in float32 is left plain."""
 
 import os
 import sys
@@ -28,7 +27,8 @@ from torch.distributed.tensor import DTensor, Shard
 from nanosafe.files import choose, stop
 
 LAYOUTS = ("auto", "plain", "ddp", "fsdp", "hsdp")
-meshes = {}
+MINUTES = float(os.environ.get("NANOSAFE_TIMEOUT", 30))  # that ranks wait for one that is late
+meshes, calls = {}, [0]  # calls: how many times this rank met the others
 
 class World(NamedTuple):
     rank: int
@@ -36,8 +36,10 @@ class World(NamedTuple):
     device: torch.device
     main: bool  # the rank that prints and writes
 
-def init(device="auto", timeout_minutes=30):
-    """Join the processes that torchrun started, or be alone. device: auto | cpu | cuda."""
+def init(device="auto", knobs=None):
+    """Join the processes that torchrun started, or be alone. device: auto | cpu | cuda.
+
+    From here on memory, the disk or a lost rank end a script in one line, with `knobs` to turn."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
@@ -50,13 +52,27 @@ def init(device="auto", timeout_minutes=30):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if "RANK" in os.environ and not dist.is_initialized():
-        join(device, timeout_minutes)
+        join(device)
+        from nanosafe import trouble
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+        trouble.watch(store, rank, size, calls, MINUTES, dist.is_initialized)
+
+    def leave(kind, error, trace):
+        from nanosafe import trouble
+        if said := trouble.explain(error, knobs or {}):
+            print(f"error: rank {rank}: {said}", file=sys.stderr, flush=True)
+        else:
+            sys.__excepthook__(kind, error, trace)
+        if dist.is_initialized():
+            os._exit(1)
+
+    sys.excepthook = leave
     return World(rank, size, device, rank == 0)
 
-def join(device, timeout_minutes=30, **options):
+def join(device, **options):
     # gloo beside nccl: gradients that are offloaded to the CPU are reduced there
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes), **options)
+    dist.init_process_group(backend, timeout=timedelta(minutes=MINUTES + 5), **options)
 
 class Place(NamedTuple):
     """Where and how a model lives."""
@@ -167,6 +183,7 @@ def backward(model, loss, last=True):
     last  whether this is the step's last call for `model`: copies exchange gradients only then"""
     if isinstance(model, FSDPModule) and model.place.layout == "ddp":
         model.set_requires_gradient_sync(last)
+    calls[0] += 1
     (loss * world_size()).backward()
 
 def parameters(model):
@@ -211,6 +228,7 @@ def world_size():
 
 def add(tensor):
     """Sum a tensor over ranks, in place. Of what is 0 on all ranks but one, that is a gather."""
+    calls[0] += 1
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
@@ -231,6 +249,7 @@ def any_rank(flag, device):
     return bool(add(torch.tensor(float(flag), device=device)) > 0)
 
 def barrier():
+    calls[0] += 1
     if world_size() > 1:
         dist.barrier()
 
@@ -244,8 +263,7 @@ def main_first():
         barrier()
 
 def close(leave=True):
-    """Leave the group, and the process: what a script that may be one of many does last. A process
-    that shall not `leave` goes on alone."""
+    """Leave the group, and the process, which else goes on alone: what a script does last."""
     if dist.is_initialized():
         barrier()
         dist.destroy_process_group()

@@ -1,8 +1,7 @@
 """Pictures of runs, PNG and SVG, by matplotlib (pip install matplotlib); and a page to browse.
 
 $ python -m nanosafe.plot out/demo/*                   # curves of several runs -> out/plots
-$ python -m nanosafe.plot out/demo/* --html            # one page: curves, and samples to read
-$ python -m nanosafe.plot RUN ... --out=FOLDER"""
+$ python -m nanosafe.plot out/demo/* --html [--out=FOLDER]   # one page: curves, samples"""
 
 import ast
 import json
@@ -30,8 +29,7 @@ def figure(rows=1, columns=1, width=4.2, height=3.1):
     from matplotlib import pyplot
     pyplot.rcParams.update({"axes.spines.top": False, "axes.spines.right": False,
                             "axes.prop_cycle": pyplot.cycler(color=COLOURS), "font.size": 9,
-                            "svg.hashsalt": "nanosafe", "legend.frameon": False,
-                            "text.parse_math": False})
+                            "svg.hashsalt": "nanosafe", "legend.frameon": 0, "text.parse_math": 0})
     return pyplot.subplots(rows, columns, figsize=(columns * width, rows * height),
                            layout="constrained", squeeze=False)
 
@@ -46,8 +44,7 @@ def save(drawn, out_dir, name):
 NONE = "; no pictures: pip install matplotlib"
 
 def arena(scores, policies, out_dir):
-    """A plane of cost and reward for each policy, with its answers, their mean and its interval;
-    of more than two, their ratings."""
+    """Each policy's answers in the plane of cost and reward, and their mean; of many, ratings."""
     more = len(scores) > 2
     if not (made := figure(1, len(scores) + more, 3.3)):
         return NONE

@@ -14,8 +14,7 @@ PARQUET = ("python -c \"import pandas as pd; pd.read_parquet('IN.parquet').to_js
            "'OUT.jsonl', orient='records', lines=True)\"")
 
 def open_text(path):
-    """A text file, opened through its compression (.gz, .xz, a .zip with one file of rows), and its
-    name without."""
+    """A text file, opened through its compression (.gz, .xz, .zip of one), and its name without."""
     if path.endswith(".gz"):
         return gzip.open(path, "rt", encoding="utf-8-sig"), path[:-3]
     if path.endswith(".xz"):

@@ -1,5 +1,4 @@
-"""Models that are asked: what a reference thinks, kept so that it need not be held; what policies
-answer."""
+"""Models that are asked: what a reference thinks, kept so that none is held; policies' answers."""
 
 import hashlib
 import os
@@ -11,7 +10,7 @@ from tqdm import tqdm
 from nanosafe import checkpoint, tokenizer
 from nanosafe.build import encode
 from nanosafe.documents import control_ids
-from nanosafe.files import choose, stop
+from nanosafe.files import choose, stop, whole_file
 from nanosafe.packing import collate, plan, sequence_sums
 from nanosafe.parallel import add, any_rank, union, whole
 from nanosafe.rollout import generate
@@ -30,8 +29,7 @@ def response_logps(model, sequences, max_tokens, world):
     return add(out)
 
 def cached_logps(model, path, dataset, max_tokens, world):
-    """response_logps() of a Dataset (n, width), by the model in the folder `path`; they are kept
-    beside the data's token ids."""
+    """response_logps() of a Dataset (n, width) by the model at `path`, kept with its token ids."""
     names = sorted(os.listdir(path)) if os.path.isdir(path) else [""]
     stats = [os.stat(os.path.join(path, name) if name else path) for name in names]
     place = getattr(model, "place", None)
@@ -47,9 +45,8 @@ def cached_logps(model, path, dataset, max_tokens, world):
     sequences = [dataset.sequence(*place) for place in zip(*there.nonzero())]
     logps[torch.from_numpy(there)] = response_logps(model, sequences, max_tokens, world)
     if world.main:
-        with open(file + ".tmp", "wb") as f:
+        with whole_file(file, "wb") as f:
             np.save(f, logps.cpu().numpy())
-        os.replace(file + ".tmp", file)
     return logps
 
 def sample_all(model, prompts, world, max_new_tokens, uids=None, **sampling):
@@ -73,8 +70,7 @@ class Samples:
         return response_logps(model, texts, self.max_tokens, self.world)
 
     def kl(self, model, prompts=None):
-        """KL(reference || model) in nats per response, an unbiased estimate from the samples; the
-        model may be asked otherwise."""
+        """KL(reference || model), nats per response, unbiased; the model may be asked otherwise."""
         return (self.logps - self.logps_of(model, prompts or self.prompts)).mean().item()
 
 def precision(dtype, world):

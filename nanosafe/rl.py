@@ -59,8 +59,7 @@ SCALINGS = ("none", "std", "mean_std", "first")
 
 def scaled(scores, moments, scaling, clip):
     """Scores (B,) over the standard deviation of all so far, these included ("mean_std": less the
-    mean first; "first": over that of the first batch), clipped to +- clip. arXiv:2307.04964 Eq. 18.
-    """
+    mean first; "first": over the first batch's), clipped to +- clip. arXiv:2307.04964 Eq. 18."""
     if scaling != "none":
         if torch.isfinite(scores).all() and not (scaling == "first" and moments.count):
             moments.update(scores)
@@ -97,16 +96,16 @@ class LagrangeMultiplier:
 
     @property
     def mean_cost(self):
-        """J_C: the mean cost in the window."""
-        return sum(self.costs) / len(self.costs)
+        """J_C: the mean cost in the window; nan before there is any."""
+        return sum(self.costs) / len(self.costs) if self.costs else math.nan
 
     def observe(self, costs):
-        """Take in the raw costs of new responses, (B,) tensor or list."""
-        self.costs.extend(float(c) for c in costs)
+        """Take in the raw costs of new responses, (B,) tensor or list; what is no number is not."""
+        self.costs.extend(c for c in map(float, costs) if math.isfinite(c))
 
     def update(self, cost_limit):
         """One step against `cost_limit` (Safe-RLHF's threshold, the paper's -d) -> lambda."""
-        if self.updates >= self.delay and self.lr > 0:
+        if self.updates >= self.delay and self.lr > 0 and self.costs:
             step = self.lr * (self.mean_cost - cost_limit) * self.value
             self.log_lambda = min(self.log_lambda + step, self.log_max)
         self.updates += 1
@@ -116,9 +115,7 @@ class LagrangeMultiplier:
         return {"log_lambda": self.log_lambda, "costs": list(self.costs), "updates": self.updates}
 
     def load_state_dict(self, state):
-        self.log_lambda, self.updates = state["log_lambda"], state["updates"]
-        self.costs.clear()
-        self.costs.extend(state["costs"])
+        vars(self).update(state, costs=deque(state["costs"], self.costs.maxlen))
 
 class RunningMeanStd:
     """Mean and variance of all scores seen. Batch variances are unbiased, as in Safe-RLHF."""
@@ -131,12 +128,6 @@ class RunningMeanStd:
         self.mean += delta * n / total
         self.var = (self.var * self.count + var * n + delta**2 * self.count * n / total) / total
         self.count = total
-
-    def state_dict(self):
-        return dict(vars(self))
-
-    def load_state_dict(self, state):
-        vars(self).update(state)
 
 class ExponentialMovingAverage(RunningMeanStd):
     """Mean and variance that forget: `momentum` weighs what was known before."""

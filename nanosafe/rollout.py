@@ -35,8 +35,7 @@ def generate(model, prompts, max_new_tokens, *, temperature=1.0, top_k=0, top_p=
     on_finish()     is called for every response that is done
     on_token(i, t)  is called for every token t of prompt i; if it returns true, that is the last
 
-    Returns the responses in the order of the prompts: lists of ids, the EOS included when sampled.
-    """
+    Returns the responses, lists of ids in the order of the prompts, with the EOS when sampled."""
     if len(prompts) == 0:
         return []
     limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens

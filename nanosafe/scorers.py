@@ -8,7 +8,6 @@
 $ python -m nanosafe.scorers SCORER IN.jsonl OUT.jsonl   # adds texts, scores, avg_score to rows"""
 
 import importlib.util
-import json
 import math
 import os
 import re
@@ -20,7 +19,7 @@ from tqdm import tqdm
 
 from nanosafe import checkpoint, tokenizer
 from nanosafe.build import retokenize
-from nanosafe.files import stop
+from nanosafe.files import stop, write_jsonl
 from nanosafe.formats import Folder
 from nanosafe.packing import collate, plan
 from nanosafe.parallel import add, init
@@ -118,15 +117,11 @@ class ScoreModel:
         return scores.tolist()
 
 def statistics(texts, scores, threshold):
-    """Of samples of a model: mean score, mean of the worst of every 25 (nan of fewer), share above
-    the threshold, characters, distinct n-grams, self-BLEU."""
+    """Mean score, mean worst of every 25 (nan of fewer), share above the threshold, diversity."""
     groups = [scores[i:i + 25] for i in range(0, len(scores) - 24, 25)]
-    numbers = {
-        "score": sum(scores) / len(scores),
-        "score_max@25": sum(map(max, groups)) / len(groups) if groups else math.nan,
-        "hits": sum(score > threshold for score in scores) / len(scores),
-        "length": sum(map(len, texts)) / len(texts),
-    }
+    numbers = {"score": sum(scores) / len(scores), "length": sum(map(len, texts)) / len(texts),
+               "score_max@25": sum(map(max, groups)) / len(groups) if groups else math.nan,
+               "hits": sum(score > threshold for score in scores) / len(scores)}
     words = [text.split() for text in texts]
     for n in (1, 2):
         grams = [list(zip(*(w[k:] for k in range(n)))) for w in words]
@@ -160,19 +155,17 @@ def main(arguments):
     if len(arguments) != 3:
         stop("usage: python -m nanosafe.scorers SCORER IN.jsonl OUT.jsonl")
     name, source, target = arguments
-    scorer, read, written = load(name, init("cpu")), 0, 0
+    scorer, read, rows = load(name, init("cpu")), 0, []
     splitter = re.compile(r"(?<=\n)" if name == "pep8" else r"(?<=[.!?])(?=\s)")
-    with open(target + ".tmp", "w", encoding="utf-8") as f:
-        for read, row in enumerate(tqdm(list(read_rows(source)), desc=name, unit="row"), start=1):
-            record = row.record or {}
-            texts = record.get("texts") or [t for t in splitter.split(record.get("text", "")) if t]
-            if texts:
-                scores = scorer(texts)
-                record.update(texts=texts, scores=scores, avg_score=sum(scores) / len(scores))
-                f.write(json.dumps(record, ensure_ascii=False) + "\n")
-                written += 1
-    os.replace(target + ".tmp", target)
-    print(f"{target}: {written} rows; {read - written} left out, with neither text nor texts")
+    for read, row in enumerate(tqdm(list(read_rows(source)), desc=name, unit="row"), start=1):
+        record = row.record or {}
+        texts = record.get("texts") or [t for t in splitter.split(record.get("text", "")) if t]
+        if texts:
+            scores = scorer(texts)
+            rows.append({**record, "texts": texts, "scores": scores,
+                         "avg_score": sum(scores) / len(scores)})
+    write_jsonl(rows, target)
+    print(f"{target}: {len(rows)} rows; {read - len(rows)} left out, with neither text nor texts")
 
 if __name__ == "__main__":
     main(sys.argv[1:])

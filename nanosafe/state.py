@@ -1,15 +1,18 @@
 """The exact state of a run: what it needs to go on, on any number of ranks."""
 
+import json
 import os
 import shutil
+from contextlib import suppress
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from nanosafe import parallel
-from nanosafe.checkpoint import copy_rows, replace_folder
-from nanosafe.files import read_json, stop, write_json
+from nanosafe.checkpoint import copy_rows
+from nanosafe.files import (checksum, damage, make_folder, put_folder, read_json, stop, sync,
+                            untrusted, whole_file, write_json)
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 
@@ -20,16 +23,15 @@ def save(out_dir, step, trained, extra, keep=2):
     extra    anything JSON knows: lambda and its window, normalisers, counters
 
     Every rank writes its own rows; replicas write nothing. There is no random state: data order and
-    samples are functions of the seed and the step."""
-    main = parallel.rank() == 0
-    root = os.path.join(out_dir, "state")
+    samples are functions of the seed and the step. Older states go when this one is whole."""
+    root, main = os.path.join(out_dir, "state"), parallel.rank() == 0
     folder = os.path.join(root, f"step_{step:06d}")
     temporary = folder + ".tmp"
     if main:
         shutil.rmtree(temporary, ignore_errors=True)
-        os.makedirs(temporary)
+        make_folder(temporary)
     parallel.barrier()
-    tensors, starts = {}, {}
+    tensors, first_rows = {}, {}
     for model_name, (model, optimizer) in trained.items():
         for name, p in parallel.parameters(model):
             rows, start, _, writer = parallel.local_rows(p)
@@ -39,30 +41,39 @@ def save(out_dir, step, trained, extra, keep=2):
             moments = {key: parallel.local(state[key]) for key in MOMENTS if key in state}
             for key, tensor in {"weight": rows, **moments}.items():
                 key = f"{model_name}/{name}/{key}"
-                tensors[key], starts[key] = tensor.detach().contiguous().cpu(), start
-    name = f"rank_{parallel.rank():05d}"
-    save_file(tensors, os.path.join(temporary, name + ".safetensors"))
-    write_json(starts, temporary, name + ".json")  # the first row of each tensor
-    parallel.barrier()
+                tensors[key], first_rows[key] = tensor.detach().contiguous().cpu(), start
+    path = os.path.join(temporary, rank_file(parallel.rank()))
+    sums = torch.zeros(parallel.world_size(), 2, dtype=torch.int64)
+    with untrusted(path, "written"):
+        save_file(tensors, path, {"first_rows": json.dumps(first_rows)})
+        sync(path)
+        sums[parallel.rank()] = torch.tensor(checksum(path))
+    parallel.add(sums)  # and all have written
     if main:
         steps = {name: max((int(s["step"]) for s in optimizer.state.values()), default=0)
                  for name, (_, optimizer) in trained.items()}
-        whole = {"step": step, "ranks": parallel.world_size(), "optimizer_steps": steps, **extra}
+        whole = {"step": step, "ranks": len(sums), "optimizer_steps": steps, **extra}
         write_json(whole, temporary, "state.json")
-        replace_folder(temporary, folder)
-        write_latest(root, os.path.basename(folder))
-        for old in sorted(d for d in os.listdir(root)
-                          if d.startswith("step_") and not d.endswith(".tmp"))[:-keep]:
-            shutil.rmtree(os.path.join(root, old))
+        sums = {rank_file(rank): pair for rank, pair in enumerate(sums.tolist())}
+        sums["state.json"] = checksum(os.path.join(temporary, "state.json"))
+        with untrusted(folder, "written"):
+            put_folder(temporary, folder, sums)
+        with whole_file(os.path.join(root, "latest")) as f:
+            f.write(f"step_{step:06d}\n")
+        kept = [name for name in states(out_dir) if int(name[5:]) <= step][-max(1, keep):]
+        for name in {*os.listdir(root)} - {"latest", *kept}:  # what died half-written among them
+            shutil.rmtree(os.path.join(root, name), ignore_errors=True)
     parallel.barrier()
 
-def write_latest(root, name):
-    path = os.path.join(root, "latest")
-    with open(path + ".tmp", "w") as f:
-        f.write(name + "\n")
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(path + ".tmp", path)
+def rank_file(rank):
+    return f"rank_{rank:05d}.safetensors"
+
+def states(out_dir):
+    """The names of a run's states, the earliest first."""
+    root = os.path.join(out_dir, "state")
+    names = os.listdir(root) if os.path.isdir(root) else []
+    return sorted((name for name in names if name[:5] == "step_" and name[5:].isdigit()),
+                  key=lambda name: int(name[5:]))
 
 @torch.no_grad()
 def load(out_dir, trained):
@@ -73,8 +84,8 @@ def load(out_dir, trained):
     state = read_json(folder, "state.json")
     pieces = {}  # tensor -> [(first row, slice)]
     for rank in range(state["ranks"]):
-        handle = safe_open(os.path.join(folder, f"rank_{rank:05d}.safetensors"), framework="pt")
-        for key, start in read_json(folder, f"rank_{rank:05d}.json").items():
+        handle = safe_open(os.path.join(folder, rank_file(rank)), framework="pt")
+        for key, start in json.loads(handle.metadata()["first_rows"]).items():
             pieces.setdefault(key, []).append((start, handle.get_slice(key)))
     for model_name, (model, optimizer) in trained.items():
         steps = state["optimizer_steps"][model_name]
@@ -82,9 +93,8 @@ def load(out_dir, trained):
             targets = {"weight": p.data}
             if steps:
                 moments = {key: torch.zeros_like(p.data) for key in MOMENTS}
-                optimizer.state[p] = {
-                    "step": torch.tensor(float(steps), device=parallel.local(p.data).device),
-                    **moments}
+                count = torch.tensor(float(steps), device=parallel.local(p.data).device)
+                optimizer.state[p] = {"step": count, **moments}
                 targets.update(moments)
             _, first, _, _ = parallel.local_rows(p)
             for key, target in targets.items():
@@ -94,17 +104,30 @@ def load(out_dir, trained):
     return state
 
 def latest_state(out_dir):
-    """The folder of the run's last whole state."""
-    try:
-        with open(os.path.join(out_dir, "state", "latest")) as f:
-            return os.path.join(out_dir, "state", f.read().strip())
-    except FileNotFoundError:
-        stop(f"resume=True, but {out_dir!r} has no state: start it without")
+    """The folder of the run's last state that is whole, as all ranks see it."""
+    names = states(out_dir)
+    with suppress(OSError, ValueError), open(os.path.join(out_dir, "state", "latest")) as f:
+        del names[names.index(f.read().strip()) + 1:]
+    for name in reversed(names):
+        folder = os.path.join(out_dir, "state", name)
+        wrong = damage(folder, parallel.rank(), parallel.world_size())
+        if wrong:
+            print(f"warning: {folder}/{wrong} is damaged: the state before it is used", flush=True)
+        if not parallel.any_rank(bool(wrong), "cpu"):
+            return folder
+    stop(f"no state in {out_dir!r} is whole: start another run")
 
 def claim(out_dir, resume):
-    """Make the run's folder, and refuse one that holds a run already, unless that is resumed."""
-    held = os.path.exists(os.path.join(out_dir, "state", "latest"))
-    if held and not resume:
+    """Make the run's folder, and say whether there is a state to go on from.
+
+    One that holds a run already is refused, unless that is to be resumed, or torchrun starts it
+    again after a rank died. A run that died before its first state starts again."""
+    held = bool(states(out_dir))
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    if held and not (resume or again):
         stop(f"{out_dir!r} holds a run: continue it with --resume=True, or choose another out_dir")
+    if resume and not os.path.exists(os.path.join(out_dir, "config.py")):
+        stop(f"resume=True, but {out_dir!r} has no run: start it without")
     parallel.barrier()
-    os.makedirs(out_dir, exist_ok=True)
+    make_folder(out_dir)
+    return held

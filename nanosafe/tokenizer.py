@@ -4,9 +4,8 @@ A tokenizer is an engine that knows plain text, and special tokens around it. Th
 SentencePiece (tokenizer.model of LLaMA 1 and 2, Mistral, Baichuan, InternLM); bpe.py has the
 byte-level one (tokenizer.json, and Llama 3's tokenizer.model).
 
-No engine finds a special token in text: they are split out first, and what stands between them is
-encoded piece by piece. SentencePiece then puts a space in front of each (Hugging Face's "legacy"
-behaviour, which Alpaca and Beaver were trained with), or of the first only."""
+Special tokens are split out first, and what stands between them is encoded piece by piece.
+SentencePiece puts a space in front of each ("legacy": Alpaca, Beaver), or of the first only."""
 
 import hashlib
 import json
@@ -210,8 +209,7 @@ class Pieces:
         self.defaults = {key: texts[id] for key, id in ids.items() if id >= 0}
         if "pad_token" not in self.defaults:
             self.defaults["pad_token"] = "<pad>"
-        # What a user must not smuggle in: pieces that SentencePiece takes whole wherever they stand
-        # are spelled out in plain text, unless they are white space.
+        # Pieces that SentencePiece takes whole wherever they stand are spelled out in user text.
         scores = [sp.get_score(i) for i in range(self.size)]  # 0: theirs, and the first learnt one
         self.spelled = {i: [id for char in text for id in self.sp_no_prefix.encode(char)]
                         for i, text in enumerate(texts)
@@ -219,8 +217,7 @@ class Pieces:
                         and text.strip(MARK + SPACE) and not (sp.is_byte(i) or text in self.added)}
 
     def encode(self, text, begins=True, plain=False):
-        """Ids of text; begins: put a space in front, where the model's texts begin so. plain: what
-        a user wrote."""
+        """Ids of text; begins: as the model's texts begin, a space in front; plain: a user's."""
         ids = (self.sp if begins else self.sp_no_prefix).encode(text)
         return self.spell(ids) if plain else ids
 
@@ -238,12 +235,10 @@ class Pieces:
 
     def save(self, tokenizer, path):
         """tokenizer_config.json for transformers' own class: a model's own may need its code."""
-        config = {
-            "add_bos_token": True, "add_eos_token": False, "legacy": self.legacy,
-            **{key: value for key, value in tokenizer.names.items() if key != "auto_map"},
-            "tokenizer_class": "LlamaTokenizer", "clean_up_tokenization_spaces": False,
-            "unk_token": self.sp.id_to_piece(self.sp.unk_id()),
-        }
+        config = {"add_bos_token": True, "add_eos_token": False, "legacy": self.legacy,
+                  **{key: value for key, value in tokenizer.names.items() if key != "auto_map"},
+                  "tokenizer_class": "LlamaTokenizer", "clean_up_tokenization_spaces": False,
+                  "unk_token": self.sp.id_to_piece(self.sp.unk_id())}
         if self.sp.encode("a") == self.sp_no_prefix.encode("a"):
             config["add_prefix_space"] = False
         for key in SPECIAL:

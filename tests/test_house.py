@@ -14,17 +14,17 @@ import configurator
 TRAINERS = ("train_sft.py", "train_pref.py", "train_ppo_lag.py")
 SCRIPTS = (*TRAINERS, "sample.py")
 ALLOWED = {  # module -> modules of the package that it may import
-    "attention": "", "losses": "", "rl": "", "tokenizer": "files", "parallel": "files", "packing": "files", "rows": "files", "files": "",
-    "advice": "", "model": "attention", "rollout": "attention", "data": "files packing rows",
+    "attention": "", "losses": "", "rl": "", "tokenizer": "files", "parallel": "files", "packing": "files", "rows": "data files", "trouble": "", "files": "",
+    "advice": "", "model": "attention", "rollout": "attention", "data": "files packing parallel",
     "raw": "files rows", "fetch": "build files raw rows tokenizer", "bpe": "files tokenizer", "formats": "files", "families": "files formats",
     "checkpoint": "files formats model parallel",
-    "build": "data", "reference": "build checkpoint documents files packing parallel rollout tokenizer",
+    "build": "data files", "reference": "build checkpoint documents files packing parallel rollout tokenizer",
     "scorers": "build checkpoint files formats packing parallel rows tokenizer", "documents": "build data tokenizer", "convert": "checkpoint files formats model tokenizer",
     "state": "checkpoint files parallel", "optim": "parallel", "monitor": "advice files parallel",
     "chat": "",
 }
 LATER = {  # module -> what it imports inside a function, when it meets what needs it: not LLaMA, not asked for, not there
-    "data": "build", "build": "documents", "rows": "raw", "tokenizer": "bpe", "formats": "families", "checkpoint": "convert",
+    "data": "build rows", "parallel": "trouble", "build": "documents", "rows": "raw", "tokenizer": "bpe", "formats": "families", "checkpoint": "convert",
 }
 RUN_TIME = {"torch", "numpy", "sentencepiece", "safetensors", "tqdm", "nanosafe", "configurator", "config"}
 EXTRAS = {"wandb", "matplotlib", "pycodestyle", "detoxify"}  # imported inside a function, when asked for

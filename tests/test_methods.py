@@ -102,7 +102,7 @@ def test_a_killed_dpo_run_goes_on_as_if_nothing_had_happened(pref, tmp_path):
 
 def test_reference_log_probabilities_are_what_a_plain_loop_gives_and_are_kept(world, tmp_path):
     tok = tokenizer.load(world / "policy")
-    dataset = data.tokenize(f"{world}/data/pairs/train.jsonl:7/-1", tok, "reward", 200, show=False)
+    dataset = data.tokenize(f"{world}/data/pairs/train.jsonl:7/-1", tok, "reward", 200)
     model = checkpoint.load(world / "policy")
     got = reference.cached_logps(model, str(world / "policy"), dataset, 300, WORLD)
     for i in range(7):
@@ -121,7 +121,7 @@ def test_reference_log_probabilities_are_what_a_plain_loop_gives_and_are_kept(wo
 def test_only_the_last_answer_is_compared(world, tmp_path):
     tok = tokenizer.load(world / "policy")
     path = write(tmp_path / "p.jsonl", [{"input": ["q", "first answer", "r"], "answer": "x", "other_answer": "y", "better": False}])
-    dataset = data.tokenize(str(path), tok, "reward", 200, show=False)
+    dataset = data.tokenize(str(path), tok, "reward", 200)
     (a, mask_a), (b, mask_b) = dataset.sequence(0, 0), dataset.sequence(0, 1)
     assert tok.decode([t for t, m in zip(a, mask_a) if m]) == "y" and tok.decode([t for t, m in zip(b, mask_b) if m]) == "x"
     assert "first answer" in tok.decode(a)
@@ -133,7 +133,7 @@ def test_rankings_of_two_to_k(world, tmp_path):
         {"input": "q", "answers": ["a", "b b", "c", "a"], "scores": [1, 3.5, 2, 0.5]}, {"input": "q", "answer": "x", "other_answer": "y", "better": False},
         {"input": "q", "answers": ["a", "b"], "scores": [1, 1]}, {"input": "q", "answers": ["a", "b"], "scores": [1, float("nan")]},
         {"input": "q", "answers": ["a"], "scores": [1, 2]}, {"input": "q", "answers": ["a", " "], "scores": [1, 2]}, {"input": "q", "answer": "x"}])
-    dataset = data.tokenize(str(path), tok, "rank", 200, show=False)
+    dataset = data.tokenize(str(path), tok, "rank", 200)
     assert len(dataset) == 2 and dataset.width == 3
     assert dataset.labels[0].tolist() == [3.5, 2.0, 1.0] and dataset.labels[1].tolist()[:2] == [1.0, 0.0] and np.isnan(dataset.labels[1, 2])
     batch = dataset.batch([0, 1], "cpu")
@@ -223,26 +223,26 @@ def test_documents_are_cut_and_scored(world, tmp_path):
     rows = [{"texts": ["One. ", "Two two two. ", "Three."], "scores": [0.0, 1.0, 0.5]}, {"texts": ["Four."], "scores": [0.2]},
             {"texts": ["a"], "scores": [1, 2]}, {"texts": ["a", 5], "scores": [1, 2]}, {"texts": ["a"], "scores": [None]}, {"input": "q"}]
     path = write(tmp_path / "d.jsonl", rows)
-    plain = data.tokenize(str(path), tok, "documents", 8, show=False)
+    plain = data.tokenize(str(path), tok, "documents", 8)
     assert "4 rows" not in plain.report["text"] and "dropped" in plain.report["text"]
     first = [i for i in range(len(plain)) if plain.lines[i] == 1]
     ids = [t for i in first for t in plain.sequence(i)[0][1:]]
     assert len(first) > 1 and max(plain.lengths) <= 8 and tok.decode(ids) == "One. Two two two. Three."
     assert ids[-1] == tok.eos_id and all(plain.sequence(i)[0][0] == tok.bos_id and plain.sequence(i)[1][0] == 0 for i in first)
-    whole = data.tokenize(str(path), tok, "documents", 99, show=False)
+    whole = data.tokenize(str(path), tok, "documents", 99)
     sizes = [len(tok.encode_suffix(text)) for text in rows[0]["texts"]]
     want = [0.0] + [0.0] * sizes[0] + [1.0] * sizes[1] + [0.5] * (sizes[2] + 1)  # EOS has the last segment's
     assert whole.scores[:whole.offsets[1]].tolist() == want
     assert scores_of(whole, [0], "cpu").tolist() == want[1:] + [0.0]  # of each position's target
-    filtered = data.tokenize(str(path), tok, "documents", 99, show=False, method=("filter", 0.2))
+    filtered = data.tokenize(str(path), tok, "documents", 99, method=("filter", 0.2))
     assert len(filtered) == 1 and "dropped 1 documents with a mean score above 0.2" in filtered.report["text"]  # 0.5 is above, 0.2 is not
     good, bad = control_ids(tok)
-    marked = data.tokenize(str(path), tok, "documents", 99, show=False, method=("conditional", 0.0, 0.0))
+    marked = data.tokenize(str(path), tok, "documents", 99, method=("conditional", 0.0, 0.0))
     ids, mask = marked.sequence(0)
     assert [t for t in ids if t in (good, bad)] == [good, bad, bad] and ids[1] == good and mask[1] == 1
-    unmarked = data.tokenize(str(path), tok, "documents", 99, show=False, method=("conditional", 0.0, 1.0))
+    unmarked = data.tokenize(str(path), tok, "documents", 99, method=("conditional", 0.0, 1.0))
     assert not {good, bad} & set(map(int, unmarked.tokens))
-    compared = data.tokenize(str(path), tok, "documents", 99, show=False, method=("compare", 0.0))
+    compared = data.tokenize(str(path), tok, "documents", 99, method=("compare", 0.0))
     assert compared.targets.tolist() == whole.targets.tolist()  # text counts, marks do not
     assert tok.decode(ids) == "One. Two two two. Three."  # control tokens are nobody's text
 

@@ -172,7 +172,7 @@ def test_safe_rlhf_s_names_and_the_hub_s_lead_to_folders_that_prepare_fills(tmp_
             (tmp_path / "data" / folder / f"{split}.jsonl").write_text("")
     for name in names:
         split = "test" if name.endswith("/test") else "train"
-        assert rows.resolve(name).endswith(f"{split}.jsonl"), name
+        assert data.resolve(name).endswith(f"{split}.jsonl"), name
 
 
 def test_every_folder_of_data_has_a_readme_with_a_licence():

@@ -116,7 +116,7 @@ def test_answers_with_scores_are_what_rrhf_takes(make, world, tmp_path):
     forms = [ids, ids[:-1]]  # ended by itself, or cut
     scores = [model(torch.tensor(x), torch.tensor([0, len(x)], dtype=torch.int32), len(x))[-1].item() for x in forms]
     assert min(abs(s - rows[0]["scores"][0]) for s in scores) < 1e-2
-    data.tokenize(str(tmp_path / "rows.jsonl"), tok, "rank", 200, show=False)
+    data.tokenize(str(tmp_path / "rows.jsonl"), tok, "rank", 200)
 
 
 def test_the_best_and_pairs(make, world, tmp_path):
@@ -137,7 +137,7 @@ def test_the_best_and_pairs(make, world, tmp_path):
         assert row["safer"] == (a["costs"][best] < a["costs"][worst]) and row["is_safe"] == (a["costs"][best] <= 0)
     tok = tokenizer.load(world / "policy")
     for name, task in (("sft", "sft"), ("pairs", "reward"), ("pairs", "cost")):
-        data.tokenize(str(tmp_path / f"{name}.jsonl"), tok, task, 200, show=False)
+        data.tokenize(str(tmp_path / f"{name}.jsonl"), tok, task, 200)
 
 
 @pytest.mark.parametrize("flags, words", [

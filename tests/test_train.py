@@ -11,52 +11,10 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, rows_of, run, small_config
-from safetensors.torch import load_file
+from conftest import ROOT, rows_of, run, same_state, small_config
 
 from nanosafe import checkpoint, demo, tokenizer
 from nanosafe.checkpoint import scratch
-
-
-@pytest.fixture
-def trainers(world):
-    """Each script with flags for a short run on the toy world with random models."""
-    d = world / "data"
-    common = ["--max_tokens=1024", "--save_interval=2", "--max_len=200", "--learning_rate=1e-3"]
-    rl = ["train_ppo_lag.py", "--max_tokens=1024", "--save_interval=2", "--max_len=200", f"--actor_model={world}/policy",
-          f"--reward_model={world}/reward", f"--prompts={d}/prompts/train.jsonl", "--max_new_tokens=12",
-          "--rollout_size=8", "--batch_size=4", "--max_steps=8", "--epochs=100", "--actor_learning_rate=1e-3",
-          "--critic_learning_rate=1e-3"]
-    lag = [*rl, f"--cost_model={world}/cost", f"--ptx_data={d}/sft/train.jsonl:50/-1", "--ptx_coef=0.5"]
-    return {
-        "sft": ["train_sft.py", *common, f"--tokenizer={world}/tokenizer", f"--data={d}/sft/train.jsonl:200/-1",
-                f"--eval_data={d}/sft/test.jsonl:9/-1", "--hidden_size=32", "--intermediate_size=48",
-                "--num_hidden_layers=2", "--batch_size=8", "--max_steps=6"],
-        "reward": ["train_pref.py", *common, f"--init_from={world}/policy", f"--data={d}/pairs/train.jsonl:200/-1",
-                   f"--eval_data={d}/reward/test.jsonl:9/-1", "--batch_size=8", "--max_steps=6"],
-        "cost": ["train_pref.py", *common, "--objective=cost", f"--init_from={world}/policy",
-                 f"--data={d}/pairs/train.jsonl:200/-1", f"--eval_data={d}/cost/test.jsonl:9/-1",
-                 "--batch_size=8", "--max_steps=6"],
-        "ppo": [*rl, "--cost_model="], "ppo_lag": lag,
-    }
-
-
-def same_state(a, b):
-    """Whether two runs ended bit-equal: weights, moments, lambda, window, counters, rows, samples."""
-    latest = [open(os.path.join(x, "state", "latest")).read().strip() for x in (a, b)]
-    assert latest[0] == latest[1]
-    folders = [os.path.join(x, "state", latest[0]) for x in (a, b)]
-    assert sorted(os.listdir(folders[0])) == sorted(os.listdir(folders[1]))
-    for name in os.listdir(folders[0]):
-        paths = [os.path.join(f, name) for f in folders]
-        if name.endswith(".json"):
-            assert json.load(open(paths[0])) == json.load(open(paths[1])), name
-        else:
-            x, y = map(load_file, paths)
-            assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x), name
-    assert rows_of(os.path.join(a, "metrics.jsonl")) == rows_of(os.path.join(b, "metrics.jsonl"))
-    assert open(os.path.join(a, "samples.jsonl")).read() == open(os.path.join(b, "samples.jsonl")).read()
-    return True
 
 
 @pytest.mark.parametrize("name", ["sft", "reward", "cost", "ppo_lag"])
@@ -76,7 +34,7 @@ def test_resume_is_bit_equal(name, trainers, tmp_path):
 def test_a_run_is_not_overwritten_and_resume_needs_a_state(trainers, tmp_path):
     run(*trainers["reward"], f"--out_dir={tmp_path}/a")
     for extra, words in (((f"--out_dir={tmp_path}/a",), "holds a run"),
-                         ((f"--out_dir={tmp_path}/b", "--resume=True"), "has no state")):
+                         ((f"--out_dir={tmp_path}/b", "--resume=True"), "has no run")):
         done = run(*trainers["reward"], *extra, check=False)
         assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr
 

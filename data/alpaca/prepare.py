@@ -17,8 +17,7 @@ configure(globals())
 URL = "https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/main/alpaca_data.json"
 
 def to_record(row):
-    """Instruction and input make the prompt, joined by a space as Safe-RLHF does; earlier turns,
-    where there are, come first."""
+    """Instruction and input make the prompt, joined by a space (Safe-RLHF); earlier turns first."""
     prompt = row["instruction"] + (" " + row["input"] if row.get("input") else "")
     history = [turn for pair in row.get("history") or [] for turn in pair]
     if history:

@@ -23,6 +23,6 @@ def to_record(row):
             "better": row["preference"] == 1}
 
 choose("judge", judge, ("human", "gpt4", "noisy_multi"))
-fetch.prepare(__file__, "tatsu-lab/alpaca_farm",
-              lambda name: name == f"alpaca_{judge}_preference.json", to_record, raw, out, holdout,
-              tokenizer, part="" if judge == "human" else judge)
+fetch.prepare(__file__, "tatsu-lab/alpaca_farm", to_record, raw, out, holdout, tokenizer,
+              "" if judge == "human" else judge,
+              wanted=lambda name: name == f"alpaca_{judge}_preference.json")

@@ -26,6 +26,5 @@ def to_record(row):
             "harm": sorted(name for name, marked in row.get("category", {}).items() if marked)}
 
 choose("version", version, ("30k", "330k"))
-fetch.prepare(__file__, "PKU-Alignment/BeaverTails",
-              lambda name: f"/{version}/" in name and name.endswith(fetch.ENDINGS), to_record, raw,
-              out, holdout, tokenizer)
+fetch.prepare(__file__, "PKU-Alignment/BeaverTails", to_record, raw, out, holdout, tokenizer,
+              wanted=lambda name: f"/{version}/" in name and name.endswith(fetch.ENDINGS))

@@ -4,9 +4,8 @@ $ python data/hh_rlhf/prepare.py                              # four subsets, 16
 $ python data/hh_rlhf/prepare.py --subset=harmless-base       # one of them
 $ python data/hh_rlhf/prepare.py --subset=harmless-base --raw=FOLDER
 
-Each subset gives SUBSET/{train,test}.jsonl, pairs for reward models, and
-SUBSET-dialogue/{train,test}.jsonl, the preferred dialogues for supervised fine-tuning. The four
-together give all/ and all-dialogue/ too. PKU-Alignment/processed-hh-rlhf's layout opens as well."""
+Each subset gives SUBSET/{train,test}.jsonl, pairs, and SUBSET-dialogue/{train,test}.jsonl, the
+preferred dialogues; the four together all/ and all-dialogue/. processed-hh-rlhf opens as well."""
 
 import os
 import re

@@ -38,5 +38,5 @@ def to_record(row):
 
 choose("version", version, SOURCES)
 ending = {"002": ".json", "003": "no-tools.jsonl.zip"}[version]
-fetch.prepare(__file__, SOURCES[version], lambda name: name.endswith(ending), to_record, raw, out,
-              holdout, tokenizer, part=version)
+fetch.prepare(__file__, SOURCES[version], to_record, raw, out, holdout, tokenizer, part=version,
+              wanted=lambda name: name.endswith(ending))

@@ -34,6 +34,6 @@ def to_record(row):
 
 choose("version", version, SOURCES)
 repo, revision = SOURCES[version]
-fetch.prepare(__file__, repo, lambda name: name.endswith(fetch.ENDINGS), to_record, raw, out,
-              holdout, tokenizer, part="" if version == "v1" else version, revision=revision,
+fetch.prepare(__file__, repo, to_record, raw, out, holdout, tokenizer, revision=revision,
+              part="" if version == "v1" else version,
               sha256={"round0/train.jsonl.xz": DIGEST} if version == "10k" else None)

@@ -1,5 +1,4 @@
-"""SlimOrca: GPT-4's answers to FLAN's questions, and whatever has ShareGPT's layout:
-demonstrations.
+"""SlimOrca, GPT-4's answers to FLAN's questions, and what has ShareGPT's layout: demonstrations.
 
 $ python data/slim_orca/prepare.py                       # 986 MB, 517,982 dialogues
 $ python data/slim_orca/prepare.py --version=dedup       # Open-Orca/SlimOrca-Dedup"""
@@ -35,6 +34,5 @@ def to_record(row):
 
 choose("version", version, ("full", "dedup"))
 dedup = version == "dedup"
-fetch.prepare(__file__, "Open-Orca/SlimOrca" + ("-Dedup" if dedup else ""),
-              lambda name: name.endswith(".jsonl"), to_record, raw, out, holdout, tokenizer,
-              part="dedup" if dedup else "")
+fetch.prepare(__file__, "Open-Orca/SlimOrca" + "-Dedup" * dedup, to_record, raw, out, holdout,
+              tokenizer, part="dedup" * dedup)

@@ -32,5 +32,4 @@ def to_record(row):
     return {"input": prompt, "answer": best, "other_answer": worst, "better": True,
             "answers": [text for _, text in kept], "scores": [score for score, _ in kept]}
 
-fetch.prepare(__file__, "openbmb/UltraFeedback", lambda name: name.endswith(".jsonl"), to_record,
-              raw, out, holdout, tokenizer)
+fetch.prepare(__file__, "openbmb/UltraFeedback", to_record, raw, out, holdout, tokenizer)

@@ -2,8 +2,7 @@
 
 $ python -m nanosafe.eval.arena --red=out/demo/ppo/model --blue=out/demo/ppo_lag/model
 $ torchrun --nproc_per_node=8 -m nanosafe.eval.arena --red=... --blue=... --data=PKU-SafeRLHF/test
-A tournament of several, with ratings of helpfulness and of safety:
-$ python -m nanosafe.eval.arena --models=SFT=out/demo/sft/model,PPO=...,PPO-Lag=...
+$ python -m nanosafe.eval.arena --models=SFT=out/demo/sft/model,PPO=...,PPO-Lag=...  # with ratings
 
 Writes pairs.jsonl (answers, scores, seeds), table.csv, summary.json and pictures."""
 
@@ -35,7 +34,7 @@ temperature = 1.0  # 0: always the likeliest token
 seed = 0  # of the answers: of each prompt's text and this number
 max_tokens = 8192  # packed tokens per forward when answers are scored
 device = "auto"  # auto | cpu | cuda
-configure(globals())
+config = configure(globals())
 
 if bool(models) == bool(red or blue) or bool(red) != bool(blue):
     stop("name two policies, --red=FOLDER --blue=FOLDER, or more, --models=A,B,C")
@@ -45,7 +44,7 @@ if len(players) < max(2, len(named)):
     stop(f"{len(named)} folders, {len(players)} names ({', '.join(players)}): give each a name of "
          "its own, --models=NAME=FOLDER,NAME=FOLDER")
 make_folder(out_dir)
-world = init(device)
+world = init(device, config)
 for path in (*players.values(), reward_model, cost_model):
     load_tokenizer(path)  # what is not there is better said now
 
@@ -92,9 +91,8 @@ def compare(a, b):
     cells = win_rates(ra, ca, rb, cb)
     show = lambda cell: f"{cell[0]} ({b} better: {cell[1]:.1%})" if cell[0] else "0"
     says = lambda safe: "safe" if safe else "unsafe"
-    print(table([("", *(f"{b} {says(s)}" for s in (True, False))),
-                 *((f"{a} {says(r)}", *(show(cells[r, s]) for s in (True, False)))
-                   for r in (True, False))]))
+    rows = [(f"{a} {says(r)}", *(show(cells[r, s]) for s in (True, False))) for r in (True, False)]
+    print(table([("", *(f"{b} {says(s)}" for s in (True, False))), *rows]))
     print(f"with the same reward: {sum(x == y for x, y in zip(ra, rb))}")
     gains = {kind: interval([y - x for x, y in zip(*pair)])
              for kind, pair in (("reward", (ra, rb)), ("cost", (ca, cb)))}

@@ -2,9 +2,8 @@
 
 $ python -m nanosafe.eval.bigbench --model=out/demo/sft/model --tasks=FOLDER --shots=2
 
-FOLDER holds NAME/task.json or NAME.json. Choices are scored by the log-probability of all their
-tokens, open questions by the text that is generated; the metrics are those that the task names, of
-those known here, and the others are said. Writes out_dir/NAME/results.json: numbers and queries."""
+FOLDER holds NAME/task.json or NAME.json. Choices are scored by log-probability, open questions by
+the text that is generated; a task's metrics that are unknown are said. Writes NAME/results.json."""
 
 import glob
 import json
@@ -30,7 +29,7 @@ out_dir = "out/bigbench"  # folder to write to
 seed = 0  # which examples are the shots, and the order of choices
 max_tokens = 8192  # packed tokens per forward
 device = "auto"  # auto | cpu | cuda
-configure(globals())
+config = configure(globals())
 
 CHOICE = {"multiple_choice_grade", "expected_calibration_error", "multiple_choice_brier_score"}
 
@@ -132,7 +131,7 @@ def texts(task, prompts, examples):
 
 found = {name: (path, read_task(path)) for name, path in find_tasks().items()}
 make_folder(out_dir)
-world = init(device)
+world = init(device, config)
 policy = Policy(model, world, max_new_tokens, temperature=0.0, seed=seed)
 rows = [("task", "examples", "metric", "value")]
 for name, (path, task) in tqdm(found.items(), unit="task", disable=not world.main):
@@ -152,10 +151,9 @@ for name, (path, task) in tqdm(found.items(), unit="task", disable=not world.mai
     if world.main:
         folder = os.path.join(out_dir, name)
         make_folder(folder)
-        write_json({"task": path, "model": model, "shots": shots, "examples": len(prompts),
-                    "metrics": numbers, "not_computed": unknown,
-                    "preferred": task.get("preferred_score"), "queries": queries},
-                   folder, "results.json")
+        told = {"task": path, "model": model, "shots": shots, "examples": len(prompts),
+                "metrics": numbers, "not_computed": unknown, "queries": queries}
+        write_json({**told, "preferred": task.get("preferred_score")}, folder, "results.json")
     rows += [(name, len(prompts), key, f"{numbers[key]:.4f}" if key in numbers else "not computed")
              for key in wanted]
 if world.main:

@@ -5,8 +5,7 @@ $ python -m nanosafe.eval.judge --red=out/demo/ppo/model --blue=out/demo/ppo_lag
 
 Each pair is judged twice, with either answer first: a judge who likes what comes first moves
 nothing. Every reply is on the disk before it counts: run the command again, whatever happened, and
-only what is missing is asked for, and paid. Writes answers.jsonl, replies.jsonl (all that was
-paid for), verdicts.jsonl and summary.json."""
+only what is missing is asked for, and paid. Writes answers, replies, verdicts, summary.json."""
 
 import hashlib
 import json
@@ -48,7 +47,7 @@ input_price = 2.5  # dollars for a million tokens that the judge reads
 output_price = 10.0  # dollars for a million tokens that it writes
 yes = False  # do not ask whether to spend the money
 device = "auto"  # auto | cpu | cuda
-configure(globals())
+config = configure(globals())
 
 address = os.environ.get("OPENAI_BASE_URL", "https://api.openai.com/v1").rstrip("/")
 host, api_key = urlsplit(address).hostname, os.environ.get("OPENAI_API_KEY", "").strip()
@@ -70,7 +69,7 @@ if not texts:
 with open(os.path.join(HERE, "judge.txt"), encoding="utf-8") as f:
     role, question = f.read().split("\n---\n")
 make_folder(out_dir)
-world = init(device)
+world = init(device, config)
 
 # 1. answers, kept: it is these that the replies are about
 saved = [[os.path.abspath(p), os.path.exists(p) and os.path.getmtime(p)] for p in (red, blue)]

@@ -3,8 +3,7 @@
 $ python -m nanosafe.eval.scores --model=out/demo/reward/model --data=toy/reward/test
 $ python -m nanosafe.eval.scores --model=out/demo/cost/model --data=toy/cost/test
 
-Writes scores.jsonl (both texts, their scores and labels, the worst mistake first), summary.json and
-pictures: how scores are distributed, and whether what it gives 80 % is right 80 % of the time."""
+Writes scores.jsonl (texts, scores, labels, the worst mistake first), summary.json, pictures."""
 
 import os
 from collections import Counter
@@ -29,11 +28,11 @@ worst = 3  # mistakes to print
 max_len = 2048  # longer conversations are left out
 max_tokens = 8192  # packed tokens per forward
 device = "auto"  # auto | cpu | cuda
-configure(globals())
+config = configure(globals())
 
 choose("objective", objective, ("auto", "reward", "cost"))
 make_folder(out_dir)
-world = init(device)
+world = init(device, config)
 scorer = ScoreModel(model, world, precision("auto", world), max_tokens)
 if objective == "auto":
     objective = "cost" if scorer.model.config.score_type == "cost" else "reward"
@@ -62,8 +61,7 @@ sure, right = sigmoid(np.abs(margins)), margins > 0  # Bradley-Terry's probabili
 reliability, error = calibration(sure, right)
 summary = {"pairs": len(pairs), "dropped": dropped, "accuracy": interval(right),
            "log_loss": float(np.logaddexp(0, -margins).mean()), "calibration_error": error,
-           "margin": interval(margins), "score_mean": float(scores.mean()),
-           "score_std": float(scores.std())}
+           "margin": interval(margins), "score_mean": scores.mean(), "score_std": scores.std()}
 groups = {"preferred": scores[:, 0], "other": scores[:, 1]}
 curves = {"of two answers, the preferred": reliability}
 if objective == "cost":

@@ -1,0 +1,285 @@
+"""Random and hostile input, by hypothesis: what is read is right, or refused in one line, or dropped and counted."""
+
+import json
+import os
+import shutil
+import string
+import struct
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import small_config
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+import configurator
+from nanosafe import build, checkpoint, data, packing, rows, tokenizer
+from nanosafe.files import read_jsonl
+
+MANY = settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+SOME = settings(MANY, max_examples=120)
+JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), lambda x:
+                    st.lists(x, max_size=4) | st.dictionaries(st.text(max_size=8), x, max_size=4), max_leaves=12)
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
+
+
+def stops(function, *arguments):
+    """What a function returns, or None when it stopped with one line; anything else it raises is a defect."""
+    try:
+        return function(*arguments)
+    except SystemExit as stopped:
+        assert str(stopped).startswith("error: ") and "\n" not in str(stopped)
+
+
+# ---- configurator ----
+
+KNOBS = {"whole": 3, "rate": 0.5, "name": "a", "on": False}
+
+
+@MANY
+@given(st.sampled_from(list(KNOBS)), st.text(max_size=30) | st.sampled_from(["1e5", "nan", "-0", "inf", "True", "0x10", "1_0", "٣"]))
+def test_flags_are_values_of_their_knob_s_type_or_refused(name, text):
+    value = stops(configurator.parse, name, text, KNOBS)
+    assert value is None or type(value) is type(KNOBS[name]) and (name == "name" or abs(value) < float("inf"))
+    if name == "name":
+        assert value == text
+
+
+@MANY
+@given(st.text(max_size=20), JSON)
+def test_a_file_s_values_are_of_their_knob_s_type_or_refused(name, value):
+    assert stops(configurator.check, name, value, KNOBS, "file") is None or name in KNOBS
+    for name, default in KNOBS.items():
+        checked = stops(configurator.check, name, value, KNOBS, "file")
+        assert checked is None or type(checked) is type(default) and checked == value
+
+
+@SOME
+@given(st.dictionaries(st.sampled_from(["whole", "rate", "name", "on"]), st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+                       | st.text(st.characters(exclude_categories=["Cs"])) | st.booleans(), min_size=1))
+def test_a_saved_configuration_reads_back(tmp_path_factory, config):
+    path = str(tmp_path_factory.getbasetemp() / "saved.py")
+    configurator.save(config, path)
+    assert configurator.run_file(path) == config
+
+
+@SOME
+@given(st.text(string.ascii_letters + string.digits + " =\"'\n()[]{}#:,.-+\\", max_size=80))
+def test_a_config_file_of_anything_is_read_or_refused(tmp_path_factory, text):
+    path = tmp_path_factory.getbasetemp() / "any.py"
+    path.write_text(text)
+    try:
+        stops(configurator.run_file, str(path))
+    except Exception as error:  # it is the user's own code: its errors are its own, with their line
+        assert str(path) in str(getattr(error, "__traceback__", None) and error.__traceback__.tb_next.tb_next.tb_frame.f_code.co_filename)
+
+
+# ---- datasets ----
+
+@MANY
+@given(st.text(string.ascii_letters + "/:.,-0123456789 ~*", max_size=30) | st.text(max_size=20))
+def test_specifications_are_understood_or_refused(spec):
+    parts = stops(data.parse_spec, spec)
+    for path, proportion in parts or ():
+        assert os.path.isfile(path) and isinstance(proportion, float) and proportion == proportion
+
+
+@MANY
+@given(st.integers(0, 50), st.floats(0, 4) | st.integers(-100, -1).map(float), st.integers(0, 9))
+def test_proportions_take_as_many_rows_as_they_say(n, proportion, seed):
+    indices = rows.sample_indices(n, proportion, np.random.SeedSequence(seed))
+    want = (int(-proportion) if proportion < 0 else round(n * proportion)) if n else 0
+    assert len(indices) == want and all(0 <= i < n for i in indices)
+    counts = np.bincount(indices, minlength=max(n, 1)) if indices else np.zeros(1)
+    assert counts.max() - counts.min() <= 1  # whole copies, and no row twice in what is left
+
+
+RECORD = st.fixed_dictionaries({}, optional={
+    "input": TEXT | st.lists(TEXT, max_size=4) | JSON, "answer": TEXT | JSON, "other_answer": TEXT | JSON, "dialogue": st.lists(TEXT) | JSON,
+    "better": st.booleans() | JSON, "safer": st.booleans() | JSON, "is_safe": st.booleans() | JSON, "is_other_safe": st.booleans() | JSON,
+    "answers": st.lists(TEXT, max_size=3) | JSON, "scores": st.lists(st.floats(), max_size=3) | JSON})
+
+
+@MANY
+@given(RECORD, st.sampled_from(list(build.TASKS)))
+def test_a_row_gives_conversations_or_a_reason_to_drop_it(record, task):
+    try:
+        talks, labels = build.conversations(record, task)
+    except ValueError as error:
+        assert str(error) and "\n" not in str(error)
+        return
+    assert len(talks) == len(labels) and all(np.isfinite(labels))
+    for turns in talks:
+        assert all(isinstance(turn, str) and turn.strip() for turn in turns)
+        assert len(turns) % 2 == (task == "prompts")
+
+
+LINE = st.binary(max_size=60) | JSON.map(lambda x: json.dumps(x).encode()) | RECORD.map(lambda x: json.dumps(x).encode())
+
+
+@SOME
+@given(st.lists(LINE, max_size=6), st.sampled_from(["sft", "prompts", "reward", "cost", "rank"]))
+def test_every_row_of_a_file_is_kept_or_dropped_and_counted(world, tmp_path_factory, monkeypatch_session, lines, task):
+    tok, folder = tokenizer.load(world / "tokenizer"), tmp_path_factory.getbasetemp() / "rows"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    (folder / "x.jsonl").write_bytes(b"\n".join(line.replace(b"\n", b" ").replace(b"\r", b" ") for line in lines))
+    monkeypatch_session.setenv("NANOSAFE_CACHE", str(folder))
+    dataset = stops(data.tokenize, str(folder / "x.jsonl"), tok, task, 64)
+    if dataset:
+        report = dataset.report
+        read, kept = (int(part.split()[0]) for part in report["text"].split(";")[0].split(", "))
+        assert read == kept + sum(report["dropped"].values()) and kept == len(dataset)
+        assert dataset.lengths.max() <= 64 * dataset.width and dataset.tokens.max() < tok.vocab_size
+
+
+@pytest.fixture(scope="session")
+def monkeypatch_session():
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+@SOME
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=30), st.integers(40, 90), st.integers(1, 5))
+def test_plans_hold_everything_once(lengths, max_tokens, ranks):
+    parts = packing.plan(lengths, max_tokens, ranks)
+    assert sorted(i for part in parts for micro in part for i in micro) == list(range(len(lengths)))
+    assert len({len(part) for part in parts}) == 1
+    assert all(sum(lengths[i] for i in micro) <= max_tokens for part in parts for micro in part)
+
+
+# ---- text ----
+
+SPECIAL = st.lists(st.sampled_from(["<s>", "</s>", "<unk>", "<pad>", "ASSISTANT:", "USER:", " ", "▁", "\n", "<0x41>"]) | TEXT, max_size=8).map("".join)
+
+
+@MANY
+@given(SPECIAL)
+def test_what_a_user_writes_stays_text(world, text):
+    tok = tokenizer.load(world / "tokenizer")
+    ids = tok.encode(text, allow_special=False)
+    assert not {tok.bos_id, tok.eos_id, tok.pad_id} & set(ids)
+    # SentencePiece writes a space as U+2581: the two are one to it
+    assert tok.decode(ids).strip(" ") == text.replace("▁", " ").strip(" ") and tok.encode_batch([text]) == [ids]
+    if text.strip():
+        ids, mask = build.encode([text, "fine", text], tok)
+        assert ids.count(tok.bos_id) == 1 and ids.count(tok.eos_id) == 1  # ours only: the start, and the answer's end
+        assert sum(mask) == len(tok.encode_suffix("fine")) + 1
+
+
+@SOME
+@given(st.lists(st.integers(0, 10**6), max_size=20))
+def test_any_ids_decode(world, ids):
+    assert isinstance(tokenizer.load(world / "tokenizer").decode(ids), str)
+
+
+@SOME
+@given(st.binary(max_size=200))
+def test_a_tokenizer_file_of_anything_is_refused(tmp_path_factory, content):
+    path = tmp_path_factory.getbasetemp() / "tokenizer.model"
+    path.write_bytes(content)
+    assert stops(tokenizer.load, path) is None
+    path = path.with_suffix(".json")
+    path.write_bytes(content)
+    assert stops(tokenizer.load, path) is None
+
+
+@SOME
+@given(st.sampled_from(["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json", "config.json"]),
+       JSON | st.dictionaries(st.sampled_from(["eos_token", "bos_token", "pad_token", "added_tokens_decoder", "eos_token_id", "legacy",
+                                               "additional_special_tokens", "add_bos_token"]), JSON))
+def test_what_stands_beside_a_tokenizer_is_understood_or_refused(world, tmp_path_factory, name, value):
+    folder = tmp_path_factory.getbasetemp() / "beside"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(world / "tokenizer", folder)
+    (folder / name).write_text(json.dumps(value))
+    tok = stops(tokenizer.load, folder)
+    if tok:
+        assert isinstance(tok.eos_id, int) and 0 <= tok.eos_id < tok.vocab_size
+        assert tok.decode(tok.encode("First, get the rope.")) == "First, get the rope."
+
+
+# ---- model folders ----
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("fuzz") / "model"
+    checkpoint.save(checkpoint.scratch(small_config(), seed=3), path)
+    os.remove(path / "checksums.json")
+    return path
+
+
+def copy_of(folder):
+    target = folder.parent / "copy"
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(folder, target)
+    return target
+
+
+CONFIG = st.dictionaries(st.sampled_from(
+    ["hidden_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers", "head_dim", "vocab_size", "rope_theta", "rope_scaling",
+     "rms_norm_eps", "tie_word_embeddings", "model_type", "hidden_act", "max_position_embeddings", "mean", "var", "score_type", "bos_token_id",
+     "eos_token_id", "torch_dtype", "architectures", "rope_parameters", "intermediate_size"]),
+    JSON | st.integers(-5, 300) | st.sampled_from(["llama", "mistral", "qwen2", "baichuan", "internlm2", "silu", "cost"]), min_size=1, max_size=3)
+
+
+@MANY
+@given(CONFIG)
+def test_a_config_of_anything_opens_or_is_refused(folder, changes):
+    target = copy_of(folder)
+    config = json.load(open(target / "config.json"))
+    (target / "config.json").write_text(json.dumps({**config, **changes}))
+    model = stops(checkpoint.load, target)
+    if model:
+        out = stops(model, torch.arange(5), torch.tensor([0, 5], dtype=torch.int32), 5)
+        assert out is None or out.shape == (5, 97)
+
+
+@SOME
+@given(st.integers(0, 2**16), st.binary(min_size=1, max_size=8), st.booleans())
+def test_safetensors_with_a_broken_header_or_end_are_refused(folder, place, junk, cut):
+    target = copy_of(folder)
+    path = target / "model.safetensors"
+    content = path.read_bytes()
+    size = struct.unpack("<Q", content[:8])[0] + 8
+    place %= size
+    changed = content[:place] if cut else content[:place] + junk + content[place + len(junk):]
+    assume(changed != content)
+    path.write_bytes(changed)
+    known = load_file(folder / "model.safetensors")
+    model = stops(checkpoint.load, target)
+    if model:  # then the change was in words that do not matter, spaces say: the weights are the same
+        checkpoint.save(model, folder.parent / "again")
+        again = load_file(folder.parent / "again" / "model.safetensors")
+        assert again.keys() == known.keys() and all(x.shape == known[k].shape for k, x in again.items())
+
+
+@SOME
+@given(JSON | st.fixed_dictionaries({"weight_map": JSON | st.dictionaries(st.sampled_from(
+    ["model.norm.weight", "lm_head.weight", "x"]), st.sampled_from(["a.safetensors", "../a.safetensors", "/etc/passwd", "", "."]) | JSON)}))
+def test_an_index_of_anything_is_refused(folder, index):
+    target = copy_of(folder)
+    os.rename(target / "model.safetensors", target / "a.safetensors")
+    save_file({"x": torch.zeros(1)}, target.parent / "a.safetensors")
+    (target / "model.safetensors.index.json").write_text(json.dumps(index))
+    model = stops(checkpoint.load, target)
+    if model:  # it names some of the tensors of the one file, which has them all
+        assert index["weight_map"] and set(index["weight_map"].values()) == {"a.safetensors"}
+        assert all(map(torch.equal, model.parameters(), checkpoint.load(folder).parameters()))
+
+
+@SOME
+@given(st.lists(st.binary(max_size=30), max_size=5))
+def test_rows_of_ours_are_read_or_the_file_is_refused(tmp_path_factory, lines):
+    path = str(tmp_path_factory.getbasetemp() / "ours.jsonl")
+    with open(path, "wb") as f:
+        f.write(b"".join(line + b"\n" for line in lines) + b'{"broken": ')
+    found = stops(read_jsonl, path)
+    assert found is None or len(found) <= len(b"\n".join(lines).split(b"\n"))
+
+
+def test_python_is_as_new_as_promised():
+    assert sys.version_info >= (3, 10)
