@@ -39,7 +39,7 @@ class Monitor:
                         mininterval=often)
         if log_to:
             names = filter(None, map(str.strip, log_to.split(",")))
-            self.sinks = [sink(name, out_dir, config) for name in names]
+            self.sinks = [sink(name, out_dir, config, start) for name in names]
 
     def log(self, step, metrics):
         """Record the metrics (name -> number) of optimizer step `step`."""
@@ -70,7 +70,7 @@ class Monitor:
 
     def ask(self, sig, frame):
         """A first SIGTERM or SIGINT asks the run to end after its step. A second ends it at once,
-        unless it is the first's echo: torchrun passes on what a terminal sends to all."""
+        unless it is the first's echo: torchrun passes on what all have received."""
         if self.asked and time.monotonic() - self.asked > 1:
             os._exit(128 + sig)
         self.asked = self.asked or time.monotonic()
@@ -93,7 +93,7 @@ class Monitor:
             for _, finish in self.sinks:
                 finish()
 
-def sink(name, out_dir, config):
+def sink(name, out_dir, config, start):
     """Two functions for TensorBoard or W&B: write(step, metrics) and finish()."""
     if name not in ("tensorboard", "wandb"):
         stop(f"log_to={name!r}: choose tensorboard or wandb, or leave it empty")
@@ -101,7 +101,7 @@ def sink(name, out_dir, config):
         stop(f"log_to={name!r} is not installed: pip install {name}")
     if name == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
-        writer = SummaryWriter(out_dir)
+        writer = SummaryWriter(out_dir, purge_step=start)
         add = lambda step, row: [writer.add_scalar(key, value, step) for key, value in row.items()]
         return add, writer.close
     import wandb

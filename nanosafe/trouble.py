@@ -1,11 +1,14 @@
 """What ends a run and is no mistake in its code, in one line: memory, the disk, another rank."""
 
+import errno
 import os
+import re
 import sys
 import threading
 import time
 import traceback
 
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}
 SAMPLING = {"slots": "fewer, 64 say", "max_new_tokens": "fewer", "offload": "frozen, or all"}
 TRAINING = {"max_tokens": "fewer", "activation_checkpointing": "True", "offload": "frozen, or all"}
 
@@ -19,15 +22,14 @@ def explain(error, knobs):
         where, turns = ("sampling", SAMPLING) if sampling else ("a forward or backward", TRAINING)
         turn = [f"{name}={knobs[name]!r} ({to})" for name, to in turns.items() if name in knobs]
         return f"out of memory in {where}: {', '.join(turn) or 'take fewer'}. {text}"
-    if isinstance(error, ConnectionError) or "closed by peer" in text or "gloo" in text:
+    if isinstance(error, ConnectionError) or re.search("(closed|reset) by peer|Timed out", text):
         return f"another rank ended, and this one with it ({text[:80]})"
-    if isinstance(error, OSError) and error.errno:
-        return f"{text}; the last state is whole: resume when this is mended"
+    if getattr(error, "errno", None) in DISK:
+        return f"{text}; mend this, and a run goes on from its last state with --resume=True"
 
 def watch(store, rank, size, calls, minutes, lasts):
-    """Start a thread that ends this process when it has waited `minutes` for another rank, and
-    names that one: in the store it has fewer `calls` [of collectives], or tells the time no more.
-    It looks as long as lasts()."""
+    """Start a thread that ends this process when it has waited `minutes` for another rank, and says
+    which: one with fewer `calls` [of collectives] in the store, or whose clock there stands."""
     def look():
         met, since = -1, 0.0
         while lasts():

@@ -257,9 +257,9 @@ def test_a_rank_that_hangs_is_named(trainers, tmp_path):
     assert waited < 30 and process.returncode != 0
 
 
-@pytest.mark.parametrize("sig, to", [(signal.SIGINT, "all"), (signal.SIGTERM, "one worker")])
+@pytest.mark.parametrize("sig, to", [(signal.SIGTERM, "all"), (signal.SIGINT, "all"), (signal.SIGTERM, "one worker")])
 def test_under_torchrun_a_signal_saves_on_all_ranks_alike(sig, to, trainers, tmp_path):
-    """Ctrl-C in a terminal reaches torchrun and its workers, to whom torchrun sends it again."""
+    """A terminal's or a queue's signal reaches torchrun and its workers, to whom torchrun sends it again."""
     flags = [*without(trainers["sft"], "max_steps"), "--max_steps=60", "--epochs=99", "--save_interval=0", "--parallel=fsdp"]
     run(*flags, f"--out_dir={tmp_path}/a", ranks=2)
     process = spawn(*TORCHRUN, *flags, f"--out_dir={tmp_path}/b")
