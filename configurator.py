@@ -119,7 +119,7 @@ def check(name, value, config, where):
     want = type(config[name])
     if want is float and type(value) is int:
         value = float(value)
-    if want is int and type(value) is float and value == int(value):
+    if want is int and type(value) is float and value.is_integer():
         value = int(value)  # 1e5
     if type(value) is not want or want is float and not abs(value) < INFINITY:
         stop(f"{where}: {name} must be {want.__name__}, given {value!r}")
@@ -157,4 +157,4 @@ def help_text(script, knobs, config):
     return "\n".join(lines)
 
 def stop(message):
-    raise SystemExit(f"error: {message}")
+    raise SystemExit("error: " + " ".join(message.splitlines()))

@@ -5,8 +5,7 @@ $ python sample.py --red=out/demo/ppo/model --blue=out/demo/ppo_lag/model   # wi
 $ python sample.py --model=... --prompt="How do I rob the bank?"       # one prompt
 $ python sample.py --model=... --prompts=toy/prompts/test:20/-1        # a file or a dataset
 $ python sample.py --model=... --prompt="..." --best_of=8 --reward_model=out/demo/reward/model
-Many answers to many prompts, scored, as data for train_sft.py and train_pref.py; also by torchrun:
-$ python sample.py --prompts=toy/prompts --num_samples=8 --reward_model=R --write=sft --out=OUT"""
+$ python sample.py --prompts=toy/prompts --num_samples=8 --reward_model=R --write=sft --out=F"""
 
 from configurator import configure
 from nanosafe.build import conversations

@@ -267,8 +267,7 @@ while step < steps:
         shaped = {"reward": shaped_rewards, "cost": shaped_costs}[name]
         scores[name] = end_scores(scorers[name], texts, toks[name])  # (B,)
         if not scores[name].isfinite().all():
-            monitor.say(f"step {step}: the {name} model gives some responses no number: no update "
-                        "with them")
+            monitor.say(f"step {step}: the {name} model gives some responses no number")
         signal = scores[name]
         if name == "reward":
             signal = scaled(signal, moments, reward_scaling, reward_clip or unbounded)

@@ -130,8 +130,7 @@ if world.main:
           "per forward", flush=True)
 
 def judge(dataset, examples):
-    """The mean loss of some examples, and what the model makes of their responses (n, width),
-    preferred first: end scores, or implied rewards. One packed forward."""
+    """The mean loss of some examples, and their end scores or implied rewards (n, width)."""
     batch = dataset.batch(examples, world.device)
     labels = torch.tensor(dataset.labels[examples], device=world.device)  # (n, width)
     n, width = labels.shape

@@ -9,8 +9,7 @@ $ python train_sft.py
 $ python train_sft.py config/toy/phf.py --objective=conditional
 On 8 GPUs, Safe-RLHF's recipe for LLaMA-7B, and PHF's (a task, then a method):
 $ torchrun --nproc_per_node=8 train_sft.py config/beaver_7b/sft.py
-$ torchrun --nproc_per_node=8 train_sft.py config/phf/pii/pretrain.py config/phf/pii/awr.py
-A run that was stopped or killed goes on with --resume=True."""
+$ torchrun --nproc_per_node=8 train_sft.py config/phf/pii/pretrain.py config/phf/pii/awr.py"""
 
 import os
 import time
@@ -110,8 +109,7 @@ if objective in ("filter", "conditional"):
     method = objective, score_threshold, drop_fraction
     compared = ("compare", score_threshold) if objective == "conditional" else ()
 train = tokenize(data, tok, task, max_len, max_tokens, method=method)
-held_out = (tokenize(eval_data, tok, task, max_len, max_tokens, method=compared)
-            if eval_data else None)
+held_out = eval_data and tokenize(eval_data, tok, task, max_len, max_tokens, method=compared)
 
 shape = Config(vocab_size=tok.vocab_size, hidden_size=hidden_size,
                intermediate_size=intermediate_size, num_hidden_layers=num_hidden_layers,

@@ -2,8 +2,7 @@
 
 A batch is a `Packed` (whole sequences laid end to end: training, scoring, prefill) or a `Step` (one
 new token for each of n cached sequences: decoding). Both know how their queries meet their keys:
-.attend(q, k, v, cache). limit() adds what LLaMA has not: sliding windows (Mistral), ALiBi
-(Baichuan-13B).
+.attend(q, k, v, cache). limit() adds what LLaMA has not: sliding windows and ALiBi.
 
 Shapes: N packed tokens, B sequences, H heads, K kv heads, E head width, S cache slots, T cached."""
 

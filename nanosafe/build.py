@@ -3,7 +3,9 @@
 import math
 import os
 import re
+import shutil
 from collections import Counter
+from contextlib import suppress
 
 import numpy as np
 from tqdm import tqdm
@@ -201,4 +203,6 @@ def write_cache(folder, examples, report):
         for name, array in arrays.items():
             np.save(os.path.join(temporary, name + ".npy"), array)
         write_json(report, temporary, "report.json")
+    with suppress(OSError):  # another process is faster
         put_folder(temporary, folder)
+    shutil.rmtree(temporary, ignore_errors=True)

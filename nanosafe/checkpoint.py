@@ -1,8 +1,7 @@
 """Model folders of the field <-> LLaMA.
 
-What nanosafe writes is a Hugging Face folder: config.json, safetensors files, a tokenizer. A score
-model is the same with `score_head.weight`. What it reads is that and more (formats.py). Weights are
-read row by row into this rank's slice of a model built without memory: no rank holds a whole one.
+What is written is a Hugging Face folder, of a score model with `score_head.weight`; what is read is
+that and more (formats.py), row by row into this rank's slice: no rank holds a whole model.
 
 $ python -m nanosafe.checkpoint SOURCE TARGET [--dtype=bfloat16]   # what opens -> a folder"""
 
@@ -36,7 +35,8 @@ def load(path, head="auto", dtype=None, device="cpu", place=None, vocab_size=0, 
     score_type  "reward", "cost" or "critic", over what the config says
 
     Stops with one line that lists missing, surplus or misshapen tensors."""
-    if os.path.exists(os.path.join(path, CHECKSUMS)) and (name := damage(path, replaced=True)):
+    share = (parallel.rank(), parallel.world_size()) if place else (0, 1)
+    if os.path.exists(os.path.join(path, CHECKSUMS)) and (name := damage(path, *share, True)):
         stop(f"{os.fspath(path)!r}: {name} is damaged; if you changed it, remove {CHECKSUMS}")
     with untrusted(path):
         folder = Folder(path)

@@ -29,8 +29,7 @@ def load(spec, seed=42):
 
     spec is a comma-separated list of NAME[/SPLIT][:PROPORTION[:PATH]], or of paths of .jsonl files.
     PROPORTION is a share (0.5, 3/4), a repetition (2.5) or a count (100/-1); `seed` draws the rows.
-    NAME is a folder below data/ that its prepare.py filled, SPLIT is train by default; PATH is
-    another place for it. Lines that are no JSON object are dropped, and said."""
+    NAME is a folder below data/, or in PATH; SPLIT is train by default. Bad lines are said."""
     from nanosafe.rows import load_rows
     rows = load_rows(spec, seed)
     broken = [f"{row.file}:{row.line}" for row in rows if row.record is None]

@@ -1,6 +1,5 @@
-"""Models that are almost LLaMA: what a family's config.json and tensors call otherwise (one more is
-one more line in FAMILIES, docs/formats.md has an example), and folders that are not Hugging Face's:
-Meta's checkpoints and llama2.c's files, which are mapped into memory as they are read."""
+"""Models that are almost LLaMA: what a family calls otherwise (one more is a line in FAMILIES, see
+docs/formats.md), and Meta's checkpoints and llama2.c's files, which are memory-mapped."""
 
 import glob
 import os

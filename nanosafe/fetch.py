@@ -47,7 +47,7 @@ def raw_files(raw, repo, folder, wanted, revision="main", sha256=None):
                      (sha256 or {}).get(name)) for name in names]
 
 def prepare(script, repo, to_record, raw, out, holdout, tokenizer, part="",
-            wanted=lambda name: name.endswith(ENDINGS), **options):
+            wanted=lambda name: name.endswith(ENDINGS[:4]), **options):
     """What a prepare.py is: raw_files() of `repo`, convert()ed into `out`, or beside the script."""
     here = os.path.dirname(os.path.abspath(script))
     files = raw_files(raw, repo, here, wanted, **options)

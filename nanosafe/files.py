@@ -81,7 +81,7 @@ def put_folder(source, target, sums=None):
     """Put a finished folder in the place of `target`, with checksums: `sums`, or of its tensors."""
     names = sorted(os.listdir(source))
     sums = {name: checksum(os.path.join(source, name)) for name in names
-            if name.endswith((".safetensors", ".npy"))} if sums is None else sums
+            if name.endswith((".safetensors", ".npy", "report.json"))} if sums is None else sums
     write_json(sums, source, CHECKSUMS)
     for name in (*os.listdir(source), "."):
         sync(os.path.join(source, name))
@@ -104,7 +104,7 @@ def damage(folder, part=0, parts=1, replaced=False):
             other = replaced and not (os.path.exists(path) and os.path.getsize(path) == size)
             if os.path.basename(name) != name or not other and checksum(path) != [size, crc]:
                 return name
-    except (OSError, ValueError, AttributeError, TypeError):
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
         return name
     return ""
 

@@ -1,7 +1,6 @@
 """LLaMA (arXiv:2302.13971), and its two heads: the next token's distribution, or a score per token.
 
-Everything downstream is arithmetic on what forward() returns: per-token log-probabilities or
-per-token scores of sequences that are packed end to end, without padding.
+Everything downstream is arithmetic on what forward() returns for each token of packed sequences.
 
 Shapes: N packed tokens, B sequences, V vocabulary, D width, H heads, K kv heads, E head width."""
 
@@ -73,8 +72,7 @@ class Config:
 
     @classmethod
     def from_dict(cls, d):
-        """Read a LLaMA's config.json (formats.py puts other families in its terms): transformers 4
-        and 5 spell RoPE differently, and Safe-RLHF renamed `bias` to `score_bias`."""
+        """Read a LLaMA's config.json, of transformers 4 or 5, or Safe-RLHF's old `bias`."""
         d = {key: value for key, value in d.items() if value is not None}
         rope = dict(d.get("rope_scaling") or d.get("rope_parameters") or {})
         five = {"rope_theta": d.get("rope_theta", 10000.0), **d.get("rope_parameters", {}), **rope}

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from itertools import takewhile
 
 from tqdm import tqdm
 
@@ -112,8 +113,9 @@ def reopen(path, start):
     """Open a jsonl file for appending, with the lines of steps before `start` kept; and these."""
     rows = []
     if start > 0 and os.path.exists(path):
-        with untrusted(path), open(path, encoding="utf-8") as f:
-            rows = [line for line in f if line.endswith("\n") and json.loads(line)["step"] < start]
+        with untrusted(path), open(path, encoding="utf-8", errors="replace") as f:
+            whole = takewhile(lambda line: line[0] == "{" and line.endswith("}\n"), f)
+            rows = [line for line in whole if json.loads(line)["step"] < start]
     with whole_file(path, encoding="utf-8") as f:
         f.writelines(rows)
     return open(path, "a", encoding="utf-8", buffering=1), rows

@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor, Shard
 from nanosafe.files import choose, stop
 
 LAYOUTS = ("auto", "plain", "ddp", "fsdp", "hsdp")
-MINUTES = float(os.environ.get("NANOSAFE_TIMEOUT", 30))  # that ranks wait for one that is late
+MINUTES = float(os.environ.get("NANOSAFE_TIMEOUT") or 0) or 30  # to wait for a rank
 meshes, calls = {}, [0]  # calls: how many times this rank met the others
 
 class World(NamedTuple):
@@ -59,7 +59,7 @@ def init(device="auto", knobs=None):
 
     def leave(kind, error, trace):
         from nanosafe import trouble
-        if said := trouble.explain(error, knobs or {}):
+        if said := trouble.explain(error, knobs or {}, size):
             print(f"error: rank {rank}: {said}", file=sys.stderr, flush=True)
         else:
             sys.__excepthook__(kind, error, trace)
@@ -134,7 +134,11 @@ def put(model, place):
         fully_shard(layer, **options, reshard_after_forward=place.layout != "ddp")
     fully_shard(model, **options, reshard_after_forward=False)
     model.place = place
+    model.register_forward_pre_hook(meet, prepend=True)  # before it gathers its weights
     return model.to_empty(device="cpu" if place.offload else place.device)
+
+def meet(*_):
+    calls[0] += 1
 
 def mesh(layout, device_type):
     """The (replicate, shard) mesh of a layout; DDP replicates everywhere, HSDP across nodes."""
@@ -157,12 +161,12 @@ def mesh(layout, device_type):
 def whole(model):
     """A plain twin of `model` whose parameters are whole on every rank, as long as the block runs.
 
-    The weights are gathered once; the twin shares them and has no hooks, so no collective runs in
-    the block: ranks may do different amounts of work in it, and CUDA graphs may be captured."""
+    The twin has no hooks: ranks may do different amounts of work, CUDA graphs may be captured."""
     parts = [m for m in model.modules() if isinstance(m, FSDPModule)]
     if not parts:
         yield model
         return
+    meet()
     for part in parts:
         part.unshard()
     with torch.device("meta"):
@@ -183,7 +187,7 @@ def backward(model, loss, last=True):
     last  whether this is the step's last call for `model`: copies exchange gradients only then"""
     if isinstance(model, FSDPModule) and model.place.layout == "ddp":
         model.set_requires_gradient_sync(last)
-    calls[0] += 1
+    meet()
     (loss * world_size()).backward()
 
 def parameters(model):
@@ -228,7 +232,7 @@ def world_size():
 
 def add(tensor):
     """Sum a tensor over ranks, in place. Of what is 0 on all ranks but one, that is a gather."""
-    calls[0] += 1
+    meet()
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
@@ -249,7 +253,7 @@ def any_rank(flag, device):
     return bool(add(torch.tensor(float(flag), device=device)) > 0)
 
 def barrier():
-    calls[0] += 1
+    meet()
     if world_size() > 1:
         dist.barrier()
 

@@ -12,6 +12,7 @@ from nanosafe.advice import Watch
 from nanosafe.files import make_folder, read_jsonl, stop, untrusted
 
 COLOURS = ("#c0392b", "#2458a8", "#3a8f4d", "#b8860b", "#7d3c98", "#555555")
+NONE = "; no pictures: pip install matplotlib"
 PANELS = {  # metric -> title
     "reward": "reward", "episode_cost": "mean cost (dotted: its limit)", "lambda": "lambda",
     "kl": "KL to the reference, nats", "length": "length, tokens", "eos_rate": "ended with EOS",
@@ -40,8 +41,6 @@ def save(drawn, out_dir, name):
     from matplotlib import pyplot
     pyplot.close(drawn)
     return f", {name}.png, {name}.svg"
-
-NONE = "; no pictures: pip install matplotlib"
 
 def arena(scores, policies, out_dir):
     """Each policy's answers in the plane of cost and reward, and their mean; of many, ratings."""

@@ -5,7 +5,7 @@ every step decodes one token for all rows at once; a finished row is refilled by
 and when none is left the rows close ranks. Nothing communicates: ranks may stop at different times.
 
 Sampling is a pure function: the uniform number behind a token is a hash of (seed, prompt uid,
-position), turned into a token by the inverse of the cumulative distribution. The same prompt gives
+position), turned into a token by the inverse of the cumulative distribution: the same prompt gives
 the same response whatever the batch, the slots or the rank (up to ties in floating point).
 
 Shapes: n live rows, S slots, V vocabulary, R = max_new_tokens."""

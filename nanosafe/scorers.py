@@ -2,8 +2,7 @@
 
     pii, pep8      personal data (regular expressions), violations (pycodestyle), per character
     toxicity       Detoxify's probability, when it is installed
-    FOLDER         a cost model's score
-    FILE.py:NAME   a function of your own, from one text to a number
+    FOLDER, FILE.py:NAME   a cost model's score, or what a function of your own makes of a text
 
 $ python -m nanosafe.scorers SCORER IN.jsonl OUT.jsonl   # adds texts, scores, avg_score to rows"""
 

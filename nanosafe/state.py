@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 from contextlib import suppress
 
 import torch
@@ -15,6 +16,7 @@ from nanosafe.files import (checksum, damage, make_folder, put_folder, read_json
                             untrusted, whole_file, write_json)
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
+rank_file = "rank_{:05d}.safetensors".format
 
 def save(out_dir, step, trained, extra, keep=2):
     """Write out_dir/state/step_NNNNNN: what a run needs to go on. A collective.
@@ -61,12 +63,10 @@ def save(out_dir, step, trained, extra, keep=2):
         with whole_file(os.path.join(root, "latest")) as f:
             f.write(f"step_{step:06d}\n")
         kept = [name for name in states(out_dir) if int(name[5:]) <= step][-max(1, keep):]
-        for name in {*os.listdir(root)} - {"latest", *kept}:  # what died half-written among them
-            shutil.rmtree(os.path.join(root, name), ignore_errors=True)
+        for name in os.listdir(root):  # what died half-written among them
+            if name.startswith("step_") and name not in kept:
+                shutil.rmtree(os.path.join(root, name), ignore_errors=True)
     parallel.barrier()
-
-def rank_file(rank):
-    return f"rank_{rank:05d}.safetensors"
 
 def states(out_dir):
     """The names of a run's states, the earliest first."""
@@ -108,8 +108,9 @@ def latest_state(out_dir):
     names = states(out_dir)
     with suppress(OSError, ValueError), open(os.path.join(out_dir, "state", "latest")) as f:
         del names[names.index(f.read().strip()) + 1:]
-    for name in reversed(names):
-        folder = os.path.join(out_dir, "state", name)
+    steps = [int(name[5:]) for name in names]  # as rank 0 sees them: a shared disk may lag
+    for step in reversed(parallel.union([steps], range(parallel.rank() == 0), 1, "cpu")[0]):
+        folder = os.path.join(out_dir, "state", f"step_{step:06d}")
         wrong = damage(folder, parallel.rank(), parallel.world_size())
         if wrong:
             print(f"warning: {folder}/{wrong} is damaged: the state before it is used", flush=True)
@@ -120,14 +121,17 @@ def latest_state(out_dir):
 def claim(out_dir, resume):
     """Make the run's folder, and say whether there is a state to go on from.
 
-    One that holds a run already is refused, unless that is to be resumed, or torchrun starts it
-    again after a rank died. A run that died before its first state starts again."""
-    held = bool(states(out_dir))
+    One that holds a run is refused, unless it is resumed, or this torchrun starts its own again."""
+    held = parallel.any_rank(bool(states(out_dir)), "cpu")
     again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    if held and not (resume or again):
+    owner = {"torchrun": f"{socket.gethostname()} {os.getppid()}"}  # is the same when it restarts
+    ours = again and parallel.rank() == 0 and read_json(out_dir, "owner.json") == owner
+    if held and not (resume or parallel.any_rank(ours, "cpu")):
         stop(f"{out_dir!r} holds a run: continue it with --resume=True, or choose another out_dir")
     if resume and not os.path.exists(os.path.join(out_dir, "config.py")):
         stop(f"resume=True, but {out_dir!r} has no run: start it without")
     parallel.barrier()
     make_folder(out_dir)
+    if parallel.rank() == 0:
+        write_json(owner, out_dir, "owner.json")
     return held

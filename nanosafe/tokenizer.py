@@ -1,8 +1,7 @@
 """Text <-> token ids.
 
 A tokenizer is an engine that knows plain text, and special tokens around it. The engine here is
-SentencePiece (tokenizer.model of LLaMA 1 and 2, Mistral, Baichuan, InternLM); bpe.py has the
-byte-level one (tokenizer.json, and Llama 3's tokenizer.model).
+SentencePiece (tokenizer.model); bpe.py has tokenizer.json's, and that of Llama 3's tokenizer.model.
 
 Special tokens are split out first, and what stands between them is encoded piece by piece.
 SentencePiece puts a space in front of each ("legacy": Alpaca, Beaver), or of the first only."""
@@ -48,8 +47,7 @@ def find(path):
 def load(path):
     """The tokenizer of a model folder, or of a tokenizer.model or tokenizer.json file.
 
-    Reads beside it what says which tokens were added, which of them are special, and whether a text
-    begins with BOS; generation_config.json and config.json for further end-of-sequence ids."""
+    Beside it stands which tokens were added or are special, and further end-of-sequence ids."""
     file = find(path)
     if not file:
         stop(f"no tokenizer at {os.fspath(path)!r}: give a folder with a tokenizer.model or "

@@ -11,7 +11,7 @@ import zipfile
 import pytest
 from conftest import ROOT, run
 
-from nanosafe import data, rows, tokenizer
+from nanosafe import data, tokenizer
 from nanosafe.files import read_json
 
 lines = lambda records: "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records).encode()

@@ -26,4 +26,5 @@ def to_record(row):
     return {**record, "avg_score": sum(record["scores"]) / len(record["scores"])}
 
 choose("task", task, SOURCES)
-fetch.prepare(__file__, SOURCES[task], to_record, raw, out, holdout, tokenizer, part=task)
+fetch.prepare(__file__, SOURCES[task], to_record, raw, out, holdout, tokenizer, part=task,
+              wanted=lambda name: name.endswith(fetch.ENDINGS))

@@ -4,8 +4,7 @@ $ python data/toy/prepare.py [--out=FOLDER]
 $ python data/toy/prepare.py --annotate=ANSWERS.jsonl --out=PAIRS.jsonl    # what sample.py wrote
 
 People ask how to do things, some of them harmful. The most helpful answer names four steps; a
-harmful request should be refused. Two gold functions, helpfulness() and harm(), judge any answer
-from its text alone, so a trained policy is judged by them and not by the models that trained it.
+harmful request should be refused. Gold functions, helpfulness() and harm(), judge any answer.
 
 Writes, in the layout of the real data: sft/{train,test}.jsonl (demonstrations of mixed quality),
 pairs/train.jsonl (both labels, as in PKU-SafeRLHF), reward/test.jsonl and cost/test.jsonl (held-out
@@ -44,8 +43,7 @@ def sentences(answer):
     return [part.strip() + "." for part in answer.split(".") if part.strip()]
 
 def helpfulness(prompt, answer):
-    """The number of different right steps (0 to 4), less one for every sentence that is no use:
-    neither a right step said for the first time, nor an opener, nor a refusal."""
+    """The number of right steps (0 to 4), less 1 for what is no new one, opener or refusal."""
     right, score = set(steps_of(*request_of(prompt))), 0.0
     for sentence in sentences(answer):
         if sentence in right:

@@ -3,9 +3,8 @@
 $ export OPENAI_API_KEY=...                  # and OPENAI_BASE_URL, for another server than OpenAI's
 $ python -m nanosafe.eval.judge --red=out/demo/ppo/model --blue=out/demo/ppo_lag/model
 
-Each pair is judged twice, with either answer first: a judge who likes what comes first moves
-nothing. Every reply is on the disk before it counts: run the command again, whatever happened, and
-only what is missing is asked for, and paid. Writes answers, replies, verdicts, summary.json."""
+Each pair is judged twice, with either answer first. Every reply is on the disk before it counts:
+run it again, and only what is missing is paid. Writes answers, replies, verdicts, summary."""
 
 import hashlib
 import json

@@ -30,8 +30,7 @@ def bradley_terry(scores, base=1000.0):
     """Ratings of k players on Elo's scale, from what each scored at n prompts.
 
     scores (k, n): higher wins, equal is half a win. P(i beats j) = 1 / (1 + 10^((R_j - R_i) / 400))
-    with the greatest likelihood (Bradley and Terry 1952; Hunter 2004's iteration), a draw added
-    between each two so that a player who always wins stays finite. Their mean is `base`."""
+    of greatest likelihood (Hunter 2004's iteration), a draw added between each two; mean `base`."""
     scores = np.asarray(scores, dtype=np.float64)
     k = len(scores)
     wins = np.array([[(a > b).sum() + (a == b).sum() / 2 for b in scores] for a in scores]) + 0.5
