@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-import socket
+import zlib
 from contextlib import suppress
 
 import torch
@@ -121,10 +121,10 @@ def latest_state(out_dir):
 def claim(out_dir, resume):
     """Make the run's folder, and say whether there is a state to go on from.
 
-    One that holds a run is refused, unless it is resumed, or this torchrun starts its own again."""
+    One that holds a run is refused, unless it is resumed, or its own torchrun starts it again."""
     held = parallel.any_rank(bool(states(out_dir)), "cpu")
     again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    owner = {"torchrun": f"{socket.gethostname()} {os.getppid()}"}  # is the same when it restarts
+    owner = {"torchrun": zlib.crc32(f"{os.uname().nodename} {os.getppid()}".encode())}
     ours = again and parallel.rank() == 0 and read_json(out_dir, "owner.json") == owner
     if held and not (resume or parallel.any_rank(ours, "cpu")):
         stop(f"{out_dir!r} holds a run: continue it with --resume=True, or choose another out_dir")

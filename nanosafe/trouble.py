@@ -25,7 +25,7 @@ def explain(error, knobs, ranks=1):
     if ranks > 1 and re.search("(closed|reset) by peer|Timed out|process exited", text):
         return f"another rank ended, and this one with it ({text[:80]})"
     if getattr(error, "errno", None) in DISK:
-        return f"{text}; mend this, and a run goes on from its last state with --resume=True"
+        return f"{text}; mend this: a run goes on from its last state with --resume=True"
 
 def watch(store, rank, size, calls, minutes, lasts):
     """Start a thread that ends this process when it has waited `minutes` for another rank, and says
