@@ -228,7 +228,7 @@ def test_a_run_that_died_before_its_first_state_starts_again(trainers, tmp_path)
 
 
 def test_torchrun_brings_a_run_back_when_a_rank_dies(trainers, tmp_path):
-    flags = [*without(trainers["cost"], "max_steps"), "--max_steps=30", "--epochs=9", "--parallel=fsdp"]
+    flags = [*without(trainers["cost"], "max_steps"), "--max_steps=80", "--epochs=99", "--parallel=fsdp"]
     run(*flags, f"--out_dir={tmp_path}/a", ranks=2)
     process = spawn(*TORCHRUN, "--max-restarts=2", *flags, f"--out_dir={tmp_path}/b")
     wait_for_rows(tmp_path / "b", 5, process)
