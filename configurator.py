@@ -60,9 +60,8 @@ def configure(script):
 
 def save(config, path):
     """Write `config` to `path` as a config file that configure() reads back to the same values."""
-    lines = [f"{name} = {value!r}\n" for name, value in config.items()]
     with open(path + ".tmp", "w", encoding="utf-8") as f:
-        f.writelines(lines)
+        f.writelines(f"{name} = {value!r}\n" for name, value in config.items())
     os.replace(path + ".tmp", path)
 
 def read_knobs(script):

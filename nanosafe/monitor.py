@@ -35,9 +35,8 @@ class Monitor:
         self.watch = Watch(config)
         for line in rows:  # what they say was said
             self.watch.see(json.loads(line))
-        often = 0.2 if sys.stderr.isatty() else 10  # seconds: a log file needs few lines
         self.bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True,
-                        mininterval=often)
+                        mininterval=0.2 if sys.stderr.isatty() else 10)  # a log needs few lines
         if log_to:
             names = filter(None, map(str.strip, log_to.split(",")))
             self.sinks = [sink(name, out_dir, config, start) for name in names]

@@ -59,12 +59,14 @@ def init(device="auto", knobs=None):
 
     def leave(kind, error, trace):
         from nanosafe import trouble
-        if said := trouble.explain(error, knobs or {}, size):
-            print(f"error: rank {rank}: {said}", file=sys.stderr, flush=True)
-        else:
-            sys.__excepthook__(kind, error, trace)
-        if dist.is_initialized():
-            os._exit(1)
+        try:
+            if said := trouble.explain(error, knobs or {}, size):
+                print(f"error: rank {rank}: {said}", file=sys.stderr, flush=True)
+            else:
+                sys.__excepthook__(kind, error, trace)
+        finally:  # be it that nobody listens any more
+            if dist.is_initialized():
+                os._exit(1)
 
     sys.excepthook = leave
     return World(rank, size, device, rank == 0)

@@ -47,7 +47,7 @@ def test_the_test_requests_are_new(toy, world):
     assert not pairs["train"] & pairs["test"] and len(split["test"]) >= 500
     for name, gold in (("reward", toy.helpfulness), ("cost", toy.harm)):
         for row in data.load(str(world / "data" / name / "test.jsonl")):
-            assert toy.differs(gold, row)
+            assert gold(row["input"], row["answer"]) != gold(row["input"], row["other_answer"])
             assert toy.request_of(row["input"]) in pairs["test"]
 
 
