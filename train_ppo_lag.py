@@ -348,7 +348,7 @@ while step < steps:
             for k, micro in enumerate(micros):
                 batch = ptx.batch([examples[j] for j in micro], world.device)
                 m = batch.targets >= 0
-                loss = mle_loss(actor(*batch), m) * (m.sum() / count)
+                loss = mle_loss(actor(*batch, even=True), m) * (m.sum() / count)
                 backward(actor, loss * ptx_coef * actor_weight, k == len(micros) - 1)
                 sums["ptx_loss"] += loss.detach()
 

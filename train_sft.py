@@ -156,10 +156,11 @@ def loss_of(dataset, examples):
     """The mean loss of some examples' tokens, and how many there are."""
     batch = dataset.batch(examples, world.device)
     mask = batch.targets >= 0
-    logps, values = model(*batch), torch.zeros(())
+    even = objective in ("mle", "filter", "conditional")
+    logps, values = model(*batch, even=even), torch.zeros(())
     if objective == "awr":
         logps, values = logps[0], -torch.sigmoid(logps[1])  # V is in (-1, 0), as PHF's scores are
-    if objective in ("mle", "filter", "conditional"):
+    if even:
         return mle_loss(logps, mask), mask.sum()
     scores = scores_of(dataset, examples, world.device)
     if objective == "unlikelihood":

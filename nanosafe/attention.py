@@ -63,20 +63,21 @@ class Packed(NamedTuple):
 class Step(NamedTuple):
     """One new token for each of the first n cache slots."""
     positions: torch.Tensor  # (n,) position of the new token in its sequence
-    mask: torch.Tensor  # (n, 1, 1, extent): whether the new token sees a slot's key
     rows: torch.Tensor  # (n,) 0 .. n-1
+    groups: list  # [(slice of rows, (rows, 1, 1, extent): whether a token sees a slot's key)]
 
     def attend(self, q, k, v, cache):
         """q (n, H, E), k and v (n, K, E) -> (n, H, E)."""
         n, H, E = q.shape
-        K, extent = k.shape[1], self.mask.shape[-1]
+        K = k.shape[1]
         cache.k[self.rows, :, self.positions] = k
         cache.v[self.rows, :, self.positions] = v
         # The heads of a group share their keys: laid out as that many queries, none is repeated.
-        q = q.view(n, K, H // K, E)
-        out = F.scaled_dot_product_attention(q, cache.k[:n, :, :extent], cache.v[:n, :, :extent],
-                                             attn_mask=self.mask)
-        return out.reshape(n, H, E)
+        q = q.reshape(n, K, H // K, E)
+        out = [F.scaled_dot_product_attention(
+            q[rows], cache.k[rows, :, :mask.shape[-1]], cache.v[rows, :, :mask.shape[-1]],
+            attn_mask=mask) for rows, mask in self.groups]
+        return torch.cat(out).view(n, H, E)
 
 class Cache(NamedTuple):
     """Keys and values of one layer."""
@@ -100,11 +101,14 @@ def limit(seqs, config, x):
     window, kv = config.sliding_window, config.num_key_value_heads
     slopes = alibi_slopes(config.num_attention_heads, x.device) if config.alibi else None  # (H,)
     if isinstance(seqs, Step):
-        n, extent = len(seqs.positions), seqs.mask.shape[-1]
-        back = seqs.positions[:, None] - torch.arange(extent, device=x.device)
-        mask = visible(back[:, None], window, slopes, x.dtype)  # (n, 1 or H, extent)
-        # A bool (n, 1, 1, extent), or what is added to the logits (n, K, H / K, extent).
-        return seqs._replace(mask=mask.view(n, kv, -1, extent) if config.alibi else mask[:, None])
+        groups = []
+        for rows, mask in seqs.groups:
+            places = torch.arange(mask.shape[-1], device=x.device)
+            mask = visible(seqs.positions[rows, None, None] - places, window, slopes, x.dtype)
+            # A bool (n, 1, 1, extent), or what is added to the logits (n, K, H / K, extent).
+            groups.append((rows, mask.view(len(mask), kv, -1, len(places)) if config.alibi
+                           else mask[:, None]))
+        return seqs._replace(groups=groups)
     seqs = seqs._replace(window=window)
     if not config.alibi and (window >= seqs.max_seqlen or x.is_cuda and x.dtype != torch.float32):
         return seqs  # nothing to hide, or the kernel knows windows

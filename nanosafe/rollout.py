@@ -13,9 +13,11 @@ Shapes: n live rows, S slots, V vocabulary, R = max_new_tokens."""
 import torch
 
 from nanosafe import attention
+from nanosafe.model import linear
 
 MASK64 = 2**64 - 1
-PREFILL_TOKENS = 8192  # packed prompt tokens per prefill
+PREFILL_TOKENS = 8192  # packed prompt tokens per prefill on a GPU; on a CPU an eighth
+GROUP = 16  # rows that on a CPU read as much of the cache as the longest of them
 
 @torch.no_grad()
 def generate(model, prompts, max_new_tokens, *, temperature=1.0, top_k=0, top_p=1.0, eos_ids, seed,
@@ -58,14 +60,16 @@ class Work:
         self.limits, self.eos = limits, eos
         self.on_finish, self.on_token = on_finish, on_token
         self.responses = [[] for _ in prompts]
-        self.waiting = list(reversed(range(len(prompts))))
+        # The longest first: rows of like length lie together, and the last to end is a short one.
+        self.waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         self.live = []  # live[row] is the prompt in that row: rows 0 .. len(live) - 1 of the engine
 
     def refill(self):
         """Prefill free rows with the next prompts, in packs of about PREFILL_TOKENS."""
+        most = PREFILL_TOKENS if self.engine.device.type == "cuda" else PREFILL_TOKENS // 8
         while self.waiting and len(self.live) < self.engine.slots:
             first, count = len(self.live), 0
-            while self.waiting and len(self.live) < self.engine.slots and count < PREFILL_TOKENS:
+            while self.waiting and len(self.live) < self.engine.slots and count < most:
                 count += len(self.prompts[self.waiting[-1]])
                 self.live.append(self.waiting.pop())
             new = self.live[first:]
@@ -93,7 +97,7 @@ class Engine:
         c, weight = model.config, model.embed_tokens.weight
         self.model, self.device = model, weight.device
         self.sampling = *sampling[:3], torch.tensor(sampling[3], dtype=torch.int64).to(self.device)
-        self.head = model.vocabulary().T
+        self.head = model.vocabulary()
         model.check_length(length)
         length = -(-length // 64) * 64
         if not slots:
@@ -124,7 +128,7 @@ class Engine:
         self.keys[rows] = ints([key - 2**64 if key >= 2**63 else key for key in keys])
         self.positions[rows] = lengths
         self.prompt_lengths[rows] = lengths
-        self.tokens[rows] = sample(x @ self.head, self.keys[rows],
+        self.tokens[rows] = sample(linear(x, self.head), self.keys[rows],
                                    torch.zeros_like(lengths), *self.sampling)
         for row, prompt in enumerate(prompts, start=first):
             self.extents[row] = len(prompt) + 1
@@ -132,20 +136,22 @@ class Engine:
 
     def step(self, n):
         """Decode one token for each of the first n rows; returns the n new tokens."""
-        extent = max(self.extents[:n])
         if self.device.type == "cuda":
             self.replay(min(self.slots, 1 << (n - 1).bit_length()))  # graphs for powers of two only
-        else:
-            self.decode(n, extent)
+        else:  # no key is read that none of a group's rows has
+            parts = [slice(i, min(i + GROUP, n)) for i in range(0, n, GROUP)]
+            self.decode(n, [(rows, max(self.extents[rows])) for rows in parts])
         for row in range(n):
             self.extents[row] += 1
         return self.tokens[:n].tolist()
 
-    def decode(self, n, extent):
+    def decode(self, n, parts):
+        """One token for the first n rows, whose `parts`, (rows, extent), see that many keys."""
         positions = self.positions[:n]
-        mask = (self.columns[:extent] <= positions[:, None])[:, None, None]  # (n, 1, 1, extent)
-        step = attention.Step(positions, mask, self.rows[:n])
-        logits = self.model.hidden(self.tokens[:n], step, self.caches) @ self.head
+        groups = [(rows, (self.columns[:extent] <= positions[rows, None])[:, None, None])
+                  for rows, extent in parts]  # masks (rows, 1, 1, extent)
+        step = attention.Step(positions, self.rows[:n], groups)
+        logits = linear(self.model.hidden(self.tokens[:n], step, self.caches), self.head)
         index = positions - self.prompt_lengths[:n] + 1
         self.tokens[:n] = sample(logits, self.keys[:n], index, *self.sampling)
         # A graph also computes rows beyond the live ones; theirs must stay inside the cache.
@@ -153,18 +159,18 @@ class Engine:
 
     def replay(self, n):
         """decode(n) as one CUDA graph over the whole cache length: one launch a step."""
-        length = len(self.columns)
         if n not in self.graphs:
+            parts = [(slice(0, n), len(self.columns))]
             state = self.tokens.clone(), self.positions.clone()
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
-                self.decode(n, length)  # warm up; what it writes is overwritten by the same step
+                self.decode(n, parts)  # warm up; what it writes is overwritten by the same step
             torch.cuda.current_stream().wait_stream(side)
             self.restore(state)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                self.decode(n, length)
+                self.decode(n, parts)
             self.restore(state)
             self.graphs[n] = graph
         self.graphs[n].replay()
@@ -188,8 +194,11 @@ def sample(logits, keys, index, temperature, top_k, top_p, banned):
     logits = logits.index_fill(1, banned, -torch.inf) if len(banned) else logits
     if temperature == 0:
         return logits.argmax(dim=-1)
-    probs = filter_probs((logits.float() / temperature).softmax(dim=-1), top_k, top_p)
-    return inverse_cdf(probs, uniforms(keys, index))
+    logits = logits.float() / temperature
+    weights = logits.sub_(logits.amax(dim=-1, keepdim=True)).exp_()
+    if top_k or top_p < 1:
+        weights = filter_probs(weights / weights.sum(dim=-1, keepdim=True), top_k, top_p)
+    return inverse_cdf(weights, uniforms(keys, index))
 
 def filter_probs(probs, top_k, top_p):
     """Zero what is outside the top_k likeliest, then outside the fewest with top_p of the rest."""
@@ -207,7 +216,9 @@ def inverse_cdf(probs, u):
     """The token at which the cumulative sum of probs (n, V) passes u (n,) of the total."""
     n, V = probs.shape
     block = 128
-    probs = torch.nn.functional.pad(probs, (0, -V % block)).view(n, -1, block)
+    if V % block:
+        probs = torch.nn.functional.pad(probs, (0, -V % block))
+    probs = probs.view(n, -1, block)
     sums = probs.sum(dim=-1).double().cumsum(dim=-1)  # (n, blocks)
     goal = u * sums[:, -1]
     which = torch.searchsorted(sums, goal[:, None], right=True).clamp(max=sums.shape[1] - 1)

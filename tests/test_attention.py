@@ -54,7 +54,20 @@ def test_a_step_over_the_cache_equals_the_packed_sequence():
     head.attend(q[first], k[first], v[first], cache)
     last, positions = torch.tensor([5, 8]), torch.tensor([5, 2])
     mask = (torch.arange(8) <= positions[:, None])[:, None, None]
-    step = attention.Step(positions, mask, torch.arange(2))
+    for groups in ([(slice(0, 2), mask)], [(slice(0, 1), mask[:1, ..., :6]), (slice(1, 2), mask[1:, ..., :3])]):
+        step = attention.Step(positions, torch.arange(2), groups)
+        assert torch.allclose(step.attend(q[last], k[last], v[last], cache), whole[last], atol=1e-6)
+
+
+def test_a_step_reads_no_further_than_it_says():
+    lengths = [6, 3]
+    q, k, v, seqs = inputs(lengths)
+    cache = attention.Cache(torch.full((2, 2, 8, 16), torch.nan), torch.full((2, 2, 8, 16), torch.nan))
+    whole = seqs.attend(q, k, v, None)
+    seqs._replace(slots=torch.arange(2)).attend(q, k, v, cache)
+    last, positions = torch.tensor([5, 8]), torch.tensor([5, 2])
+    groups = [(slice(i, i + 1), torch.ones(1, 1, 1, n, dtype=torch.bool)) for i, n in enumerate(lengths)]
+    step = attention.Step(positions, torch.arange(2), groups)
     assert torch.allclose(step.attend(q[last], k[last], v[last], cache), whole[last], atol=1e-6)
 
 
@@ -93,6 +106,6 @@ def test_windows_and_alibi_equal_the_plain_definition(window, alibi):
     whole = attention.limit(seqs._replace(slots=torch.tensor([0, 1])), config, q)
     assert torch.allclose(whole.attend(q, k, v, cache), expected, atol=1e-5)
     last, positions = torch.tensor([5, 8]), torch.tensor([5, 2])
-    step = attention.Step(positions, (torch.arange(8) <= positions[:, None])[:, None, None], torch.arange(2))
+    step = attention.Step(positions, torch.arange(2), [(slice(0, 2), (torch.arange(8) <= positions[:, None])[:, None, None])])
     step = attention.limit(step, config, q)
     assert torch.allclose(step.attend(q[last], k[last], v[last], cache), expected[last], atol=1e-5)

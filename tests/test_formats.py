@@ -56,7 +56,7 @@ def decoded(model, prompt):
     for i in range(prompt, n):
         position = torch.tensor([i])
         mask = (torch.arange(n) <= position[:, None])[:, None, None]
-        out.append(model.hidden(TOKENS[i:i + 1], attention.Step(position, mask, row), caches))
+        out.append(model.hidden(TOKENS[i:i + 1], attention.Step(position, row, [(slice(0, 1), mask)]), caches))
     return torch.cat(out) @ model.vocabulary().T
 
 

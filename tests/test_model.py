@@ -69,29 +69,38 @@ def test_a_sequence_does_not_see_its_neighbours():
         assert torch.allclose(alone, logits, atol=1e-5)
 
 
-def test_log_probs_and_their_gradient_equal_the_plain_head(monkeypatch):
-    """Also in several chunks, with a temperature, and where nothing is read."""
-    monkeypatch.setattr(model, "chunks", lambda x, w: [slice(i, i + 3) for i in range(0, len(x), 3)])
+@pytest.mark.parametrize("even", [False, True])
+def test_log_probs_and_their_gradient_equal_the_plain_head(even, monkeypatch):
+    """Also in several blocks, with a temperature, and where nothing is read; weighed alike or each in its way."""
+    monkeypatch.setattr(model, "spans", lambda n, *_: [slice(i, i + 3) for i in range(0, n, 3)])
     net = scratch(small_config(), seed=1)
     _, *batch = packed([5, 6])
     targets = torch.randint(0, 97, (11,))
     targets[::4] = -100
-    weight = torch.randn(11)
+    weight = torch.full((11,), -0.3) if even else torch.randn(11)
 
     def gradient(logps):
         net.zero_grad()
         (logps * weight * (targets >= 0)).sum().backward()
         return {name: p.grad.clone() for name, p in net.named_parameters()}
 
-    ours = gradient(net(*batch, targets, temperature=0.7))
+    ours = gradient(net(*batch, targets, temperature=0.7, even=even))
     plain = (net(*batch) / 0.7).log_softmax(-1).gather(1, targets.clamp(min=0)[:, None])[:, 0]
     for name, g in gradient(plain).items():
         assert torch.allclose(ours[name], g, atol=1e-5), name
-    nothing = net(*batch, torch.full((11,), -100))
+    nothing = net(*batch, torch.full((11,), -100), even=even)
     assert (nothing == 0).all()
     net.zero_grad()
     nothing.sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in net.parameters())
+
+
+def test_even_log_probs_refuse_an_uneven_loss():
+    net = scratch(small_config(), seed=1)
+    _, *batch = packed([5, 6])
+    logps = net(*batch, torch.randint(0, 97, (11,)), even=True)
+    with pytest.raises(RuntimeError):
+        (logps * torch.arange(11)).sum().backward()
 
 
 def test_prompts_need_no_product_with_the_vocabulary(monkeypatch):
