@@ -1,0 +1,345 @@
+"""What a run needs and how long it takes, before anybody rents a cluster.
+
+$ python -m nanosafe.plan train_ppo_lag.py config/beaver_7b/ppo_lag.py --gpus=8 --gpu=a800-80gb
+$ python -m nanosafe.plan train_sft.py config/beaver_7b/sft.py --gpus=16 --gpu=h100 --shape=13b
+
+Behind the script: its config files and flags; and gpus, gpu (this machine: cpu, which is measured),
+shape (1.1b | 7b | 13b | 34b | 70b, where the recipe's model folder is not there yet), length (mean
+tokens of a sequence; by default max_len) and response (those among them that are sampled; half).
+
+The roofline is arithmetic: matrix products at the data sheet's rate, bytes of memory and of links
+at theirs, the slowest of the three for each phase. `expected` divides by SHARES, which on a GPU
+are assumptions (docs/benchmarks.md names their sources), on a CPU measured here."""
+
+import ast
+import math
+import os
+import sys
+import time
+from collections import namedtuple
+
+import torch
+
+import configurator
+from nanosafe.files import choose, read_json, stop, table
+from nanosafe.model import Config
+
+# memory GB; bf16 TFLOP/s without sparsity; memory, link to a GPU in the node, network of a node: GB/s
+GPU = namedtuple("GPU", "memory matrix bandwidth link network")
+GPUS = {"a800-80gb": GPU(80, 312, 2039, 200, 100), "a100-80gb": GPU(80, 312, 2039, 300, 100),
+        "a100-40gb": GPU(40, 312, 1555, 300, 100), "h100": GPU(80, 989, 3350, 450, 400),
+        "h200": GPU(141, 989, 4800, 450, 400), "rtx-4090": GPU(24, 165, 1008, 25, 25)}
+SHARES = {"matrix": 0.55, "bandwidth": 0.75, "link": 0.7}  # of the roofline, that are expected
+CPU_SHARES = {"matrix": 0.7, "bandwidth": 0.5, "link": 0.7}
+SHAPES = {"1.1b": (2048, 5632, 22, 32, 4), "7b": (4096, 11008, 32, 32, 32),
+          "13b": (5120, 13824, 40, 40, 40), "34b": (8192, 22016, 48, 64, 8),
+          "70b": (8192, 28672, 80, 64, 8)}
+NODE = 8  # GPUs in a node
+RESERVED = 2.5  # GB of a GPU for CUDA, NCCL's buffers and what fragments
+
+def model_tensors(c, head):
+    """(rows, columns) of a block's tensors, and of those outside the blocks."""
+    D, I, E = c.hidden_size, c.intermediate_size, c.head_dim
+    H, K = c.num_attention_heads, c.num_key_value_heads
+    block = [((H + 2 * K) * E, D), (D, H * E), (2 * I, D), (D, I), (D, 1), (D, 1)]
+    outside = [(c.vocab_size, D), (D, 1)]
+    if head == "score":
+        outside.append((1, D))
+    elif not c.tie_word_embeddings:
+        outside.append((c.vocab_size, D))
+    return block, outside
+
+def size(tensors, ranks=1):
+    """Numbers in tensors whose rows are dealt to ranks: the first rank's part, the largest."""
+    return sum(math.ceil(rows / ranks) * columns for rows, columns in tensors)
+
+class Run:
+    """A trainer's resolved knobs on `gpus` GPUs of a kind: its memory and its phases.
+
+    k  the knobs (dict); c  the policy's Config; a scorer and a critic have the same shape"""
+    def __init__(self, script, knobs, config, gpu, gpus, length=0, response=0):
+        self.k, self.c, self.gpu, self.gpus = knobs, config, gpu, gpus
+        self.cpu = gpu.link == 0
+        self.bytes = 4 if self.cpu or knobs["dtype"] == "float32" else 2  # of what is computed in
+        self.ppo = "actor_model" in knobs
+        self.length = length or knobs["max_len"]
+        half = min(self.length // 2, knobs.get("max_new_tokens", self.length))
+        self.response = (response or half) if self.ppo else 0
+        critics = (1 + bool(knobs["cost_model"])) * (knobs["advantage"] == "gae") if self.ppo else 0
+        score = knobs.get("objective") in ("reward", "cost")
+        self.trained = ["score" if score else "lm"] + ["score"] * critics
+        self.frozen = ["lm"] + ["score"] * (1 + bool(knobs["cost_model"])) if self.ppo else []
+        parameters = sum(size(sum(self.tensors(head), [])) for head in self.trained)
+        layout = knobs["parallel"]
+        if layout in ("auto", "plain"):  # parallel.places() decides alike
+            small = 16 * parameters < 0.25 * gpu.memory * 1e9 or gpus == 1
+            layout = "ddp" if small else "fsdp"
+        self.layout = layout
+        self.shards = {"ddp": 1, "fsdp": gpus, "hsdp": min(gpus, NODE)}[layout]
+        self.frozen_shards = 1 if layout == "ddp" and knobs["offload"] == "none" else self.shards
+        sequences = knobs["batch_size"] * (2 if score or knobs.get("objective") in ("dpo", "ipo")
+                                           else 1)
+        if self.ppo:
+            sequences = knobs["rollout_size"] * knobs["num_samples"]
+        self.sequences = sequences
+        self.tokens = math.ceil(sequences / gpus) * self.length  # of a rank, in a step or rollout
+        self.micros = math.ceil(self.tokens / knobs["max_tokens"])
+        self.packed = min(self.tokens, knobs["max_tokens"])
+
+    def tensors(self, head):
+        block, outside = model_tensors(self.c, head)
+        return block * self.c.num_hidden_layers, outside
+
+    def local(self, heads, shards):
+        return sum(size(sum(self.tensors(head), []), shards) for head in heads)
+
+    # ---- memory, bytes on the fullest GPU ----
+
+    def memory(self):
+        """[(part, bytes, knob)] of what is there while training, and while sampling."""
+        c, k, b = self.c, self.k, self.bytes
+        block, outside = model_tensors(c, "lm")
+        P = self.local(self.trained, self.shards)
+        away = not self.cpu and k["offload"] == "all"
+        always = [("weights, float32", 0 if away else 4 * P, "gpus, offload=all"),
+                  ("AdamW's moments", 0 if away else 8 * P, "gpus, offload=all")]
+        gone = not self.cpu and k["offload"] != "none"
+        frozen = 0 if gone else b * self.local(self.frozen, self.frozen_shards)
+        always.append(("frozen models", frozen, "gpus, offload=frozen"))
+        plain = self.cpu and self.gpus == 1
+        if not plain:  # two blocks at a time, and what is outside them, whole; their gradients
+            whole = size(outside) + 2 * size(block)
+            always.append(("gathered blocks", b * whole, "-"))
+        train = [("gradients, float32", 0 if away else 4 * P, "gpus"),
+                 ("activations", self.activations(), "max_tokens, activation_checkpointing")]
+        chunk = 2 * (32 * 2**20 if self.cpu else 2**29) if self.trained[0] == "lm" else 0
+        dense = c.vocab_size * c.hidden_size * (8 if plain else b + 4)
+        train.append(("logits and vocabulary gradients", chunk + dense, "-"))
+        if not plain:
+            train.append(("blocks' gradients", (b + 4) * size(block), "-"))
+        if not self.ppo:
+            return always, train, []
+        copy = 0 if plain else b * self.local(["lm"], 1)
+        row = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * b
+        live = min(k["slots"] or 256, math.ceil(self.sequences / self.gpus))
+        cache = live * row * math.ceil(k["max_len"] / 64) * 64
+        logits = 3 * 4 * live * c.vocab_size
+        return always, train, [("inference copy", copy, "-"), ("KV cache", cache, "slots, max_len"),
+                               ("sampler's logits", logits, "slots")]
+
+    def activations(self):
+        """What a micro-batch keeps for its backward pass; numbers per token and block, counted."""
+        c = self.c
+        D, I, HE = c.hidden_size, c.intermediate_size, c.num_attention_heads * c.head_dim
+        kept = 4 * D + 2 * HE + 4 * I + (5 if self.cpu else 3) * HE  # a CPU's attention pads copies
+        blocks = c.num_hidden_layers
+        numbers = kept + blocks * D if self.k["activation_checkpointing"] else kept * blocks
+        return self.packed * self.bytes * (numbers + 3 * D)
+
+    def peaks(self):
+        """(bytes while training, bytes while sampling)."""
+        always, train, sample = ([x for _, x, _ in parts] for parts in self.memory())
+        return sum(always + train), sum(always + sample) if sample else 0
+
+    # ---- time, on one GPU ----
+
+    def phases(self):
+        """[(phase, matrix FLOP, memory bytes, link bytes in a node, between nodes)] of a step or,
+        of PPO, of a rollout and its updates."""
+        k, N, targets = self.k, self.tokens, self.tokens
+        if not self.ppo:
+            return [self.train("step", self.trained[0], N, targets, even=k.get("objective") == "mle")]
+        answers = N * self.response // self.length
+        phases = self.sample()
+        heads = [("old log-probs", "lm", self.shards), ("reference", "lm", self.frozen_shards)]
+        for name in ("reward", "cost")[:len(self.frozen) - 1]:
+            heads.append((name, "score", self.frozen_shards))
+            if len(self.trained) > 1:
+                heads.append((name + " values", "score", self.shards))
+        phases += [self.read(name, head, N, answers, shards) for name, head, shards in heads]
+        for name, head in zip(("actor", "reward critic", "cost critic"), self.trained):
+            phases += [self.train(name, head, N * k["ppo_epochs"], answers * k["ppo_epochs"])]
+        if k["ptx_data"]:
+            updates = k["ppo_epochs"] * self.sequences // k["batch_size"]
+            tokens = math.ceil(k["batch_size"] / self.gpus) * self.length * updates
+            phases.append(self.train("ptx", "lm", tokens, tokens, even=True, update=False))
+        return phases
+
+    def flops(self, head, tokens, targets, passes, products):
+        """Matrix FLOP: 2 per weight and token in a pass over the blocks, attention over half of the
+        sequence on average, `products` with the vocabulary where a target is."""
+        c = self.c
+        blocks = size(self.tensors(head)[0]) * 2 * tokens
+        attention = 2 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * self.length
+        vocabulary = 2 * c.vocab_size * c.hidden_size * targets * products if head == "lm" else 0
+        return passes * (blocks + attention * tokens) + vocabulary
+
+    def gathered(self, head, shards, times):
+        """Link bytes of gathering a model's blocks `times` times, and the rest once."""
+        blocks, outside = self.tensors(head)
+        return self.bytes * (times * size(blocks) + size(outside)) * (shards - 1) / shards
+
+    def read(self, name, head, tokens, targets, shards):
+        flops = self.flops(head, tokens, targets, 1, 1)
+        weights = self.bytes * size(sum(self.tensors(head), [])) * self.micros
+        return name, flops, weights, self.micros * self.gathered(head, shards, 1), 0
+
+    def train(self, name, head, tokens, targets, even=False, update=True):
+        passes = 4 if self.k["activation_checkpointing"] else 3
+        flops = self.flops(head, tokens, targets, passes, 3 if even else 4)
+        P, local = size(sum(self.tensors(head), [])), self.local([head], self.shards)
+        micros = max(1, math.ceil(tokens / self.k["max_tokens"]))
+        moved = 4 * self.bytes * P * micros + (28 * local if update else 0)  # AdamW's reads, writes
+        reduced = 4 * P * (self.shards - 1) / self.shards
+        link = micros * (self.gathered(head, self.shards, 2) + reduced) if self.shards > 1 else 0
+        copies = self.gpus // self.shards
+        between = 2 * 4 * local * (copies - 1) / copies * (micros if self.shards > 1 else 1)
+        return name, flops, moved, link, between
+
+    def sample(self):
+        """Prompts are read once; then every step reads all weights, and the keys of its rows."""
+        c, k, b = self.c, self.k, self.bytes
+        rows = math.ceil(self.sequences / self.gpus)
+        live = min(k["slots"] or 256, rows)
+        prompts = rows * (self.length - self.response)
+        whole = self.gathered("lm", self.shards, 1)
+        prefill = "prompts", self.flops("lm", prompts, rows, 1, 1), 0, whole, 0
+        steps = math.ceil(rows / live) * self.response
+        row = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * b
+        keys = live * row * (self.length - self.response / 2)
+        weights = b * (size(sum(self.tensors("lm"), [])) - c.vocab_size * c.hidden_size)
+        flops = self.flops("lm", rows * self.response, rows * self.response, 1, 1)
+        return [prefill, ("responses", flops, steps * (weights + keys), 0, 0)]
+
+    def seconds(self):
+        """[(phase, matrix, bandwidth, link, roofline, expected)] in seconds."""
+        rows, shares = [], CPU_SHARES if self.cpu else SHARES
+        for name, flops, moved, link, between in self.phases():
+            times = {"matrix": flops / self.gpu.matrix / 1e12,
+                     "bandwidth": moved / self.gpu.bandwidth / 1e9, "link": self.link(link, between)}
+            rows.append((name, *times.values(), max(times.values()),
+                         max(times[key] / shares[key] for key in times)))
+        return rows
+
+    def link(self, inside, between):
+        """Seconds that collectives take: all of a node's network serves its NODE GPUs' rings."""
+        if self.gpus == 1 or self.cpu:
+            return 0.0
+        slow = min(self.gpu.link, self.gpu.network) if self.gpus > NODE else self.gpu.link
+        inside_rate = slow if self.shards > NODE else self.gpu.link
+        between_rate = self.gpu.network / NODE if self.shards > 1 else slow
+        return inside / inside_rate / 1e9 + between / between_rate / 1e9
+
+# ---- what the command says ----
+
+def fits(run):
+    room = run.gpu.memory - (0 if run.cpu else RESERVED)
+    return max(run.peaks()) / 1e9 <= room
+
+def nearest(make, knobs, gpus):
+    """The first change, from cheap to dear, with which a run fits: (what, Run); or None."""
+    smaller = {"activation_checkpointing": True, "max_tokens": knobs["max_len"]}
+    tries = [{"activation_checkpointing": True}, smaller, {**smaller, "offload": "frozen"}]
+    tries += [{**smaller, "gpus": gpus * 2**i} for i in range(1, 8)]
+    for change in tries:
+        run = make({**knobs, **{key: x for key, x in change.items() if key in knobs}},
+                   change.get("gpus", gpus))
+        if fits(run):
+            return " ".join(f"--{key}={x}" for key, x in change.items()), run
+    return None
+
+def report(run, make):
+    """Print the tables of a Run; make(knobs, gpus) gives others to try."""
+    gb = lambda x: f"{x / 1e9:.2f}"
+    print(f"\n{run.layout} over {run.gpus}, {len(run.trained)} models trained, {len(run.frozen)} "
+          f"frozen, {run.sequences} sequences of {run.length} tokens, {run.micros} micro-batches "
+          f"of at most {run.k['max_tokens']} tokens on each rank\n")
+    rows = [["memory per GPU, GB", "training", "sampling", "what changes it"]]
+    for i, parts in enumerate(run.memory()):
+        rows += [[name, gb(x) if i < 2 else "", gb(x) if run.ppo and i != 1 else "", knob]
+                 for name, x, knob in parts]
+    peaks = run.peaks()
+    print(table([*rows, ["all", gb(peaks[0]), gb(peaks[1]) if run.ppo else "",
+                         f"of {run.gpu.memory:.1f} GB"]]))
+    timed = run.seconds()
+    total = ["all", *(sum(column) for column in list(zip(*timed))[1:])]
+    shown = [[name, *(f"{x:.3g}" for x in numbers)] for name, *numbers in [*timed, total]]
+    print("\n" + table([["seconds", "matrix", "bandwidth", "link", "roofline", "expected"], *shown]))
+    print(f"\n{run.sequences / total[-1]:.2f} sequences/s, {run.sequences * run.length / total[-1]:.0f}"
+          f" tokens/s expected; {total[-1] / total[-2]:.2f}x the roofline")
+    if fits(run):
+        return
+    found = nearest(make, run.k, run.gpus)
+    print("it does not fit" + (f"; with {found[0]} it does: {max(found[1].peaks()) / 1e9:.1f} GB, "
+                               f"{sum(x[-1] for x in found[1].seconds()):.1f} s" if found else
+                               ", nor on 128 times the GPUs: take a smaller model"))
+
+def read_knobs(script, arguments):
+    """A script's knobs as it would resolve them; nothing of it runs but their assignments."""
+    if not os.path.isfile(script):
+        stop(f"no script {script!r}: give train_sft.py, train_pref.py or train_ppo_lag.py")
+    space = {"__file__": script}
+    with open(script, encoding="utf-8") as f:
+        for node in ast.parse(f.read()).body:
+            if configurator.calls_configure(node):
+                break
+            if isinstance(node, ast.Assign):
+                space[node.targets[0].id] = ast.literal_eval(node.value)
+    sys.argv = [script, *arguments]
+    return configurator.configure(space)
+
+def read_shape(knobs, shape):
+    """The policy's Config: of the model folder, or of a named shape."""
+    path = knobs.get("actor_model") or knobs["init_from"]
+    if shape or not os.path.isfile(os.path.join(path, "config.json")) and path != "scratch":
+        name = shape or next((s for s in SHAPES if s in path.lower()), "")
+        if name not in SHAPES:
+            stop(f"no model at {path!r}: say --shape=, one of {', '.join(SHAPES)}")
+        D, I, layers, H, K = SHAPES[name]
+        return Config(hidden_size=D, intermediate_size=I, num_hidden_layers=layers,
+                      num_attention_heads=H, num_key_value_heads=K)
+    if path != "scratch":
+        return Config.from_dict(read_json(path, "config.json"))
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+             "num_key_value_heads")
+    return Config(**{name: knobs[name] for name in names})
+
+def this_machine():
+    """A GPU's row for this CPU: its memory, and what it does in a second, measured."""
+    def best(work, times=7):
+        took = []
+        for _ in range(times):
+            began = time.perf_counter()
+            work()
+            took.append(time.perf_counter() - began)
+        return min(took)
+    x, y = torch.randn(1024, 1024), torch.randn(2**25)
+    flops, z = 2 * 1024**3 / best(lambda: x @ x), torch.empty_like(y)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    return GPU(memory, flops / 1e12, 2 * 4 * 2**25 / best(lambda: z.copy_(y)) / 1e9, 0, 0)
+
+def main(arguments):
+    own = {"gpus": "8", "gpu": "a800-80gb", "shape": "", "length": "0", "response": "0"}
+    rest = []
+    for argument in arguments:
+        name, _, text = argument.removeprefix("--").partition("=")
+        if argument.startswith("--") and name in own:
+            own[name] = text
+        else:
+            rest.append(argument)
+    if not rest or rest[0].startswith("-"):
+        print(__doc__)
+        return
+    choose("gpu", own["gpu"], (*GPUS, "cpu"))
+    for name in ("gpus", "length", "response"):
+        if not own[name].isdecimal():
+            stop(f"--{name}={own[name]}: a whole number")
+    knobs = read_knobs(rest[0], rest[1:])
+    gpu = this_machine() if own["gpu"] == "cpu" else GPUS[own["gpu"]]
+    config = read_shape(knobs, own["shape"])
+    length, response = int(own["length"]), int(own["response"])
+    make = lambda knobs, gpus: Run(rest[0], knobs, config, gpu, gpus, length, response)
+    report(make(knobs, max(1, int(own["gpus"]))), make)
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
