@@ -77,7 +77,6 @@ def build(config, head, place, dtype):
 
 def scratch(config, head="lm", seed=0, place=None):
     """A LLaMA with random weights, the same for every layout.
-
     N(0, initializer_range); outputs into the residual stream are scaled by depth, as in GPT-2."""
     model = build(config, head, place or parallel.Place(torch.device("cpu")), torch.float32)
     for name, p in parallel.parameters(model):
@@ -120,7 +119,6 @@ def copy_rows(target, first, source, start, height, skip=0, step=1):
 def locate(config, head, folder, fresh=(), vocab_size=0):
     """Where a model's parameters are in a folder: {parameter: [(tensor, its first row, rows, step,
     row of the parameter)]}. Stops on a tensor missing, misshapen, left over, or of whole numbers.
-
     vocab_size: the folder's, where the config's is greater."""
     with torch.device("meta"):
         model = LLaMA(config, head)
@@ -173,7 +171,6 @@ def fill(parameters, folder, places):
 @torch.no_grad()
 def save(model, path, tokenizer=None, dtype=None, head=None):
     """Write a model folder that transformers opens, in files of 5 GB. A collective.
-
     Written beside its place and then renamed, with checksums. Of two heads, `head` is written."""
     head = head or model.head
     other = {"lm": "score_head.", "score": "lm_head."}[head]

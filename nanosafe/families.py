@@ -95,23 +95,17 @@ def read(path):
     stop(f"no model at {path!r}: a model folder has a config.json, or Meta's params.json")
 
 class Joined:
-    """A tensor that model parallelism divided into `pieces`, by rows or by columns."""
-    def __init__(self, pieces, columns):
-        self.pieces, self.columns = pieces, columns
-        shape = list(pieces[0].shape)
-        shape[1 if columns else 0] *= len(pieces)
-        self.shape = torch.Size(shape)
+    """A tensor that model parallelism divided into `pieces`, by rows (dim 0) or columns (dim 1)."""
+    def __init__(self, pieces, dim):
+        self.pieces, self.dim = pieces, dim
+        self.shape = torch.cat([piece.to("meta") for piece in pieces], dim).shape
 
     def __getitem__(self, rows):
-        if self.columns:
+        if self.dim == 1:
             return torch.cat([piece[rows] for piece in self.pieces], dim=1)
-        height = len(self.pieces[0])
-        start, end, step = rows.indices(self.shape[0])
-        taken = []
-        for begin, piece in zip(range(0, self.shape[0], height), self.pieces):
-            first = start - begin if start >= begin else (start - begin) % step
-            taken.append(piece[first:max(first, end - begin):step])
-        return torch.cat(taken)
+        wanted, height = torch.arange(self.shape[0])[rows], len(self.pieces[0])
+        return torch.cat([piece[wanted[wanted // height == i] % height]
+                          for i, piece in enumerate(self.pieces)])
 
 def meta(path):
     """(config.json's dict, tensors) of a folder of Meta's: consolidated.*.pth and params.json."""
@@ -133,7 +127,7 @@ def meta(path):
             tensors[name] = first
         else:  # Llama 1 and 2 divide the embedding by columns, Llama 3 by rows
             columns = name.endswith(COLUMNS) or ("tok_embeddings" in name and first.shape[1] < D)
-            tensors[name] = Joined(pieces, columns)
+            tensors[name] = Joined(pieces, int(columns))
     vocabulary = tensors["tok_embeddings.weight"].shape[0]
     eps, scaled = params.get("norm_eps", 1e-5), params.get("use_scaled_rope", False)
     length = (2048 if eps == 1e-6 else 4096) if vocabulary < 100000 else 131072 if scaled else 8192

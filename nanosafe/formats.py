@@ -34,7 +34,6 @@ LLAMA = Family()
 
 def parts(config, name, family=LLAMA):
     """Where the rows of our parameter `name` are: [(tensor, first row, rows or None: all, step)].
-
     We multiply by q, k and v at once, and by gate and up at once; most folders keep them apart."""
     tensor = name if name.startswith(("lm_head.", "score_head.")) else "model." + name
     for ours, theirs in family.names:
@@ -60,7 +59,6 @@ def config_json(config, head):
 
 class Folder:
     """The tensors of what is at a path, read in slices: a tensor has a .shape and takes rows.
-
     Only files that its index names are opened, inside it, one at a time; nothing is executed."""
     def __init__(self, path):
         self.path = os.fspath(path)

@@ -78,7 +78,6 @@ def states(out_dir):
 @torch.no_grad()
 def load(out_dir, trained):
     """Restore the latest state into models and optimizers, returns its step and extras.
-
     The states' rows may lie in another number of files than there are ranks: each picks its own."""
     folder = latest_state(out_dir)
     state = read_json(folder, "state.json")
@@ -120,7 +119,6 @@ def latest_state(out_dir):
 
 def claim(out_dir, resume):
     """Make the run's folder, and say whether there is a state to go on from.
-
     One that holds a run is refused, unless it is resumed, or its own torchrun starts it again."""
     held = parallel.any_rank(bool(states(out_dir)), "cpu")
     again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0

@@ -46,7 +46,6 @@ def find(path):
 
 def load(path):
     """The tokenizer of a model folder, or of a tokenizer.model or tokenizer.json file.
-
     Beside it stands which tokens were added or are special, and further end-of-sequence ids."""
     file = find(path)
     if not file:
