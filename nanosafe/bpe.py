@@ -39,7 +39,8 @@ def llama3(file):
     ranks, would be as a tokenizer.json; and the rank of each pair: that of the token it makes."""
     with open(file, "rb") as f:
         rows = [line.split() for line in f.read().splitlines() if line]
-    vocab = {spell(base64.b64decode(token)): int(rank) for token, rank in rows}
+    vocab = {base64.b64decode(token).decode("latin-1").translate(SPELLING): int(rank)
+             for token, rank in rows}
     ranks = {(token[:i], token[i:]): rank for token, rank in vocab.items()
              for i in range(1, len(token)) if token[:i] in vocab and token[i:] in vocab}
     params = read_json(os.path.dirname(file), "params.json")
@@ -63,8 +64,7 @@ class BPE:
             if model.get(key):
                 stop(f"tokenizer.json: {key} is not known here")
         self.spec, self.ranks, self.vocab = spec, ranks, model["vocab"]
-        # Llama 3's own file is not copied: others take it for SentencePiece's.
-        self.files = FILES[1:]
+        self.files = FILES[1:]  # Llama 3's own is not copied: others take it for SentencePiece's
         self.pieces = {id: text for text, id in self.vocab.items()}
         self.size = max(self.pieces) + 1
         self.added = dict(read_added(t, "tokenizer.json") for t in spec.get("added_tokens") or ())
@@ -151,7 +151,7 @@ class BPE:
 
     def merge(self, word):
         """The ids of a word."""
-        word = word if self.marked else spell(word.encode())
+        word = word if self.marked else word.encode().decode("latin-1").translate(SPELLING)
         if word in self.whole:
             return [self.vocab[word]]
         parts = []
@@ -216,12 +216,7 @@ class BPE:
 
 def sequence(part, key):
     """The parts of a component of tokenizer.json: none, itself, or those of a Sequence."""
-    if not part:
-        return []
-    return part[key] if part["type"] == "Sequence" else [part]
-
-def spell(word):
-    return "".join(map(SPELLING.__getitem__, word))
+    return (part or {key: []}).get(key, [part])
 
 def translate(pattern):
     """A pattern of Hugging Face's engine in Python's words: \\p (unknown) and \\s (wider) spelt."""

@@ -24,16 +24,14 @@ FLOATS = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
 def load(path, head="auto", dtype=None, device="cpu", place=None, vocab_size=0, score_type=None,
          seed=0):
-    """Read a model folder -> LLaMA.
+    """Read a model folder -> LLaMA. Stops with one line on missing, surplus or misshapen tensors.
 
     head        "lm", "score", "both", or "auto": what the folder holds. A score head that it lacks
                 is drawn, and said.
     dtype       of the parameters; by default that of the files
     place       a parallel.Place instead of dtype and device: for training, and for many ranks
     vocab_size  rows that the tokenizer needs; missing ones are added as the mean of the others
-    score_type  "reward", "cost" or "critic", over what the config says
-
-    Stops with one line that lists missing, surplus or misshapen tensors."""
+    score_type  "reward", "cost" or "critic", over what the config says"""
     share = (parallel.rank(), parallel.world_size()) if place else (0, 1)
     if os.path.exists(os.path.join(path, CHECKSUMS)) and (name := damage(path, *share, True)):
         stop(f"{os.fspath(path)!r}: {name} is damaged; if you changed it, remove {CHECKSUMS}")

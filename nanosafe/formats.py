@@ -62,8 +62,7 @@ class Folder:
     Only files that its index names are opened, inside it, one at a time; nothing is executed."""
     def __init__(self, path):
         self.path = os.fspath(path)
-        self.files = {}  # tensor name -> file name
-        self.current = None, None  # the file that is open, its handle
+        self.files, self.current = {}, (None, None)  # tensor -> file; the one open, its tensors
         if os.path.isfile(os.path.join(self.path, "config.json")):
             self.read_index()
         else:

@@ -17,7 +17,6 @@ from nanosafe.files import stop, untrusted, write_jsonl
 class Monitor:
     """Writes a row per optimizer step to out_dir/metrics.jsonl and a few numbers on a bar.
 
-    out_dir   the run's folder
     steps     optimizer steps of the whole run
     start     the step the run resumes at; rows from there on, left by a run that died, are dropped
     log_to    comma-separated: tensorboard, wandb
