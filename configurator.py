@@ -99,8 +99,7 @@ def run_file(path):
 
 def check(name, value, config, where):
     """A value from a config file: for a knob that exists, of its default's type (or an int)."""
-    known(name, config, where)
-    want = type(config[name])
+    want = kind_of(name, config, where)
     if want is float and type(value) is int:
         value = float(value)
     if want is int and type(value) is float and value.is_integer():
@@ -111,8 +110,7 @@ def check(name, value, config, where):
 
 def parse(name, text, config):
     """A value from a flag, read as the type of the knob's default."""
-    known(name, config, "flag")
-    want = type(config[name])
+    want = kind_of(name, config, "flag")
     if want is str:
         return text
     kinds = {bool: "true, false, 1 or 0", int: "a whole number", float: "a number"}
@@ -126,11 +124,12 @@ def parse(name, text, config):
         pass
     stop(f"--{name}={' '.join(text.split())}: {name} takes {kinds[want]}")
 
-def known(name, config, where):
+def kind_of(name, config, where):
     if name not in config:
         near = difflib.get_close_matches(name, config, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]!r}?" if near else "; -h lists all knobs"
         stop(f"{where}: unknown knob {name!r}{hint}")
+    return type(config[name])
 
 def help_text(script, knobs, config):
     shown = {name: f"{name} = {json.dumps(config[name])}" for name in knobs}

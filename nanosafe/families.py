@@ -78,9 +78,8 @@ def other_json(config, d, head):
         kind, more = "mistral", {"sliding_window": window}
     else:
         kind, more = "qwen2", {"use_sliding_window": False}
-    suffix = "ForCausalLM" if head == "lm" else "ForScore"
-    architectures = [FAMILIES[kind].architecture + suffix]
-    return {**d, **more, "model_type": kind, "architectures": architectures}, FAMILIES[kind]
+    name = FAMILIES[kind].architecture + ("ForCausalLM" if head == "lm" else "ForScore")
+    return {**d, **more, "model_type": kind, "architectures": [name]}, FAMILIES[kind]
 
 # ---- no Hugging Face folder: both kinds name their tensors as Meta does ----
 
