@@ -62,7 +62,7 @@ def read_config(folder, head, score_type=None):
                for name in ("mean", "var") if "normalizer." + name in folder.tensors}
     stated = {"score_type": score_type} if score_type else {}
     config = Config.from_dict({**folder.config, **moments, **stated})
-    return config, head if head != "auto" else "score" if scored else "lm"
+    return config, ("score" if scored else "lm") if head == "auto" else head
 
 def build(config, head, place, dtype):
     """A LLaMA at its place, its memory taken and not yet filled."""
