@@ -102,8 +102,7 @@ def count_parameters(source):
         with untrusted(source):
             source = Config.from_dict(Folder(source).config)
     with torch.device("meta"):
-        model = LLaMA(source)
-    return sum(p.numel() for p in model.parameters())
+        return sum(p.numel() for p in LLaMA(source).parameters())
 
 def copy_rows(target, first, source, start, height, skip=0, step=1):
     """Copy the rows that two slices of a tensor share: `target` begins at its row `first`; `height`

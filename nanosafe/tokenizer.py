@@ -18,8 +18,7 @@ import sentencepiece
 
 from nanosafe.files import read_json, stop, untrusted, write_json
 
-# protobuf for normalizer_spec {add_dummy_prefix: false}: appended to a model, it overrides
-NO_PREFIX = b"\x1a\x02\x18\x00"
+NO_PREFIX = b"\x1a\x02\x18\x00"  # protobuf, to append: normalizer_spec {add_dummy_prefix: false}
 SPACE = "\t\n\x0b\x0c\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + (
     "\u2028\u2029\u202f\u205f\u3000")  # Unicode's White_Space; Python's has four more
 MARK = "\u2581"  # SentencePiece's way to write a space
