@@ -20,41 +20,36 @@ TYPES, INFINITY = (bool, int, float, str), float("inf")
 
 def configure(script):
     """Set the knobs in `script` (a module's globals()) from sys.argv; returns them, a dict.
-
     Stops with one line (SystemExit) on an unknown name, a wrong type or a missing file."""
-    knobs = read_knobs(script)
+    knobs, origin = read_knobs(script), {}
     config = {name: script[name] for name in knobs}
-    origin = {}
-    flags, files, asked = {}, [], False
-    for arg in sys.argv[1:]:
-        if arg in ("-h", "--help"):
-            asked = True
-        elif arg.startswith("--"):
-            name, equals, text = arg[2:].partition("=")
-            if not equals:
-                stop(f"{arg}: flags are written --key=value")
-            flags[name] = text
-        elif arg.endswith(".py"):
-            files.append(arg)
-        else:
+    given = [arg for arg in sys.argv[1:] if arg not in ("-h", "--help")]
+    files = [arg for arg in given if not arg.startswith("--")]
+    for arg in given:
+        if arg in files and not arg.endswith(".py"):
             stop(f"{arg!r} is neither a config file (*.py) nor a flag (--key=value)")
+        if arg not in files and "=" not in arg:
+            stop(f"{arg}: flags are written --key=value")
+    flags = dict(arg[2:].split("=", 1) for arg in given if arg not in files)
     for file in files:
-        for name, value in run_file(find_file(file, script)).items():
-            config[name] = check(name, value, config, where=file)
-            origin[name] = file
+        beside = os.path.join(os.path.dirname(os.path.abspath(script["__file__"])), file)
+        path = next(filter(os.path.isfile, (file, beside)), None)  # here, or beside the script
+        if not path:
+            stop(f"config file {file!r} does not exist")
+        for name, value in run_file(path).items():
+            config[name], origin[name] = check(name, value, config, where=file), file
     for name, text in flags.items():
-        config[name] = parse(name, text, config)
-        origin[name] = "flag"
-    if asked:
+        config[name], origin[name] = parse(name, text, config), "flag"
+    if len(given) < len(sys.argv) - 1:
         print(help_text(script, knobs, config))
         sys.exit()
     script.update(config)
     if os.environ.get("RANK", "0") == "0":
-        width = max([len(name) for name in origin], default=0)
+        width = max(map(len, origin), default=0)
         for name in origin:
             print(f"{name:<{width}} = {config[name]!r}  ({origin[name]})")
-        rest = [f"{name}={value!r}" for name, value in config.items() if name not in origin]
-        text = "as by default: " + ", ".join(rest)
+        rest = ", ".join(f"{name}={config[name]!r}" for name in config if name not in origin)
+        text = f"as by default: {rest}"
         print(textwrap.fill(text, 100, subsequent_indent="    "), flush=True)
     return config
 
@@ -68,8 +63,7 @@ def read_knobs(script):
     """{name: comment} of the knobs: what the source assigns at module level before configure()."""
     with open(script["__file__"], encoding="utf-8") as f:
         source = f.read()
-    lines = source.splitlines()
-    knobs = {}
+    lines, knobs = source.splitlines(), {}
     for node in ast.parse(source).body:
         if calls_configure(node):
             break
@@ -88,14 +82,6 @@ def calls_configure(node):
     calls = (n.func for n in ast.walk(node) if isinstance(n, ast.Call))
     return any(getattr(f, "id", getattr(f, "attr", "")) == "configure" for f in calls)
 
-def find_file(file, script):
-    """A config file is looked for from the current folder, then from the script's own."""
-    beside = os.path.join(os.path.dirname(os.path.abspath(script["__file__"])), file)
-    for path in (file, beside):
-        if os.path.isfile(path):
-            return path
-    stop(f"config file {file!r} does not exist")
-
 def run_file(path):
     """The assignments of a config file, run in a namespace of its own: it cannot read knobs."""
     space = {"__file__": path, "__name__": "config"}
@@ -108,14 +94,12 @@ def run_file(path):
              "script after configure()")
     except SyntaxError as error:
         stop(f"{path}, line {error.lineno}: {error.msg}")
-    is_module = type(os)
     return {name: value for name, value in space.items()
-            if not name.startswith("_") and type(value) is not is_module}
+            if not name.startswith("_") and type(value) is not type(os)}  # no module
 
 def check(name, value, config, where):
     """A value from a config file: for a knob that exists, of its default's type (or an int)."""
-    known(name, config, where)
-    want = type(config[name])
+    want = kind_of(name, config, where)
     if want is float and type(value) is int:
         value = float(value)
     if want is int and type(value) is float and value.is_integer():
@@ -126,8 +110,7 @@ def check(name, value, config, where):
 
 def parse(name, text, config):
     """A value from a flag, read as the type of the knob's default."""
-    known(name, config, "flag")
-    want = type(config[name])
+    want = kind_of(name, config, "flag")
     if want is str:
         return text
     kinds = {bool: "true, false, 1 or 0", int: "a whole number", float: "a number"}
@@ -141,19 +124,20 @@ def parse(name, text, config):
         pass
     stop(f"--{name}={' '.join(text.split())}: {name} takes {kinds[want]}")
 
-def known(name, config, where):
+def kind_of(name, config, where):
     if name not in config:
         near = difflib.get_close_matches(name, config, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]!r}?" if near else "; -h lists all knobs"
         stop(f"{where}: unknown knob {name!r}{hint}")
+    return type(config[name])
 
 def help_text(script, knobs, config):
-    lines = [(script.get("__doc__") or "").strip(), "",
-             "Knobs (defaults < config files from left to right < --key=value), as they stand:"]
-    width = max(len(f"{name} = {json.dumps(config[name])}") for name in knobs)
-    for name, comment in knobs.items():
-        lines.append(f"  {f'{name} = {json.dumps(config[name])}':<{width}}  {comment}")
-    return "\n".join(lines)
+    shown = {name: f"{name} = {json.dumps(config[name])}" for name in knobs}
+    width = max(map(len, shown.values()))
+    return "\n".join([
+        (script.get("__doc__") or "").strip(), "",
+        "Knobs (defaults < config files from left to right < --key=value), as they stand:",
+        *(f"  {shown[name]:<{width}}  {comment}" for name, comment in knobs.items())])
 
 def stop(message):
     raise SystemExit("error: " + " ".join(message.splitlines()))

@@ -12,9 +12,10 @@ import os
 import re
 import unicodedata
 from functools import lru_cache
+from itertools import count
 
 from nanosafe.files import read_json, stop, write_json
-from nanosafe.tokenizer import FILES, MARK, SPACE, Token
+from nanosafe.tokenizer import FILES, MARK, SPACE, read_added
 
 REMEMBERED = 2**18  # words
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -38,17 +39,17 @@ def llama3(file):
     ranks, would be as a tokenizer.json; and the rank of each pair: that of the token it makes."""
     with open(file, "rb") as f:
         rows = [line.split() for line in f.read().splitlines() if line]
-    vocab = {spell(base64.b64decode(token)): int(rank) for token, rank in rows}
+    vocab = {base64.b64decode(token).decode("latin-1").translate(SPELLING): int(rank)
+             for token, rank in rows}
     ranks = {(token[:i], token[i:]): rank for token, rank in vocab.items()
              for i in range(1, len(token)) if token[:i] in vocab and token[i:] in vocab}
     params = read_json(os.path.dirname(file), "params.json")
-    known = {0: "<|begin_of_text|>", 1: "<|end_of_text|>", 6: "<|start_header_id|>",
-             7: "<|end_header_id|>", 9: "<|eot_id|>"}
-    if params.get("model", params).get("use_scaled_rope"):  # Llama 3.1 and later
-        known.update({4: "<|finetune_right_pad_id|>", 8: "<|eom_id|>", 10: "<|python_tag|>"})
-    reserved = iter(range(256))
-    special = [known.get(i) or f"<|reserved_special_token_{next(reserved)}|>" for i in range(256)]
     spec, n = read_json(os.path.dirname(__file__), "llama3.json"), len(vocab)  # all but its tokens
+    known, since_3_1 = spec.pop("special_tokens"), spec.pop("special_tokens_since_3.1")
+    if params.get("model", params).get("use_scaled_rope"):
+        known.update(since_3_1)
+    reserved = map("<|reserved_special_token_{}|>".format, count())
+    special = [known.get(str(i)) or next(reserved) for i in range(256)]
     spec["added_tokens"] = [{"id": n + i, "content": text, **spec["added_tokens"][0]}
                             for i, text in enumerate(special)]
     spec["post_processor"]["special_tokens"][special[0]]["ids"] = [n]
@@ -63,16 +64,10 @@ class BPE:
             if model.get(key):
                 stop(f"tokenizer.json: {key} is not known here")
         self.spec, self.ranks, self.vocab = spec, ranks, model["vocab"]
-        # Llama 3's own file is not copied: others take it for SentencePiece's.
-        self.files = FILES[1:]
+        self.files = FILES[1:]  # Llama 3's own is not copied: others take it for SentencePiece's
         self.pieces = {id: text for text, id in self.vocab.items()}
         self.size = max(self.pieces) + 1
-        self.added = {}
-        for t in spec.get("added_tokens") or []:
-            if t.get("single_word"):
-                stop(f"tokenizer.json: single_word, of {t['content']!r}, is not known here")
-            self.added[t["content"]] = Token(t["id"],
-                                             *(bool(t.get(key)) for key in Token._fields[1:]))
+        self.added = dict(read_added(t, "tokenizer.json") for t in spec.get("added_tokens") or ())
         # Words that are tokens as they stand; a special token is never made of text.
         self.whole = set(self.vocab) - set(self.added) if model.get("ignore_merges") else ()
         self.unknown, self.fuse = self.vocab.get(model.get("unk_token")), model.get("fuse_unk")
@@ -92,7 +87,7 @@ class BPE:
         self.adds_bos = bool(any(begins) if adds is None else adds)
         ends = (text for text in ("<|end_of_text|>", "<|endoftext|>", "</s>") if text in self.added)
         self.defaults = {"bos_token": begins[0] if begins else None, "eos_token": next(ends, None)}
-        self.memory = {}  # word -> ids
+        self.remembered = lru_cache(REMEMBERED)(self.merge)
 
     def read_normalizer(self, part):
         kind, text = part["type"], part.get("pattern", {}).get("String")
@@ -146,16 +141,9 @@ class BPE:
         words = [text]
         for cut in self.cutters:
             words = [piece for word in words for piece in cut(word) if piece]
-        ids, memory = [], self.memory
-        if len(memory) > REMEMBERED:
-            memory.clear()
+        ids = []
         for word in words:
-            known = memory.get(word)
-            if known is None:
-                known = self.merge(word if self.marked else spell(word.encode()))
-                if len(word) <= 32:
-                    memory[word] = known
-            ids += known
+            ids += self.remembered(word) if len(word) <= 32 else self.merge(word)
         return ids
 
     def encode_batch(self, texts):
@@ -163,43 +151,39 @@ class BPE:
 
     def merge(self, word):
         """The ids of a word."""
+        word = word if self.marked else word.encode().decode("latin-1").translate(SPELLING)
         if word in self.whole:
             return [self.vocab[word]]
-        parts = [symbol for char in word for symbol in self.symbols(char)]
-        after, before = list(range(1, len(parts) + 1)), list(range(-1, len(parts) - 1))
+        parts = []
+        for char in word:  # or the tokens of its bytes, where it is none itself
+            known = char in self.vocab or not self.byte_fallback
+            parts += [char] if known else [f"<0x{byte:02X}>" for byte in char.encode()]
+        after, before = [*range(1, len(parts) + 1), 0], [*range(-1, len(parts))]
+        parts.append(b"")  # no text: the end, and what became part of another, merge with nothing
         heap = []  # (rank, place, pair)
 
         def offer(i):
-            if 0 <= i and after[i] < len(parts):
-                pair = parts[i], parts[after[i]]
-                if pair in self.ranks:
-                    heapq.heappush(heap, (self.ranks[pair], i, pair))
+            pair = parts[i], parts[after[i]]
+            if pair in self.ranks:
+                heapq.heappush(heap, (self.ranks[pair], i, pair))
 
         for i in range(len(parts)):
             offer(i)
         while heap:
             _, i, pair = heapq.heappop(heap)
             j = after[i]
-            if j == len(parts) or (parts[i], parts[j]) != pair:
-                continue  # one of the two was merged since
-            parts[i], parts[j], after[i] = pair[0] + pair[1], None, after[j]
-            if after[j] < len(parts):
+            if (parts[i], parts[j]) == pair:  # neither of the two was merged since
+                parts[i], parts[j], after[i] = pair[0] + pair[1], b"", after[j]
                 before[after[j]] = i
-            offer(before[i])
-            offer(i)
+                offer(before[i])
+                offer(i)
         ids = []
-        for part in filter(lambda part: part is not None, parts):
+        for part in filter(None, parts):
             if part in self.vocab:
                 ids.append(self.vocab[part])
             elif self.unknown is not None and not (self.fuse and ids[-1:] == [self.unknown]):
                 ids.append(self.unknown)
         return ids
-
-    def symbols(self, char):
-        """A character, or the tokens of its bytes where it is none itself."""
-        if self.byte_fallback and char not in self.vocab:
-            return [f"<0x{byte:02X}>" for byte in char.encode()]
-        return [char]
 
     def decode(self, ids, begins=True):
         pieces = [self.pieces.get(i, "") for i in ids]
@@ -232,48 +216,34 @@ class BPE:
 
 def sequence(part, key):
     """The parts of a component of tokenizer.json: none, itself, or those of a Sequence."""
-    if not part:
-        return []
-    return part[key] if part["type"] == "Sequence" else [part]
-
-def spell(word):
-    return "".join(map(SPELLING.__getitem__, word))
+    return (part or {key: []}).get(key, [part])
 
 def translate(pattern):
     """A pattern of Hugging Face's engine in Python's words: \\p (unknown) and \\s (wider) spelt."""
-    out, i, inside = "", 0, False
-    while i < len(pattern):
-        two, c = pattern[i:i + 2], pattern[i]
-        classes = re.compile(r"\\(?:([pP])(?:\{(\^?\w+)\}|([A-Z]))|([sS]))").match(pattern, i)
-        if classes:
-            name = classes[2] or classes[3]
-            negated = (classes[1] or classes[4]) in "PS"
+    out, inside = "", False
+    for atom in re.finditer(r"\\(?:([pP])(?:\{(\^?\w+)\}|([A-Z]))|([sS]))|\\.|&&|.", pattern, re.S):
+        text, near = atom[0], pattern[atom.start():atom.start() + 2]
+        name = atom[2] or atom[3]
+        if name or atom[4]:
+            negated = (atom[1] or atom[4]) in "PS"
             if inside and negated or name and not re.fullmatch("[CLMNPSZ][a-z]?", name):
-                stop(f"tokenizer.json: {classes[0]}, in {pattern!r}, is not known here")
+                stop(f"tokenizer.json: {text}, in {pattern!r}, is not known here")
             chars = category(name) if name else SPACE
-            out += chars if inside else f"[{'^' * negated}{chars}]"
-            i = classes.end()
-            continue
-        strange = two in (r"\p", r"\P", r"\w", r"\W", r"\b", r"\h")
-        if strange or inside and (c == "[" or two == "&&"):
-            stop(f"tokenizer.json: {two}, in {pattern!r}, is not known here")
-        if c == "\\":
-            out += two
-        elif c == "(" and not inside and pattern[i + 1:i + 2] != "?":
-            out += "(?:"  # the cutter has a group of its own, and only one
-        else:
-            inside = c == "[" or inside and c != "]"
-            out += c
-        i += 2 if c == "\\" else 1
+            text = chars if inside else f"[{'^' * negated}{chars}]"
+        elif text[0] == "\\" and text[1:] in set("pPwWbh") or inside and text in ("[", "&&"):
+            stop(f"tokenizer.json: {near}, in {pattern!r}, is not known here")
+        elif text in ("[", "]"):
+            inside = text == "["
+        elif text == "(" and not inside and pattern[atom.end():atom.end() + 1] != "?":
+            text = "(?:"  # the cutter has a group of its own, and only one
+        out += text
     return out
 
 @lru_cache(None)
 def category(name):
     """The characters of a Unicode category, L or Lu say, as they stand in a class."""
     newer = read_json(os.path.dirname(__file__), "unicode.json").get(name, "")  # than this Python
-    newer = [[int(end, 16) for end in span.split("-")] for span in newer.split()]
     chars = {c for c in range(0x110000) if unicodedata.category(chr(c)).startswith(name)}
-    chars |= {c for span in newer for c in range(span[0], span[-1] + 1)}
     starts = sorted(c for c in chars if c - 1 not in chars)
     ends = sorted(c for c in chars if c + 1 not in chars)
-    return "".join(f"\\U{a:08x}-\\U{b:08x}" for a, b in zip(starts, ends))
+    return newer + "".join(f"\\U{a:08x}-\\U{b:08x}" for a, b in zip(starts, ends))

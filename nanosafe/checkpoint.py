@@ -10,7 +10,6 @@ import os
 import shutil
 import sys
 import zlib
-from collections import Counter
 
 import torch
 from safetensors.torch import save_file
@@ -25,16 +24,14 @@ FLOATS = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
 def load(path, head="auto", dtype=None, device="cpu", place=None, vocab_size=0, score_type=None,
          seed=0):
-    """Read a model folder -> LLaMA.
+    """Read a model folder -> LLaMA. Stops with one line on missing, surplus or misshapen tensors.
 
     head        "lm", "score", "both", or "auto": what the folder holds. A score head that it lacks
                 is drawn, and said.
     dtype       of the parameters; by default that of the files
     place       a parallel.Place instead of dtype and device: for training, and for many ranks
     vocab_size  rows that the tokenizer needs; missing ones are added as the mean of the others
-    score_type  "reward", "cost" or "critic", over what the config says
-
-    Stops with one line that lists missing, surplus or misshapen tensors."""
+    score_type  "reward", "cost" or "critic", over what the config says"""
     share = (parallel.rank(), parallel.world_size()) if place else (0, 1)
     if os.path.exists(os.path.join(path, CHECKSUMS)) and (name := damage(path, *share, True)):
         stop(f"{os.fspath(path)!r}: {name} is damaged; if you changed it, remove {CHECKSUMS}")
@@ -65,7 +62,7 @@ def read_config(folder, head, score_type=None):
                for name in ("mean", "var") if "normalizer." + name in folder.tensors}
     stated = {"score_type": score_type} if score_type else {}
     config = Config.from_dict({**folder.config, **moments, **stated})
-    return config, head if head != "auto" else "score" if scored else "lm"
+    return config, ("score" if scored else "lm") if head == "auto" else head
 
 def build(config, head, place, dtype):
     """A LLaMA at its place, its memory taken and not yet filled."""
@@ -78,7 +75,6 @@ def build(config, head, place, dtype):
 
 def scratch(config, head="lm", seed=0, place=None):
     """A LLaMA with random weights, the same for every layout.
-
     N(0, initializer_range); outputs into the residual stream are scaled by depth, as in GPT-2."""
     model = build(config, head, place or parallel.Place(torch.device("cpu")), torch.float32)
     for name, p in parallel.parameters(model):
@@ -106,8 +102,7 @@ def count_parameters(source):
         with untrusted(source):
             source = Config.from_dict(Folder(source).config)
     with torch.device("meta"):
-        model = LLaMA(source)
-    return sum(p.numel() for p in model.parameters())
+        return sum(p.numel() for p in LLaMA(source).parameters())
 
 def copy_rows(target, first, source, start, height, skip=0, step=1):
     """Copy the rows that two slices of a tensor share: `target` begins at its row `first`; `height`
@@ -121,38 +116,34 @@ def copy_rows(target, first, source, start, height, skip=0, step=1):
 def locate(config, head, folder, fresh=(), vocab_size=0):
     """Where a model's parameters are in a folder: {parameter: [(tensor, its first row, rows, step,
     row of the parameter)]}. Stops on a tensor missing, misshapen, left over, or of whole numbers.
-
     vocab_size: the folder's, where the config's is greater."""
     with torch.device("meta"):
         model = LLaMA(config, head)
-    missing, misshapen, used, places = [], [], set(), {}
+    places, shapes = {}, {}  # shapes: of the folder's tensors, as they should be
     for name, p in model.named_parameters():
         if name in fresh:
             continue
-        heights, places[name] = Counter(), []
+        places[name], start = [], 0
         for tensor, first, height, step in parts(config, name, folder.family):
             height = height or len(p)
-            places[name].append((tensor, first, height, step, sum(heights.values())))
-            heights[tensor] += height
-        for tensor, height in heights.items():
-            if tensor not in folder.tensors:
-                missing.append(tensor)
-                continue
-            source, want = folder.tensors[tensor], [height, *p.shape[1:]]
-            if vocab_size and name in ("embed_tokens.weight", "lm_head.weight"):
-                want[0] = vocab_size
-            if list(source.shape) != want:
-                misshapen.append(f"{tensor} {list(source.shape)}, not {want}")
-            elif source[:0].dtype not in FLOATS:
-                misshapen.append(f"{tensor}, {source[:0].dtype}")
-        used |= set(heights)
-    unread = [parts(config, "lm_head.weight", folder.family)[0][0]]
-    if unread[0] in folder.tensors and unread[0] not in used:
+            places[name].append((tensor, first, height, step, start))
+            shapes[tensor] = [shapes.get(tensor, [0])[0] + height, *p.shape[1:]]
+            start += height
+        if vocab_size and name in ("embed_tokens.weight", "lm_head.weight"):
+            shapes[tensor][0] = vocab_size
+    missing, misshapen = [name for name in shapes if name not in folder.tensors], []
+    for name in filter(folder.tensors.__contains__, shapes):
+        tensor = folder.tensors[name]
+        if list(tensor.shape) != shapes[name]:
+            misshapen.append(f"{name} {list(tensor.shape)}, not {shapes[name]}")
+        elif tensor[:0].dtype not in FLOATS:
+            misshapen.append(f"{name}, {tensor[:0].dtype}")
+    lm_head = parts(config, "lm_head.weight", folder.family)[0][0]
+    if lm_head in folder.tensors and lm_head not in shapes:
         why = "there is a score head" if head == "score" else "its embedding is its head"
-        tell(f"{folder.path}: {unread[0]} is left out: {why}")
-    unread += NORMALIZER if head == "score" else ()
-    surplus = [name for name in folder.tensors
-               if name not in used and name not in unread and not name.endswith(IGNORED)]
+        tell(f"{folder.path}: {lm_head} is left out: {why}")
+    known = {*shapes, lm_head, *(NORMALIZER if head == "score" else ())}
+    surplus = [name for name in folder.tensors if name not in known and not name.endswith(IGNORED)]
     for what, names in (("misses", missing), ("has a wrong shape or type for", misshapen),
                         ("has no use for", surplus)):
         if names:
@@ -177,7 +168,6 @@ def fill(parameters, folder, places):
 @torch.no_grad()
 def save(model, path, tokenizer=None, dtype=None, head=None):
     """Write a model folder that transformers opens, in files of 5 GB. A collective.
-
     Written beside its place and then renamed, with checksums. Of two heads, `head` is written."""
     head = head or model.head
     other = {"lm": "score_head.", "score": "lm_head."}[head]
@@ -190,57 +180,54 @@ def save(model, path, tokenizer=None, dtype=None, head=None):
 def write_folder(path, config, head, weights, tokenizer, dtype):
     """Write whole parameters, (name, tensor) one after the other, as a model folder, on rank 0."""
     config_dict, family = config_json(config, head)
-    main = parallel.rank() == 0
+    if parallel.rank() > 0:
+        for _ in weights:  # it takes all ranks to gather one
+            pass
+        return
     path = os.fspath(path)
     temporary = path.rstrip("/") + ".tmp"
-    if main:
-        shutil.rmtree(temporary, ignore_errors=True)
-        make_folder(temporary)
-    held, files, index, size, total = {}, [], {}, 0, 0
-
-    def flush():
-        files.append(f"part-{len(files)}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    make_folder(temporary)
+    files, total = [], 0  # the names of each file's tensors
+    for held in shards(weights, dtype, lambda name: parts(config, name, family)):
         with untrusted(path, "written"):
-            save_file(held, os.path.join(temporary, files[-1]), metadata={"format": "pt"})
-        index.update({name: len(files) - 1 for name in held})
-        held.clear()
-
-    for name, whole in weights:
-        if not main:
-            continue
-        offset = 0
-        for part, _, height, _ in parts(config, name, family):
-            height = height or len(whole)
-            tensor = whole[offset:offset + height].to("cpu", dtype, copy=True).contiguous()
-            offset += height
-            if held and size + tensor.nbytes > SHARD_BYTES:
-                flush()
-                size = 0
-            held[part] = tensor
-            size, total = size + tensor.nbytes, total + tensor.nbytes
-    if main:
-        flush()
-        config_dict["torch_dtype"] = config_dict["dtype"] = str(dtype).removeprefix("torch.")
-        finish_folder(temporary, config_dict, tokenizer, files, index, total)
-        with untrusted(path, "written"):
-            put_folder(temporary, path)
-
-def finish_folder(folder, config, tokenizer, files, index, total):
-    names = (["model.safetensors"] if len(files) == 1 else
-             [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))])
-    for old, new in zip(files, names):
-        os.rename(os.path.join(folder, old), os.path.join(folder, new))
-    if len(files) > 1:
-        weight_map = {name: names[i] for name, i in sorted(index.items())}
-        write_json({"metadata": {"total_size": total}, "weight_map": weight_map}, folder,
-                   "model.safetensors.index.json")
+            save_file(held, os.path.join(temporary, f"part-{len(files)}"), {"format": "pt"})
+        files.append(list(held))
+        total += sum(tensor.nbytes for tensor in held.values())
+    count = len(files)
+    names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    if count == 1:
+        names = ["model.safetensors"]
+    else:
+        places = {tensor: name for name, tensors in zip(names, files) for tensor in tensors}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+        write_json(index, temporary, "model.safetensors.index.json")
+    for i, name in enumerate(names):
+        os.rename(os.path.join(temporary, f"part-{i}"), os.path.join(temporary, name))
+    config_dict["torch_dtype"] = config_dict["dtype"] = str(dtype).removeprefix("torch.")
     if tokenizer is not None:
-        config.update(
+        config_dict.update(
             bos_token_id=tokenizer.bos_id if tokenizer.bos_id >= 0 else None,
             eos_token_id=tokenizer.eos_ids if len(tokenizer.eos_ids) > 1 else tokenizer.eos_id,
             pad_token_id=tokenizer.pad_id if tokenizer.pad_id >= 0 else None)
-        tokenizer.save(folder)
-    write_json(config, folder, "config.json")
+        tokenizer.save(temporary)
+    write_json(config_dict, temporary, "config.json")
+    with untrusted(path, "written"):
+        put_folder(temporary, path)
+
+def shards(weights, dtype, parts_of):
+    """Tables of the tensors to write, {name: rows}, of SHARD_BYTES at most if there are several."""
+    held = {}
+    for name, whole in weights:
+        places = parts_of(name)
+        heights = [height or len(whole) for _, _, height, _ in places]
+        for (part, *_), rows in zip(places, whole.split(heights)):
+            tensor = rows.to("cpu", dtype, copy=True).contiguous()
+            if held and sum(t.nbytes for t in (tensor, *held.values())) > SHARD_BYTES:
+                yield held
+                held.clear()
+            held[part] = tensor
+    yield held
 
 def tell(text):
     if parallel.rank() == 0:

@@ -17,10 +17,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def main(arguments):
     paths = [arg for arg in arguments if not arg.startswith("--")]
     flags = dict(arg[2:].partition("=")[::2] for arg in arguments if arg.startswith("--"))
-    if (len(paths) != 2 or not flags.keys() <= {"to", "dtype"} or flags.get("to", "hf") != "hf"
-            or flags.get("dtype", "float32") not in DTYPES):
-        stop("python -m nanosafe.checkpoint SOURCE TARGET [--to=hf] "
-             f"[--dtype={'|'.join(DTYPES)}]")
+    known = {"to": ("hf",), "dtype": DTYPES}
+    if len(paths) != 2 or any(value not in known.get(flag, ()) for flag, value in flags.items()):
+        stop(f"python -m nanosafe.checkpoint SOURCE TARGET [--to=hf] [--dtype={'|'.join(DTYPES)}]")
     convert(*paths, DTYPES.get(flags.get("dtype")))
 
 def convert(source, target, dtype=None):

@@ -2,6 +2,7 @@
 docs/formats.md), and Meta's checkpoints and llama2.c's files, which are memory-mapped."""
 
 import glob
+import math
 import os
 import struct
 
@@ -60,18 +61,12 @@ FAMILIES = {  # by the model_type of config.json
 META = Family(qkv=("wq", "wk", "wv"), layout=pairs, gate_up=("w1", "w3"),
               names=(*SHORT, ("model.", "")))
 
-def named(kind, path):
-    if kind not in FAMILIES:
-        stop(f"{path!r}: model_type {kind!r} is not known here: {', '.join(FAMILIES)} are "
-             "(docs/formats.md says how to add one)")
-    return FAMILIES[kind]
-
 def other_json(config, d, head):
     """LLaMA's config.json `d` for a model that needs another family's, and that Family."""
     biases = config.attention_bias, config.output_bias, config.mlp_bias
-    special = config.alibi or config.norm_head
-    if (special and config.sliding_window or any(biases) and (special or config.sliding_window)
-            or any(biases[1:]) and biases[:2] not in ((True, True), (False, False))):
+    special, window = config.alibi or config.norm_head, config.sliding_window
+    if (sum(map(bool, (special, window, any(biases)))) > 1
+            or any(biases[1:]) and config.attention_bias != config.output_bias):
         stop("no family's config.json can say what this model has: windows, ALiBi, a normalised "
              "head and biases together, or only some of the biases")
     if special:
@@ -79,13 +74,12 @@ def other_json(config, d, head):
                                   "model_max_length": config.max_position_embeddings}
         if config.alibi:
             del d["max_position_embeddings"]
-    elif config.sliding_window:
-        kind, more = "mistral", {"sliding_window": config.sliding_window}
+    elif window:
+        kind, more = "mistral", {"sliding_window": window}
     else:
         kind, more = "qwen2", {"use_sliding_window": False}
-    suffix = "ForCausalLM" if head == "lm" else "ForScore"
-    architectures = [FAMILIES[kind].architecture + suffix]
-    return {**d, **more, "model_type": kind, "architectures": architectures}, FAMILIES[kind]
+    name = FAMILIES[kind].architecture + ("ForCausalLM" if head == "lm" else "ForScore")
+    return {**d, **more, "model_type": kind, "architectures": [name]}, FAMILIES[kind]
 
 # ---- no Hugging Face folder: both kinds name their tensors as Meta does ----
 
@@ -100,23 +94,17 @@ def read(path):
     stop(f"no model at {path!r}: a model folder has a config.json, or Meta's params.json")
 
 class Joined:
-    """A tensor that model parallelism divided into `pieces`, by rows or by columns."""
-    def __init__(self, pieces, columns):
-        self.pieces, self.columns = pieces, columns
-        shape = list(pieces[0].shape)
-        shape[1 if columns else 0] *= len(pieces)
-        self.shape = torch.Size(shape)
+    """A tensor that model parallelism divided into `pieces`, by rows (dim 0) or columns (dim 1)."""
+    def __init__(self, pieces, dim):
+        self.pieces, self.dim = pieces, dim
+        self.shape = torch.cat([piece.to("meta") for piece in pieces], dim).shape
 
     def __getitem__(self, rows):
-        if self.columns:
+        if self.dim == 1:
             return torch.cat([piece[rows] for piece in self.pieces], dim=1)
-        height = len(self.pieces[0])
-        start, end, step = rows.indices(self.shape[0])
-        taken = []
-        for begin, piece in zip(range(0, self.shape[0], height), self.pieces):
-            first = start - begin if start >= begin else (start - begin) % step
-            taken.append(piece[first:max(first, end - begin):step])
-        return torch.cat(taken)
+        wanted, height = torch.arange(self.shape[0])[rows], len(self.pieces[0])
+        return torch.cat([piece[wanted[wanted // height == i] % height]
+                          for i, piece in enumerate(self.pieces)])
 
 def meta(path):
     """(config.json's dict, tensors) of a folder of Meta's: consolidated.*.pth and params.json."""
@@ -138,7 +126,7 @@ def meta(path):
             tensors[name] = first
         else:  # Llama 1 and 2 divide the embedding by columns, Llama 3 by rows
             columns = name.endswith(COLUMNS) or ("tok_embeddings" in name and first.shape[1] < D)
-            tensors[name] = Joined(pieces, columns)
+            tensors[name] = Joined(pieces, int(columns))
     vocabulary = tensors["tok_embeddings.weight"].shape[0]
     eps, scaled = params.get("norm_eps", 1e-5), params.get("use_scaled_rope", False)
     length = (2048 if eps == 1e-6 else 4096) if vocabulary < 100000 else 131072 if scaled else 8192
@@ -170,33 +158,25 @@ def llama2c(path):
     if (not 0 < K <= H <= D < 2**20 or D % H or H % K or not 0 < L < 2**10 or not 0 < T < 2**24
             or not V * I):
         stop(f"{path!r} is no llama2.c model: its header makes no sense")
-    E = D // H
-    shapes = {"attention_norm": (D,), "ffn_norm": (D,), "attention.wq": (H * E, D),
-              "attention.wk": (K * E, D), "attention.wv": (K * E, D), "attention.wo": (D, H * E),
-              "feed_forward.w1": (I, D), "feed_forward.w2": (D, I), "feed_forward.w3": (I, D),
-              "tok_embeddings": (V, D), "norm": (D,), "output": (V, D), "RoPE table": (T, E)}
-    attention = ["attention.wq", "attention.wk", "attention.wv", "attention.wo"]
-    mlp = ["feed_forward.w1", "feed_forward.w2", "feed_forward.w3"]
-    if version:
-        order = ["attention_norm", "ffn_norm", "norm", "tok_embeddings", *attention, *mlp]
-    else:
-        order = ["tok_embeddings", "attention_norm", *attention, "ffn_norm", *mlp, "norm",
-                 "RoPE table"]
-    order += [] if shared else ["output"]
-    want = start + 4 * sum(np.prod(shapes[name]) * (L if in_layer(name) else 1) for name in order)
+    letters = {"D": D, "I": I, "L": L, "V": V, "T": T, "E": D // H, "C": K * (D // H)}
+    layout = read_json(os.path.dirname(__file__), "llama2c.json")[f"version {version}"]
+    if shared:
+        del layout["output"]
+    shapes = [[letters[letter] for letter in shape] for shape in layout.values()]
+    lengths = list(map(math.prod, shapes))
+    want = start + 4 * sum(lengths)
     if os.path.getsize(path) != want:
         stop(f"{path!r} has {os.path.getsize(path)} bytes, not {want}: it is cut short, or no "
              "llama2.c model")
     flat = torch.from_numpy(np.memmap(path, np.float32, "c", offset=start))
     tensors = {}
-    for name in order:
-        for key in [f"layers.{i}.{name}" for i in range(L)] if in_layer(name) else [name]:
-            tensors[key + ".weight"], flat = (
-                flat[:np.prod(shapes[name])].view(shapes[name]), flat[np.prod(shapes[name]):])
+    for name, shape, numbers in zip(layout, shapes, flat.split(lengths)):
+        tensor = numbers.view(shape)
+        if layout[name][0] == "L":  # of all layers, one after the other
+            tensors.update({f"layers.{i}.{name}.weight": tensor[i] for i in range(L)})
+        else:
+            tensors[name + ".weight"] = tensor
     tensors.pop("RoPE table.weight", None)
     return {"vocab_size": V, "hidden_size": D, "intermediate_size": I, "num_hidden_layers": L,
             "num_attention_heads": H, "num_key_value_heads": K, "max_position_embeddings": T,
             "rms_norm_eps": 1e-5, "tie_word_embeddings": shared}, tensors
-
-def in_layer(name):
-    return name.startswith(("attention", "ffn_norm", "feed_forward"))

@@ -11,6 +11,8 @@ from safetensors import safe_open
 from nanosafe.files import read_json, stop, untrusted
 
 IGNORED = ("rotary_emb.inv_freq", "masked_bias", "rope.freqs")  # buffers that old files carry
+WEIGHTS = [name + ending for name in ("model.safetensors", "pytorch_model.bin")
+           for ending in ("", ".index.json")]  # the first that is there is read
 NORMALIZER = ("normalizer.mean", "normalizer.var", "normalizer.count")
 WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.", "module.",
             "base_model.model.")  # what training libraries put before a tensor's name
@@ -32,23 +34,18 @@ LLAMA = Family()
 
 def parts(config, name, family=LLAMA):
     """Where the rows of our parameter `name` are: [(tensor, first row, rows or None: all, step)].
-
     We multiply by q, k and v at once, and by gate and up at once; most folders keep them apart."""
-    def named(name):
-        name = name if name.startswith(("lm_head.", "score_head.")) else "model." + name
-        for ours, theirs in family.names:
-            name = name.replace(ours, theirs)
-        return name
-
+    tensor = name if name.startswith(("lm_head.", "score_head.")) else "model." + name
+    for ours, theirs in family.names:
+        tensor = tensor.replace(ours, theirs)
     c = config
     if ".qkv_proj." in name:
-        tensors = [named(name.replace("qkv_proj", part)) for part in family.qkv]
+        tensors = [tensor.replace("qkv_proj", part) for part in family.qkv]
         return family.layout(tensors, c.num_attention_heads, c.num_key_value_heads, c.head_dim)
     if ".gate_up_proj." in name:
         height = 2 * c.intermediate_size // len(family.gate_up)
-        return [(named(name.replace("gate_up_proj", part)), 0, height, 1)
-                for part in family.gate_up]
-    return [(named(name), 0, None, 1)]
+        return [(tensor.replace("gate_up_proj", part), 0, height, 1) for part in family.gate_up]
+    return [(tensor, 0, None, 1)]
 
 def config_json(config, head):
     """What to write as config.json, and its Family: LLaMA, unless that cannot say it all."""
@@ -62,12 +59,10 @@ def config_json(config, head):
 
 class Folder:
     """The tensors of what is at a path, read in slices: a tensor has a .shape and takes rows.
-
     Only files that its index names are opened, inside it, one at a time; nothing is executed."""
     def __init__(self, path):
         self.path = os.fspath(path)
-        self.files = {}  # tensor name -> file name
-        self.current = None, None  # the file that is open, its handle
+        self.files, self.current = {}, (None, None)  # tensor -> file; the one open, its tensors
         if os.path.isfile(os.path.join(self.path, "config.json")):
             self.read_index()
         else:
@@ -83,21 +78,19 @@ class Folder:
         kind = (d.get("model_type") or "llama").lower()
         self.family = LLAMA
         if kind != "llama":
-            from nanosafe import families
-            self.family = families.named(kind, self.path)
-        single, index = None, {}
-        for name in ("model.safetensors", "pytorch_model.bin"):
-            if os.path.isfile(os.path.join(self.path, name)):
-                single = name
-                break
-            if os.path.isfile(os.path.join(self.path, name + ".index.json")):
-                index = read_json(self.path, name + ".index.json").get("weight_map", {})
-                break
-        if not single and not index:
+            from nanosafe.families import FAMILIES
+            if kind not in FAMILIES:
+                stop(f"{self.path!r}: model_type {kind!r} is not known here: {', '.join(FAMILIES)} "
+                     "are (docs/formats.md says how to add one)")
+            self.family = FAMILIES[kind]
+        there = [name for name in WEIGHTS if os.path.isfile(os.path.join(self.path, name))]
+        indexed = there and there[0].endswith(".json")
+        index = read_json(self.path, there[0]).get("weight_map", {}) if indexed else {}
+        if not there or indexed and not index:
             stop(f"no weights in {self.path!r}: model.safetensors, pytorch_model.bin or an index")
         self.tensors = {}
-        for file in [single] if single else sorted(set(index.values())):
-            for key in self.open(file).keys():
+        for file in sorted(set(index.values())) if indexed else there[:1]:
+            for key in self.open(file):
                 name = clean(key)
                 if name in self.tensors or index.get(key, file) != file:
                     stop(f"{self.path!r}: {name!r} stands in two places, once in {file!r}")
@@ -113,7 +106,7 @@ class Folder:
                        "score_bias": "score_head.bias" in self.tensors}  # the tensors know best
 
     def open(self, file):
-        """{tensor name: tensor} of a safetensors or .bin file."""
+        """What read_file() gives for a file of the folder."""
         if self.current[0] != file:
             self.current = None, None
             full = os.path.join(self.path, file)
@@ -128,9 +121,11 @@ class Folder:
         return self.tensors[name][:1].dtype
 
 def read_file(path):
+    """{tensor name: tensor, or what has its rows} of a safetensors or .bin file."""
     with untrusted(path):
         if path.endswith(".safetensors"):
-            return safe_open(path, framework="pt")
+            handle = safe_open(path, framework="pt")
+            return {key: handle.get_slice(key) for key in handle.keys()}
         # weights_only: tensors are read, nothing is executed. Files before torch 1.6 are no zip.
         tensors = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
@@ -140,14 +135,12 @@ def read_file(path):
 class Stored:
     """A tensor in a folder's file."""
     def __init__(self, folder, file, key):
-        self.folder, self.file, self.key = folder, file, key
-        handle = folder.open(file)
-        self.shape = torch.Size(handle[key].shape if isinstance(handle, dict) else
-                                handle.get_slice(key).get_shape())
+        self.part = lambda: folder.open(file)[key]
+        part = self.part()
+        self.shape = torch.Size(part.shape if torch.is_tensor(part) else part.get_shape())
 
     def __getitem__(self, rows):
-        handle = self.folder.open(self.file)
-        return (handle[self.key] if isinstance(handle, dict) else handle.get_slice(self.key))[rows]
+        return self.part()[rows]
 
 def clean(name):
     """A tensor's name, less what wrappers and other libraries' heads made of it."""

@@ -12,34 +12,30 @@ from tqdm import tqdm
 
 from nanosafe import parallel
 from nanosafe.advice import Watch
-from nanosafe.files import stop, untrusted, whole_file
+from nanosafe.files import stop, untrusted, write_jsonl
 
 class Monitor:
     """Writes a row per optimizer step to out_dir/metrics.jsonl and a few numbers on a bar.
 
-    out_dir   the run's folder
     steps     optimizer steps of the whole run
     start     the step the run resumes at; rows from there on, left by a run that died, are dropped
     log_to    comma-separated: tensorboard, wandb
     shown     names of the metrics on the bar"""
     def __init__(self, out_dir, steps, start=0, log_to="", shown=(), config=None):
-        self.main, self.shown = parallel.rank() == 0, shown
-        self.sinks, self.asked = [], 0.0
+        self.main, self.shown, self.asked = parallel.rank() == 0, shown, 0.0
         for sig in (signal.SIGTERM, signal.SIGINT):
             signal.signal(sig, self.ask)
         if not self.main:
             return
-        self.out_dir = out_dir
         self.metrics, rows = reopen(os.path.join(out_dir, "metrics.jsonl"), start)
         self.samples, _ = reopen(os.path.join(out_dir, "samples.jsonl"), start)
         self.watch = Watch(config)
-        for line in rows:  # what they say was said
-            self.watch.see(json.loads(line))
+        for row in rows:  # what they say was said
+            self.watch.see(row)
         self.bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True,
                         mininterval=0.2 if sys.stderr.isatty() else 10)  # a log needs few lines
-        if log_to:
-            names = filter(None, map(str.strip, log_to.split(",")))
-            self.sinks = [sink(name, out_dir, config, start) for name in names]
+        names = filter(None, map(str.strip, log_to.split(",")))
+        self.sinks = [sink(name, out_dir, config, start) for name in names]
 
     def log(self, step, metrics):
         """Record the metrics (name -> number) of optimizer step `step`."""
@@ -109,12 +105,11 @@ def sink(name, out_dir, config, start):
     return lambda step, row: run.log(row, step=step), run.finish
 
 def reopen(path, start):
-    """Open a jsonl file for appending, with the lines of steps before `start` kept; and these."""
+    """Open a jsonl file for appending, with the rows of steps before `start` kept; and these."""
     rows = []
     if start > 0 and os.path.exists(path):
         with untrusted(path), open(path, encoding="utf-8", errors="replace") as f:
             whole = takewhile(lambda line: line[0] == "{" and line.endswith("}\n"), f)
-            rows = [line for line in whole if json.loads(line)["step"] < start]
-    with whole_file(path, encoding="utf-8") as f:
-        f.writelines(rows)
+            rows = [row for row in map(json.loads, whole) if row["step"] < start]
+    write_jsonl(rows, path)
     return open(path, "a", encoding="utf-8", buffering=1), rows

@@ -34,16 +34,9 @@ def save(out_dir, step, trained, extra, keep=2):
         make_folder(temporary)
     parallel.barrier()
     tensors, first_rows = {}, {}
-    for model_name, (model, optimizer) in trained.items():
-        for name, p in parallel.parameters(model):
-            rows, start, _, writer = parallel.local_rows(p)
-            if not writer:
-                continue
-            state = optimizer.state.get(p, {})
-            moments = {key: parallel.local(state[key]) for key in MOMENTS if key in state}
-            for key, tensor in {"weight": rows, **moments}.items():
-                key = f"{model_name}/{name}/{key}"
-                tensors[key], first_rows[key] = tensor.detach().contiguous().cpu(), start
+    for key, rows, first, writer in slices(trained):
+        if writer:
+            tensors[key], first_rows[key] = rows.contiguous().cpu(), first
     path = os.path.join(temporary, rank_file(parallel.rank()))
     sums = torch.zeros(parallel.world_size(), 2, dtype=torch.int64)
     with untrusted(path, "written"):
@@ -68,6 +61,15 @@ def save(out_dir, step, trained, extra, keep=2):
                 shutil.rmtree(os.path.join(root, name), ignore_errors=True)
     parallel.barrier()
 
+def slices(trained):
+    """(key, this rank's rows, the first of them, whether it saves them) of weights and moments."""
+    for model_name, (model, optimizer) in trained.items():
+        for name, p in parallel.parameters(model):
+            rows, first, _, writer = parallel.local_rows(p)
+            moments = {key: x for key, x in optimizer.state.get(p, {}).items() if key in MOMENTS}
+            for key, tensor in {"weight": rows, **moments}.items():
+                yield f"{model_name}/{name}/{key}", parallel.local(tensor).detach(), first, writer
+
 def states(out_dir):
     """The names of a run's states, the earliest first."""
     root = os.path.join(out_dir, "state")
@@ -78,7 +80,6 @@ def states(out_dir):
 @torch.no_grad()
 def load(out_dir, trained):
     """Restore the latest state into models and optimizers, returns its step and extras.
-
     The states' rows may lie in another number of files than there are ranks: each picks its own."""
     folder = latest_state(out_dir)
     state = read_json(folder, "state.json")
@@ -88,19 +89,14 @@ def load(out_dir, trained):
         for key, start in json.loads(handle.metadata()["first_rows"]).items():
             pieces.setdefault(key, []).append((start, handle.get_slice(key)))
     for model_name, (model, optimizer) in trained.items():
-        steps = state["optimizer_steps"][model_name]
-        for name, p in parallel.parameters(model):
-            targets = {"weight": p.data}
-            if steps:
-                moments = {key: torch.zeros_like(p.data) for key in MOMENTS}
+        if steps := state["optimizer_steps"][model_name]:
+            for _, p in parallel.parameters(model):
                 count = torch.tensor(float(steps), device=parallel.local(p.data).device)
+                moments = {key: torch.zeros_like(p.data) for key in MOMENTS}
                 optimizer.state[p] = {"step": count, **moments}
-                targets.update(moments)
-            _, first, _, _ = parallel.local_rows(p)
-            for key, target in targets.items():
-                for start, piece in pieces[f"{model_name}/{name}/{key}"]:
-                    height = piece.get_shape()[0]
-                    copy_rows(parallel.local(target), first, piece, start, height)
+    for key, rows, first, _ in slices(trained):
+        for start, piece in pieces[key]:
+            copy_rows(rows, first, piece, start, piece.get_shape()[0])
     return state
 
 def latest_state(out_dir):
@@ -120,7 +116,6 @@ def latest_state(out_dir):
 
 def claim(out_dir, resume):
     """Make the run's folder, and say whether there is a state to go on from.
-
     One that holds a run is refused, unless it is resumed, or its own torchrun starts it again."""
     held = parallel.any_rank(bool(states(out_dir)), "cpu")
     again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0

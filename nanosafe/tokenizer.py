@@ -18,8 +18,7 @@ import sentencepiece
 
 from nanosafe.files import read_json, stop, untrusted, write_json
 
-# protobuf for normalizer_spec {add_dummy_prefix: false}: appended to a model, it overrides
-NO_PREFIX = b"\x1a\x02\x18\x00"
+NO_PREFIX = b"\x1a\x02\x18\x00"  # protobuf, to append: normalizer_spec {add_dummy_prefix: false}
 SPACE = "\t\n\x0b\x0c\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + (
     "\u2028\u2029\u202f\u205f\u3000")  # Unicode's White_Space; Python's has four more
 MARK = "\u2581"  # SentencePiece's way to write a space
@@ -46,7 +45,6 @@ def find(path):
 
 def load(path):
     """The tokenizer of a model folder, or of a tokenizer.model or tokenizer.json file.
-
     Beside it stands which tokens were added or are special, and further end-of-sequence ids."""
     file = find(path)
     if not file:
@@ -74,11 +72,8 @@ def read(file):
     decoder = (config.get("added_tokens_decoder") or {}).items()
     fast = engine.spec if file.endswith(".json") else read_json(folder, "tokenizer.json")
     later = fast.get("added_tokens") or ()  # transformers 5 adds there, beside a tokenizer.model
-    for t in (*({**t, "id": int(id)} for id, t in decoder),
-              *(t for t in later if t["id"] >= engine.size)):
-        added[t["content"]] = Token(*(t.get(key, False) for key in Token._fields))
-        if t.get("single_word"):
-            stop(f"{file!r}: single_word, of {t['content']!r}, is not known here")
+    added.update(read_added({**t, "id": int(id)}, repr(file)) for id, t in decoder)
+    added.update(read_added(t, repr(file)) for t in later if t["id"] >= engine.size)
     if not all(0 <= t.id < 2**24 for t in added.values()):
         stop(f"{file!r}: an added token has an id that no model has a row for")
     stated = [read_json(folder, name).get("eos_token_id")
@@ -91,6 +86,12 @@ def read(file):
             return tokenizer
     stop(f"{file!r} has no end-of-sequence token: name one as eos_token in tokenizer_config.json")
 
+def read_added(t, file):
+    """(content, Token) of a token as tokenizers writes it, an object of tokenizer.json."""
+    if t.get("single_word"):
+        stop(f"{file}: single_word, of {t['content']!r}, is not known here")
+    return t["content"], Token(t["id"], *(bool(t.get(key)) for key in Token._fields[1:]))
+
 def content(token):
     """The text of a token that a json file gives as a text, or as an object."""
     return token.get("content") if isinstance(token, dict) else token
@@ -99,11 +100,10 @@ class Tokenizer:
     """encode and decode for an engine plus added tokens, {content: Token}."""
     def __init__(self, engine, added=None, names=None, eos_ids=(), file=None):
         self.engine, self.added, self.names, self.file = engine, added or {}, names or {}, file
-        passes = [{text: t for text, t in self.added.items() if t.normalized == later and text}
+        longest_first = sorted(filter(None, self.added), key=len, reverse=True)
+        passes = [[text for text in longest_first if self.added[text].normalized == later]
                   for later in (False, True)]
-        longest_first = [sorted(tokens, key=len, reverse=True) for tokens in passes]
-        self.finders = [re.compile("|".join(map(re.escape, texts)) or "(?!)")
-                        for texts in longest_first]
+        self.finders = [re.compile("|".join(map(re.escape, p)) or "(?!)") for p in passes]
         self.contents = {t.id: text for text, t in self.added.items()}
         self.bos_id, self.eos_id, self.pad_id = map(self.named, SPECIAL)
         self.vocab_size = max([engine.size - 1, *self.contents]) + 1
@@ -114,10 +114,8 @@ class Tokenizer:
 
     def named(self, key):
         """The id of the token that the folder, or else the engine, calls bos_token, say; or -1."""
-        for text in (content(self.names.get(key)), self.engine.defaults.get(key)):
-            if text in self.added:
-                return self.added[text].id
-        return -1
+        texts = content(self.names.get(key)), self.engine.defaults.get(key)
+        return next((self.added[text].id for text in texts if text in self.added), -1)
 
     def encode(self, text, bos=False, eos=False, allow_special=True):
         """Token ids of `text`; bos: begun as the model's texts begin, with BOS where it has one.
@@ -203,10 +201,8 @@ class Pieces:
         texts = [sp.id_to_piece(i) for i in range(self.size)]
         self.added = {text: Token(i) for i, text in enumerate(texts)
                       if sp.is_control(i) or sp.is_unknown(i)}
-        ids = {"bos_token": sp.bos_id(), "eos_token": sp.eos_id(), "pad_token": sp.pad_id()}
-        self.defaults = {key: texts[id] for key, id in ids.items() if id >= 0}
-        if "pad_token" not in self.defaults:
-            self.defaults["pad_token"] = "<pad>"
+        ids = zip(SPECIAL, (sp.bos_id(), sp.eos_id(), sp.pad_id()))
+        self.defaults = {"pad_token": "<pad>", **{key: texts[id] for key, id in ids if id >= 0}}
         # Pieces that SentencePiece takes whole wherever they stand are spelled out in user text.
         scores = [sp.get_score(i) for i in range(self.size)]  # 0: theirs, and the first learnt one
         self.spelled = {i: [id for char in text for id in self.sp_no_prefix.encode(char)]
@@ -239,9 +235,8 @@ class Pieces:
                   "unk_token": self.sp.id_to_piece(self.sp.unk_id())}
         if self.sp.encode("a") == self.sp_no_prefix.encode("a"):
             config["add_prefix_space"] = False
-        for key in SPECIAL:
-            if tokenizer.named(key) >= 0:
-                config[key] = tokenizer.contents[tokenizer.named(key)]
+        ids = {key: tokenizer.named(key) for key in SPECIAL}
+        config.update({key: tokenizer.contents[id] for key, id in ids.items() if id >= 0})
         write_json(config, path, "tokenizer_config.json")
         beyond = {text: t.id for text, t in tokenizer.added.items() if t.id >= self.size}
         if beyond:
