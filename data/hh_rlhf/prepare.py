@@ -30,17 +30,16 @@ def to_record(row):
     if "context" in row:
         return {"input": [turn["text"] for turn in row["context"]], "better": True,
                 "answer": row["chosen"]["text"], "other_answer": row["rejected"]["text"]}
-    marks = list(MARK.finditer(row["chosen"]))
-    if not marks or marks[-1][1] != "Assistant":
+    _, *parts = MARK.split(row["chosen"])  # who speaks, what is said, who speaks, ...
+    speakers, turns = parts[::2], parts[1::2]
+    if speakers[-1:] != ["Assistant"]:
         raise ValueError("the last turn is the human's")
-    prompt, rejected = row["chosen"][:marks[-1].end()], row["rejected"]
+    prompt, rejected = row["chosen"].removesuffix(turns[-1]), row["rejected"]
     if not rejected.startswith(prompt) or MARK.search(rejected, len(prompt)):
         raise ValueError("the two dialogues differ before the last answer")
-    ends = [*(m.start() for m in marks[1:]), len(row["chosen"])]
-    turns = [row["chosen"][m.end():end].strip() for m, end in zip(marks, ends)]
-    if any(m[1] != ("Human", "Assistant")[i % 2] for i, m in enumerate(marks)):
+    if speakers != ["Human", "Assistant"] * (len(speakers) // 2):
         raise ValueError("the turns do not alternate")
-    answer = turns.pop()
+    *turns, answer = map(str.strip, turns)
     return {"input": turns, "better": True, "answer": answer,
             "other_answer": rejected[len(prompt):].strip()}
 
