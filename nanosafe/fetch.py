@@ -51,12 +51,12 @@ def raw_files(raw, repo, folder, wanted, revision="main", sha256=None):
 def prepare(script, to_record, raw, out, holdout, tokenizer, url=None, **choice):
     """What a prepare.py does: raw files, convert()ed into `out`, or beside the script.
 
-    They are at `url`, or where sources.json says by the name of the script's folder and, of several
-    releases, by the value of the knob in `choice`: which files of a repository, a pattern of their
-    paths; and which part of the folder is written to, by default the release's name."""
+    They are one file at `url`, or what sources.json names by the script's folder and, of several
+    releases, by the value of the knob in `choice`: a repository, a pattern of its files' paths,
+    and the part of the folder to write to (by default the release's name)."""
     here, part = os.path.dirname(os.path.abspath(script)), ""
-    source = {"repo": url} if url else read_json(os.path.dirname(__file__), "sources.json")[
-        os.path.basename(here)]
+    known = read_json(os.path.dirname(__file__), "sources.json")
+    source = {"repo": url} if url else known[os.path.basename(here)]
     for knob, part in choice.items():
         choose(knob, part, source)
         source = source[part]

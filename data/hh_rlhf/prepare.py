@@ -12,9 +12,9 @@ import re
 
 from configurator import configure
 from nanosafe import fetch
-from nanosafe.files import choose, stop
+from nanosafe.files import stop
 
-SUBSETS = ("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled")
+SUBSETS = ("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled", "all")
 
 subset = "all"  # harmless-base | helpful-base | helpful-online | helpful-rejection-sampled | all
 raw = ""  # folder with the subset's raw files; empty: download
@@ -47,16 +47,10 @@ def to_dialogue(row):
     record = fetch.checked(to_record(row))
     return {"dialogue": [*record["input"], record["answer"]]}
 
-choose("subset", subset, (*SUBSETS, "all"))
 if raw and subset == "all":
     stop("--raw needs --subset=NAME: the subsets' files have the same names")
 here = os.path.dirname(os.path.abspath(__file__))
-found = {name: fetch.raw_files(raw, "Anthropic/hh-rlhf", here,
-                               lambda path: path.startswith(name + "/"))
-         for name in (SUBSETS if subset == "all" else (subset,))}
-if subset == "all":
-    found["all"] = [file for files in found.values() for file in files]
-for name, files in found.items():
+for name in SUBSETS if subset == "all" else (subset,):
     folder = os.path.join(out or here, name)
-    fetch.convert(files, to_record, folder, holdout, tokenizer)
-    fetch.convert(files, to_dialogue, folder + "-dialogue", holdout, tokenizer)
+    fetch.prepare(__file__, to_record, raw, folder, holdout, tokenizer, subset=name)
+    fetch.prepare(__file__, to_dialogue, raw, folder + "-dialogue", holdout, tokenizer, subset=name)
