@@ -25,11 +25,9 @@ def to_record(row):
             raise ValueError("the turns do not alternate")
         turns = [text for _, text in marks]
     else:
-        turns = []
-        for i in range(1, int(row["num_turns"]) + 1):
-            turn = row["chat"][f"turn_{i}"]
-            turns += [turn["Human"].replace("<|Human|>:", "").replace("<eoh>", "").strip(),
-                      turn["MOSS"].replace("<|MOSS|>:", "").replace("<eom>", "").strip()]
+        chat = [row["chat"][f"turn_{i}"] for i in range(1, int(row["num_turns"]) + 1)]
+        turns = [turn[who].replace(f"<|{who}|>:", "").replace(end, "").strip()
+                 for turn in chat for who, end in (("Human", "<eoh>"), ("MOSS", "<eom>"))]
     if not turns or not all(turns):
         raise ValueError("an empty turn")
     return {"dialogue": turns}
