@@ -181,16 +181,14 @@ def describe(x, labels):
     """What scores or implied rewards (n, width), preferred first, say about a model."""
     sign = -1 if objective == "cost" else 1
     gaps = sign * (x[:, :, None] - x[:, None])  # (n, width, width)
-    if objective == "cost":  # the first is the safer one, whatever their signs
-        better = torch.tensor([[0, 1], [0, 0]], device=x.device).bool().expand(gaps.shape)
-    else:
-        better = labels[:, :, None] > labels[:, None]  # false where a candidate is missing
+    # of a cost pair the first is the safer one, whatever the signs that its labels are
+    ranks = labels if objective != "cost" else torch.tensor([[1, 0]], device=x.device)
+    better = (ranks[:, :, None] > ranks[:, None]).expand(gaps.shape)  # false where one is missing
     metrics = {"accuracy": (gaps > 0)[better].float().mean().item(),
                "margin": gaps[better].mean().item()}
     if not scored:
-        others = (labels < labels[:, :1])
         return {**metrics, "reward_chosen": x[:, 0].mean().item(),
-                "reward_rejected": x[others].mean().item()}
+                "reward_rejected": x[labels < labels[:, :1]].mean().item()}
     metrics.update(score_mean=x.mean().item(), score_std=x.std().item())
     if objective == "cost":
         metrics["sign_accuracy"] = (x * labels < 0).float().mean().item()

@@ -27,7 +27,7 @@ from nanosafe.model import Config
 from nanosafe.monitor import Monitor
 from nanosafe.packing import count_steps, examples_at, plan
 from nanosafe.parallel import add, backward, close, init, local_rows, places
-from nanosafe.reference import Samples, sample_all
+from nanosafe.reference import Samples, response_logps, sample_all
 from nanosafe.tokenizer import load as load_tokenizer
 
 # run
@@ -173,11 +173,9 @@ def evaluate(step):
     """Nats per token of the held-out data; what samples of the model are like."""
     metrics = {}
     if held_out:
-        total = torch.zeros((), device=world.device)
-        for micro in plan(held_out.lengths.tolist(), max_tokens, world.size)[world.rank]:
-            logps = model(*held_out.batch(micro, world.device))
-            total -= (logps if torch.is_tensor(logps) else logps[0]).sum()
-        metrics["eval_loss"] = add(total).item() / held_out.targets.sum()
+        sequences = [held_out.sequence(i) for i in range(len(held_out))]
+        total = response_logps(model, sequences, max_tokens, world).sum().item()
+        metrics["eval_loss"] = -total / held_out.targets.sum()
     if eval_samples:
         ids = sample_all(model, [begin + ids for ids in asked], world, eval_max_new_tokens,
                          seed=seed, **sampling)
@@ -194,8 +192,7 @@ def evaluate(step):
 def checkpoint_run(step):
     """The state to resume from, and the model for others to open."""
     monitor.flush()
-    checkpoint.save(model, os.path.join(out_dir, "model"), tok, dtype=place.compute_dtype,
-                    head="lm")
+    checkpoint.save(model, os.path.join(out_dir, "model"), tok, place.compute_dtype, "lm")
     run_state.save(out_dir, step, {"model": (model, optimizer)}, {"skips": skips}, keep)
 
 # ---- loop ----

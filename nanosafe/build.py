@@ -6,6 +6,7 @@ import re
 import shutil
 from collections import Counter
 from contextlib import suppress
+from itertools import groupby, zip_longest
 
 import numpy as np
 from tqdm import tqdm
@@ -32,8 +33,7 @@ def conversations(record, task):
         if name not in record:
             raise ValueError(f"no field {name!r}")
     if task == "sft" and record.get("dialogue"):
-        turns = check_turns(record["dialogue"], even=True)
-        return [turns], (0,)
+        return [check_turns(record["dialogue"], even=True)], (0,)
     turns = check_turns(record.get("input"), even=False)
     if task == "prompts":
         return [turns], (0,)
@@ -58,9 +58,7 @@ def conversations(record, task):
 
 def ranked(turns, answers, scores):
     """Conversations of different answers to one input, the best first, and their scores."""
-    if not isinstance(answers, list) or not isinstance(scores, list) or len(answers) != len(scores):
-        raise ValueError("not one score for each answer")
-    check_scores(scores)
+    check_scores(scores, answers, "each answer")
     best = {}  # of an answer that stands there twice, its best score
     for score, answer in sorted(zip(scores, answers), key=lambda pair: -pair[0]):
         best.setdefault(check_text(answer, "answer"), score)
@@ -68,7 +66,9 @@ def ranked(turns, answers, scores):
         raise ValueError("no two answers of different scores")
     return [turns + [answer] for answer in best], tuple(best.values())
 
-def check_scores(scores):
+def check_scores(scores, texts, each):
+    if not isinstance(texts, list) or not isinstance(scores, list) or len(texts) != len(scores):
+        raise ValueError(f"not one score for {each}")
     if not all(type(score) in (int, float) and math.isfinite(score) for score in scores):
         raise ValueError("a score that is no number")
 
@@ -88,11 +88,9 @@ def check_text(text, what):
 
 def segments(turns):
     """[(prompt text, answer or None)] of a conversation, one for each pair of turns."""
-    texts = []
-    for i in range(0, len(turns), 2):
-        prompt = (PROMPT_BEGIN if i == 0 else "") + PROMPT_TURN.replace("{input}", turns[i])
-        texts.append((prompt, turns[i + 1] if i + 1 < len(turns) else None))
-    return texts
+    prompts = [(PROMPT_BEGIN if i == 0 else "") + PROMPT_TURN.replace("{input}", turn)
+               for i, turn in enumerate(turns[::2])]
+    return list(zip_longest(prompts, turns[1::2]))
 
 def encode(turns, tokenizer, lookup=None):
     """Token ids of a conversation, and a mask: 1 on what an assistant says and its EOS.
@@ -104,28 +102,24 @@ def encode(turns, tokenizer, lookup=None):
     mask = [0] * len(ids)
     for prompt, answer in segments(turns):
         prompt_ids = lookup(prompt)
+        n = len(prompt_ids)
         ids += prompt_ids
-        mask += [0] * len(prompt_ids)
+        mask += [0] * n
         if answer is not None:
             joint = lookup(prompt + answer)
-            n = len(prompt_ids)
-            same = joint[:n] == prompt_ids
-            answer_ids = joint[n:] if same else tokenizer.encode_suffix(answer)
+            answer_ids = joint[n:] if joint[:n] == prompt_ids else tokenizer.encode_suffix(answer)
             ids += [*answer_ids, tokenizer.eos_id]
             mask += [1] * (len(answer_ids) + 1)
     return ids, mask
 
 def retokenize(ids, source, target):
     """A conversation's ids in another tokenizer: piece by piece between the ends of sequence."""
-    out, piece = target.encode("", bos=True), []
-    for i in map(int, ids):
-        if i in source.eos_ids:
-            out += target.encode(source.decode(piece), allow_special=False) + [target.eos_id]
-            piece = []
-        else:
-            piece.append(i)
-    rest = target.encode(source.decode(piece), allow_special=False) if piece else []
-    return np.array(out + rest)
+    out = target.encode("", bos=True)
+    for ends, piece in groupby(map(int, ids), lambda i: i in source.eos_ids):
+        piece = list(piece)
+        out += ([target.eos_id] * len(piece) if ends
+                else target.encode(source.decode(piece), allow_special=False))
+    return np.array(out)
 
 def build(folder, rows, tokenizer, task, max_len, show, method=()):
     """Tokenise rows into the folder, under a temporary name first: several processes may try."""
@@ -179,10 +173,8 @@ def talks(rows, tokenizer, task, max_len, drop):
 
 def last_run(mask):
     """A mask with only its last run of ones, which goes on to the end."""
-    begin = len(mask)
-    while begin and mask[begin - 1]:
-        begin -= 1
-    return [0] * begin + mask[begin:]
+    ones = mask[::-1].index(0)  # a prompt has no ones
+    return [0] * (len(mask) - ones) + [1] * ones
 
 def write_cache(folder, examples, report):
     """Write (sequences, labels, line) of examples; what a ranking lacks is empty, labelled nan."""

@@ -134,9 +134,8 @@ def resolve(name, path=None):
         candidates = [os.path.join(root, base, split + ".jsonl") for root in roots]
         if path is not None:
             candidates += [path, os.path.join(path, split + ".jsonl")]
-    for candidate in candidates:
-        if os.path.isfile(candidate):
-            return candidate
+    if found := next(filter(os.path.isfile, candidates), None):
+        return found
     if path is None and base:
         stop(f"dataset {name!r} has no file {candidates[0]!r}: run python "
              f"data/{base.split('/')[0]}/prepare.py first")

@@ -30,9 +30,7 @@ def check(record):
     if record is None:
         raise ValueError("no JSON object")
     texts, scores = record.get("texts"), record.get("scores")
-    if not isinstance(texts, list) or not isinstance(scores, list) or len(texts) != len(scores):
-        raise ValueError("not one score for each of the texts")
-    check_scores(scores)
+    check_scores(scores, texts, "each of the texts")
     if not all(isinstance(text, str) for text in texts):
         raise ValueError("a segment that is no text")
     check_text("".join(texts), "document")
@@ -45,6 +43,7 @@ def blocks(rows, tokenizer, max_len, drop, objective="mle", threshold=0.0, drop_
     control token before every segment, by its score, but for a drop_fraction of them; "compare"
     does so too, but counts no control tokens: to measure a conditional model's loss on text."""
     control = control_ids(tokenizer)
+    start = [(i, 0, 0.0) for i in tokenizer.encode("", bos=True)]
     for row in rows:
         try:
             segments = check(row.record)
@@ -55,22 +54,15 @@ def blocks(rows, tokenizer, max_len, drop, objective="mle", threshold=0.0, drop_
             drop(row, f"documents with a mean score above {threshold}")
             continue
         draws = np.random.default_rng([0, row.line]).random(len(segments))
-        ids, mask, scores = [], [], []
+        tokens = []  # (id, whether it counts, score)
         for (text, score), draw in zip(segments, draws):
-            piece, counted = tokenizer.encode_suffix(text), 1
             if objective in ("conditional", "compare") and draw >= drop_fraction:
-                piece = [control[0] if score <= threshold else control[1], *piece]
-                counted = int(objective == "conditional")
-            ids += piece
-            mask += [counted] + [1] * (len(piece) - 1) if piece else []
-            scores += [score] * len(piece)
-        ids, mask, scores = [*ids, tokenizer.eos_id], [*mask, 1], [*scores, segments[-1][1]]
-        start = tokenizer.encode("", bos=True)
-        size = max_len - len(start)
-        for begin in range(0, len(ids), size):
-            span = slice(begin, begin + size)
-            yield row, None, ([(start + ids[span], [0] * len(start) + mask[span],
-                                [0.0] * len(start) + scores[span])], (0,), row.line)
+                tokens.append((control[score > threshold], objective == "conditional", score))
+            tokens += [(i, 1, score) for i in tokenizer.encode_suffix(text)]
+        tokens.append((tokenizer.eos_id, 1, segments[-1][1]))
+        for begin in range(0, len(tokens), max_len - len(start)):
+            block = start + tokens[begin:begin + max_len - len(start)]
+            yield row, None, ([tuple(zip(*block))], (0,), row.line)
 
 def scores_of(dataset, examples, device):
     """The misalignment score of each target (N,), packed as dataset.batch() packs the tokens."""

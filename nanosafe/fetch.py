@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import re
-import urllib.error
 import urllib.parse
 import urllib.request
 from collections import Counter
@@ -16,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from nanosafe.build import conversations
-from nanosafe.files import stop, table
+from nanosafe.files import choose, read_json, stop, table
 from nanosafe.raw import PARQUET
 from nanosafe.rows import read_rows
 from nanosafe.tokenizer import load as load_tokenizer
@@ -26,7 +25,8 @@ ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zip", ".json", ".json.gz"
 def raw_files(raw, repo, folder, wanted, revision="main", sha256=None):
     """Paths of a dataset's raw files: those below `raw`, or else downloaded to folder/raw.
 
-    wanted(name) picks files of the hub's repository by their path; sha256: {path: digest}."""
+    wanted(name) picks files of the hub's repository by their path; sha256: {path: digest}. A
+    `repo` that is a URL is one file."""
     if raw:
         found = sorted(f"{base}/{name}" for base, _, names in os.walk(os.path.expanduser(raw))
                        for name in names if name.endswith(ENDINGS))
@@ -34,6 +34,8 @@ def raw_files(raw, repo, folder, wanted, revision="main", sha256=None):
             stop(f"--raw={raw}: no {', '.join(ENDINGS[:3])} or .json file there; parquet is "
                  f"converted with {PARQUET}")
         return found
+    if "://" in repo:
+        return [download(repo, f"{folder}/raw/{os.path.basename(repo)}")]
     there = list_files(repo, revision)
     names = [name for name in there if wanted(name)]
     if not names and any(name.endswith(".parquet") for name in there):
@@ -46,11 +48,21 @@ def raw_files(raw, repo, folder, wanted, revision="main", sha256=None):
     return [download(f"{base}/{urllib.parse.quote(name)}", f"{place}/{name}",
                      (sha256 or {}).get(name)) for name in names]
 
-def prepare(script, repo, to_record, raw, out, holdout, tokenizer, part="",
-            wanted=lambda name: name.endswith(ENDINGS[:4]), **options):
-    """What a prepare.py is: raw_files() of `repo`, convert()ed into `out`, or beside the script."""
-    here = os.path.dirname(os.path.abspath(script))
-    files = raw_files(raw, repo, here, wanted, **options)
+def prepare(script, to_record, raw, out, holdout, tokenizer, url=None, **choice):
+    """What a prepare.py does: raw files, convert()ed into `out`, or beside the script.
+
+    They are one file at `url`, or what sources.json names by the script's folder and, of several
+    releases, by the value of the knob in `choice`: a repository, a pattern of its files' paths,
+    and the part of the folder to write to (by default the release's name)."""
+    here, part = os.path.dirname(os.path.abspath(script)), ""
+    known = read_json(os.path.dirname(__file__), "sources.json")
+    source = {"repo": url} if url else known[os.path.basename(here)]
+    for knob, part in choice.items():
+        choose(knob, part, source)
+        source = source[part]
+    part, pattern = source.pop("part", part), source.pop("files", r"\.jsonl")
+    wanted = lambda name: name.endswith(ENDINGS) and re.search(pattern, name)
+    files = raw_files(raw, folder=here, wanted=wanted, **source)
     convert(files, to_record, out or os.path.join(here, part), holdout, tokenizer)
 
 def endpoint():
@@ -77,8 +89,8 @@ def download(url, path, sha256=None, attempts=5):
             receive(url, part)
             break
         except OSError as error:  # URLError, timeouts and resets are all OSError
-            if (isinstance(error, urllib.error.HTTPError) and error.code != 416 and error.code < 500
-                    or attempt == attempts - 1):
+            status = getattr(error, "code", 500)  # of an answer
+            if status < 500 and status != 416 or attempt == attempts - 1:
                 stop(f"{url}: {error}; what arrived stays in {part!r} and is continued the next "
                      "time")
     digest = hashlib.sha256()
@@ -124,16 +136,14 @@ def convert(paths, to_record, out, holdout=0.0, tokenizer=""):
     No file is in memory whole; with a holdout they are read twice."""
     held, tok = set(), load_tokenizer(tokenizer) if tokenizer else None
     if holdout:
-        prompts = dict.fromkeys(key(r) for _, r, _ in records(paths, to_record) if r)
-        prompts = list(prompts)
+        prompts = list(dict.fromkeys(key(r) for _, r, _ in records(paths, to_record) if r))
         held = {prompts[i] for i in split_train_test(len(prompts), holdout)[1]}
     os.makedirs(out, exist_ok=True)
     names = {split: os.path.join(out, split + ".jsonl") for split in ("train", "test")}
     files = {split: open(name + ".tmp", "w", encoding="utf-8") for split, name in names.items()}
     counts = {split: Counter() for split in names}
-    dropped, read = Counter(), 0
+    dropped = Counter()
     for split, record, reason in records(paths, to_record):
-        read += 1
         if record is None:
             dropped[reason] += 1
             continue
@@ -146,30 +156,28 @@ def convert(paths, to_record, out, holdout=0.0, tokenizer=""):
             map(len, tok.encode_batch(said) if tok else said)))
     rows = [("", "rows", "tokens" if tok else "characters", "unsafe answers")]
     reasons = "".join(f"; dropped {count:,} ({reason})" for reason, count in dropped.most_common())
-    print(f"{read:,} rows read, {read - dropped.total():,} kept{reasons}")
-    for split, file in files.items():
-        file.close()
-        if read == dropped.total():
-            os.remove(file.name)
-            continue
-        c = counts[split]
+    kept = sum(c["rows"] for c in counts.values())
+    print(f"{kept + dropped.total():,} rows read, {kept:,} kept{reasons}")
+    for split, c in counts.items():
+        files[split].close()
         if c["rows"]:
-            os.replace(names[split] + ".tmp", names[split])
+            os.replace(files[split].name, names[split])
             share = f"{c['unsafe'] / c['labelled']:.1%}" if c["labelled"] else "-"
             rows.append((names[split], f"{c['rows']:,}", f"{c['size']:,}", share))
-        else:
-            for name in filter(os.path.exists, (names[split], names[split] + ".tmp")):
-                os.remove(name)  # an older one too: its rows are now on the other side
-    if len(rows) == 1:
-        stop(f"none of the {read} rows in {', '.join(paths[:3])} can be used")
+            continue
+        os.remove(files[split].name)
+        if kept and os.path.exists(names[split]):
+            os.remove(names[split])  # an older one: its rows are now on the other side
+    if not kept:
+        stop(f"none of the {dropped.total()} rows in {', '.join(paths[:3])} can be used")
     print(table(rows))
 
 def records(paths, to_record):
     """(split, record or None, why there is none) of every raw row."""
     for path in paths:
-        named = re.search("(^|[^a-z])test([^a-z]|$)", os.path.basename(path))
-        split = "test" if named else "train"
-        for row in tqdm(read_rows(path), desc=os.path.basename(path), unit="row", leave=False):
+        name = os.path.basename(path)
+        split = "test" if re.search("(^|[^a-z])test([^a-z]|$)", name) else "train"
+        for row in tqdm(read_rows(path), desc=name, unit="row", leave=False):
             try:
                 if row.record is None:
                     raise ValueError("no JSON object")
@@ -207,7 +215,6 @@ def texts_of(value):
 
 def split_train_test(n, ratio, seed=42):
     """Shuffled indices of a training and a test part, the latter round(n * ratio) long."""
-    indices = np.arange(n)
-    np.random.default_rng(seed).shuffle(indices)
+    indices = np.random.default_rng(seed).permutation(n).tolist()
     train = n - round(n * ratio)
-    return indices[:train].tolist(), indices[train:].tolist()
+    return indices[:train], indices[train:]

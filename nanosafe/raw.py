@@ -15,10 +15,9 @@ PARQUET = ("python -c \"import pandas as pd; pd.read_parquet('IN.parquet').to_js
 
 def open_text(path):
     """A text file, opened through its compression (.gz, .xz, .zip of one), and its name without."""
-    if path.endswith(".gz"):
-        return gzip.open(path, "rt", encoding="utf-8-sig"), path[:-3]
-    if path.endswith(".xz"):
-        return lzma.open(path, "rt", encoding="utf-8-sig"), path[:-3]
+    for ending, module in ((".gz", gzip), (".xz", lzma)):
+        if path.endswith(ending):
+            return module.open(path, "rt", encoding="utf-8-sig"), path[:-3]
     if path.endswith(".zip"):
         archive = zipfile.ZipFile(path)
         names = [name for name in archive.namelist()
@@ -42,24 +41,22 @@ def read(path):
 
 def json_items(f, path):
     """The items of a JSON list in a text file, which is never in memory whole."""
-    decoder, gap, buffer, at, size = json.JSONDecoder(), re.compile(r"[\s,]*"), "", 0, 2**16
-    begun = False
-    while True:
-        at = gap.match(buffer, at).end()
-        if begun and buffer.startswith("]", at):
-            return
+    decoder, gap = json.JSONDecoder(), re.compile(r"[\s,]*")
+    buffer, at, size = f.read(1), 0, 2**16
+    while buffer.isspace():
+        buffer = f.read(1)
+    if buffer not in ("", "["):
+        stop(f"{path!r} is no list of rows")
+    buffer = ""  # from here on, what follows the bracket
+    while not buffer.startswith("]", at := gap.match(buffer, at).end()):
         try:
-            item, end = decoder.raw_decode(buffer, at) if begun else (None, at + 1)
+            item, end = decoder.raw_decode(buffer, at)
         except ValueError:
             end = len(buffer)
         if end < len(buffer):  # or else it may go on
-            if begun:
-                yield item
-            elif buffer[at] != "[":
-                stop(f"{path!r} is no list of rows")
-            begun, at, size = True, end, 2**16
-            continue
-        more = f.read(size)
-        if not more:
+            yield item
+            at, size = end, 2**16
+        elif more := f.read(size):
+            buffer, at, size = buffer[at:] + more, 0, 2 * size
+        else:
             stop(f"{path!r} breaks off, or is no JSON list, at {buffer[at:at + 40]!r}")
-        buffer, at, size = buffer[at:] + more, 0, 2 * size

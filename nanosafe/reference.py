@@ -21,8 +21,8 @@ def response_logps(model, sequences, max_tokens, world):
     lengths = [len(ids) for ids, _ in sequences]
     out = torch.zeros(len(sequences), device=world.device)
     for micro in plan(lengths, max(max_tokens, *lengths), world.size)[world.rank]:
-        batch = collate(*zip(*(sequences[i] for i in micro)), world.device) if micro else collate(
-            [], [], world.device)
+        ids, masks = zip(*(sequences[i] for i in micro)) if micro else ([], [])
+        batch = collate(ids, masks, world.device)
         logps = model(*batch)
         logps = logps if torch.is_tensor(logps) else logps[0]
         out[micro] = sequence_sums(logps, batch)[:len(micro)]
@@ -90,9 +90,8 @@ class Policy:
         if not (0 <= temperature < 1e9 and 0 < top_p <= 1 and top_k >= 0 and max_new_tokens > 0):
             stop(f"temperature={temperature} and top_k={top_k} are 0 or more, top_p={top_p} is "
                  f"above 0 and at most 1, max_new_tokens={max_new_tokens} is 1 or more")
-        self.name, self.world = name or name_of(path), world
+        self.name, self.world, self.tok = name or name_of(path), world, tokenizer.load(path)
         self.max_new_tokens = max_new_tokens
-        self.tok = tokenizer.load(path)
         self.model = checkpoint.load(path, "lm", precision(dtype, world), world.device,
                                      vocab_size=self.tok.vocab_size)
         self.sampling = {"eos_ids": self.tok.eos_ids, "banned": control_ids(self.tok), "seed": seed,

@@ -26,10 +26,8 @@ def sample_indices(n, proportion, seed_sequence):
     """Safe-RLHF's sampling: whole copies in order, the rest drawn without replacement."""
     count = int(-proportion) if proportion < 0 else round(n * proportion)
     copies, rest = divmod(count, n) if n else (0, 0)
-    indices = list(range(n)) * copies
-    if rest:
-        indices += np.random.default_rng(seed_sequence).choice(n, size=rest, replace=False).tolist()
-    return indices
+    drawn = np.random.default_rng(seed_sequence).choice(n, size=rest, replace=False)
+    return list(range(n)) * copies + drawn.tolist()
 
 def read_rows(path):
     """The rows of a jsonl file, or of a raw one (raw.py); a line that is no object gives None."""

@@ -26,15 +26,12 @@ from nanosafe.rows import read_rows
 
 with open(os.path.join(os.path.dirname(__file__), "pii.txt"), encoding="utf-8") as f:
     PII = dict(line.rstrip("\n").split(": ", 1) for line in f)  # kind -> regular expression
-FINDERS = {kind: re.compile(pattern) for kind, pattern in PII.items()}
 
 def load(name, world):
     """A scorer: a function from a list of texts to a list of scores."""
-    if name == "pii":
-        return lambda texts: [len(find_pii(text)) / max(1, len(text)) for text in texts]
-    if name == "pep8":
-        violations = pep8()
-        return lambda texts: [violations(text) / max(1, len(text)) for text in texts]
+    if name in ("pii", "pep8"):
+        count = pep8() if name == "pep8" else lambda text: len(find_pii(text))
+        return lambda texts: [count(text) / max(1, len(text)) for text in texts]
     if name == "toxicity":
         try:
             from detoxify import Detoxify
@@ -54,15 +51,13 @@ def load(name, world):
 
 def find_pii(text):
     """[(kind, what was found)], what lies inside another find not counted again."""
-    found, taken = [], []
-    for kind, finder in FINDERS.items():
-        for match in finder.finditer(text):
-            begin, end = match.span()
-            known = any(a < end and begin < b for a, b in taken)
+    found = []
+    for kind, pattern in PII.items():
+        for match in re.finditer(pattern, text):
+            known = any(m.start() < match.end() and match.start() < m.end() for _, m in found)
             if not known and (kind != "card" or luhn(match[0])):  # its digits add up
-                taken.append((begin, end))
-                found.append((kind, match[0]))
-    return found
+                found.append((kind, match))
+    return [(kind, match[0]) for kind, match in found]
 
 def luhn(number):
     digits = [int(d) for d in reversed(number) if d.isdigit()]
@@ -134,7 +129,7 @@ def self_bleu(words, order=5, most=200):
     words = [w for w in words if w][:most]
     if len(words) < 2:
         return math.nan
-    logs = [[0.0] * order for _ in words]
+    lengths, logs = [len(w) for w in words], [0.0] * len(words)
     for n in range(1, order + 1):
         grams = [Counter(zip(*(w[k:] for k in range(n)))) for w in words]
         best = {}  # gram -> its two greatest counts in one text: of others' counts, the greater
@@ -143,12 +138,12 @@ def self_bleu(words, order=5, most=200):
                 best[gram] = sorted((*best.get(gram, (0, 0)), count))[-2:]
         for i, g in enumerate(grams):
             hits = sum(min(c, best[x][0] if best[x][1] == c else best[x][1]) for x, c in g.items())
-            logs[i][n - 1] = math.log((hits or 0.1) / max(1, g.total()))
-    lengths = [len(w) for w in words]
-    nearest = [min((abs(a - b), b) for j, b in enumerate(lengths) if j != i)[1]
-               for i, a in enumerate(lengths)]
-    brevity = [min(0.0, 1 - b / a) for a, b in zip(lengths, nearest)]
-    return sum(math.exp(sum(x) / order + b) for x, b in zip(logs, brevity)) / len(words)
+            logs[i] += math.log((hits or 0.1) / max(1, g.total()))
+    total = 0.0
+    for i, a in enumerate(lengths):
+        nearest = min((abs(a - b), b) for b in lengths[:i] + lengths[i + 1:])[1]
+        total += math.exp(logs[i] / order + min(0.0, 1 - nearest / a))
+    return total / len(words)
 
 def main(arguments):
     if len(arguments) != 3:

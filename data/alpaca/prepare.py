@@ -3,8 +3,6 @@
 $ python data/alpaca/prepare.py                                  # 52,002 demonstrations
 $ python data/alpaca/prepare.py --raw=FOLDER --out=data/lima     # another set in the same layout"""
 
-import os
-
 from configurator import configure
 from nanosafe import fetch
 
@@ -14,8 +12,6 @@ out = ""  # folder to write to; empty: beside this script
 tokenizer = ""  # folder with a tokenizer, to count tokens instead of characters
 configure(globals())
 
-URL = "https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/main/alpaca_data.json"
-
 def to_record(row):
     """Instruction and input make the prompt, joined by a space (Safe-RLHF); earlier turns first."""
     prompt = row["instruction"] + (" " + row["input"] if row.get("input") else "")
@@ -24,7 +20,6 @@ def to_record(row):
         return {"dialogue": [*history, prompt, row["output"]]}
     return {"input": prompt, "answer": row["output"]}
 
-here = os.path.dirname(os.path.abspath(__file__))
-files = (fetch.raw_files(raw, None, here, None) if raw else
-         [fetch.download(URL, os.path.join(here, "raw", "alpaca_data.json"))])
-fetch.convert(files, to_record, out or here, holdout, tokenizer)
+fetch.prepare(
+    __file__, to_record, raw, out, holdout, tokenizer,
+    url="https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/main/alpaca_data.json")

@@ -5,7 +5,6 @@ $ python data/alpaca_farm/prepare.py --judge=gpt4        # or noisy_multi: simul
 
 from configurator import configure
 from nanosafe import fetch
-from nanosafe.files import choose
 
 judge = "human"  # human | gpt4 | noisy_multi
 raw = ""  # folder with the raw files; empty: download
@@ -22,7 +21,4 @@ def to_record(row):
     return {"input": prompt, "answer": row["output_1"], "other_answer": row["output_2"],
             "better": row["preference"] == 1}
 
-choose("judge", judge, ("human", "gpt4", "noisy_multi"))
-fetch.prepare(__file__, "tatsu-lab/alpaca_farm", to_record, raw, out, holdout, tokenizer,
-              "" if judge == "human" else judge,
-              wanted=lambda name: name == f"alpaca_{judge}_preference.json")
+fetch.prepare(__file__, to_record, raw, out, holdout, tokenizer, judge=judge)

@@ -7,7 +7,6 @@ $ python data/beavertails/prepare.py --only_safe=True    # demonstrations"""
 
 from configurator import configure
 from nanosafe import fetch
-from nanosafe.files import choose
 
 version = "30k"  # 30k | 330k
 only_safe = False  # keep safe answers only
@@ -25,6 +24,4 @@ def to_record(row):
     return {"input": row["prompt"], "answer": row["response"], "is_safe": safe,
             "harm": sorted(name for name, marked in row.get("category", {}).items() if marked)}
 
-choose("version", version, ("30k", "330k"))
-fetch.prepare(__file__, "PKU-Alignment/BeaverTails", to_record, raw, out, holdout, tokenizer,
-              wanted=lambda name: f"/{version}/" in name and name.endswith(fetch.ENDINGS))
+fetch.prepare(__file__, to_record, raw, out, holdout, tokenizer, version=version)

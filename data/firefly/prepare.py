@@ -14,4 +14,4 @@ configure(globals())
 def to_record(row):
     return {"input": row["input"], "answer": row["target"]}
 
-fetch.prepare(__file__, "YeungNLP/firefly-train-1.1M", to_record, raw, out, holdout, tokenizer)
+fetch.prepare(__file__, to_record, raw, out, holdout, tokenizer)

@@ -12,9 +12,9 @@ import re
 
 from configurator import configure
 from nanosafe import fetch
-from nanosafe.files import choose, stop
+from nanosafe.files import stop
 
-SUBSETS = ("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled")
+SUBSETS = ("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled", "all")
 
 subset = "all"  # harmless-base | helpful-base | helpful-online | helpful-rejection-sampled | all
 raw = ""  # folder with the subset's raw files; empty: download
@@ -30,17 +30,16 @@ def to_record(row):
     if "context" in row:
         return {"input": [turn["text"] for turn in row["context"]], "better": True,
                 "answer": row["chosen"]["text"], "other_answer": row["rejected"]["text"]}
-    marks = list(MARK.finditer(row["chosen"]))
-    if not marks or marks[-1][1] != "Assistant":
+    _, *parts = MARK.split(row["chosen"])  # who speaks, what is said, who speaks, ...
+    speakers, turns = parts[::2], parts[1::2]
+    if speakers[-1:] != ["Assistant"]:
         raise ValueError("the last turn is the human's")
-    prompt, rejected = row["chosen"][:marks[-1].end()], row["rejected"]
+    prompt, rejected = row["chosen"].removesuffix(turns[-1]), row["rejected"]
     if not rejected.startswith(prompt) or MARK.search(rejected, len(prompt)):
         raise ValueError("the two dialogues differ before the last answer")
-    ends = [*(m.start() for m in marks[1:]), len(row["chosen"])]
-    turns = [row["chosen"][m.end():end].strip() for m, end in zip(marks, ends)]
-    if any(m[1] != ("Human", "Assistant")[i % 2] for i, m in enumerate(marks)):
+    if speakers != ["Human", "Assistant"] * (len(speakers) // 2):
         raise ValueError("the turns do not alternate")
-    answer = turns.pop()
+    *turns, answer = map(str.strip, turns)
     return {"input": turns, "better": True, "answer": answer,
             "other_answer": rejected[len(prompt):].strip()}
 
@@ -48,16 +47,10 @@ def to_dialogue(row):
     record = fetch.checked(to_record(row))
     return {"dialogue": [*record["input"], record["answer"]]}
 
-choose("subset", subset, (*SUBSETS, "all"))
 if raw and subset == "all":
     stop("--raw needs --subset=NAME: the subsets' files have the same names")
 here = os.path.dirname(os.path.abspath(__file__))
-found = {name: fetch.raw_files(raw, "Anthropic/hh-rlhf", here,
-                               lambda path: path.startswith(name + "/"))
-         for name in (SUBSETS if subset == "all" else (subset,))}
-if subset == "all":
-    found["all"] = [file for files in found.values() for file in files]
-for name, files in found.items():
+for name in SUBSETS if subset == "all" else (subset,):
     folder = os.path.join(out or here, name)
-    fetch.convert(files, to_record, folder, holdout, tokenizer)
-    fetch.convert(files, to_dialogue, folder + "-dialogue", holdout, tokenizer)
+    fetch.prepare(__file__, to_record, raw, folder, holdout, tokenizer, subset=name)
+    fetch.prepare(__file__, to_dialogue, raw, folder + "-dialogue", holdout, tokenizer, subset=name)

@@ -7,7 +7,6 @@ import re
 
 from configurator import configure
 from nanosafe import fetch
-from nanosafe.files import choose
 
 version = "003"  # 003 (turns with their roles) | 002 (one text per dialogue)
 raw = ""  # folder with the raw files; empty: download
@@ -16,7 +15,6 @@ out = ""  # folder to write to; empty: beside this script
 tokenizer = ""  # folder with a tokenizer, to count tokens instead of characters
 configure(globals())
 
-SOURCES = {"002": "fnlp/moss-002-sft-data", "003": "fnlp/moss-003-sft-data"}
 TURN = re.compile(r"\[(Human|MOSS)\]:\s*(.*?)\s*<eo[ha]>", re.DOTALL)
 
 def to_record(row):
@@ -27,16 +25,11 @@ def to_record(row):
             raise ValueError("the turns do not alternate")
         turns = [text for _, text in marks]
     else:
-        turns = []
-        for i in range(1, int(row["num_turns"]) + 1):
-            turn = row["chat"][f"turn_{i}"]
-            turns += [turn["Human"].replace("<|Human|>:", "").replace("<eoh>", "").strip(),
-                      turn["MOSS"].replace("<|MOSS|>:", "").replace("<eom>", "").strip()]
+        chat = [row["chat"][f"turn_{i}"] for i in range(1, int(row["num_turns"]) + 1)]
+        turns = [turn[who].replace(f"<|{who}|>:", "").replace(end, "").strip()
+                 for turn in chat for who, end in (("Human", "<eoh>"), ("MOSS", "<eom>"))]
     if not turns or not all(turns):
         raise ValueError("an empty turn")
     return {"dialogue": turns}
 
-choose("version", version, SOURCES)
-ending = {"002": ".json", "003": "no-tools.jsonl.zip"}[version]
-fetch.prepare(__file__, SOURCES[version], to_record, raw, out, holdout, tokenizer, part=version,
-              wanted=lambda name: name.endswith(ending))
+fetch.prepare(__file__, to_record, raw, out, holdout, tokenizer, version=version)

@@ -6,7 +6,6 @@ $ python data/phf/prepare.py --task=pep8 --raw=FOLDER    # -> data/phf/pep8"""
 from configurator import configure
 from nanosafe import fetch
 from nanosafe.documents import check
-from nanosafe.files import choose
 
 task = "toxicity"  # toxicity | pii | pep8
 raw = ""  # folder with the raw files; empty: download
@@ -15,16 +14,10 @@ out = ""  # folder to write to; empty: beside this script
 tokenizer = ""  # folder with a tokenizer, to count tokens instead of characters
 configure(globals())
 
-SOURCES = {"toxicity": "tomekkorbak/detoxify-pile-chunk3-0-50000",
-           "pii": "tomekkorbak/pii-pile-chunk3-0-50000",
-           "pep8": "kejian/codeparrot-train-more-filter-3.3b-cleaned"}
-
 def to_record(row):
     """The segments and their scores; the document's score is their mean."""
     record = {"texts": row["texts"], "scores": [float(score) for score in row["scores"]]}
     check(record)
     return {**record, "avg_score": sum(record["scores"]) / len(record["scores"])}
 
-choose("task", task, SOURCES)
-fetch.prepare(__file__, SOURCES[task], to_record, raw, out, holdout, tokenizer, part=task,
-              wanted=lambda name: name.endswith(fetch.ENDINGS))
+fetch.prepare(__file__, to_record, raw, out, holdout, tokenizer, task=task)

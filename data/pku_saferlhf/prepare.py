@@ -5,7 +5,6 @@ $ python data/pku_saferlhf/prepare.py --version=10k         # a laptop's downloa
 
 from configurator import configure
 from nanosafe import fetch
-from nanosafe.files import choose
 
 version = "v1"  # v1 (2024) | v0 (2023, what Beaver was trained on) | 10k | 30k
 raw = ""  # folder with the raw files; empty: download
@@ -13,14 +12,6 @@ holdout = 0.0  # share of the prompts for test.jsonl, all files pooled; 0: the r
 out = ""  # folder to write to; empty: beside this script (v0, 10k and 30k in a subfolder)
 tokenizer = ""  # folder with a tokenizer, to count tokens instead of characters
 configure(globals())
-
-SOURCES = {  # version -> repository, revision
-    "v1": ("PKU-Alignment/PKU-SafeRLHF", "main"),
-    "v0": ("PKU-Alignment/PKU-SafeRLHF", "v0"),
-    "10k": ("PKU-Alignment/PKU-SafeRLHF-10K", "main"),
-    "30k": ("PKU-Alignment/PKU-SafeRLHF-30K", "main"),
-}
-DIGEST = "f5f42f6f08a1fadbc3fd7c36e627f651782ce0f2f8178361483defa62b79ca06"  # 10k's training file
 
 def to_record(row):
     """One pair; a release without one of the two labels makes pairs without it."""
@@ -32,8 +23,4 @@ def to_record(row):
             record[ours] = not fetch.label(row[theirs])
     return record
 
-choose("version", version, SOURCES)
-repo, revision = SOURCES[version]
-fetch.prepare(__file__, repo, to_record, raw, out, holdout, tokenizer, revision=revision,
-              part="" if version == "v1" else version,
-              sha256={"round0/train.jsonl.xz": DIGEST} if version == "10k" else None)
+fetch.prepare(__file__, to_record, raw, out, holdout, tokenizer, version=version)

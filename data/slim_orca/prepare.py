@@ -5,7 +5,6 @@ $ python data/slim_orca/prepare.py --version=dedup       # Open-Orca/SlimOrca-De
 
 from configurator import configure
 from nanosafe import fetch
-from nanosafe.files import choose
 
 version = "full"  # full | dedup
 raw = ""  # folder with the raw files; empty: download
@@ -14,14 +13,13 @@ out = ""  # folder to write to; empty: beside this script
 tokenizer = ""  # folder with a tokenizer, to count tokens instead of characters
 configure(globals())
 
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
-         "system": "system"}
+ROLES = {"human": "user", "gpt": "assistant"}  # the others have these names
 
 def to_record(row):
     """A dialogue; what the system says begins the human's first turn."""
     turns, system = [], ""
     for message in row["conversations"]:
-        role, text = ROLES.get(message["from"]), message["value"].strip()
+        role, text = ROLES.get(message["from"], message["from"]), message["value"].strip()
         if role == "system" and not turns:
             system = text + "\n\n" if text else ""
         elif role != ("user", "assistant")[len(turns) % 2]:
@@ -32,7 +30,4 @@ def to_record(row):
         raise ValueError("an empty turn, or no answer")
     return {"dialogue": turns}
 
-choose("version", version, ("full", "dedup"))
-dedup = version == "dedup"
-fetch.prepare(__file__, "Open-Orca/SlimOrca" + "-Dedup" * dedup, to_record, raw, out, holdout,
-              tokenizer, part="dedup" * dedup)
+fetch.prepare(__file__, to_record, raw, out, holdout, tokenizer, version=version)

@@ -32,4 +32,4 @@ def to_record(row):
     return {"input": prompt, "answer": best, "other_answer": worst, "better": True,
             "answers": [text for _, text in kept], "scores": [score for score, _ in kept]}
 
-fetch.prepare(__file__, "openbmb/UltraFeedback", to_record, raw, out, holdout, tokenizer)
+fetch.prepare(__file__, to_record, raw, out, holdout, tokenizer)
