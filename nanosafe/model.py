@@ -303,17 +303,20 @@ class EvenLogProbs(torch.autograd.Function):
     def forward(ctx, x, weight, targets, temperature):
         logps = torch.empty(len(x), device=x.device)
         dx, dweight = torch.empty_like(x), torch.zeros_like(weight)
-        for rows in spans(len(x), len(weight), x, 32):
-            logits = (x[rows] @ weight.T).float().div_(temperature)
-            target, most = targets[rows, None], logits.amax(dim=1, keepdim=True)
-            logp = logits.gather(1, target) - most
-            sums = logits.sub_(most).exp_().sum(dim=1, keepdim=True)
-            logps[rows] = (logp - sums.log()).squeeze(1)
-            # sums * d logp / d logits = sums * onehot(target) - exp(logits)
-            d = logits.neg_().scatter_add_(1, target, sums).to(x.dtype)
-            sums *= temperature
-            dx[rows] = (d @ weight) / sums
-            dweight.addmm_(d.T, (x[rows] / sums).to(x.dtype))
+        chunks = spans(len(x), len(weight), x, 32)
+        memory = x.new_empty(len(x[chunks[0]]) if chunks else 0, len(weight))  # new pages are slow
+        for rows in chunks:
+            logits = torch.mm(x[rows], weight.T, out=memory[:len(x[rows])]).float()
+            if temperature != 1:
+                logits /= temperature
+            target, most = targets[rows, None], logits.amax(dim=1)
+            logps[rows] = logits.gather(1, target).squeeze(1) - most
+            p = torch.softmax(logits, dim=1, out=logits)
+            logps[rows] += p.amax(dim=1).log()  # the likeliest's log p is most - log sum exp
+            # d logp / d logits = onehot(target) - p
+            d = p.scatter_add_(1, target, -torch.ones_like(most)[:, None]).to(x.dtype)
+            torch.mm(d, weight, out=dx[rows]).div_(-temperature)
+            dweight.addmm_(d.T, x[rows], alpha=-1 / temperature)
         ctx.made = dx, dweight
         return logps
 

@@ -5,7 +5,8 @@ $ python -m nanosafe.plan train_sft.py config/beaver_7b/sft.py --gpus=16 --gpu=h
 
 Behind the script: its config files and flags; and gpus, gpu (this machine: cpu, which is measured),
 shape (1.1b | 7b | 13b | 34b | 70b, where the recipe's model folder is not there yet), length (mean
-tokens of a sequence; by default max_len) and response (those among them that are sampled; half).
+tokens of a sequence; by default max_len) and response (those of them that are sampled or carry
+loss; by default half).
 
 The roofline is arithmetic: matrix products at the data sheet's rate, bytes of memory and of links
 at theirs, the slowest of the three for each phase. `expected` divides by SHARES, which on a GPU
@@ -29,7 +30,7 @@ GPU = namedtuple("GPU", "memory matrix bandwidth link network")
 GPUS = {"a800-80gb": GPU(80, 312, 2039, 200, 100), "a100-80gb": GPU(80, 312, 2039, 300, 100),
         "a100-40gb": GPU(40, 312, 1555, 300, 100), "h100": GPU(80, 989, 3350, 450, 400),
         "h200": GPU(141, 989, 4800, 450, 400), "rtx-4090": GPU(24, 165, 1008, 25, 25)}
-SHARES = {"matrix": 0.55, "bandwidth": 0.75, "link": 0.7}  # of the roofline, that are expected
+SHARES = {"matrix": 0.57, "bandwidth": 0.68, "link": 0.7}  # of the roofline, that are expected
 CPU_SHARES = {"matrix": 0.7, "bandwidth": 0.5, "link": 0.7}
 SHAPES = {"1.1b": (2048, 5632, 22, 32, 4), "7b": (4096, 11008, 32, 32, 32),
           "13b": (5120, 13824, 40, 40, 40), "34b": (8192, 22016, 48, 64, 8),
@@ -57,14 +58,13 @@ class Run:
     """A trainer's resolved knobs on `gpus` GPUs of a kind: its memory and its phases.
 
     k  the knobs (dict); c  the policy's Config; a scorer and a critic have the same shape"""
-    def __init__(self, script, knobs, config, gpu, gpus, length=0, response=0):
+    def __init__(self, knobs, config, gpu, gpus, length=0, response=0):
         self.k, self.c, self.gpu, self.gpus = knobs, config, gpu, gpus
         self.cpu = gpu.link == 0
         self.bytes = 4 if self.cpu or knobs["dtype"] == "float32" else 2  # of what is computed in
         self.ppo = "actor_model" in knobs
         self.length = length or knobs["max_len"]
-        half = min(self.length // 2, knobs.get("max_new_tokens", self.length))
-        self.response = (response or half) if self.ppo else 0
+        self.response = response or min(self.length // 2, knobs.get("max_new_tokens", self.length))
         critics = (1 + bool(knobs["cost_model"])) * (knobs["advantage"] == "gae") if self.ppo else 0
         score = knobs.get("objective") in ("reward", "cost")
         self.trained = ["score" if score else "lm"] + ["score"] * critics
@@ -82,7 +82,7 @@ class Run:
         if self.ppo:
             sequences = knobs["rollout_size"] * knobs["num_samples"]
         self.sequences = sequences
-        self.tokens = math.ceil(sequences / gpus) * self.length  # of a rank, in a step or rollout
+        self.tokens = math.ceil(math.ceil(sequences / gpus) * self.length)  # of a rank
         self.micros = math.ceil(self.tokens / knobs["max_tokens"])
         self.packed = min(self.tokens, knobs["max_tokens"])
 
@@ -146,10 +146,10 @@ class Run:
     def phases(self):
         """[(phase, matrix FLOP, memory bytes, link bytes in a node, between nodes)] of a step or,
         of PPO, of a rollout and its updates."""
-        k, N, targets = self.k, self.tokens, self.tokens
-        if not self.ppo:
-            return [self.train("step", self.trained[0], N, targets, even=k.get("objective") == "mle")]
+        k, N = self.k, self.tokens
         answers = N * self.response // self.length
+        if not self.ppo:
+            return [self.train("step", self.trained[0], N, answers, k["objective"] == "mle")]
         phases = self.sample()
         heads = [("old log-probs", "lm", self.shards), ("reference", "lm", self.frozen_shards)]
         for name in ("reward", "cost")[:len(self.frozen) - 1]:
@@ -162,7 +162,7 @@ class Run:
         if k["ptx_data"]:
             updates = k["ppo_epochs"] * self.sequences // k["batch_size"]
             tokens = math.ceil(k["batch_size"] / self.gpus) * self.length * updates
-            phases.append(self.train("ptx", "lm", tokens, tokens, even=True, update=False))
+            phases.append(self.train("ptx", "lm", tokens, tokens / 2, even=True, update=False))
         return phases
 
     def flops(self, head, tokens, targets, passes, products):
@@ -211,10 +211,10 @@ class Run:
         flops = self.flops("lm", rows * self.response, rows * self.response, 1, 1)
         return [prefill, ("responses", flops, steps * (weights + keys), 0, 0)]
 
-    def seconds(self):
+    def seconds(self, phases=None):
         """[(phase, matrix, bandwidth, link, roofline, expected)] in seconds."""
         rows, shares = [], CPU_SHARES if self.cpu else SHARES
-        for name, flops, moved, link, between in self.phases():
+        for name, flops, moved, link, between in phases or self.phases():
             times = {"matrix": flops / self.gpu.matrix / 1e12,
                      "bandwidth": moved / self.gpu.bandwidth / 1e9, "link": self.link(link, between)}
             rows.append((name, *times.values(), max(times.values()),
@@ -304,19 +304,25 @@ def read_shape(knobs, shape):
              "num_key_value_heads")
     return Config(**{name: knobs[name] for name in names})
 
-def this_machine():
-    """A GPU's row for this CPU: its memory, and what it does in a second, measured."""
+def this_machine(device="cpu"):
+    """A GPU's row for this machine: its memory, and what it does in a second, measured."""
     def best(work, times=7):
         took = []
         for _ in range(times):
             began = time.perf_counter()
             work()
+            if device == "cuda":
+                torch.cuda.synchronize()
             took.append(time.perf_counter() - began)
         return min(took)
-    x, y = torch.randn(1024, 1024), torch.randn(2**25)
-    flops, z = 2 * 1024**3 / best(lambda: x @ x), torch.empty_like(y)
+    n = 1024 if device == "cpu" else 8192
+    x, y = torch.randn(n, n, device=device), torch.randn(2**25, device=device)
+    x, z = x if device == "cpu" else x.bfloat16(), torch.empty_like(y)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    return GPU(memory, flops / 1e12, 2 * 4 * 2**25 / best(lambda: z.copy_(y)) / 1e9, 0, 0)
+    if device == "cuda":
+        memory = torch.cuda.mem_get_info()[1] / 1e9
+    return GPU(memory, 2 * n**3 / best(lambda: x @ x) / 1e12,
+               2 * y.nbytes / best(lambda: z.copy_(y)) / 1e9, 0 if device == "cpu" else 1, 1)
 
 def main(arguments):
     own = {"gpus": "8", "gpu": "a800-80gb", "shape": "", "length": "0", "response": "0"}
@@ -338,7 +344,7 @@ def main(arguments):
     gpu = this_machine() if own["gpu"] == "cpu" else GPUS[own["gpu"]]
     config = read_shape(knobs, own["shape"])
     length, response = int(own["length"]), int(own["response"])
-    make = lambda knobs, gpus: Run(rest[0], knobs, config, gpu, gpus, length, response)
+    make = lambda knobs, gpus: Run(knobs, config, gpu, gpus, length, response)
     report(make(knobs, max(1, int(own["gpus"]))), make)
 
 if __name__ == "__main__":

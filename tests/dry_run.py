@@ -5,7 +5,7 @@ $ python tests/dry_run.py --world=64 --layout=hsdp --rank=63 --shape=70b --head=
 The code is the trainers': checkpoint.build, parallel.put, forward, parallel.backward, optim.step. Tensors have shapes
 and no memory, the process group sends nothing, and what goes to it is counted. So what depends on shapes alone breaks
 here as it would on the cluster (uneven slices, ranks with no row of a tensor, meshes), and what a step holds and sends
-can be compared with what is planned. Numbers do not exist: three places that ask for one are stood in for, see below."""
+can be compared with what is planned. Numbers do not exist: what asks for one is stood in for, in without_numbers()."""
 
 import json
 import os
@@ -68,11 +68,11 @@ class Collectives(TorchDispatchMode):
                 self.calls[self.phase, name, 0] += 1  # nothing a step should need
         return out
 
-    def sums(self, *phases):
-        """({kind: bytes}, {kind: calls}) of some phases, all by default."""
+    def sums(self):
+        """({kind: bytes}, {kind: calls}) of the step."""
         total, counts = (dict.fromkeys(("all_gather", "reduce_scatter", "all_reduce"), 0) for _ in "ab")
         for (phase, kind, size), n in self.calls.items():
-            if not phases or phase in phases:
+            if phase != "whole":
                 total[kind] = total.get(kind, 0) + size * n
                 counts[kind] = counts.get(kind, 0) + n
         return total, counts
@@ -88,7 +88,7 @@ class Norm:
 @contextmanager
 def without_numbers(fake):
     """Stand in for what asks a tensor for its numbers: which targets are read (all), the gradients' norm (its real
-    computation runs, its result is not looked at). And memory, which to_empty() would take, is not taken."""
+    computation runs, its result is not looked at). And to_empty() takes no memory."""
     norm, to_empty, nonzero = parallel.grad_norm, torch.nn.Module.to_empty, torch.Tensor.nonzero
 
     def not_taken(self, **options):
@@ -107,15 +107,17 @@ def without_numbers(fake):
         yield
 
 
-def check_slices(model, world, rank):
+def check_slices(model, layout, world, rank):
     """Compare local_rows(), by which weights are read and saved, with where DTensor says the slice is."""
+    writers = {"ddp": 1, "fsdp": world, "hsdp": min(world, NODE)}[layout]  # of ranks, the first: one copy
     for name, p in model.named_parameters():
         rows, start, count, writer = parallel.local_rows(p)
-        shape, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
-        assert rows.shape == shape and count == shape[0], (name, rows.shape, shape)
+        shape, offset = rows.shape, (0,)
+        if isinstance(p, DTensor):
+            shape, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+        assert rows.shape == shape and count == shape[0] and start + count <= len(p), (name, rows.shape, shape)
         assert start == offset[0] or not count, (name, start, offset)
-        assert start + count <= len(p), name
-        assert writer == (p.device_mesh.ndim == 1 or rank < NODE or world <= NODE), name
+        assert writer == (rank < writers), name
 
 
 def batch_of(max_tokens, vocab_size, fake):
@@ -129,19 +131,24 @@ def batch_of(max_tokens, vocab_size, fake):
 
 
 def loss_of(model, batch, starts):
-    """A loss of SFT for a language model, of PPO's critic for a scorer."""
-    if model.head == "lm":
-        return mle_loss(model(*batch), batch.targets >= 0)
-    R = batch.max_seqlen
-    values = responses_of(model(*batch[:3]), batch, starts, R)
-    old, returns, mask = (torch.zeros(len(starts), R) for _ in range(3))
-    return critic_loss(values, old, returns, mask, 5.0)
+    """The loss of SFT for a language model, of PPO's critic for a scorer, their sum for a model with both heads."""
+    outs = {"lm": lambda: (model(*batch), None), "both": lambda: model(*batch),
+            "score": lambda: (None, model(*batch[:3]))}
+    logps, scores = outs[model.head]()
+    loss = 0.0
+    if logps is not None:
+        loss = loss + mle_loss(logps, batch.targets >= 0)
+    if scores is not None:
+        values = responses_of(scores, batch, starts, batch.max_seqlen)
+        loss = loss + critic_loss(values, *torch.zeros(3, *values.shape), 5.0)
+    return loss
 
 
 def run(world, layout, rank, shape, head, max_tokens, vocab_size=32000, micros=1, checkpointing=False, train=True):
     """One step of rank `rank` of `world` -> what this rank holds and sends, in bytes. Once in a process.
 
-    train=False: the forward of a frozen model."""
+    train=False: the forwards of a frozen model. "calls" has [phase, kind, bytes of one, how many]; of them "whole" is
+    the gather before sampling, which the sums leave out. A dry rank learns nothing of time: "seconds" are its own."""
     os.environ["LOCAL_WORLD_SIZE"] = str(min(world, NODE))
     dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
     me = parallel.World(rank, world, torch.device("cpu"), rank == 0)
@@ -149,7 +156,7 @@ def run(world, layout, rank, shape, head, max_tokens, vocab_size=32000, micros=1
     began, collectives, fake = time.perf_counter(), Collectives(), FakeTensorMode(allow_non_fake_inputs=True)
     with without_numbers(fake):
         model = checkpoint.build(config_of(shape, vocab_size), head, place, place.dtype).requires_grad_(train)
-    check_slices(model, world, rank)
+    check_slices(model, layout, world, rank)
     with fake, collectives, without_numbers(fake):
         optimizer = optim.adamw(model, 0.1, 0.9, 0.95) if train else None
         for k in range(micros):
@@ -171,6 +178,11 @@ def run(world, layout, rank, shape, head, max_tokens, vocab_size=32000, micros=1
             moments = [parallel.local(s[key]) for s in optimizer.state.values() for key in state.MOMENTS]
             assert len(moments) == 2 * len(slices) and all(m.dtype == torch.float32 for m in moments)
             held["moments"] = sum(m.nbytes for m in moments)
+            collectives.phase = "whole"
+            with parallel.whole(model) as twin:  # to sample from
+                shapes = {name: p.shape for name, p in model.named_parameters()}
+                assert all(shapes[name] == p.shape and p.dtype == place.compute_dtype
+                           and not isinstance(p, DTensor) for name, p in twin.named_parameters())
     total, counts = collectives.sums()
     phases = [[*key, n] for key, n in sorted(collectives.calls.items())]
     empty = sum(len(p) == 0 for p in slices.values())
