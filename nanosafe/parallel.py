@@ -187,8 +187,10 @@ def backward(model, loss, last=True):
     """Back-propagate; over all ranks and calls gradients add up (FSDP takes the mean: the factor).
 
     last  whether this is the step's last call for `model`: copies exchange gradients only then"""
-    if isinstance(model, FSDPModule) and model.place.layout == "ddp":
-        model.set_requires_gradient_sync(last)
+    if isinstance(model, FSDPModule):
+        if model.place.layout == "ddp":
+            model.set_requires_gradient_sync(last)
+        model.set_requires_all_reduce(last)  # of HSDP's copies; slices meet every time
     meet()
     (loss * world_size()).backward()
 

@@ -25,17 +25,12 @@ import configurator
 from nanosafe.files import choose, read_json, stop, table
 from nanosafe.model import Config
 
-# memory GB; bf16 TFLOP/s without sparsity; memory, link to a GPU in the node, network of a node: GB/s
-GPU = namedtuple("GPU", "memory matrix bandwidth link network")
-GPUS = {"a800-80gb": GPU(80, 312, 2039, 200, 100), "a100-80gb": GPU(80, 312, 2039, 300, 100),
-        "a100-40gb": GPU(40, 312, 1555, 300, 100), "h100": GPU(80, 989, 3350, 450, 400),
-        "h200": GPU(141, 989, 4800, 450, 400), "rtx-4090": GPU(24, 165, 1008, 25, 25)}
-SHARES = {"matrix": 0.57, "bandwidth": 0.68, "link": 0.7}  # of the roofline, that are expected
-CPU_SHARES = {"matrix": 0.7, "bandwidth": 0.5, "link": 0.7}
-SHAPES = {"1.1b": (2048, 5632, 22, 32, 4), "7b": (4096, 11008, 32, 32, 32),
-          "13b": (5120, 13824, 40, 40, 40), "34b": (8192, 22016, 48, 64, 8),
-          "70b": (8192, 28672, 80, 64, 8)}
+TABLES = read_json(os.path.dirname(__file__), "machines.json")  # data sheets; shapes of models
+GPU = namedtuple("GPU", TABLES["columns"])
+GPUS = {name: GPU(*row) for name, row in TABLES["gpus"].items()}
+SHARES, CPU_SHARES, SHAPES = TABLES["shares"], TABLES["cpu_shares"], TABLES["shapes"]
 NODE = 8  # GPUs in a node
+LIBRARIES = 3e8  # bytes of a process that has loaded a trainer and no model
 RESERVED = 2.5  # GB of a GPU for CUDA, NCCL's buffers and what fragments
 
 def model_tensors(c, head):
@@ -107,6 +102,8 @@ class Run:
         frozen = 0 if gone else b * self.local(self.frozen, self.frozen_shards)
         always.append(("frozen models", frozen, "gpus, offload=frozen"))
         plain = self.cpu and self.gpus == 1
+        if self.cpu:
+            always.append(("Python and its libraries", LIBRARIES, "-"))
         if not plain:  # two blocks at a time, and what is outside them, whole; their gradients
             whole = size(outside) + 2 * size(block)
             always.append(("gathered blocks", b * whole, "-"))
@@ -144,8 +141,7 @@ class Run:
     # ---- time, on one GPU ----
 
     def phases(self):
-        """[(phase, matrix FLOP, memory bytes, link bytes in a node, between nodes)] of a step or,
-        of PPO, of a rollout and its updates."""
+        """[(phase, matrix FLOP, memory bytes, traffic, shards)] of a step; or of a rollout."""
         k, N = self.k, self.tokens
         answers = N * self.response // self.length
         if not self.ppo:
@@ -174,15 +170,20 @@ class Run:
         vocabulary = 2 * c.vocab_size * c.hidden_size * targets * products if head == "lm" else 0
         return passes * (blocks + attention * tokens) + vocabulary
 
-    def gathered(self, head, shards, times):
-        """Link bytes of gathering a model's blocks `times` times, and the rest once."""
-        blocks, outside = self.tensors(head)
-        return self.bytes * (times * size(blocks) + size(outside)) * (shards - 1) / shards
+    def traffic(self, head, shards, micros=1, train=False):
+        """Bytes of a model's (gathers, reduce-scatters, all-reduces), as FSDP2 sends them: blocks
+        are gathered in each forward and each backward, what is outside them in each forward, or
+        once if nothing is trained between; copies meet in the last micro-batch."""
+        block, outside = (size(part, shards) * shards for part in self.tensors(head))
+        gathers = self.bytes * (micros * (1 + train) * block + (micros if train else 1) * outside)
+        scatters = 4 * micros * (block + outside) * train
+        copies = 4 * (block + outside) / shards * (train and self.gpus > shards)
+        return (gathers, scatters, copies) if shards > 1 else (0, 0, copies)
 
     def read(self, name, head, tokens, targets, shards):
         flops = self.flops(head, tokens, targets, 1, 1)
         weights = self.bytes * size(sum(self.tensors(head), [])) * self.micros
-        return name, flops, weights, self.micros * self.gathered(head, shards, 1), 0
+        return name, flops, weights, self.traffic(head, shards, self.micros), shards
 
     def train(self, name, head, tokens, targets, even=False, update=True):
         passes = 4 if self.k["activation_checkpointing"] else 3
@@ -190,11 +191,7 @@ class Run:
         P, local = size(sum(self.tensors(head), [])), self.local([head], self.shards)
         micros = max(1, math.ceil(tokens / self.k["max_tokens"]))
         moved = 4 * self.bytes * P * micros + (28 * local if update else 0)  # AdamW's reads, writes
-        reduced = 4 * P * (self.shards - 1) / self.shards
-        link = micros * (self.gathered(head, self.shards, 2) + reduced) if self.shards > 1 else 0
-        copies = self.gpus // self.shards
-        between = 2 * 4 * local * (copies - 1) / copies * (micros if self.shards > 1 else 1)
-        return name, flops, moved, link, between
+        return name, flops, moved, self.traffic(head, self.shards, micros, True), self.shards
 
     def sample(self):
         """Prompts are read once; then every step reads all weights, and the keys of its rows."""
@@ -202,33 +199,35 @@ class Run:
         rows = math.ceil(self.sequences / self.gpus)
         live = min(k["slots"] or 256, rows)
         prompts = rows * (self.length - self.response)
-        whole = self.gathered("lm", self.shards, 1)
-        prefill = "prompts", self.flops("lm", prompts, rows, 1, 1), 0, whole, 0
+        whole = self.traffic("lm", self.shards)
+        prefill = "prompts", self.flops("lm", prompts, rows, 1, 1), 0, whole, self.shards
         steps = math.ceil(rows / live) * self.response
         row = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * b
         keys = live * row * (self.length - self.response / 2)
         weights = b * (size(sum(self.tensors("lm"), [])) - c.vocab_size * c.hidden_size)
         flops = self.flops("lm", rows * self.response, rows * self.response, 1, 1)
-        return [prefill, ("responses", flops, steps * (weights + keys), 0, 0)]
+        return [prefill, ("responses", flops, steps * (weights + keys), (0, 0, 0), 1)]
 
     def seconds(self, phases=None):
         """[(phase, matrix, bandwidth, link, roofline, expected)] in seconds."""
         rows, shares = [], CPU_SHARES if self.cpu else SHARES
-        for name, flops, moved, link, between in phases or self.phases():
+        for name, flops, moved, traffic, shards in phases or self.phases():
             times = {"matrix": flops / self.gpu.matrix / 1e12,
-                     "bandwidth": moved / self.gpu.bandwidth / 1e9, "link": self.link(link, between)}
+                     "bandwidth": moved / self.gpu.bandwidth / 1e9, "link": self.link(traffic, shards)}
             rows.append((name, *times.values(), max(times.values()),
                          max(times[key] / shares[key] for key in times)))
         return rows
 
-    def link(self, inside, between):
-        """Seconds that collectives take: all of a node's network serves its NODE GPUs' rings."""
-        if self.gpus == 1 or self.cpu:
+    def link(self, traffic, shards):
+        """Seconds of rings: a node's network serves all of its GPUs', or NODE rings of copies."""
+        if self.cpu or self.gpus == 1:
             return 0.0
-        slow = min(self.gpu.link, self.gpu.network) if self.gpus > NODE else self.gpu.link
-        inside_rate = slow if self.shards > NODE else self.gpu.link
-        between_rate = self.gpu.network / NODE if self.shards > 1 else slow
-        return inside / inside_rate / 1e9 + between / between_rate / 1e9
+        gathers, scatters, copies = traffic
+        slow = min(self.gpu.link, self.gpu.network)
+        ring = slow if shards > NODE else self.gpu.link
+        across = self.gpu.network / min(NODE, shards) if self.gpus > NODE else self.gpu.link
+        n, m = shards, self.gpus // shards
+        return ((gathers + scatters) * (n - 1) / n / ring + 2 * copies * (m - 1) / m / across) / 1e9
 
 # ---- what the command says ----
 

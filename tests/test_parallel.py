@@ -36,14 +36,15 @@ def test_gradients_weights_and_samples_are_those_of_one_process(case, world, ref
     assert all(torch.allclose(x, y, atol=1e-5) for x, y in zip(a.parameters(), b.parameters()))
 
 
-def test_hsdp_is_a_mesh_of_nodes_and_ranks(world, reference, tmp_path):
-    """Four ranks that call themselves two nodes of two."""
+@pytest.mark.parametrize("max_tokens", [4096, 200])
+def test_hsdp_is_a_mesh_of_nodes_and_ranks(max_tokens, world, reference, tmp_path):
+    """Four ranks that call themselves two nodes of two; copies exchange gradients in the last micro-batch only."""
     out = tmp_path / "out"
     text = "import os, runpy, sys; os.environ['LOCAL_WORLD_SIZE'] = '2'; sys.argv = sys.argv[1:]; " \
            "runpy.run_path(sys.argv[0], run_name='__main__')"
     script = tmp_path / "two_nodes.py"
     script.write_text(text)
-    run(script, "tests/gradients.py", world, "hsdp", 4096, out, ranks=4)
+    run(script, "tests/gradients.py", world, "hsdp", max_tokens, out, ranks=4)
     for name, expected in reference[0].items():
         if not name.startswith(("after", "new")):
             error = (load_file(out)[name].float() - expected.float()).norm()
