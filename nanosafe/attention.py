@@ -51,14 +51,15 @@ class Packed(NamedTuple):
         k, v = repeat_heads(q, k, v)
         N, H, E = q.shape
         ragged = N != B * L
-        if ragged:
-            places = self.rows * L + self.positions
-            q, k, v = (x.new_zeros(B * L, H, E).index_copy(0, places, x) for x in (q, k, v))
+        if ragged:  # what fills a row up is its last token again: nobody looks there
+            begins, ends = self.cu_seqlens[:-1, None].long(), self.cu_seqlens[1:, None].long()
+            source = torch.minimum(begins + torch.arange(L, device=q.device), ends - 1).flatten()
+            q, k, v = (x.index_select(0, source) for x in (q, k, v))
         q, k, v = (x.view(B, L, H, E).transpose(1, 2) for x in (q, k, v))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask,
                                              is_causal=self.mask is None)
         out = out.transpose(1, 2).reshape(B * L, H, E)
-        return out[places] if ragged else out
+        return out.index_select(0, self.rows * L + self.positions) if ragged else out
 
 class Step(NamedTuple):
     """One new token for each of the first n cache slots."""

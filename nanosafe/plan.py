@@ -128,7 +128,7 @@ class Run:
         """What a micro-batch keeps for its backward pass; numbers per token and block, counted."""
         c = self.c
         D, I, HE = c.hidden_size, c.intermediate_size, c.num_attention_heads * c.head_dim
-        kept = 4 * D + 2 * HE + 4 * I + (5 if self.cpu else 3) * HE  # a CPU's attention pads copies
+        kept = 7 * D + 4 * I + 4.4 * HE if self.cpu else 4 * D + 4 * I + 5 * HE  # a CPU pads
         blocks = c.num_hidden_layers
         numbers = kept + blocks * D if self.k["activation_checkpointing"] else kept * blocks
         return self.packed * self.bytes * (numbers + 3 * D)

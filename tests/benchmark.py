@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import torch
 
-from nanosafe import checkpoint, plan
+from nanosafe import checkpoint, plan, plot
 from nanosafe import tokenizer as tokenizers
 from nanosafe.data import tokenize
 from nanosafe.files import make_folder, stop, table, write_json
@@ -86,6 +86,8 @@ def sides(name):
         settings["trl, packed"] = {**sizes, "batch_size": k.batch_size // 4, "micro": 2, "packing": 512}
     if name in ("ppo", "ppo_lag"):
         ours["max_new_tokens"] = k.max_new_tokens
+        if name == "ppo_lag":
+            ours["ptx_data"] = k.dialogues
         settings = {key: {**x, "rollout": k.batch_size, "max_new_tokens": k.max_new_tokens}
                     for key, x in settings.items()}
     return ours, settings if name != "cost" else {}, "trl"
@@ -111,7 +113,7 @@ def compare(name, shape, lengths, gpu):
     row.update({key: first[key] for key in ("phases", "grown", "losses") if key in first})
     if roofline := limit(name, shape, lengths, gpu):
         amount = statistics.mean(work for r in reports["nanosafe"] for work in r["work"])
-        row["share"] = roofline * row["nanosafe"]["rate"] / amount
+        row.update(limit=roofline, share=sum(roofline.values()) * row["nanosafe"]["rate"] / amount)
     if settings:
         best = max(settings, key=lambda key: row[key]["rate"])
         row.update(best=best, ratio=row["nanosafe"]["rate"] / row[best]["rate"],
@@ -147,14 +149,14 @@ def limit(name, shape, lengths, gpu):
         prompts = 64 if "generate" in name else k.batch_size
         targets = {"generate": 2 * k.max_new_tokens}.get(name, k.max_new_tokens)
         length = lengths["prompts"][0] + targets
-        flags += [f"--rollout_size={prompts}", "--max_len=512", *["--cost_model="] * (name == "ppo")]
+        flags += [f"--rollout_size={prompts}", "--max_len=512", *["--cost_model=" if name == "ppo" else "--ptx_data=x"]]
     with contextlib.redirect_stdout(None):
         knobs = plan.read_knobs(os.path.join(ROOT, script), flags)
     found = plan.Run(knobs, shape, gpu, 1, length, targets)
     rows = found.seconds()
     if name == "forward":
         rows = found.seconds([found.read(name, "lm", 64 * length, 64 * length, 1)])
-    return sum(row[4] for row in (rows[:2] if "generate" in name else rows))
+    return {row[0]: row[4] for row in (rows[:2] if "generate" in name else rows)}
 
 
 def main(**knobs):
@@ -167,7 +169,32 @@ def main(**knobs):
         print(show(rows[-1:]), flush=True)
         write_json({"machine": gpu._asdict(), "torch": torch.__version__, "config": knobs,
                     "lengths": lengths, "rows": rows}, os.path.dirname(k.out), os.path.basename(k.out))
+        if name == "ppo_lag":
+            draw(rows[-1], os.path.splitext(k.out)[0] + "_ppo_lag")
     print("\n" + show(rows))
+
+
+PHASES = {  # as planned -> as measured
+    "prompts": "rollout", "responses": "rollout", "old log-probs": "actor: scoring", "reference": "reference: scoring",
+    "reward": "reward model: scoring", "reward values": "reward critic: scoring", "cost": "cost model: scoring",
+    "cost values": "cost critic: scoring", "actor": "actor: updates", "reward critic": "reward critic: updates",
+    "cost critic": "cost critic: updates", "ptx": "ptx: updates"}
+
+
+def draw(row, path):
+    """PPO-Lag's iteration, phase by phase, beside what the machine allows."""
+    if not (made := plot.figure(width=7, height=4)):
+        return
+    drawn, ((axis,),) = made
+    limits = {}
+    for name, seconds in row["limit"].items():
+        limits[PHASES[name]] = limits.get(PHASES[name], 0.0) + seconds
+    names = [name for name in dict.fromkeys(PHASES.values()) if name in row["phases"]][::-1]
+    axis.barh(names, [row["phases"][name] for name in names], color=plot.COLOURS[1], label="measured")
+    axis.barh(names, [limits[name] for name in names], color=plot.COLOURS[3], height=0.4, label="at the machine's limit")
+    axis.set(xlabel="seconds", title="one iteration of PPO-Lag")
+    axis.legend()
+    plot.save(drawn, os.path.dirname(path), os.path.basename(path))
 
 
 UNITS = {"load": "tensors", "reward": "pairs", "cost": "pairs", "dpo": "pairs", "ppo": "responses",

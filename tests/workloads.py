@@ -57,7 +57,7 @@ class Nanosafe:
             def watched(*args, **kwargs):
                 began = now()
                 result = real(*args, **kwargs)
-                key = phase(args)
+                key = phase(args, kwargs)
                 phases[key] = phases.get(key, 0.0) + now() - began
                 return result
             setattr(module, name, watched)
@@ -65,12 +65,16 @@ class Nanosafe:
         def load(*args, **kwargs):
             model = real_load(*args, **kwargs)
             owners[id(model)] = name = next(names, "model")
-            watch(model, "forward", lambda _: name + (": updates" if torch.is_grad_enabled() else ": scoring"))
+
+            def phase(_, options):  # ptx is the only forward of a mean
+                owners[id(model)] = "ptx" if "actor" in models and options.get("even") else name
+                return owners[id(model)] + (": updates" if torch.is_grad_enabled() else ": scoring")
+            watch(model, "forward", phase)
             return model
         real_load, checkpoint.load = checkpoint.load, load
-        watch(rollout, "generate", lambda _: "rollout")
-        watch(parallel, "backward", lambda args: owners[id(args[0])] + ": updates")
-        watch(optim, "step", lambda args: owners[id(args[0])] + ": updates")
+        watch(rollout, "generate", lambda *_: "rollout")
+        watch(parallel, "backward", lambda args, _: owners[id(args[0])] + ": updates")
+        watch(optim, "step", lambda args, _: owners[id(args[0])] + ": updates")
         real_log, last = monitor.Monitor.log, []
 
         def log(self, step, metrics):
@@ -106,8 +110,8 @@ class Nanosafe:
     def dpo(self, data, **sizes):
         self.train("train_pref.py", self.one(data=data, eval_data="", objective="dpo", beta=0.1, **sizes))
 
-    def ppo(self, data, max_new_tokens, cost=False, **sizes):
-        flags = {"actor_model": f"{folder}/model", "reward_model": f"{folder}/reward", "max_len": 256 + max_new_tokens,
+    def ppo(self, data, max_new_tokens, cost=False, ptx_data="", **sizes):
+        flags = {"ptx_data": ptx_data, "actor_model": f"{folder}/model", "reward_model": f"{folder}/reward", "max_len": 256 + max_new_tokens,
                  "cost_model": f"{folder}/cost" if cost else "", "prompts": data, "max_new_tokens": max_new_tokens,
                  "rollout_size": sizes["batch_size"], "actor_learning_rate": 1e-4, "critic_learning_rate": 1e-4,
                  "actor_warmup_ratio": 0, "critic_warmup_ratio": 0, **self.flags(**sizes)}
@@ -115,7 +119,7 @@ class Nanosafe:
         self.train("train_ppo_lag.py", flags, names)
 
     def ppo_lag(self, **sizes):
-        """With demonstrations in the gradient too, when there are any."""
+        """Six models, and demonstrations in the gradient."""
         self.ppo(cost=True, **sizes)
 
     def model(self):
