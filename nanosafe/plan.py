@@ -12,18 +12,20 @@ The roofline is arithmetic: matrix products at the data sheet's rate, bytes of m
 at theirs, the slowest of the three for each phase. `expected` divides by SHARES, which on a GPU
 are assumptions (docs/benchmarks.md names their sources), on a CPU measured here."""
 
+import argparse
 import ast
 import math
 import os
 import sys
-import time
-from collections import namedtuple
+from collections import Counter, namedtuple
+from dataclasses import replace
 
 import torch
+from torch.utils.benchmark import Timer
 
 import configurator
 from nanosafe.files import choose, read_json, stop, table
-from nanosafe.model import Config
+from nanosafe.model import Config, LLaMA
 
 TABLES = read_json(os.path.dirname(__file__), "machines.json")  # data sheets; shapes of models
 GPU = namedtuple("GPU", TABLES["columns"])
@@ -35,15 +37,11 @@ RESERVED = 2.5  # GB of a GPU for CUDA, NCCL's buffers and what fragments
 
 def model_tensors(c, head):
     """(rows, columns) of a block's tensors, and of those outside the blocks."""
-    D, I, E = c.hidden_size, c.intermediate_size, c.head_dim
-    H, K = c.num_attention_heads, c.num_key_value_heads
-    block = [((H + 2 * K) * E, D), (D, H * E), (2 * I, D), (D, I), (D, 1), (D, 1)]
-    outside = [(c.vocab_size, D), (D, 1)]
-    if head == "score":
-        outside.append((1, D))
-    elif not c.tie_word_embeddings:
-        outside.append((c.vocab_size, D))
-    return block, outside
+    with torch.device("meta"):
+        model = LLaMA(replace(c, num_hidden_layers=1), head)
+    block, every = (Counter((len(p), p[0].numel()) for p in part.parameters())
+                    for part in (model.layers, model))
+    return list(block.elements()), list((every - block).elements())
 
 def size(tensors, ranks=1):
     """Numbers in tensors whose rows are dealt to ranks: the first rank's part, the largest."""
@@ -55,7 +53,7 @@ class Run:
     k  the knobs (dict); c  the policy's Config; a scorer and a critic have the same shape"""
     def __init__(self, knobs, config, gpu, gpus, length=0, response=0):
         self.k, self.c, self.gpu, self.gpus = knobs, config, gpu, gpus
-        self.cpu = gpu.link == 0
+        self.cpu, self.shapes = gpu.link == 0, {h: model_tensors(config, h) for h in ("lm", "score")}
         self.bytes = 4 if self.cpu or knobs["dtype"] == "float32" else 2  # of what is computed in
         self.ppo = "actor_model" in knobs
         self.length = length or knobs["max_len"]
@@ -82,7 +80,7 @@ class Run:
         self.packed = min(self.tokens, knobs["max_tokens"])
 
     def tensors(self, head):
-        block, outside = model_tensors(self.c, head)
+        block, outside = self.shapes[head]
         return block * self.c.num_hidden_layers, outside
 
     def local(self, heads, shards):
@@ -93,7 +91,7 @@ class Run:
     def memory(self):
         """[(part, bytes, knob)] of what is there while training, and while sampling."""
         c, k, b = self.c, self.k, self.bytes
-        block, outside = model_tensors(c, "lm")
+        block, outside = self.shapes["lm"]
         P = self.local(self.trained, self.shards)
         away = not self.cpu and k["offload"] == "all"
         always = [("weights, float32", 0 if away else 4 * P, "gpus, offload=all"),
@@ -236,7 +234,7 @@ def fits(run):
     return max(run.peaks()) / 1e9 <= room
 
 def nearest(make, knobs, gpus):
-    """The first change, from cheap to dear, with which a run fits: (what, Run); or None."""
+    """The first change, from cheap to dear, with which a run fits: what, and that Run."""
     smaller = {"activation_checkpointing": True, "max_tokens": knobs["max_len"]}
     tries = [{"activation_checkpointing": True}, smaller, {**smaller, "offload": "frozen"}]
     tries += [{**smaller, "gpus": gpus * 2**i} for i in range(1, 8)]
@@ -245,7 +243,7 @@ def nearest(make, knobs, gpus):
                    change.get("gpus", gpus))
         if fits(run):
             return " ".join(f"--{key}={x}" for key, x in change.items()), run
-    return None
+    return None, None
 
 def report(run, make):
     """Print the tables of a Run; make(knobs, gpus) gives others to try."""
@@ -268,9 +266,9 @@ def report(run, make):
           f" tokens/s expected; {total[-1] / total[-2]:.2f}x the roofline")
     if fits(run):
         return
-    found = nearest(make, run.k, run.gpus)
-    print("it does not fit" + (f"; with {found[0]} it does: {max(found[1].peaks()) / 1e9:.1f} GB, "
-                               f"{sum(x[-1] for x in found[1].seconds()):.1f} s" if found else
+    change, other = nearest(make, run.k, run.gpus)
+    print("it does not fit" + (f"; with {change} it does: {max(other.peaks()) / 1e9:.1f} GB, "
+                               f"{sum(x[-1] for x in other.seconds()):.1f} s" if other else
                                ", nor on 128 times the GPUs: take a smaller model"))
 
 def read_knobs(script, arguments):
@@ -290,61 +288,44 @@ def read_knobs(script, arguments):
 def read_shape(knobs, shape):
     """The policy's Config: of the model folder, or of a named shape."""
     path = knobs.get("actor_model") or knobs["init_from"]
-    if shape or not os.path.isfile(os.path.join(path, "config.json")) and path != "scratch":
-        name = shape or next((s for s in SHAPES if s in path.lower()), "")
-        if name not in SHAPES:
-            stop(f"no model at {path!r}: say --shape=, one of {', '.join(SHAPES)}")
-        D, I, layers, H, K = SHAPES[name]
-        return Config(hidden_size=D, intermediate_size=I, num_hidden_layers=layers,
-                      num_attention_heads=H, num_key_value_heads=K)
-    if path != "scratch":
+    if path == "scratch" and not shape:
+        return Config(**{key: x for key, x in knobs.items() if key in Config.__dataclass_fields__})
+    if not shape and os.path.isfile(os.path.join(path, "config.json")):
         return Config.from_dict(read_json(path, "config.json"))
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-             "num_key_value_heads")
-    return Config(**{name: knobs[name] for name in names})
+    name = shape or next((s for s in SHAPES if s in path.lower()), "")
+    if name not in SHAPES:
+        stop(f"no model at {path!r}: say --shape=, one of {', '.join(SHAPES)}")
+    return Config(32000, *SHAPES[name])
 
 def this_machine(device="cpu"):
     """A GPU's row for this machine: its memory, and what it does in a second, measured."""
-    def best(work, times=7):
-        took = []
-        for _ in range(times):
-            began = time.perf_counter()
-            work()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            took.append(time.perf_counter() - began)
-        return min(took)
     n = 1024 if device == "cpu" else 8192
     x, y = torch.randn(n, n, device=device), torch.randn(2**25, device=device)
     x, z = x if device == "cpu" else x.bfloat16(), torch.empty_like(y)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    if device == "cuda":
-        memory = torch.cuda.mem_get_info()[1] / 1e9
-    return GPU(memory, 2 * n**3 / best(lambda: x @ x) / 1e12,
-               2 * y.nbytes / best(lambda: z.copy_(y)) / 1e9, 0 if device == "cpu" else 1, 1)
+    took = [Timer(work, globals={"x": x, "y": y, "z": z}, num_threads=torch.get_num_threads())
+            .blocked_autorange(min_run_time=0.5).median for work in ("x @ x", "z.copy_(y)")]
+    memory = (os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if device == "cpu" else
+              torch.cuda.mem_get_info()[1])
+    return GPU(memory / 1e9, 2 * n**3 / took[0] / 1e12, 2 * y.nbytes / took[1] / 1e9,
+               0 if device == "cpu" else 1, 1)
 
 def main(arguments):
-    own = {"gpus": "8", "gpu": "a800-80gb", "shape": "", "length": "0", "response": "0"}
-    rest = []
-    for argument in arguments:
-        name, _, text = argument.removeprefix("--").partition("=")
-        if argument.startswith("--") and name in own:
-            own[name] = text
-        else:
-            rest.append(argument)
-    if not rest or rest[0].startswith("-"):
-        print(__doc__)
-        return
-    choose("gpu", own["gpu"], (*GPUS, "cpu"))
-    for name in ("gpus", "length", "response"):
-        if not own[name].isdecimal():
-            stop(f"--{name}={own[name]}: a whole number")
-    knobs = read_knobs(rest[0], rest[1:])
-    gpu = this_machine() if own["gpu"] == "cpu" else GPUS[own["gpu"]]
-    config = read_shape(knobs, own["shape"])
-    length, response = int(own["length"]), int(own["response"])
-    make = lambda knobs, gpus: Run(knobs, config, gpu, gpus, length, response)
-    report(make(knobs, max(1, int(own["gpus"]))), make)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name, default in (("gpus", 8), ("gpu", "a800-80gb"), ("shape", ""), ("length", 0),
+                          ("response", 0)):
+        parser.add_argument("--" + name, type=type(default), default=default)
+    try:
+        own, (script, *rest) = parser.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        stop(str(error))
+    except ValueError:  # no script
+        return print(__doc__)
+    choose("gpu", own.gpu, (*GPUS, "cpu"))
+    knobs = read_knobs(script, rest)
+    gpu = this_machine() if own.gpu == "cpu" else GPUS[own.gpu]
+    config = read_shape(knobs, own.shape)
+    make = lambda knobs, gpus: Run(knobs, config, gpu, gpus, own.length, own.response)
+    report(make(knobs, max(1, own.gpus)), make)
 
 if __name__ == "__main__":
     main(sys.argv[1:])

@@ -104,7 +104,7 @@ def test_more_gpus_hold_less_each_and_take_less_time():
 
 def test_mistakes_are_one_line(capsys):
     for flags, words in (["train_x.py"], "no script"), ([*RECIPE, "--gpu=v100"], "choose one of"), (
-            [*RECIPE, "--gpus=many"], "a whole number"), ([*RECIPE, "--rollot_size=8"], "rollout_size"), (
+            [*RECIPE, "--gpus=many"], "invalid int value"), ([*RECIPE, "--rollot_size=8"], "rollout_size"), (
             ["train_sft.py", "--init_from=models/mine"], "--shape="):
         with pytest.raises(SystemExit, match=words):
             plan.main(flags)
