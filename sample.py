@@ -86,9 +86,8 @@ def watch(tok, show=None, asked=()):
         said = cut(ids, tok)
         if show:
             text = tok.decode(said)
-            half = text.endswith("\ufffd") or any(
-                text.endswith(s[:k]) for s in stops for k in range(1, len(s)))
-            if not half:  # neither half a character nor what may become a stop text
+            begun = (s[:k] for s in stops for k in range(1, len(s)))
+            if not text.endswith(("\ufffd", *begun)):  # no half of a character, or of a stop text
                 show(text, len(ids))
         return bool(asked) or said is not ids
     return on_token

@@ -77,10 +77,8 @@ def interruptible():
         signal.signal(signal.SIGINT, usual)
 
 def chat(speakers, answer):
-    """Read questions and commands until the input ends.
-
-    speakers                  how many models are asked, each with a history of its own
-    answer(i, turns, attempt) prints and returns the i-th model's next words"""
+    """Read questions and commands until the input ends; each of `speakers` models has a history of
+    its own, and answer(i, turns, attempt) prints and returns the i-th one's next words."""
     with suppress(ImportError):
         import readline  # noqa: F401 - arrow keys, where the system has them
     sys.stdin.reconfigure(encoding="utf-8", errors="replace")

@@ -36,15 +36,6 @@ CHOICE = {"multiple_choice_grade", "expected_calibration_error", "multiple_choic
 if min(shots, max_examples) < 0:
     stop("shots and max_examples are 0 or more")
 
-def find_tasks():
-    """{name: path} of the tasks."""
-    if os.path.isfile(tasks):
-        return {os.path.basename(tasks): tasks}
-    names = [*glob.glob("*.json", root_dir=tasks),
-             *glob.glob("**/task.json", root_dir=tasks, recursive=True)]
-    found = {name.removesuffix("/task.json"): os.path.join(tasks, name) for name in sorted(names)}
-    return found or stop(f"tasks={tasks!r} has no NAME/task.json and no NAME.json")
-
 def read_task(path):
     """A task's dict, once it is known to have the shape of one; errors name the first fault."""
     with untrusted(path), open(path, encoding="utf-8") as f:
@@ -60,7 +51,8 @@ def read_task(path):
                     len(dict(scores or ())) < 2 and not said) or not all(scores or " "):
                 raise ValueError("it needs an input, and a target or two choices or more")
             scores = {choice: float(x) for choice, x in (scores or {}).items()}
-            example.update(scores=scores, texts=said)
+            right = max(scores, key=scores.get) if scores else said[0]
+            example.update(scores=scores, texts=said, right=right)
     return task
 
 def prompts_of(task, draws):
@@ -75,14 +67,10 @@ def prompts_of(task, draws):
             text += "".join(mark + choice for choice in draws.permutation(list(example["scores"])))
         return text + after
 
-    def solve(example):
-        best = example["scores"] and max(example["scores"], key=example["scores"].get)
-        return pose(example) + (best or example["texts"][0]) + between
-
     examples = task["examples"]
     for i, example in enumerate(examples[:max_examples or None]):
         picked = [k for k in draws.permutation(len(examples))[:shots + 1] if k != i][:shots]
-        solved = "".join(solve(examples[k]) for k in picked)
+        solved = "".join(pose(examples[k]) + examples[k]["right"] + between for k in picked)
         yield task.get("task_prefix", "") + solved + pose(example)
 
 def ask(prompt):
@@ -127,7 +115,15 @@ def texts(task, posed):
         queries.append({"prompt": prompt, "text": text, "targets": example["texts"], "hit": hit})
     return {"exact_str_match": sum(q["hit"] for q in queries) / len(queries)}, queries
 
-found = {name: (path, read_task(path)) for name, path in find_tasks().items()}
+if os.path.isfile(tasks):
+    paths = {os.path.basename(tasks): tasks}
+else:
+    names = sorted([*glob.glob("*.json", root_dir=tasks),
+                    *glob.glob("**/task.json", root_dir=tasks, recursive=True)])
+    paths = {name.removesuffix("/task.json"): os.path.join(tasks, name) for name in names}
+if not paths:
+    stop(f"tasks={tasks!r} has no NAME/task.json and no NAME.json")
+found = {name: (path, read_task(path)) for name, path in paths.items()}
 make_folder(out_dir)
 world = init(device, config)
 policy = Policy(model, world, max_new_tokens, temperature=0.0, seed=seed)

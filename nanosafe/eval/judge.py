@@ -94,9 +94,7 @@ if not answers:
 close(leave=not world.main)  # the rest is one process's work
 
 # 2. what is missing, and what it will cost
-def dollars(read, written):
-    return f"${(read * input_price + written * output_price) / 1e6:.2f}"
-
+dollars = lambda read, written: f"${(read * input_price + written * output_price) / 1e6:.2f}"
 paid = read_jsonl(f"{out_dir}/replies.jsonl")
 write_jsonl(paid, f"{out_dir}/replies.jsonl")  # less a line that broke off: more are appended
 told, digests = {}, {}  # (problem, order) -> the judge's messages; what a reply to them belongs to
