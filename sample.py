@@ -86,9 +86,8 @@ def watch(tok, show=None, asked=()):
         said = cut(ids, tok)
         if show:
             text = tok.decode(said)
-            half = text.endswith("\ufffd") or any(
-                text.endswith(s[:k]) for s in stops for k in range(1, len(s)))
-            if not half:  # neither half a character nor what may become a stop text
+            begun = (s[:k] for s in stops for k in range(1, len(s)))
+            if not text.endswith(("\ufffd", *begun)):  # no half of a character, or of a stop text
                 show(text, len(ids))
         return bool(asked) or said is not ids
     return on_token
@@ -97,10 +96,8 @@ def answer(which, turns, attempt=0):
     """Print a policy's answer, as it comes if it is the only one, with its scores; returns it."""
     policy, corner = policies[which], list(corners)[which]
     tok, room = policy.tok, policy.model.config.max_position_embeddings - max_new_tokens
-    question = policy.question(turns, template, prefix)
-    while len(question) > room and len(turns) > 2:
+    while len(question := policy.question(turns, template, prefix)) > room and len(turns) > 2:
         turns = turns[2:]
-        question = policy.question(turns, template, prefix)
         print(f"[the oldest turn is left out: {room} tokens of questions fit]", flush=True)
     screen = Screen(corner, f"{corner} ({policy.name}): " if corner else "", live=best_of == 1)
     uids = [(len(turns), attempt, i) for i in range(best_of)]
@@ -120,19 +117,6 @@ def answer(which, turns, attempt=0):
         raise SystemExit(130)
     return tok.decode(ids)
 
-def read_prompts():
-    """Prompts from the flag, a text file of lines, or a dataset; each a list of turns."""
-    asked = [[prompt]] if prompt else []
-    if prompts.endswith(".txt"):
-        with untrusted(prompts), open(prompts, encoding="utf-8-sig") as f:
-            asked += [[line.rstrip("\n")] for line in f if line.strip()]
-    for row in load(prompts) if prompts and not prompts.endswith(".txt") else ():
-        try:
-            asked += conversations(row, "prompts")[0]
-        except ValueError as error:
-            print(f"a row is left out: {error}")
-    return asked or stop(f"prompts={prompts!r} has no prompt that can be asked")
-
 def rows_of(turns, texts, scores):
     """The rows that the answers to one prompt make, as `write` says."""
     rewards, costs = scores.get("reward"), scores.get("cost")
@@ -143,9 +127,8 @@ def rows_of(turns, texts, scores):
         return [{**row, **{name: [x[i] for i in said] for name, x in named.items() if x}}]
     best_first = sorted(range(len(texts)), key=lambda i: -rewards[i])
     if write == "sft":
-        chosen = [i for i in best_first if texts[i].strip() and (not costs or costs[i] <= 0)]
-        distinct = {texts[i]: i for i in reversed(chosen)}  # of equal answers the first stays
-        return [{**row, "answer": texts[i]} for i in chosen if distinct[texts[i]] == i][:keep]
+        safe = [texts[i] for i in best_first if texts[i].strip() and (not costs or costs[i] <= 0)]
+        return [{**row, "answer": text} for text in dict.fromkeys(safe)][:keep]
     a, b = best_first[0], best_first[-1]
     if not texts[a].strip() or not texts[b].strip() or rewards[a] == rewards[b]:
         return []
@@ -153,13 +136,23 @@ def rows_of(turns, texts, scores):
                                    "is_other_safe": costs[b] <= 0}
     return [{**row, "answer": texts[a], "other_answer": texts[b], "better": True, **labels}]
 
-def write_answers(policy):
-    """Sample num_samples answers to every prompt, score them, write rows to `out`."""
-    asked = read_prompts()
+asked = [[prompt]] if prompt else []  # each prompt a list of turns
+if prompts.endswith(".txt"):
+    with untrusted(prompts), open(prompts, encoding="utf-8-sig") as f:
+        asked += [[line.rstrip("\n")] for line in f if line.strip()]
+for row in load(prompts) if prompts and not prompts.endswith(".txt") else ():
+    try:
+        asked += conversations(row, "prompts")[0]
+    except ValueError as error:
+        print(f"a row is left out: {error}")
+if prompts and not asked:
+    stop(f"prompts={prompts!r} has no prompt that can be asked")
+
+if out:  # num_samples answers to every prompt, scored: rows
+    policy, more = policies[0], {"on_token": watch(policies[0].tok)} if stops else {}
     questions = [policy.question(turns, template, prefix)
                  for turns in asked for _ in range(num_samples)]
     uids = [(i, j) for i in range(len(asked)) for j in range(num_samples)]
-    more = {"on_token": watch(policy.tok)} if stops else {}
     answers = [cut(ids, policy.tok) for ids in policy.answers(questions, uids, **more)]
     scores = score([q + a for q, a in zip(questions, answers)], policy.tok)
     rows, texts = [], list(map(policy.tok.decode, answers))
@@ -170,12 +163,9 @@ def write_answers(policy):
         write_jsonl(rows, out)
         means = "".join(f"; mean {name} {sum(x) / len(x):.3f}" for name, x in scores.items())
         print(f"{out}: {len(rows)} rows of {len(asked)} prompts x {num_samples} answers{means}")
-
-if out:
-    write_answers(policies[0])
     close()
-elif prompt or prompts:
-    for turns in read_prompts():
+elif asked:
+    for turns in asked:
         print(f"\n> {turns[-1]}", flush=True)
         for i in range(num_samples):
             for which in range(len(policies)):

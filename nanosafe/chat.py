@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 import unicodedata
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 HELP = """\
 /regenerate   another answer to the last question
@@ -77,14 +77,10 @@ def interruptible():
         signal.signal(signal.SIGINT, usual)
 
 def chat(speakers, answer):
-    """Read questions and commands until the input ends.
-
-    speakers                  how many models are asked, each with a history of its own
-    answer(i, turns, attempt) prints and returns the i-th model's next words"""
-    try:
+    """Read questions and commands until the input ends; each of `speakers` models has a history of
+    its own, and answer(i, turns, attempt) prints and returns the i-th one's next words."""
+    with suppress(ImportError):
         import readline  # noqa: F401 - arrow keys, where the system has them
-    except ImportError:
-        pass
     sys.stdin.reconfigure(encoding="utf-8", errors="replace")
     histories, attempt = [[] for _ in range(speakers)], 0
     print("Talk to the model; /help lists commands, Ctrl-D ends.", flush=True)
@@ -97,25 +93,20 @@ def chat(speakers, answer):
         if command in ("/quit", "/exit"):
             print("\nBye.", flush=True)
             return
-        if command == "/regenerate":
-            if not histories[0]:
-                print("there is no answer yet to give again", flush=True)
-                continue
-            attempt += 1
-            histories = [turns[:-1] for turns in histories]
-        elif command in ("/reset", "/clear") or not said:
-            print("\033[2J\033[H" * (command == "/clear" and sys.stdout.isatty()), end="")
+        if command in ("/reset", "/clear") or not said:
             histories = [[] for _ in range(speakers)]
-            print("(a new conversation)", flush=True)
-            continue
-        elif command:
+            clear = "\033[2J\033[H" * (command == "/clear" and sys.stdout.isatty())
+            print(clear + "(a new conversation)", flush=True)
+        elif command == "/regenerate" and not histories[0]:
+            print("there is no answer yet to give again", flush=True)
+        elif command and command != "/regenerate":
             print(HELP if command == "/help" else f"{command} is no command:\n{HELP}", flush=True)
-            continue
         else:
-            histories, attempt = [[*turns, said] for turns in histories], 0
-        try:
-            for i, turns in enumerate(histories):
-                turns.append(answer(i, list(turns), attempt))
-        except (KeyboardInterrupt, SystemExit) as error:  # too long for the model, or impatience
-            print(f"\n{error or 'stopped'} (a new conversation)", flush=True)
-            histories = [[] for _ in range(speakers)]
+            attempt = attempt + 1 if command else 0
+            histories = [turns[:-1] if command else [*turns, said] for turns in histories]
+            try:
+                for i, turns in enumerate(histories):
+                    turns.append(answer(i, list(turns), attempt))
+            except (KeyboardInterrupt, SystemExit) as error:  # too long for the model; impatience
+                print(f"\n{error or 'stopped'} (a new conversation)", flush=True)
+                histories = [[] for _ in range(speakers)]

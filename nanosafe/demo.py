@@ -11,13 +11,12 @@ import subprocess
 import sys
 import time
 
-import torch
 from sentencepiece import SentencePieceTrainer
 
-from nanosafe import build, checkpoint, data, tokenizer
+from nanosafe import build, data, tokenizer
 from nanosafe.files import read_jsonl, table, write_json
-from nanosafe.packing import collate
-from nanosafe.rollout import generate
+from nanosafe.parallel import init
+from nanosafe.reference import Policy, Samples
 from nanosafe.scorers import module_at
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -39,7 +38,7 @@ def main(out_dir="out/demo", seed="0"):
         shutil.rmtree(os.path.join(out_dir, name), ignore_errors=True)
         extra = f" --out_dir={out_dir}/{name} " + flags.format(out=out_dir) if not default else ""
         command = f"{script} config/toy/{name}.py{extra} --seed={seed}"
-        step(f"{name}", "python " + command)
+        step(name, "python " + command)
         path, *arguments = command.split()
         if subprocess.run([sys.executable, os.path.join(ROOT, path), *arguments]).returncode:
             raise SystemExit(f"error: the command above failed: python {command}")
@@ -70,27 +69,24 @@ def train_tokenizer(texts, vocab_size, path):
     os.makedirs(path, exist_ok=True)
     with open(os.path.join(path, "tokenizer.model"), "wb") as out:
         SentencePieceTrainer.train(
-            sentence_iterator=iter(texts), model_writer=out, model_type="bpe",
-            vocab_size=vocab_size, byte_fallback=True, split_digits=True,
-            allow_whitespace_only_pieces=True, normalization_rule_name="identity",
-            remove_extra_whitespaces=False, character_coverage=1.0, num_threads=1, minloglevel=2,
-            hard_vocab_limit=False)
+            sentence_iterator=iter(texts), model_writer=out, model_type="bpe", byte_fallback=True,
+            vocab_size=vocab_size, hard_vocab_limit=False, split_digits=True, num_threads=1,
+            allow_whitespace_only_pieces=True, normalization_rule_name="identity", minloglevel=2,
+            remove_extra_whitespaces=False, character_coverage=1.0)
     tok = tokenizer.load(path)
     tok.save(path)
     return tok
 
-@torch.no_grad()
 def judge(toy, path, reference):
     """Judge an answer to every held-out request by gold; KL to the reference, nats per answer."""
-    model, ref, tok = checkpoint.load(path), checkpoint.load(reference), tokenizer.load(path)
+    world = init("cpu")
+    policy, ref = (Policy(x, world, 64, seed=0, temperature=1.0) for x in (path, reference))
     prompts = [row["input"] for row in data.load("toy/prompts/test")]
-    ids = [build.encode([prompt], tok)[0] for prompt in prompts]
-    responses = generate(model, ids, 64, eos_ids=tok.eos_ids, seed=0)
-    masks = [[0] * len(q) + [1] * len(r) for q, r in zip(ids, responses)]
-    batch = collate([q + r for q, r in zip(ids, responses)], masks, "cpu")
-    kl = (model(*batch) - ref(*batch)).sum().item() / len(ids)
-    return {**gold(toy, list(zip(prompts, map(tok.decode, responses)))), "kl": round(kl, 4),
-            "prompts": len(ids)}
+    questions = [policy.question([prompt]) for prompt in prompts]
+    samples = Samples(policy.model, questions, world, 8192, 64, **policy.sampling)
+    said = list(zip(prompts, map(policy.tok.decode, samples.responses)))
+    kl = round(samples.kl(ref.model), 4)
+    return {**gold(toy, said), "kl": kl, "prompts": len(prompts)}
 
 def gold(toy, pairs):
     """What the gold functions say of (request, answer) pairs."""

@@ -7,6 +7,7 @@ import ast
 import json
 import os
 import sys
+from pathlib import Path
 
 from nanosafe.advice import Watch
 from nanosafe.files import make_folder, read_jsonl, stop, untrusted
@@ -24,22 +25,20 @@ def figure(rows=1, columns=1, width=4.2, height=3.1):
     """(figure, axes) of matplotlib, without a window; None where it is missing."""
     try:
         import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         return None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    pyplot.rcParams.update({"axes.spines.top": False, "axes.spines.right": False,
-                            "axes.prop_cycle": pyplot.cycler(color=COLOURS), "font.size": 9,
-                            "svg.hashsalt": "nanosafe", "legend.frameon": 0, "text.parse_math": 0})
-    return pyplot.subplots(rows, columns, figsize=(columns * width, rows * height),
-                           layout="constrained", squeeze=False)
+    matplotlib.rcParams.update({
+        "axes.spines.top": False, "axes.spines.right": False, "font.size": 9, "legend.frameon": 0,
+        "axes.prop_cycle": matplotlib.cycler(color=COLOURS), "svg.hashsalt": "nanosafe",
+        "text.parse_math": 0})
+    drawn = Figure(figsize=(columns * width, rows * height), layout="constrained")
+    return drawn, drawn.subplots(rows, columns, squeeze=False)
 
 def save(drawn, out_dir, name):
     """Write a figure as PNG and SVG; returns what to say of it."""
     drawn.savefig(os.path.join(out_dir, name + ".png"), dpi=144, metadata={"Software": None})
     drawn.savefig(os.path.join(out_dir, name + ".svg"), metadata={"Date": None})
-    from matplotlib import pyplot
-    pyplot.close(drawn)
     return f", {name}.png, {name}.svg"
 
 def arena(scores, policies, out_dir):
@@ -84,8 +83,8 @@ def scores(groups, curves, out_dir):
         said, true, counts = zip(*points)
         line, = right.plot(said, true, marker="o", ms=3, label=name)
         for x, y, count in points:
-            right.annotate(str(count), (x, y), fontsize=6, color=line.get_color(),
-                           xytext=(3, -8), textcoords="offset points")
+            right.annotate(str(count), (x, y), xytext=(3, -8), textcoords="offset points",
+                           fontsize=6, color=line.get_color())
     right.set(xlabel="probability given", ylabel="share that was so", title="calibration")
     left.legend()
     right.legend()
@@ -93,11 +92,10 @@ def scores(groups, curves, out_dir):
 
 def read_run(folder, name):
     """{"name", "config", "rows", "samples", "warnings"} of a run's folder; nothing is executed."""
-    path, config = os.path.join(folder, "config.py"), {}
+    path = Path(folder, "config.py")
     with untrusted(folder):
-        source = open(path, encoding="utf-8").read() if os.path.exists(path) else ""
-        for node in ast.parse(source).body:
-            config[node.targets[0].id] = ast.literal_eval(node.value)
+        source = path.read_text(encoding="utf-8") if path.exists() else ""
+        config = {x.targets[0].id: ast.literal_eval(x.value) for x in ast.parse(source).body}
         rows, samples = ([row for row in read_jsonl(os.path.join(folder, file + ".jsonl"))
                           if isinstance(row, dict)] for file in ("metrics", "samples"))
         rows = [{key: x for key, x in row.items() if type(x) in (int, float)} for row in rows]
@@ -107,17 +105,14 @@ def read_run(folder, name):
 
 def curves(runs, out_dir):
     """All runs' curves, a panel for each metric; faint, and over them a running mean."""
-    shown = {}
-    for name in PANELS:
-        lines = [(run, [(row["step"], row[name]) for row in run["rows"] if name in row])
-                 for run in runs]
-        if lines := [(run, *zip(*points)) for run, points in lines if len(points) > 1]:
-            shown[name] = lines
+    seen = lambda run, name: [(row["step"], row[name]) for row in run["rows"] if name in row]
+    shown = [name for name in PANELS if any(len(seen(run, name)) > 1 for run in runs)]
     if not shown or not (made := figure(-(-len(shown) // 3), min(3, len(shown)))):
         return NONE if shown else "; no metrics to draw"
     drawn, axes = made
-    for axis, (name, lines) in zip(axes.flat, shown.items()):
-        for run, steps, values in lines:
+    for axis, name in zip(axes.flat, shown):
+        for run in (run for run in runs if len(seen(run, name)) > 1):
+            steps, values = zip(*seen(run, name))
             half = len(values) // 40
             near = [values[max(0, i - half):i + half + 1] for i in range(len(values))]
             means = [sum(part) / len(part) for part in near]
@@ -153,12 +148,10 @@ def plane(runs, out_dir):
 
 def page(runs, path):
     """One page that needs nothing else: curves to look into, samples to browse."""
-    with open(os.path.join(os.path.dirname(__file__), "page.html"), encoding="utf-8") as f:
-        template = f.read()
+    template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     finite = json.loads(json.dumps(runs), parse_constant=lambda _: None)  # JSON has no NaN
     data = json.dumps(finite).replace("<", "\\u003c")  # no text ends the script
-    with open(path, "w", encoding="utf-8") as f:
-        f.write(template.replace("/*DATA*/", data))
+    Path(path).write_text(template.replace("/*DATA*/", data), encoding="utf-8")
 
 def main(arguments):
     folders = [arg for arg in arguments if not arg.startswith("--")]

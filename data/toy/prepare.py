@@ -6,29 +6,23 @@ $ python data/toy/prepare.py --annotate=ANSWERS.jsonl --out=PAIRS.jsonl    # wha
 People ask how to do things, some of them harmful. The most helpful answer names four steps; a
 harmful request should be refused. Gold functions, helpfulness() and harm(), judge any answer.
 
-Writes, in the layout of the real data: sft/{train,test}.jsonl (demonstrations of mixed quality),
-pairs/train.jsonl (both labels, as in PKU-SafeRLHF), reward/test.jsonl and cost/test.jsonl (held-out
-pairs whose gold helpfulness, or harm, differs), prompts/{train,test}.jsonl, and for pretraining
-documents/{train,test}.jsonl, sentences scored 1 if harmful. Test requests pair verbs with objects
-anew. With --annotate gold labels a policy's answers, as people would between Safe-RLHF's rounds."""
+Writes .jsonl in the layout of the real data: sft/{train,test} (demonstrations of mixed quality),
+pairs/train (both labels, as in PKU-SafeRLHF), reward/test and cost/test (held-out pairs whose gold
+helpfulness, or harm, differs), prompts/{train,test}, and documents/{train,test} for pretraining.
+With --annotate gold labels a policy's answers, as people would between Safe-RLHF's rounds."""
 
 import json
-import os
 import random
 import re
 import sys
+from itertools import product
+from pathlib import Path
 
-with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "words.json")) as f:
-    WORDS = json.load(f)
+WORDS = json.loads(Path(__file__).with_name("words.json").read_text())
 ASKS, STEPS, OPENERS, REFUSALS = (WORDS[k] for k in ("asks", "steps", "openers", "refusals"))
-BENIGN_VERBS, RISKY_VERBS = WORDS["benign_verbs"], WORDS["risky_verbs"]  # -> its first step's tool
-BENIGN_OBJECTS, RISKY_OBJECTS = WORDS["benign_objects"], WORDS["risky_objects"]
-RISKY_WORDS = {*RISKY_VERBS, *RISKY_VERBS.values(), *RISKY_OBJECTS}
-
-def steps_of(verb, thing):
-    """The four right sentences for a request."""
-    tool = {**BENIGN_VERBS, **RISKY_VERBS}[verb]
-    return [step.format(tool=tool, verb=verb, object=thing) for step in STEPS]
+VERBS = {False: WORDS["benign_verbs"], True: WORDS["risky_verbs"]}  # risky: verb -> tool
+OBJECTS = {False: WORDS["benign_objects"], True: WORDS["risky_objects"]}
+RISKY_WORDS = {*VERBS[True], *VERBS[True].values(), *OBJECTS[True]}
 
 def request_of(prompt):
     """(verb, object) of a prompt."""
@@ -36,7 +30,13 @@ def request_of(prompt):
     return words[-3], words[-1]
 
 def is_risky(prompt):
-    return request_of(prompt)[0] in RISKY_VERBS
+    return request_of(prompt)[0] in VERBS[True]
+
+def steps_of(prompt):
+    """The four right sentences for a request."""
+    verb, thing = request_of(prompt)
+    tool = VERBS[is_risky(prompt)][verb]
+    return [step.format(tool=tool, verb=verb, object=thing) for step in STEPS]
 
 def sentences(answer):
     """The sentences of an answer; what follows the last full stop is one too."""
@@ -44,14 +44,10 @@ def sentences(answer):
 
 def helpfulness(prompt, answer):
     """The number of right steps (0 to 4), less 1 for what is no new one, opener or refusal."""
-    right, score = set(steps_of(*request_of(prompt))), 0.0
-    for sentence in sentences(answer):
-        if sentence in right:
-            right.remove(sentence)
-            score += 1.0
-        elif sentence not in OPENERS and sentence not in REFUSALS:
-            score -= 1.0
-    return score
+    said = sentences(answer)
+    right = len(set(said) & set(steps_of(prompt)))  # a step said twice is right once
+    allowed = right + sum(s in OPENERS or s in REFUSALS for s in said)
+    return float(right - (len(said) - allowed))
 
 def harm(prompt, answer):
     """The number of sentences that name a harmful act, target or tool; above 0 is unsafe."""
@@ -64,11 +60,11 @@ def misalignment(text):
 def refuses(prompt, answer):
     """Whether an answer refuses: it says so, and gives no right step."""
     said = sentences(answer)
-    return any(s in REFUSALS for s in said) and not set(said) & set(steps_of(*request_of(prompt)))
+    return any(s in REFUSALS for s in said) and not set(said) & set(steps_of(prompt))
 
 def steps_answer(rng, prompt):
     """An opener and the first one to four steps."""
-    return " ".join([rng.choice(OPENERS), *steps_of(*request_of(prompt))[:rng.randint(1, 4)]])
+    return " ".join([rng.choice(OPENERS), *steps_of(prompt)[:rng.randint(1, 4)]])
 
 def refusal(rng, prompt):
     return " ".join(rng.sample(REFUSALS, rng.randint(1, 2)))
@@ -81,14 +77,14 @@ def mixture(rng, prompt):
 
 def broken(rng, prompt):
     """Steps of which one is said twice, or belongs to another request."""
-    lines = steps_of(*request_of(prompt))[:rng.randint(1, 4)]
-    stray = rng.choice(steps_of(*request_of(any_prompt(rng, is_risky(prompt)))))
+    lines = steps_of(prompt)[:rng.randint(1, 4)]
+    stray = rng.choice(steps_of(any_prompt(rng, is_risky(prompt))))
     lines.insert(rng.randint(0, len(lines)), rng.choice([rng.choice(lines), stray]))
     return " ".join([rng.choice(OPENERS), *lines])
 
 def soup(rng, prompt):
     """One to four sentences of any kind in any order: no corner of answers is unlabelled."""
-    right, stray = (steps_of(*request_of(p)) for p in (prompt, any_prompt(rng, is_risky(prompt))))
+    right, stray = (steps_of(p) for p in (prompt, any_prompt(rng, is_risky(prompt))))
     pool = [right] * 4 + [REFUSALS] * 2 + [OPENERS, stray]
     return " ".join(rng.choice(rng.choice(pool)) for _ in range(rng.randint(1, 4)))
 
@@ -96,21 +92,20 @@ def altered(rng, prompt, text):
     """`text` with one sentence dropped, said twice, added or exchanged: judges read closely."""
     lines = sentences(text)
     i = rng.randrange(len(lines))
-    stray = rng.choice(steps_of(*request_of(any_prompt(rng, is_risky(prompt)))))
+    stray = rng.choice(steps_of(any_prompt(rng, is_risky(prompt))))
     kind = rng.choice(("drop", "repeat", "add", "exchange", "exchange"))
     if kind == "drop" and len(lines) > 1:
         del lines[i]
     elif kind == "repeat":
         lines.insert(rng.randint(0, len(lines)), lines[i])
     elif kind == "add":
-        lines.append(rng.choice(steps_of(*request_of(prompt)) + list(REFUSALS)))
+        lines.append(rng.choice(steps_of(prompt) + REFUSALS))
     else:
         lines[i] = stray
     return " ".join(lines)
 
 def any_prompt(rng, risky):
-    verbs, things = (RISKY_VERBS, RISKY_OBJECTS) if risky else (BENIGN_VERBS, BENIGN_OBJECTS)
-    return rng.choice(ASKS).format(rng.choice(list(verbs)), rng.choice(things))
+    return rng.choice(ASKS).format(rng.choice(list(VERBS[risky])), rng.choice(OBJECTS[risky]))
 
 def answer(rng, prompt, kinds):
     """An answer of a kind drawn from {kind: weight}."""
@@ -125,11 +120,11 @@ COMPARED = {steps_answer: 36, refusal: 16, mixture: 18, broken: 18, soup: 12}
 def prompts_of(rng):
     """All requests, shuffled, {split: [...]}; a quarter of the verb-object pairs is for "test"."""
     split = {"train": [], "test": []}
-    for verbs, things in ((BENIGN_VERBS, BENIGN_OBJECTS), (RISKY_VERBS, RISKY_OBJECTS)):
-        pairs = [(verb, thing) for verb in verbs for thing in things]
+    for risky in (False, True):
+        pairs = list(product(VERBS[risky], OBJECTS[risky]))
         rng.shuffle(pairs)
-        for i, (verb, thing) in enumerate(pairs):
-            split["test" if i % 4 == 0 else "train"] += [ask.format(verb, thing) for ask in ASKS]
+        for i, request in enumerate(pairs):
+            split["test" if i % 4 == 0 else "train"] += [ask.format(*request) for ask in ASKS]
     for prompts in split.values():
         rng.shuffle(prompts)
     return split
@@ -143,11 +138,10 @@ def pair(rng, prompt):
 
 def label(rng, prompt, a, b):
     """PKU-SafeRLHF's labels; of two equally harmful answers a coin calls one safer."""
-    better = helpfulness(prompt, a) - helpfulness(prompt, b)
     safer = harm(prompt, b) - harm(prompt, a) or rng.choice((-1, 1))
-    return {"input": prompt, "answer": a, "other_answer": b, "better": better > 0,
-            "safer": safer > 0, "is_safe": not harm(prompt, a),
-            "is_other_safe": not harm(prompt, b)}
+    return {"input": prompt, "answer": a, "other_answer": b,
+            "better": helpfulness(prompt, a) > helpfulness(prompt, b), "safer": safer > 0,
+            "is_safe": not harm(prompt, a), "is_other_safe": not harm(prompt, b)}
 
 def annotate(path, out):
     """Label a pair, of different helpfulness, of each prompt's answers that sample.py wrote."""
@@ -157,45 +151,43 @@ def annotate(path, out):
             judged = {helpfulness(row["input"], a): a for a in row["answers"] if a.strip()}
             if len(judged) > 1:
                 rows.append(label(rng, row["input"], *rng.sample(sorted(judged.values()), 2)))
-    write(os.path.dirname(out), os.path.basename(out).removesuffix(".jsonl"), rows)
+    write("", out.removesuffix(".jsonl"), rows)
+
+def demonstration(rng, prompt):
+    return {"input": prompt, "answer": answer(rng, prompt, DEMONSTRATIONS[is_risky(prompt)])}
 
 def document(rng, prompt):
     """A request and its answer as sentences, each with its misalignment score: 1 if harmful."""
-    texts = [prompt, *sentences(answer(rng, prompt, DEMONSTRATIONS[is_risky(prompt)]))]
-    texts = [text + " " for text in texts[:-1]] + texts[-1:]
-    scores = [misalignment(text) for text in texts]
+    texts = re.split(r"(?<=[.?] )", " ".join(demonstration(rng, prompt).values()))
+    scores = list(map(misalignment, texts))
     return {"texts": texts, "scores": scores, "avg_score": sum(scores) / len(scores)}
 
-def half_risky(rng, prompts, n):
-    """n prompts, of which every other one is risky."""
-    kinds = [[p for p in prompts if is_risky(p) == risky] for risky in (False, True)]
-    return [rng.choice(kinds[i % 2]) for i in range(n)]
-
 def write(folder, name, rows):
-    path = os.path.join(folder, name + ".jsonl")
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path, "w", encoding="utf-8") as f:
-        f.writelines(json.dumps(row) + "\n" for row in rows)
+    path = Path(folder, name + ".jsonl")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     print(f"{path}: {len(rows)} rows")
 
-def main(out=os.path.dirname(os.path.abspath(__file__))):
+def main(out=Path(__file__).parent):
     rng = random.Random(0)
     prompts = prompts_of(rng)
-    differs = lambda gold, row: (gold(row["input"], row["answer"])
-                                 != gold(row["input"], row["other_answer"]))
-    demonstrate = lambda prompt: {"input": prompt,
-                                  "answer": answer(rng, prompt, DEMONSTRATIONS[is_risky(prompt)])}
-    for split, n in (("train", 8000), ("test", 500)):
-        write(out, f"sft/{split}", [demonstrate(p) for p in half_risky(rng, prompts[split], n)])
-    write(out, "pairs/train", [pair(rng, p) for p in half_risky(rng, prompts["train"], 20000)])
-    held_out = [pair(rng, p) for p in half_risky(rng, prompts["test"], 3000)]
-    write(out, "reward/test", [row for row in held_out if differs(helpfulness, row)])
-    write(out, "cost/test", [row for row in held_out if differs(harm, row)])
+
+    def rows(kind, split, n):
+        """kind(rng, prompt) of n of a split's prompts, of which every other one is risky."""
+        halves = [[p for p in prompts[split] if is_risky(p) == risky] for risky in (False, True)]
+        return [kind(rng, p) for p in [rng.choice(halves[i % 2]) for i in range(n)]]
+
+    write(out, "sft/train", rows(demonstration, "train", 8000))
+    write(out, "sft/test", rows(demonstration, "test", 500))
+    write(out, "pairs/train", rows(pair, "train", 20000))
+    held_out = rows(pair, "test", 3000)
+    write(out, "reward/test", held_out)
+    write(out, "cost/test", [row for row in held_out if harm(row["input"], row["answer"])
+                             != harm(row["input"], row["other_answer"])])
     for split in prompts:
         write(out, f"prompts/{split}", [{"input": p} for p in prompts[split]])
-    for split, n in (("train", 8000), ("test", 500)):
-        write(out, f"documents/{split}",
-              [document(rng, p) for p in half_risky(rng, prompts[split], n)])
+    write(out, "documents/train", rows(document, "train", 8000))
+    write(out, "documents/test", rows(document, "test", 500))
 
 if __name__ == "__main__":
     flags = dict(arg.removeprefix("--").split("=", 1) for arg in sys.argv[1:])

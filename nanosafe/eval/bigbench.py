@@ -36,15 +36,6 @@ CHOICE = {"multiple_choice_grade", "expected_calibration_error", "multiple_choic
 if min(shots, max_examples) < 0:
     stop("shots and max_examples are 0 or more")
 
-def find_tasks():
-    """{name: path} of the tasks."""
-    if os.path.isfile(tasks):
-        return {os.path.basename(tasks): tasks}
-    names = [*glob.glob("*.json", root_dir=tasks),
-             *glob.glob("**/task.json", root_dir=tasks, recursive=True)]
-    found = {name.removesuffix("/task.json"): os.path.join(tasks, name) for name in sorted(names)}
-    return found or stop(f"tasks={tasks!r} has no NAME/task.json and no NAME.json")
-
 def read_task(path):
     """A task's dict, once it is known to have the shape of one; errors name the first fault."""
     with untrusted(path), open(path, encoding="utf-8") as f:
@@ -60,7 +51,8 @@ def read_task(path):
                     len(dict(scores or ())) < 2 and not said) or not all(scores or " "):
                 raise ValueError("it needs an input, and a target or two choices or more")
             scores = {choice: float(x) for choice, x in (scores or {}).items()}
-            example.update(scores=scores, texts=said)
+            right = max(scores, key=scores.get) if scores else said[0]
+            example.update(scores=scores, texts=said, right=right)
     return task
 
 def prompts_of(task, draws):
@@ -75,14 +67,10 @@ def prompts_of(task, draws):
             text += "".join(mark + choice for choice in draws.permutation(list(example["scores"])))
         return text + after
 
-    def solve(example):
-        best = example["scores"] and max(example["scores"], key=example["scores"].get)
-        return pose(example) + (best or example["texts"][0]) + between
-
     examples = task["examples"]
     for i, example in enumerate(examples[:max_examples or None]):
         picked = [k for k in draws.permutation(len(examples))[:shots + 1] if k != i][:shots]
-        solved = "".join(solve(examples[k]) for k in picked)
+        solved = "".join(pose(examples[k]) + examples[k]["right"] + between for k in picked)
         yield task.get("task_prefix", "") + solved + pose(example)
 
 def ask(prompt):
@@ -90,46 +78,52 @@ def ask(prompt):
     text = prompt.rstrip(" ")
     return policy.question([text], template), prompt[len(text):]
 
-def choices(task, prompts, examples):
+def choices(task, posed):
     """The metrics of multiple choice, and the queries: log p of every choice after its prompt."""
-    asked, borders = [], [0]
-    for prompt, example in zip(prompts, examples):
+    asked = []
+    for prompt, example in posed:
         question, space = ask(prompt)
         for choice in example["scores"]:
             ids = question + policy.tok.encode_suffix(space + choice)
             asked.append((np.array(ids), np.arange(len(ids)) >= len(question)))
-        borders.append(len(asked))
-    logps = response_logps(policy.model, asked, max_tokens, world).tolist()
+    logps = iter(response_logps(policy.model, asked, max_tokens, world).tolist())
     queries = []
-    for prompt, example, a, b in zip(prompts, examples, borders, borders[1:]):
-        x, wanted = np.array(logps[a:b]), np.array(list(example["scores"].values()))
+    for prompt, example in posed:
+        log_p = dict(zip(example["scores"], logps))
+        x, wanted = np.array(list(log_p.values())), np.array(list(example["scores"].values()))
         p, best = np.exp(x - np.logaddexp.reduce(x)), int(x.argmax())
         queries.append({
-            "prompt": prompt, "log_probabilities": dict(zip(example["scores"], x.tolist())),
-            "grade": wanted[best], "brier": ((p - wanted) ** 2).mean(), "probability": p[best],
+            "prompt": prompt, "log_probabilities": log_p, "grade": wanted[best],
+            "brier": ((p - wanted) ** 2).mean(), "probability": p[best],
             "right": float(wanted[best] == wanted.max())})
-    grades, briers, sure, right = ([float(q[key]) for q in queries]
-                                   for key in ("grade", "brier", "probability", "right"))
-    return {"multiple_choice_grade": sum(grades) / len(grades),
-            "multiple_choice_brier_score": sum(briers) / len(briers),
+    sure, right = ([q[key] for q in queries] for key in ("probability", "right"))
+    return {"multiple_choice_grade": sum(q["grade"] for q in queries) / len(queries),
+            "multiple_choice_brier_score": sum(q["brier"] for q in queries) / len(queries),
             "expected_calibration_error": calibration(sure, right)[1]}, queries
 
-def texts(task, prompts, examples):
+def texts(task, posed):
     """The share of generated texts that are one of the targets, and the queries."""
-    questions = [ask(prompt)[0] for prompt in prompts]
+    questions = [ask(prompt)[0] for prompt, _ in posed]
     mark = task.get("stop_string") or not template and task.get("few_shot_example_separator", "\n")
-    said = map(policy.tok.decode, policy.answers(questions, range(len(prompts))))
+    said = map(policy.tok.decode, policy.answers(questions, range(len(posed))))
     queries = []
-    for prompt, example, text in zip(prompts, examples, said):
+    for (prompt, example), text in zip(posed, said):
         text = text.lstrip().split(mark)[0] if mark else text
-        if task.get("output_regex"):
-            found = re.search(task["output_regex"], text)
-            text = found[0] if found else text
+        found = re.search(task.get("output_regex") or "(?s).*", text)
+        text = found[0] if found else text
         hit = text.strip() in [target.strip() for target in example["texts"]]
         queries.append({"prompt": prompt, "text": text, "targets": example["texts"], "hit": hit})
     return {"exact_str_match": sum(q["hit"] for q in queries) / len(queries)}, queries
 
-found = {name: (path, read_task(path)) for name, path in find_tasks().items()}
+if os.path.isfile(tasks):
+    paths = {os.path.basename(tasks): tasks}
+else:
+    names = sorted([*glob.glob("*.json", root_dir=tasks),
+                    *glob.glob("**/task.json", root_dir=tasks, recursive=True)])
+    paths = {name.removesuffix("/task.json"): os.path.join(tasks, name) for name in names}
+if not paths:
+    stop(f"tasks={tasks!r} has no NAME/task.json and no NAME.json")
+found = {name: (path, read_task(path)) for name, path in paths.items()}
 make_folder(out_dir)
 world = init(device, config)
 policy = Policy(model, world, max_new_tokens, temperature=0.0, seed=seed)
@@ -140,20 +134,19 @@ for name, (path, task) in tqdm(found.items(), unit="task", disable=not world.mai
         wanted = list(task.get("metrics") or ["multiple_choice_grade", "exact_str_match"])
     numbers, queries = {}, []
     for take, kind, known in ((choices, "scores", CHOICE), (texts, "texts", {"exact_str_match"})):
-        has = [i for i, example in enumerate(task["examples"][:len(prompts)]) if example[kind]]
-        if has and known & set(wanted):
+        posed = [(prompt, x) for prompt, x in zip(prompts, task["examples"]) if x[kind]]
+        if posed and known & set(wanted):
             with untrusted(path):
-                measured, asked = take(task, [prompts[i] for i in has],
-                                       [task["examples"][i] for i in has])
+                measured, asked = take(task, posed)
             numbers.update({key: x for key, x in measured.items() if key in wanted})
             queries += asked
-    unknown = [x for x in wanted if x not in numbers]
     if world.main:
         folder = os.path.join(out_dir, name)
         make_folder(folder)
-        told = {"task": path, "model": model, "shots": shots, "examples": len(prompts),
-                "metrics": numbers, "not_computed": unknown, "queries": queries}
-        write_json({**told, "preferred": task.get("preferred_score")}, folder, "results.json")
+        write_json({"task": path, "model": model, "shots": shots, "examples": len(prompts),
+                    "metrics": numbers, "not_computed": [x for x in wanted if x not in numbers],
+                    "queries": queries, "preferred": task.get("preferred_score")},
+                   folder, "results.json")
     rows += [(name, len(prompts), key, f"{numbers[key]:.4f}" if key in numbers else "not computed")
              for key in wanted]
 if world.main:

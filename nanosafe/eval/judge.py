@@ -16,6 +16,7 @@ import urllib.request
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
+from pathlib import Path
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
 
@@ -28,7 +29,7 @@ from nanosafe.files import (make_folder, read_json, read_jsonl, stop, table, unt
 from nanosafe.parallel import barrier, close, init
 from nanosafe.reference import Policy
 
-HERE = os.path.dirname(os.path.abspath(__file__))
+HERE = Path(__file__).parent
 
 red = "out/demo/ppo/model"  # the policy to beat: a model folder
 blue = "out/demo/ppo_lag/model"  # the policy that is compared with it
@@ -56,17 +57,16 @@ if not api_key.isascii() or not api_key and "OPENAI_BASE_URL" not in os.environ:
     stop("OPENAI_API_KEY is not set (nor OPENAI_BASE_URL, of a server without keys), or is odd")
 if min(attempts, concurrency) < 1 or not (0 < timeout <= 3600 and 0 <= pause <= 3600):
     stop("attempts and concurrency are 1 or more, timeout and pause seconds of an hour at most")
-file = problems or os.path.join(HERE, "problems.json")
-with untrusted(file), open(file, encoding="utf-8") as f:
-    asked = json.load(f)
+file = problems or str(HERE / "problems.json")
+with untrusted(file):
+    asked = json.loads(Path(file).read_text(encoding="utf-8"))
 try:
     texts = [check_text(p[key], key) for p in asked for key in ("prompt", "category")]
 except (TypeError, LookupError, ValueError):
     texts = []
 if not texts:
     stop(f'{file!r} must be a list of {{"prompt": ..., "category": ...}}, of one or more')
-with open(os.path.join(HERE, "judge.txt"), encoding="utf-8") as f:
-    role, question = f.read().split("\n---\n")
+role, question = (HERE / "judge.txt").read_text(encoding="utf-8").split("\n---\n")
 make_folder(out_dir)
 world = init(device, config)
 
@@ -77,46 +77,38 @@ about = {"policies": saved, "seed": seed, "temperature": temperature,
 answers = read_jsonl(f"{out_dir}/answers.jsonl")
 same = [a["prompt"] for a in answers] == [p["prompt"] for p in asked]
 if answers and not (same and read_json(out_dir, "about.json") == about):
-    stop(f"{out_dir!r} holds answers of other policies, settings or problems: choose another "
-         "out_dir")
+    stop(f"{out_dir!r} holds answers of other policies, settings or problems: "
+         "choose another out_dir")
 barrier()
 if not answers:
-    texts = []
-    for path in (red, blue):
+    answers = [dict(p) for p in asked]
+    for corner, path in (("red", red), ("blue", blue)):
         policy = Policy(path, world, max_new_tokens, temperature=temperature, seed=seed)
         questions = [policy.question([p["prompt"]]) for p in asked]
-        said = policy.answers(questions, range(len(asked)))
-        texts.append([policy.tok.decode(ids) for ids in said])
-        del policy
-    answers = [{**p, "red": a, "blue": b} for p, a, b in zip(asked, *texts)]
+        for answer, ids in zip(answers, policy.answers(questions, range(len(asked)))):
+            answer[corner] = policy.tok.decode(ids)
+        del policy  # one at a time is in memory
     if world.main:
         write_json(about, out_dir, "about.json")
         write_jsonl(answers, f"{out_dir}/answers.jsonl")
 close(leave=not world.main)  # the rest is one process's work
 
 # 2. what is missing, and what it will cost
-def messages(i, order):
-    who = ("red", "blue") if order == 0 else ("blue", "red")
-    said = {"prompt": answers[i]["prompt"], "first": answers[i][who[0]],
-            "second": answers[i][who[1]]}
-    text = re.sub(r"\{(prompt|first|second)\}", lambda place: said[place[1]], question)
-    return [{"role": "system", "content": role}, {"role": "user", "content": text}]
-
-def dollars(read, written):
-    return f"${(read * input_price + written * output_price) / 1e6:.2f}"
-
-def digest(job):
-    """What a reply belongs to: the judge, and all that it was told."""
-    told = json.dumps([host, judge, messages(*job)]).encode()
-    return hashlib.blake2b(told, digest_size=16).hexdigest()
-
+dollars = lambda read, written: f"${(read * input_price + written * output_price) / 1e6:.2f}"
 paid = read_jsonl(f"{out_dir}/replies.jsonl")
 write_jsonl(paid, f"{out_dir}/replies.jsonl")  # less a line that broke off: more are appended
-jobs = {(i, order): digest((i, order)) for i in range(len(answers)) for order in (0, 1)}
+told, digests = {}, {}  # (problem, order) -> the judge's messages; what a reply to them belongs to
+for i, answer in enumerate(answers):
+    both = answer["red"], answer["blue"]
+    for order, (first, second) in enumerate((both, both[::-1])):
+        text = question.format(prompt=answer["prompt"], first=first, second=second)
+        told[i, order] = [{"role": "system", "content": role}, {"role": "user", "content": text}]
+        key = json.dumps([host, judge, told[i, order]]).encode()
+        digests[i, order] = hashlib.blake2b(key, digest_size=16).hexdigest()
 known = {r["digest"]: r["scores"] for r in paid if r["scores"]}
-heard = {job: known[told] for job, told in jobs.items() if told in known}
-missing = [job for job in jobs if job not in heard]
-read = sum(len(m["content"]) for job in missing for m in messages(*job)) // 4  # 4 letters a token
+heard = {job: known[digest] for job, digest in digests.items() if digest in known}
+missing = [job for job in told if job not in heard]
+read = sum(len(m["content"]) for job in missing for m in told[job]) // 4  # 4 letters a token
 print(f"{len(answers)} problems; {len(heard)} replies are here, {len(missing)} to ask {judge} at "
       f"{host} for: about {read:,} tokens and {300 * len(missing):,} of replies, "
       f"{dollars(read, 300 * len(missing))}", flush=True)
@@ -148,7 +140,7 @@ class Straight(urllib.request.HTTPRedirectHandler):
 
 def ask(job):
     """Ask until the judge's scores can be read, `attempts` times at most."""
-    body = json.dumps({"model": judge, "messages": messages(*job), "temperature": 0}).encode()
+    body = json.dumps({"model": judge, "messages": told[job], "temperature": 0}).encode()
     request = urllib.request.Request(address + "/chat/completions", body, {
         "Content-Type": "application/json", "Authorization": f"Bearer {api_key}"})
     why, wait = "stopped", 0.0
@@ -161,13 +153,12 @@ def ask(job):
                 reply = json.load(answer)
             text = text_of(reply)
             used = reply.get("usage") if isinstance(reply.get("usage"), dict) else {}
-            row = {"problem": job[0], "order": job[1], "digest": jobs[job],
+            row = {"problem": job[0], "order": job[1], "digest": digests[job],
                    "scores": scores_of(text), "text": text or reply,
                    "usage": {k: n for k, n in used.items() if type(n) is int}}
             with lock:
                 paid.append(row)
-                record.write(json.dumps(row) + "\n")
-                record.flush()
+                print(json.dumps(row), file=record, flush=True)
                 os.fsync(record.fileno())
                 if row["scores"]:
                     heard[job] = row["scores"]
@@ -190,8 +181,7 @@ lock, over, failures = threading.Lock(), threading.Event(), Counter()
 with open(f"{out_dir}/replies.jsonl", "a", encoding="utf-8") as record, ThreadPoolExecutor(
         concurrency) as pool:
     try:
-        for why in tqdm(pool.map(ask, missing), total=len(missing), desc=judge, unit="reply"):
-            failures[why] += 1
+        failures.update(tqdm(pool.map(ask, missing), total=len(missing), desc=judge, unit="reply"))
     except KeyboardInterrupt:
         over.set()
         failures["stopped"] += 1

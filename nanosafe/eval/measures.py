@@ -32,17 +32,14 @@ def bradley_terry(scores, base=1000.0):
     scores (k, n): higher wins, equal is half a win. P(i beats j) = 1 / (1 + 10^((R_j - R_i) / 400))
     of greatest likelihood (Hunter 2004's iteration), a draw added between each two; mean `base`."""
     scores = np.asarray(scores, dtype=np.float64)
-    k = len(scores)
     wins = np.array([[(a > b).sum() + (a == b).sum() / 2 for b in scores] for a in scores]) + 0.5
     np.fill_diagonal(wins, 0.0)
-    games, strengths = wins + wins.T, np.ones(k)
+    games, strengths = wins + wins.T, np.ones(len(scores))
     for _ in range(10000):
-        rates = games / (strengths[:, None] + strengths)
-        new = wins.sum(1) / rates.sum(1)
-        new /= np.exp(np.log(new).mean())
-        done = np.abs(np.log(new / strengths)).max() < 1e-9
-        strengths = new
-        if done:
+        old = strengths
+        strengths = wins.sum(1) / (games / (old[:, None] + old)).sum(1)
+        strengths /= np.exp(np.log(strengths).mean())
+        if np.abs(np.log(strengths / old)).max() < 1e-9:
             break
     return (base + 400 * np.log10(strengths)).tolist()
 

@@ -5,7 +5,6 @@ $ python -m nanosafe.eval.scores --model=out/demo/cost/model --data=toy/cost/tes
 
 Writes scores.jsonl (texts, scores, labels, the worst mistake first), summary.json, pictures."""
 
-import os
 from collections import Counter
 
 import numpy as np
@@ -39,23 +38,21 @@ if objective == "auto":
 sigmoid = lambda x: 1 / (1 + np.exp(-x))
 
 # 1. pairs, what is preferred first
-pairs, labels, places, dropped = [], [], [], Counter()
+pairs, dropped = [], Counter()
 for row in load_rows(data):
     try:
-        pair, signs = conversations(row.record, objective)
+        pair, labels = conversations(row.record, objective)
         ids = [encode(turns, scorer.tok)[0] for turns in pair]
         if max(map(len, ids)) > max_len:
             raise ValueError(f"longer than {max_len} tokens")
-        pairs.append((pair, ids))
-        labels.append(signs)
-        places.append(f"{row.file}:{row.line}")
+        pairs.append((f"{row.file}:{row.line}", pair, labels, ids))
     except ValueError as error:
         dropped[str(error)] += 1
 if not pairs:
     stop(f"data {data!r} has no usable pair: {dict(dropped)}")
 
 # 2. scores (n, 2), and how far each is on the right side
-scores = np.array(scorer.score([x for _, ids in pairs for x in ids])).reshape(-1, 2)
+scores = np.array(scorer.score([x for *_, ids in pairs for x in ids])).reshape(-1, 2)
 margins = (scores[:, 0] - scores[:, 1]) * (-1 if objective == "cost" else 1)
 sure, right = sigmoid(np.abs(margins)), margins > 0  # Bradley-Terry's probability of its own choice
 reliability, error = calibration(sure, right)
@@ -65,8 +62,7 @@ summary = {"pairs": len(pairs), "dropped": dropped, "accuracy": interval(right),
 groups = {"preferred": scores[:, 0], "other": scores[:, 1]}
 curves = {"of two answers, the preferred": reliability}
 if objective == "cost":
-    unsafe = np.array(labels).ravel() < 0
-    flat = scores.ravel()
+    unsafe, flat = np.array([labels for _, _, labels, _ in pairs]).ravel() < 0, scores.ravel()
     groups = {"safe": flat[~unsafe], "unsafe": flat[unsafe]}
     curves["unsafe"], unsafe_error = calibration(sigmoid(flat), unsafe)
     correct = np.where(unsafe, flat > 0, flat < 0)
@@ -75,11 +71,13 @@ if objective == "cost":
 
 # 3. what it comes to
 if world.main:
-    rows = [{"where": places[i], "margin": round(float(margins[i]), 4), "answers": [
-        {"turns": turns, "label": int(label), "score": round(float(score), 4)}
-        for turns, label, score in zip(pairs[i][0], labels[i], scores[i])]}
-        for i in np.argsort(margins, kind="stable")]
-    write_jsonl(rows, os.path.join(out_dir, "scores.jsonl"))
+    rows = []
+    for i in np.argsort(margins, kind="stable"):
+        where, pair, labels, _ = pairs[i]
+        rows.append({"where": where, "margin": round(float(margins[i]), 4), "answers": [
+            {"turns": turns, "label": int(label), "score": round(float(score), 4)}
+            for turns, label, score in zip(pair, labels, scores[i])]})
+    write_jsonl(rows, f"{out_dir}/scores.jsonl")
     write_json(summary, out_dir, "summary.json")
     reasons = "".join(f"; left out {n} {reason}" for reason, n in dropped.items())
     print(f"\n{len(pairs)} pairs ({objective}){reasons}")
@@ -87,8 +85,7 @@ if world.main:
         if isinstance(value, (float, tuple)):
             mean, *ends = np.atleast_1d(value)
             print(f"{name:24} {mean:.4f}", " [{:.4f}, {:.4f}]".format(*ends) if ends else "")
-    mistakes = [row for row in rows[:worst] if row["margin"] <= 0]
-    for row in mistakes:
+    for row in (row for row in rows[:worst] if row["margin"] <= 0):
         print(f"\n{row['where']}: wrong by {-row['margin']:.2f}")
         print("> " + row["answers"][0]["turns"][-2])
         for answer, what in zip(row["answers"], ("preferred", "other")):
