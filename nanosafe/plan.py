@@ -235,14 +235,13 @@ def fits(run):
 
 def nearest(make, knobs, gpus):
     """The first change, from cheap to dear, with which a run fits: what, and that Run."""
-    smaller = {"activation_checkpointing": True, "max_tokens": knobs["max_len"]}
+    smaller = {"activation_checkpointing": True, "max_tokens": knobs["max_len"], "parallel": "fsdp"}
     tries = [{"activation_checkpointing": True}, smaller, {**smaller, "offload": "frozen"}]
-    tries += [{**smaller, "gpus": gpus * 2**i} for i in range(1, 8)]
-    for change in tries:
-        run = make({**knobs, **{key: x for key, x in change.items() if key in knobs}},
-                   change.get("gpus", gpus))
+    for change, times in [*((t, 1) for t in tries), *((smaller, 2**i) for i in range(1, 8))]:
+        run = make({**knobs, **change}, gpus * times)
         if fits(run):
-            return " ".join(f"--{key}={x}" for key, x in change.items()), run
+            new = {key: x for key, x in change.items() if knobs[key] != x}
+            return " ".join(f"--{key}={x}" for key, x in {**new, "gpus": run.gpus}.items()), run
     return None, None
 
 def report(run, make):
