@@ -47,7 +47,6 @@ if config["raw"] and subset == "all":
     stop("--raw needs --subset=NAME: the subsets' files have the same names")
 folder = config["out"] or os.path.dirname(os.path.abspath(__file__))
 for name in SUBSETS if subset == "all" else (subset,):
-    config.update(subset=name, out=os.path.join(folder, name))
-    fetch.prepare(__file__, to_record, config, release="subset")
-    config["out"] += "-dialogue"
-    fetch.prepare(__file__, to_dialogue, config, release="subset")
+    for make, ending in ((to_record, ""), (to_dialogue, "-dialogue")):
+        config.update(subset=name, out=os.path.join(folder, name + ending))
+        fetch.prepare(__file__, make, config, release="subset")
