@@ -53,8 +53,7 @@ def configure(script, *shared):
         for name in origin:
             print(f"{name:<{width}} = {config[name]!r}  ({origin[name]})")
         rest = ", ".join(f"{name}={config[name]!r}" for name in config if name not in origin)
-        text = f"as by default: {rest}"
-        print(textwrap.fill(text, 100, subsequent_indent="    "), flush=True)
+        print(textwrap.fill("as by default: " + rest, 100, subsequent_indent="    "), flush=True)
     return config
 
 def save(config, path):
