@@ -18,11 +18,15 @@ import textwrap
 
 TYPES, INFINITY = (bool, int, float, str), float("inf")
 
-def configure(script):
-    """Set the knobs in `script` (a module's globals()) from sys.argv; returns them, a dict.
+def configure(script, *shared):
+    """Set the knobs in `script` (a module's globals()) from sys.argv; returns them, a dict. The
+    knobs of `shared`, other modules' globals, are the script's as well.
     Stops with one line (SystemExit) on an unknown name, a wrong type or a missing file."""
-    knobs, origin = read_knobs(script), {}
-    config = {name: script[name] for name in knobs}
+    knobs, config, origin = {}, {}, {}
+    for module in (script, *shared):
+        comments = read_knobs(module)
+        knobs.update(comments)
+        config.update((name, module[name]) for name in comments)
     given = [arg for arg in sys.argv[1:] if arg not in ("-h", "--help")]
     files = [arg for arg in given if not arg.startswith("--")]
     for arg in given:
@@ -49,8 +53,7 @@ def configure(script):
         for name in origin:
             print(f"{name:<{width}} = {config[name]!r}  ({origin[name]})")
         rest = ", ".join(f"{name}={config[name]!r}" for name in config if name not in origin)
-        text = f"as by default: {rest}"
-        print(textwrap.fill(text, 100, subsequent_indent="    "), flush=True)
+        print(textwrap.fill("as by default: " + rest, 100, subsequent_indent="    "), flush=True)
     return config
 
 def save(config, path):

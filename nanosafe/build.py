@@ -15,11 +15,9 @@ from nanosafe.data import PROMPT_BEGIN, PROMPT_TURN
 from nanosafe.files import make_folder, put_folder, untrusted, write_json
 
 TASKS = {  # task -> fields that a row must have
-    "sft": (),
-    "prompts": ("input",),
+    "sft": (), "prompts": ("input",), "rank": ("input",),
     "reward": ("input", "answer", "other_answer", "better"),
     "cost": ("input", "answer", "other_answer", "safer", "is_safe", "is_other_safe"),
-    "rank": ("input",),
 }
 
 def conversations(record, task):
@@ -150,18 +148,21 @@ def build(folder, rows, tokenizer, task, max_len, show, method=()):
         text += f"; dropped {count} {reason} (first: {first[reason]})"
     write_cache(folder, list(kept.values()), {"text": text, "dropped": dropped})
 
-def talks(rows, tokenizer, task, max_len, drop):
-    """(row, key by which it may repeat another, (sequences, labels, line)) of each usable row."""
-    chunk = []
+def usable(rows, read, drop):
+    """(row, read(its record)) of each row of which read() does not raise the reason to drop it."""
     for row in rows:
         try:
-            chunk.append((row, *conversations(row.record, task)))
+            yield row, read(row.record)
         except ValueError as error:
             drop(row, str(error))
-    pieces = [piece for _, talks, _ in chunk for turns in talks for piece in segments(turns)]
+
+def talks(rows, tokenizer, task, max_len, drop):
+    """(row, key by which it may repeat another, (sequences, labels, line)) of each usable row."""
+    chunk = list(usable(rows, lambda record: conversations(record, task), drop))
+    pieces = [piece for _, (talks, _) in chunk for turns in talks for piece in segments(turns)]
     texts = {prompt for prompt, _ in pieces} | {p + a for p, a in pieces if a is not None}
     lookup = dict(zip(texts, tokenizer.encode_batch(list(texts)))).__getitem__
-    for row, talks, labels in chunk:
+    for row, (talks, labels) in chunk:
         encoded = [encode(turns, tokenizer, lookup) for turns in talks]
         if max(len(ids) for ids, _ in encoded) > max_len:
             drop(row, f"longer than {max_len} tokens")

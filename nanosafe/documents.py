@@ -7,7 +7,7 @@ EOS; a long one goes on in the next block, behind another BOS. No block looks at
 import numpy as np
 import torch
 
-from nanosafe.build import check_scores, check_text
+from nanosafe.build import check_scores, check_text, usable
 from nanosafe.tokenizer import Token, Tokenizer
 
 ALIGNED, MISALIGNED = CONTROL = "<|aligned|>", "<|misaligned|>"
@@ -44,12 +44,7 @@ def blocks(rows, tokenizer, max_len, drop, objective="mle", threshold=0.0, drop_
     does so too, but counts no control tokens: to measure a conditional model's loss on text."""
     control = control_ids(tokenizer)
     start = [(i, 0, 0.0) for i in tokenizer.encode("", bos=True)]
-    for row in rows:
-        try:
-            segments = check(row.record)
-        except ValueError as error:
-            drop(row, str(error))
-            continue
+    for row, segments in usable(rows, check, drop):
         if objective == "filter" and sum(s for _, s in segments) / len(segments) > threshold:
             drop(row, f"documents with a mean score above {threshold}")
             continue

@@ -20,6 +20,12 @@ from nanosafe.raw import PARQUET
 from nanosafe.rows import read_rows
 from nanosafe.tokenizer import load as load_tokenizer
 
+# The knobs of every prepare.py besides its own: configure(globals(), vars(fetch)).
+raw = ""  # folder with the raw files; empty: download
+holdout = 0.0  # share of the prompts for test.jsonl, all files pooled; 0: the raw files' own split
+out = ""  # folder to write to; empty: beside this script, some releases in a subfolder
+tokenizer = ""  # folder with a tokenizer, to count tokens instead of characters
+
 ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zip", ".json", ".json.gz", ".json.xz")
 
 def raw_files(raw, repo, folder, wanted, revision="main", sha256=None):
@@ -48,22 +54,24 @@ def raw_files(raw, repo, folder, wanted, revision="main", sha256=None):
     return [download(f"{base}/{urllib.parse.quote(name)}", f"{place}/{name}",
                      (sha256 or {}).get(name)) for name in names]
 
-def prepare(script, to_record, raw, out, holdout, tokenizer, url=None, **choice):
-    """What a prepare.py does: raw files, convert()ed into `out`, or beside the script.
+def prepare(script, to_record, config, release=None, url=None):
+    """What a prepare.py does, by its knobs `config`: raw files, convert()ed.
 
     They are one file at `url`, or what sources.json names by the script's folder and, of several
-    releases, by the value of the knob in `choice`: a repository, a pattern of its files' paths,
+    releases, by the value of the knob named `release`: a repository, a pattern of its files' paths,
     and the part of the folder to write to (by default the release's name)."""
     here, part = os.path.dirname(os.path.abspath(script)), ""
     known = read_json(os.path.dirname(__file__), "sources.json")
     source = {"repo": url} if url else known[os.path.basename(here)]
-    for knob, part in choice.items():
-        choose(knob, part, source)
+    if release:
+        part = config[release]
+        choose(release, part, source)
         source = source[part]
     part, pattern = source.pop("part", part), source.pop("files", r"\.jsonl")
     wanted = lambda name: name.endswith(ENDINGS) and re.search(pattern, name)
-    files = raw_files(raw, folder=here, wanted=wanted, **source)
-    convert(files, to_record, out or os.path.join(here, part), holdout, tokenizer)
+    files = raw_files(config["raw"], folder=here, wanted=wanted, **source)
+    convert(files, to_record, config["out"] or os.path.join(here, part), config["holdout"],
+            config["tokenizer"])
 
 def endpoint():
     return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")

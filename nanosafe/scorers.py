@@ -153,8 +153,7 @@ def main(arguments):
     splitter = re.compile(r"(?<=\n)" if name == "pep8" else r"(?<=[.!?])(?=\s)")
     for read, row in enumerate(tqdm(list(read_rows(source)), desc=name, unit="row"), start=1):
         record = row.record or {}
-        texts = record.get("texts") or [t for t in splitter.split(record.get("text", "")) if t]
-        if texts:
+        if texts := record.get("texts") or [t for t in splitter.split(record.get("text", "")) if t]:
             scores = scorer(texts)
             rows.append({**record, "texts": texts, "scores": scores,
                          "avg_score": sum(scores) / len(scores)})

@@ -109,6 +109,15 @@ def test_help_shows_every_knob_with_default_and_comment(script):
     assert "peak learning rate" in text and 'name = "run"' in text and "RESULT" not in text
 
 
+def test_knobs_of_another_module_are_the_script_s_as_well(script, tmp_path):
+    (tmp_path / "common.py").write_text('import os\nseed = 0  # of what is drawn\nLIMIT = 3\n\ndef f(seed):\n    x = seed\n')
+    text = SCRIPT.replace("import time", "import time, common").replace("globals()", "globals(), vars(common)")
+    (tmp_path / "script.py").write_text(text.replace('print("RESULT"', 'print("RESULT", config["seed"], seed'))
+    assert result(script("--seed=3", "--steps=7")[1]) == "3 3 1e-05 7 run False 14 time"
+    assert "of what is drawn" in "\n".join(script("-h")[1]) and "seed takes a whole number" in script("--seed=x")[1][0]
+    assert "unknown knob 'LIMIT'" in script("--LIMIT=1")[1][0] and "seed = 3" in (tmp_path / "saved.py").read_text()
+
+
 @pytest.mark.parametrize("default", ["None", "(1, 2)", "[1]"])
 def test_defaults_without_a_type_to_read_by_are_refused(script, tmp_path, default):
     text = SCRIPT.replace("steps = 100", f"top = {default}\nsteps = 100")

@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT, run
 
 import configurator
+from nanosafe import fetch
 
 TRAINERS = ("train_sft.py", "train_pref.py", "train_ppo_lag.py")
 SCRIPTS = (*TRAINERS, "sample.py")
@@ -164,12 +165,26 @@ def knobs_of(path):
 @pytest.mark.parametrize("path", (*SCRIPTS, *EVAL, *(os.path.relpath(p, ROOT) for p in python_files("data/*/prepare.py"))))
 def test_every_knob_has_a_comment_and_is_read(path):
     text = source(path)
-    if "configure(globals())" not in text:
+    call = re.search(r"^.*configure\(globals\(\)(, vars\(fetch\))?\)$", text, re.M)
+    if not call:
+        assert "configure(" not in text
         return
-    head, body = re.split(r"^.*configure\(globals\(\)\)$", text, maxsplit=1, flags=re.M)
+    head, body = text[:call.start()], text[call.end():]
     for name in knobs_of(path):
         assert re.search(rf"^{name} = .*  # \S", head, re.M), f"{path}: {name} has no comment"
         assert re.search(rf"\b{name}\b", body), f"{path}: nothing reads {name}"
+    assert ("/prepare.py" in path) == bool(call[1])
+    if call[1]:
+        assert re.search(r"fetch\.prepare\(__file__, \w+, config\b", body), f"{path}: nothing reads the shared knobs"
+
+
+def test_every_shared_knob_has_a_comment_and_is_read():
+    text = source("nanosafe/fetch.py")
+    shared = configurator.read_knobs({**vars(fetch), "__file__": fetch.__file__})
+    assert set(shared) == {"raw", "holdout", "out", "tokenizer"}
+    for name in shared:
+        assert re.search(rf"^{name} = .*  # \S", text, re.M), f"{name} has no comment"
+        assert f'config["{name}"]' in text, f"nothing reads {name}"
 
 
 def script_of(recipe):

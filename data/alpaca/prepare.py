@@ -6,11 +6,7 @@ $ python data/alpaca/prepare.py --raw=FOLDER --out=data/lima     # another set i
 from configurator import configure
 from nanosafe import fetch
 
-raw = ""  # folder with the raw files; empty: download
-holdout = 0.0  # share of the prompts for test.jsonl; 0: none
-out = ""  # folder to write to; empty: beside this script
-tokenizer = ""  # folder with a tokenizer, to count tokens instead of characters
-configure(globals())
+config = configure(globals(), vars(fetch))
 
 def to_record(row):
     """Instruction and input make the prompt, joined by a space (Safe-RLHF); earlier turns first."""
@@ -20,6 +16,5 @@ def to_record(row):
         return {"dialogue": [*history, prompt, row["output"]]}
     return {"input": prompt, "answer": row["output"]}
 
-fetch.prepare(
-    __file__, to_record, raw, out, holdout, tokenizer,
-    url="https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/main/alpaca_data.json")
+URL = "https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/main/alpaca_data.json"
+fetch.prepare(__file__, to_record, config, url=URL)

@@ -7,11 +7,7 @@ from configurator import configure
 from nanosafe import fetch
 
 judge = "human"  # human | gpt4 | noisy_multi
-raw = ""  # folder with the raw files; empty: download
-holdout = 0.0  # share of the prompts for test.jsonl; 0: none
-out = ""  # folder to write to; empty: beside this script
-tokenizer = ""  # folder with a tokenizer, to count tokens instead of characters
-configure(globals())
+config = configure(globals(), vars(fetch))
 
 def to_record(row):
     """preference says which output is better, 1 or 2; 0 is a tie."""
@@ -21,4 +17,4 @@ def to_record(row):
     return {"input": prompt, "answer": row["output_1"], "other_answer": row["output_2"],
             "better": row["preference"] == 1}
 
-fetch.prepare(__file__, to_record, raw, out, holdout, tokenizer, judge=judge)
+fetch.prepare(__file__, to_record, config, release="judge")

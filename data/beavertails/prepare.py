@@ -10,11 +10,7 @@ from nanosafe import fetch
 
 version = "30k"  # 30k | 330k
 only_safe = False  # keep safe answers only
-raw = ""  # folder with the raw files; empty: download
-holdout = 0.0  # share of the prompts for test.jsonl, all files pooled; 0: the raw files' own split
-out = ""  # folder to write to; empty: beside this script
-tokenizer = ""  # folder with a tokenizer, to count tokens instead of characters
-configure(globals())
+config = configure(globals(), vars(fetch))
 
 def to_record(row):
     """The kinds of harm that are marked go along, by name."""
@@ -24,4 +20,4 @@ def to_record(row):
     return {"input": row["prompt"], "answer": row["response"], "is_safe": safe,
             "harm": sorted(name for name, marked in row.get("category", {}).items() if marked)}
 
-fetch.prepare(__file__, to_record, raw, out, holdout, tokenizer, version=version)
+fetch.prepare(__file__, to_record, config, release="version")

@@ -17,11 +17,7 @@ from nanosafe.files import stop
 SUBSETS = ("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled", "all")
 
 subset = "all"  # harmless-base | helpful-base | helpful-online | helpful-rejection-sampled | all
-raw = ""  # folder with the subset's raw files; empty: download
-holdout = 0.0  # share of the prompts for test.jsonl, all files pooled; 0: the raw files' own split
-out = ""  # folder to write to; empty: beside this script
-tokenizer = ""  # folder with a tokenizer, to count tokens instead of characters
-configure(globals())
+config = configure(globals(), vars(fetch))
 
 MARK = re.compile(r"\n\n(Human|Assistant):")
 
@@ -47,10 +43,10 @@ def to_dialogue(row):
     record = fetch.checked(to_record(row))
     return {"dialogue": [*record["input"], record["answer"]]}
 
-if raw and subset == "all":
+if config["raw"] and subset == "all":
     stop("--raw needs --subset=NAME: the subsets' files have the same names")
-here = os.path.dirname(os.path.abspath(__file__))
+folder = config["out"] or os.path.dirname(os.path.abspath(__file__))
 for name in SUBSETS if subset == "all" else (subset,):
-    folder = os.path.join(out or here, name)
-    fetch.prepare(__file__, to_record, raw, folder, holdout, tokenizer, subset=name)
-    fetch.prepare(__file__, to_dialogue, raw, folder + "-dialogue", holdout, tokenizer, subset=name)
+    for make, ending in ((to_record, ""), (to_dialogue, "-dialogue")):
+        config.update(subset=name, out=os.path.join(folder, name + ending))
+        fetch.prepare(__file__, make, config, release="subset")

@@ -9,11 +9,7 @@ from configurator import configure
 from nanosafe import fetch
 
 version = "003"  # 003 (turns with their roles) | 002 (one text per dialogue)
-raw = ""  # folder with the raw files; empty: download
-holdout = 0.0  # share of the prompts for test.jsonl; 0: none
-out = ""  # folder to write to; empty: beside this script
-tokenizer = ""  # folder with a tokenizer, to count tokens instead of characters
-configure(globals())
+config = configure(globals(), vars(fetch))
 
 TURN = re.compile(r"\[(Human|MOSS)\]:\s*(.*?)\s*<eo[ha]>", re.DOTALL)
 
@@ -32,4 +28,4 @@ def to_record(row):
         raise ValueError("an empty turn")
     return {"dialogue": turns}
 
-fetch.prepare(__file__, to_record, raw, out, holdout, tokenizer, version=version)
+fetch.prepare(__file__, to_record, config, release="version")

@@ -8,11 +8,7 @@ from nanosafe import fetch
 from nanosafe.documents import check
 
 task = "toxicity"  # toxicity | pii | pep8
-raw = ""  # folder with the raw files; empty: download
-holdout = 0.0  # share of the documents for test.jsonl; 0: none
-out = ""  # folder to write to; empty: beside this script
-tokenizer = ""  # folder with a tokenizer, to count tokens instead of characters
-configure(globals())
+config = configure(globals(), vars(fetch))
 
 def to_record(row):
     """The segments and their scores; the document's score is their mean."""
@@ -20,4 +16,4 @@ def to_record(row):
     check(record)
     return {**record, "avg_score": sum(record["scores"]) / len(record["scores"])}
 
-fetch.prepare(__file__, to_record, raw, out, holdout, tokenizer, task=task)
+fetch.prepare(__file__, to_record, config, release="task")

@@ -1,17 +1,13 @@
 """PKU-SafeRLHF: pairs of answers with separate labels for helpfulness and harmlessness.
 
 $ python data/pku_saferlhf/prepare.py                       # the current release, 83.4K pairs
-$ python data/pku_saferlhf/prepare.py --version=10k         # a laptop's download: 1.7 MB"""
+$ python data/pku_saferlhf/prepare.py --version=10k         # 1.7 MB -> data/pku_saferlhf/10k"""
 
 from configurator import configure
 from nanosafe import fetch
 
 version = "v1"  # v1 (2024) | v0 (2023, what Beaver was trained on) | 10k | 30k
-raw = ""  # folder with the raw files; empty: download
-holdout = 0.0  # share of the prompts for test.jsonl, all files pooled; 0: the raw files' own split
-out = ""  # folder to write to; empty: beside this script (v0, 10k and 30k in a subfolder)
-tokenizer = ""  # folder with a tokenizer, to count tokens instead of characters
-configure(globals())
+config = configure(globals(), vars(fetch))
 
 def to_record(row):
     """One pair; a release without one of the two labels makes pairs without it."""
@@ -23,4 +19,4 @@ def to_record(row):
             record[ours] = not fetch.label(row[theirs])
     return record
 
-fetch.prepare(__file__, to_record, raw, out, holdout, tokenizer, version=version)
+fetch.prepare(__file__, to_record, config, release="version")

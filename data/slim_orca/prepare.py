@@ -7,11 +7,7 @@ from configurator import configure
 from nanosafe import fetch
 
 version = "full"  # full | dedup
-raw = ""  # folder with the raw files; empty: download
-holdout = 0.0  # share of the prompts for test.jsonl; 0: none
-out = ""  # folder to write to; empty: beside this script
-tokenizer = ""  # folder with a tokenizer, to count tokens instead of characters
-configure(globals())
+config = configure(globals(), vars(fetch))
 
 ROLES = {"human": "user", "gpt": "assistant"}  # the others have these names
 
@@ -30,4 +26,4 @@ def to_record(row):
         raise ValueError("an empty turn, or no answer")
     return {"dialogue": turns}
 
-fetch.prepare(__file__, to_record, raw, out, holdout, tokenizer, version=version)
+fetch.prepare(__file__, to_record, config, release="version")

@@ -9,11 +9,7 @@ import math
 from configurator import configure
 from nanosafe import fetch
 
-raw = ""  # folder with the raw files; empty: download
-holdout = 0.0  # share of the prompts for test.jsonl, all files pooled; 0: the raw files' own split
-out = ""  # folder to write to; empty: beside this script
-tokenizer = ""  # folder with a tokenizer, to count tokens instead of characters
-configure(globals())
+config = configure(globals(), vars(fetch))
 
 def to_record(row):
     if "chosen" in row:  # HuggingFaceH4/ultrafeedback_binarized
@@ -32,4 +28,4 @@ def to_record(row):
     return {"input": prompt, "answer": best, "other_answer": worst, "better": True,
             "answers": [text for _, text in kept], "scores": [score for score, _ in kept]}
 
-fetch.prepare(__file__, to_record, raw, out, holdout, tokenizer)
+fetch.prepare(__file__, to_record, config)
