@@ -89,8 +89,8 @@ def read(path):
     """(config.json's dict, tensors, Family) of what is at `path`."""
     if path.endswith(".bin") and os.path.isfile(path):
         return *llama2c(path), META
-    if glob.glob(os.path.join(glob.escape(path), "consolidated.*.pth")):
-        return *meta(path), META
+    if files := sorted(glob.glob(os.path.join(glob.escape(path), "consolidated.*.pth"))):
+        return *meta(path, files), META
     stop(f"no model at {path!r}: a model folder has a config.json, or Meta's params.json")
 
 class Joined:
@@ -106,27 +106,24 @@ class Joined:
         return torch.cat([piece[wanted[wanted // height == i] % height]
                           for i, piece in enumerate(self.pieces)])
 
-def meta(path):
+def meta(path, files):
     """(config.json's dict, tensors) of a folder of Meta's: consolidated.*.pth and params.json."""
     params = read_json(path, "params.json")
     params = params.get("model", params)
     if not params:
         stop(f"{path!r} has consolidated.*.pth and no params.json that says what they are")
-    files = sorted(glob.glob(os.path.join(glob.escape(path), "consolidated.*.pth")))
     if not os.path.basename(files[0]).startswith("consolidated.00"):
         stop(f"{path!r}: there is no consolidated.00.pth beside {os.path.basename(files[0])!r}")
     shards = [read_file(file) for file in files]
     if any(shard.keys() != shards[0].keys() for shard in shards):
         stop(f"{path!r}: its shards do not hold the same tensors")
     D, H = params["dim"], params["n_heads"]
-    tensors = {}
+    tensors = dict(shards[0])
     for name, first in shards[0].items():
-        pieces = [shard[name] for shard in shards]
-        if len(pieces) == 1 or first.dim() == 1:
-            tensors[name] = first
-        else:  # Llama 1 and 2 divide the embedding by columns, Llama 3 by rows
+        if len(shards) > 1 and first.dim() > 1:
+            # Llama 1 and 2 divide the embedding by columns, Llama 3 by rows
             columns = name.endswith(COLUMNS) or ("tok_embeddings" in name and first.shape[1] < D)
-            tensors[name] = Joined(pieces, int(columns))
+            tensors[name] = Joined([shard[name] for shard in shards], int(columns))
     vocabulary = tensors["tok_embeddings.weight"].shape[0]
     eps, scaled = params.get("norm_eps", 1e-5), params.get("use_scaled_rope", False)
     length = (2048 if eps == 1e-6 else 4096) if vocabulary < 100000 else 131072 if scaled else 8192
