@@ -211,10 +211,9 @@ def checkpoint_run(step):
     """The state to resume from, and the model for others to open."""
     monitor.flush()
     if scored and normalizer != "none":
-        c = model.config
-        c.mean, c.var = [moments.mean], [moments.var]
-        c.normalizer_type = type(moments).__name__
-        c.momentum = normalizer_momentum if normalizer == "ema" else None
+        vars(model.config).update(
+            mean=[moments.mean], var=[moments.var], normalizer_type=type(moments).__name__,
+            momentum=normalizer_momentum if normalizer == "ema" else None)
     checkpoint.save(model, os.path.join(out_dir, "model"), tok, dtype=place.compute_dtype,
                     head="score" if scored else "lm")
     extra = {"skips": skips, "moments": vars(moments)}

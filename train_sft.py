@@ -109,9 +109,8 @@ if objective in ("filter", "conditional"):
 train = tokenize(data, tok, task, max_len, max_tokens, method=method)
 held_out = eval_data and tokenize(eval_data, tok, task, max_len, max_tokens, method=compared)
 
-shape = Config(vocab_size=tok.vocab_size, hidden_size=hidden_size,
-               intermediate_size=intermediate_size, num_hidden_layers=num_hidden_layers,
-               num_attention_heads=num_attention_heads, num_key_value_heads=num_key_value_heads,
+shape = Config(tok.vocab_size, hidden_size, intermediate_size, num_hidden_layers,
+               num_attention_heads, num_key_value_heads,
                initializer_range=hidden_size**-0.5)  # about 0.02 at 7B's width
 size = checkpoint.count_parameters(shape if from_scratch else init_from)
 place, _ = places(world, dtype, parallel, offload, use_compile, activation_checkpointing, size)

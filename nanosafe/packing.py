@@ -78,11 +78,10 @@ def plan(lengths, max_tokens, ranks):
     longest, total = max(lengths), sum(lengths)
     by_length = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     bins = ranks * -(-total // (ranks * max_tokens))
-    while True:
+    while True:  # with the least capacity with which `bins` bins suffice
         fits = lambda capacity: len(cut(by_length, lengths, capacity)) <= bins
-        low = max(longest, -(-total // bins))  # the least capacity with which `bins` suffice:
-        low = bisect_left(range(max_tokens), True, low, key=fits)
-        parts = cut(by_length, lengths, low)
+        least = max(longest, -(-total // bins))
+        parts = cut(by_length, lengths, bisect_left(range(max_tokens), True, least, key=fits))
         if len(parts) <= bins:
             break
         bins += ranks

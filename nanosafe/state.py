@@ -47,8 +47,8 @@ def save(out_dir, step, trained, extra, keep=2):
     if main:
         steps = {name: max((int(s["step"]) for s in optimizer.state.values()), default=0)
                  for name, (_, optimizer) in trained.items()}
-        whole = {"step": step, "ranks": len(sums), "optimizer_steps": steps, **extra}
-        write_json(whole, temporary, "state.json")
+        write_json({"step": step, "ranks": len(sums), "optimizer_steps": steps, **extra},
+                   temporary, "state.json")
         sums = {rank_file(rank): pair for rank, pair in enumerate(sums.tolist())}
         sums["state.json"] = checksum(os.path.join(temporary, "state.json"))
         with untrusted(folder, "written"):
