@@ -89,8 +89,8 @@ def read(path):
     """(config.json's dict, tensors, Family) of what is at `path`."""
     if path.endswith(".bin") and os.path.isfile(path):
         return *llama2c(path), META
-    if files := sorted(glob.glob(os.path.join(glob.escape(path), "consolidated.*.pth"))):
-        return *meta(path, files), META
+    if glob.glob(os.path.join(glob.escape(path), "consolidated.*.pth")):
+        return *meta(path), META
     stop(f"no model at {path!r}: a model folder has a config.json, or Meta's params.json")
 
 class Joined:
@@ -106,12 +106,13 @@ class Joined:
         return torch.cat([piece[wanted[wanted // height == i] % height]
                           for i, piece in enumerate(self.pieces)])
 
-def meta(path, files):
+def meta(path):
     """(config.json's dict, tensors) of a folder of Meta's: consolidated.*.pth and params.json."""
     params = read_json(path, "params.json")
     params = params.get("model", params)
     if not params:
         stop(f"{path!r} has consolidated.*.pth and no params.json that says what they are")
+    files = sorted(glob.glob(os.path.join(glob.escape(path), "consolidated.*.pth")))
     if not os.path.basename(files[0]).startswith("consolidated.00"):
         stop(f"{path!r}: there is no consolidated.00.pth beside {os.path.basename(files[0])!r}")
     shards = [read_file(file) for file in files]
