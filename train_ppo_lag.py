@@ -27,7 +27,7 @@ from nanosafe.losses import actor_loss, critic_loss, masked_mean, mle_loss, sequ
 from nanosafe.monitor import Monitor
 from nanosafe.packing import (check_fits, collate, count_steps, examples_at, order, plan,
                               responses_of)
-from nanosafe.parallel import add, backward, close, init, places, union, whole
+from nanosafe.parallel import add, backward, init, places, union, whole
 from nanosafe.rl import (SCALINGS, LagrangeMultiplier, RunningMeanStd, adapted, gae,
                          group_advantages, mix_advantages, normalize, scaled, shaped_costs,
                          shaped_rewards)
@@ -129,9 +129,7 @@ world = init(device, config)
 per_rollout = rollout_size * num_samples
 if per_rollout % batch_size:
     stop(f"rollout_size * num_samples = {per_rollout} is no multiple of batch_size={batch_size}")
-resume = run_state.claim(out_dir, resume)
-if world.main:
-    save(config, os.path.join(out_dir, "config.py"))
+resume = run_state.claim(config, save)
 tok = load_tokenizer(actor_model)
 paths = {"reward": reward_model, **({"cost": cost_model} if cost_model else {})}
 toks = {name: load_tokenizer(path) for name, path in paths.items()}
@@ -389,4 +387,3 @@ while step < steps:
     if halt:
         break
 monitor.close()
-close()

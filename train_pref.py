@@ -24,7 +24,7 @@ from nanosafe.files import choose, stop
 from nanosafe.losses import cost_loss, dpo_loss, ipo_loss, mean, reward_loss, rrhf_loss
 from nanosafe.monitor import Monitor
 from nanosafe.packing import count_steps, examples_at, plan, responses_of, sequence_sums
-from nanosafe.parallel import add, backward, close, init, places
+from nanosafe.parallel import add, backward, init, places
 from nanosafe.reference import Samples, cached_logps
 from nanosafe.rl import ExponentialMovingAverage, RunningMeanStd
 from nanosafe.tokenizer import load as load_tokenizer
@@ -92,9 +92,7 @@ if beta <= 0 or not 0 <= label_smoothing < 0.5:
     stop(f"beta={beta}, label_smoothing={label_smoothing}: above 0, and from 0 to below 0.5")
 scored = objective in SCORED
 world = init(device, config)
-resume = run_state.claim(out_dir, resume)
-if world.main:
-    save(config, os.path.join(out_dir, "config.py"))
+resume = run_state.claim(config, save)
 tok = load_tokenizer(init_from)
 task = objective if scored else "rank" if objective == "rrhf" else "reward"
 train = tokenize(data, tok, task, max_len, max_tokens)
@@ -124,10 +122,9 @@ if resume:
     state = run_state.load(out_dir, {"model": (model, optimizer)})
     start, skips = state["step"], state["skips"]
     vars(moments).update(state["moments"])
-if world.main:
-    print(f"{size / 1e6:.1f} M parameters, {place.layout}, computing in {place.compute_dtype}; "
-          f"{steps} steps of {batch_size} examples over {world.size} ranks, {max_tokens} tokens "
-          "per forward", flush=True)
+checkpoint.tell(
+    f"{size / 1e6:.1f} M parameters, {place.layout}, computing in {place.compute_dtype}; {steps} "
+    f"steps of {batch_size} examples over {world.size} ranks, {max_tokens} tokens per forward")
 
 def judge(dataset, examples):
     """The mean loss of some examples, and their end scores or implied rewards (n, width)."""
@@ -214,10 +211,9 @@ def checkpoint_run(step):
     """The state to resume from, and the model for others to open."""
     monitor.flush()
     if scored and normalizer != "none":
-        c = model.config
-        c.mean, c.var = [moments.mean], [moments.var]
-        c.normalizer_type = type(moments).__name__
-        c.momentum = normalizer_momentum if normalizer == "ema" else None
+        vars(model.config).update(
+            mean=[moments.mean], var=[moments.var], normalizer_type=type(moments).__name__,
+            momentum=normalizer_momentum if normalizer == "ema" else None)
     checkpoint.save(model, os.path.join(out_dir, "model"), tok, dtype=place.compute_dtype,
                     head="score" if scored else "lm")
     extra = {"skips": skips, "moments": vars(moments)}
@@ -261,4 +257,3 @@ for step in range(start, steps):
     if last:
         break
 monitor.close()
-close()

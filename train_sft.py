@@ -26,7 +26,7 @@ from nanosafe.losses import awr_loss, mle_loss, unlikelihood_loss
 from nanosafe.model import Config
 from nanosafe.monitor import Monitor
 from nanosafe.packing import count_steps, examples_at, plan
-from nanosafe.parallel import add, backward, close, init, local_rows, places
+from nanosafe.parallel import add, backward, init, local_rows, places
 from nanosafe.reference import Samples, response_logps, sample_all
 from nanosafe.tokenizer import load as load_tokenizer
 
@@ -98,9 +98,7 @@ if objective != "mle" and not documents:
     stop(f"objective={objective!r} needs documents with scores: --documents=True and their data")
 choose("lr_schedule", lr_schedule, optim.SCHEDULES)
 world = init(device, config)
-resume = run_state.claim(out_dir, resume)
-if world.main:
-    save(config, os.path.join(out_dir, "config.py"))
+resume = run_state.claim(config, save)
 from_scratch = init_from == "scratch"
 tok = load_tokenizer(tokenizer if from_scratch else init_from)
 tok = with_control_tokens(tok) if objective == "conditional" else tok
@@ -111,9 +109,8 @@ if objective in ("filter", "conditional"):
 train = tokenize(data, tok, task, max_len, max_tokens, method=method)
 held_out = eval_data and tokenize(eval_data, tok, task, max_len, max_tokens, method=compared)
 
-shape = Config(vocab_size=tok.vocab_size, hidden_size=hidden_size,
-               intermediate_size=intermediate_size, num_hidden_layers=num_hidden_layers,
-               num_attention_heads=num_attention_heads, num_key_value_heads=num_key_value_heads,
+shape = Config(tok.vocab_size, hidden_size, intermediate_size, num_hidden_layers,
+               num_attention_heads, num_key_value_heads,
                initializer_range=hidden_size**-0.5)  # about 0.02 at 7B's width
 size = checkpoint.count_parameters(shape if from_scratch else init_from)
 place, _ = places(world, dtype, parallel, offload, use_compile, activation_checkpointing, size)
@@ -131,10 +128,9 @@ start = skips = 0
 if resume:
     state = run_state.load(out_dir, {"model": (model, optimizer)})
     start, skips = state["step"], state["skips"]
-if world.main:
-    print(f"{size / 1e6:.1f} M parameters, {place.layout}, computing in {place.compute_dtype}; "
-          f"{steps} steps of {batch_size} sequences over {world.size} ranks, {max_tokens} tokens "
-          "per forward", flush=True)
+checkpoint.tell(
+    f"{size / 1e6:.1f} M parameters, {place.layout}, computing in {place.compute_dtype}; {steps} "
+    f"steps of {batch_size} sequences over {world.size} ranks, {max_tokens} tokens per forward")
 
 # What samples continue: a conditional model is asked for aligned text.
 begin = tok.encode(ALIGNED if objective == "conditional" else "", bos=True)
@@ -229,4 +225,3 @@ for step in range(start, steps):
     if last:
         break
 monitor.close()
-close()

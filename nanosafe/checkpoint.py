@@ -155,7 +155,7 @@ def locate(config, head, folder, fresh=(), vocab_size=0):
 def fill(parameters, folder, places):
     """Copy this rank's rows of the parameters, (name, tensor), from the folder, file by file."""
     parameters = dict(parameters)
-    work = sorted((folder.files.get(part[0], ""), name, part)
+    work = sorted((getattr(folder.tensors[part[0]], "file", ""), name, part)
                   for name in places.keys() & parameters.keys() for part in places[name])
     for _, name, (tensor, skip, height, step, start) in work:
         rows, first, count, _ = parallel.local_rows(parameters[name])
@@ -188,19 +188,19 @@ def write_folder(path, config, head, weights, tokenizer, dtype):
     temporary = path.rstrip("/") + ".tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     make_folder(temporary)
-    files, total = [], 0  # the names of each file's tensors
+    files = []  # of each, its tensors' names and bytes
     for held in shards(weights, dtype, lambda name: parts(config, name, family)):
         with untrusted(path, "written"):
             save_file(held, os.path.join(temporary, f"part-{len(files)}"), {"format": "pt"})
-        files.append(list(held))
-        total += sum(tensor.nbytes for tensor in held.values())
+        files.append({name: tensor.nbytes for name, tensor in held.items()})
     count = len(files)
     names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     if count == 1:
         names = ["model.safetensors"]
     else:
         places = {tensor: name for name, tensors in zip(names, files) for tensor in tensors}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+        total = {"total_size": sum(sum(sizes.values()) for sizes in files)}
+        index = {"metadata": total, "weight_map": dict(sorted(places.items()))}
         write_json(index, temporary, "model.safetensors.index.json")
     for i, name in enumerate(names):
         os.rename(os.path.join(temporary, f"part-{i}"), os.path.join(temporary, name))

@@ -119,14 +119,12 @@ def meta(path):
     if any(shard.keys() != shards[0].keys() for shard in shards):
         stop(f"{path!r}: its shards do not hold the same tensors")
     D, H = params["dim"], params["n_heads"]
-    tensors = {}
+    tensors = dict(shards[0])
     for name, first in shards[0].items():
-        pieces = [shard[name] for shard in shards]
-        if len(pieces) == 1 or first.dim() == 1:
-            tensors[name] = first
-        else:  # Llama 1 and 2 divide the embedding by columns, Llama 3 by rows
+        if len(shards) > 1 and first.dim() > 1:
+            # Llama 1 and 2 divide the embedding by columns, Llama 3 by rows
             columns = name.endswith(COLUMNS) or ("tok_embeddings" in name and first.shape[1] < D)
-            tensors[name] = Joined(pieces, int(columns))
+            tensors[name] = Joined([shard[name] for shard in shards], int(columns))
     vocabulary = tensors["tok_embeddings.weight"].shape[0]
     eps, scaled = params.get("norm_eps", 1e-5), params.get("use_scaled_rope", False)
     length = (2048 if eps == 1e-6 else 4096) if vocabulary < 100000 else 131072 if scaled else 8192

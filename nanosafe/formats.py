@@ -61,22 +61,17 @@ class Folder:
     """The tensors of what is at a path, read in slices: a tensor has a .shape and takes rows.
     Only files that its index names are opened, inside it, one at a time; nothing is executed."""
     def __init__(self, path):
-        self.path = os.fspath(path)
-        self.files, self.current = {}, (None, None)  # tensor -> file; the one open, its tensors
-        if os.path.isfile(os.path.join(self.path, "config.json")):
-            self.read_index()
-        else:
+        self.path, self.tensors, self.family = os.fspath(path), {}, LLAMA
+        if not os.path.isfile(os.path.join(self.path, "config.json")):
             from nanosafe import families
             self.config, self.tensors, self.family = families.read(self.path)
-
-    def read_index(self):
+            return
         d = read_json(self.path, "config.json")
         if d.get("quantization_config"):
             stop(f"{self.path!r} is quantised: open the weights that it was made from")
         if d.get("hidden_act", "silu") not in ("silu", "swish"):
             stop(f"{self.path!r}: hidden_act {d['hidden_act']!r} is not LLaMA's silu")
         kind = (d.get("model_type") or "llama").lower()
-        self.family = LLAMA
         if kind != "llama":
             from nanosafe.families import FAMILIES
             if kind not in FAMILIES:
@@ -88,13 +83,13 @@ class Folder:
         index = read_json(self.path, there[0]).get("weight_map", {}) if indexed else {}
         if not there or indexed and not index:
             stop(f"no weights in {self.path!r}: model.safetensors, pytorch_model.bin or an index")
-        self.tensors = {}
+        files = Files(self.path)
         for file in sorted(set(index.values())) if indexed else there[:1]:
-            for key in self.open(file):
+            for key in files.open(file):
                 name = clean(key)
                 if name in self.tensors or index.get(key, file) != file:
                     stop(f"{self.path!r}: {name!r} stands in two places, once in {file!r}")
-                self.files[name], self.tensors[name] = file, Stored(self, file, key)
+                self.tensors[name] = Stored(files, file, key)
         lost = {clean(key) for key in index} - set(self.tensors)
         if lost:
             stop(f"{self.path!r}: the index names {min(lost)!r}, which its files do not hold")
@@ -105,6 +100,16 @@ class Folder:
                        "mlp_bias": biased(self.family.gate_up[0]),
                        "score_bias": "score_head.bias" in self.tensors}  # the tensors know best
 
+    def dtype(self):
+        name = next(name for name in self.tensors if name.endswith("weight"))
+        return self.tensors[name][:1].dtype
+
+class Files:
+    """A folder's files, of which one is open. They know no Stored and no Folder: without a cycle,
+    what is mapped is freed with the last reference."""
+    def __init__(self, path):
+        self.path, self.current = path, (None, None)  # the file that is open, its tensors
+
     def open(self, file):
         """What read_file() gives for a file of the folder."""
         if self.current[0] != file:
@@ -114,11 +119,6 @@ class Folder:
                 stop(f"{self.path!r}: the index names {file!r}, which is not in the folder")
             self.current = file, read_file(full)
         return self.current[1]
-
-    def dtype(self):
-        """The dtype of the weights."""
-        name = next(name for name in self.tensors if name.endswith("weight"))
-        return self.tensors[name][:1].dtype
 
 def read_file(path):
     """{tensor name: tensor, or what has its rows} of a safetensors or .bin file."""
@@ -134,13 +134,13 @@ def read_file(path):
 
 class Stored:
     """A tensor in a folder's file."""
-    def __init__(self, folder, file, key):
-        self.part = lambda: folder.open(file)[key]
-        part = self.part()
+    def __init__(self, files, file, key):
+        self.files, self.file, self.key = files, file, key
+        part = files.open(file)[key]
         self.shape = torch.Size(part.shape if torch.is_tensor(part) else part.get_shape())
 
     def __getitem__(self, rows):
-        return self.part()[rows]
+        return self.files.open(self.file)[self.key][rows]
 
 def clean(name):
     """A tensor's name, less what wrappers and other libraries' heads made of it."""

@@ -83,11 +83,13 @@ class Monitor:
                 os.fsync(file.fileno())
 
     def close(self):
+        """End the files, and the process group: what a trainer does last."""
         if self.main:
             self.flush()
             self.bar.close()
             for _, finish in self.sinks:
                 finish()
+        parallel.close()
 
 def sink(name, out_dir, config, start):
     """Two functions for TensorBoard or W&B: write(step, metrics) and finish()."""

@@ -26,7 +26,6 @@ def learning_rate_at(step, steps, peak, schedule, warmup_ratio):
 
 def step(model, optimizer, lr, grad_clip, where=""):
     """Clip the gradients to norm `grad_clip` (0: do not), move the weights, clear the gradients.
-
     Returns the norm before clipping. If it is not finite no rank moves, and a line says `where`."""
     parameters = [p for p in model.parameters() if p.grad is not None]
     norm = parallel.grad_norm(parameters).item()

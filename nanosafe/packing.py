@@ -1,9 +1,9 @@
 """Which examples a step takes, how they are dealt to ranks and micro-batches, how these are packed.
 
 All are pure functions: ranks plan alike, and a resumed run needs no cursor but its step.
-
 Shapes: N packed tokens, B sequences, R response positions."""
 
+from bisect import bisect_left
 from typing import NamedTuple
 
 import numpy as np
@@ -23,18 +23,16 @@ def collate(sequences, masks, device):
     if not sequences:  # a rank without work joins its peers' collectives with a token nobody reads
         sequences, masks = [np.zeros(1, np.int32)], [np.zeros(1, np.uint8)]
     tokens = np.concatenate(sequences).astype(np.int64)
-    mask = np.concatenate(masks)
     lengths = [len(s) for s in sequences]
-    cu_seqlens = np.cumsum([0] + lengths)
     targets = np.full(len(tokens), -100)
     # a sequence's first token is no target, so no border is crossed
-    targets[:-1] = np.where(mask[1:], tokens[1:], -100)
+    targets[:-1] = np.where(np.concatenate(masks)[1:], tokens[1:], -100)
     move = lambda x: torch.from_numpy(x).to(device, non_blocking=True)
-    return Batch(move(tokens), move(cu_seqlens.astype(np.int32)), max(lengths), move(targets))
+    cu_seqlens = move(np.cumsum([0] + lengths, dtype=np.int32))
+    return Batch(move(tokens), cu_seqlens, max(lengths), move(targets))
 
 def responses_of(x, batch, starts, R):
     """What belongs to the responses in a packed tensor: x (N,) -> (B, R), right-padded.
-
     Column j of row b is the position before the response's j-th token: log p of emitting it, or the
     value of the state before it. starts: where the response begins in each sequence."""
     begins = batch.cu_seqlens[:-1].long()
@@ -74,20 +72,16 @@ def check_fits(lengths, max_tokens):
 
 def plan(lengths, max_tokens, ranks):
     """Deal a batch out: plan[rank] is its list of micro-batches, lists of indices into `lengths`.
-
     No micro-batch has more than max_tokens tokens; every rank gets as many (some may be empty),
     with about equal tokens; like lengths lie together. Every rank plans and takes its part."""
     check_fits(lengths, max_tokens)
     longest, total = max(lengths), sum(lengths)
     by_length = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     bins = ranks * -(-total // (ranks * max_tokens))
-    while True:
-        low, high = max(longest, -(-total // bins)), max_tokens
-        while low < high:  # the least capacity with which `bins` bins suffice
-            middle = (low + high) // 2
-            fits = len(cut(by_length, lengths, middle)) <= bins
-            low, high = (low, middle) if fits else (middle + 1, high)
-        parts = cut(by_length, lengths, low)
+    while True:  # with the least capacity with which `bins` bins suffice
+        fits = lambda capacity: len(cut(by_length, lengths, capacity)) <= bins
+        least = max(longest, -(-total // bins))
+        parts = cut(by_length, lengths, bisect_left(range(max_tokens), True, least, key=fits))
         if len(parts) <= bins:
             break
         bins += ranks

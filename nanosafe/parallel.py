@@ -38,7 +38,6 @@ class World(NamedTuple):
 
 def init(device="auto", knobs=None):
     """Join the processes that torchrun started, or be alone. device: auto | cpu | cuda.
-
     From here on memory, the disk or a lost rank end a script in one line, with `knobs` to turn."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -119,7 +118,6 @@ def places(world, dtype, layout, offload, use_compile, activation_checkpointing,
 
 def put(model, place):
     """Lay `model` (on the meta device) out over the ranks and take its memory, not yet filled.
-
     Its parameters become this rank's row slices. The order is checkpoint, compile, shard."""
     model.activation_checkpointing = place.activation_checkpointing
     if place.use_compile:
@@ -151,18 +149,15 @@ def mesh(layout, device_type):
     if key not in meshes:
         if size % sharded:
             stop(f"parallel='hsdp': {size} ranks are no multiple of the {sharded} in a node")
-        if sharded == size:
-            meshes[key] = init_device_mesh(device_type, (size,), mesh_dim_names=("shard",))
-        else:
-            names = ("replicate", "shard")
-            meshes[key] = init_device_mesh(device_type, (size // sharded, sharded),
-                                           mesh_dim_names=names)
+        dims = {"replicate": size // sharded} if sharded < size else {}
+        dims["shard"] = sharded
+        sizes, names = tuple(dims.values()), tuple(dims)
+        meshes[key] = init_device_mesh(device_type, sizes, mesh_dim_names=names)
     return meshes[key]
 
 @contextmanager
 def whole(model):
     """A plain twin of `model` whose parameters are whole on every rank, as long as the block runs.
-
     The twin has no hooks: ranks may do different amounts of work, CUDA graphs may be captured."""
     parts = [m for m in model.modules() if isinstance(m, FSDPModule)]
     if not parts:

@@ -47,8 +47,8 @@ def save(out_dir, step, trained, extra, keep=2):
     if main:
         steps = {name: max((int(s["step"]) for s in optimizer.state.values()), default=0)
                  for name, (_, optimizer) in trained.items()}
-        whole = {"step": step, "ranks": len(sums), "optimizer_steps": steps, **extra}
-        write_json(whole, temporary, "state.json")
+        write_json({"step": step, "ranks": len(sums), "optimizer_steps": steps, **extra},
+                   temporary, "state.json")
         sums = {rank_file(rank): pair for rank, pair in enumerate(sums.tolist())}
         sums["state.json"] = checksum(os.path.join(temporary, "state.json"))
         with untrusted(folder, "written"):
@@ -114,9 +114,10 @@ def latest_state(out_dir):
             return folder
     stop(f"no state in {out_dir!r} is whole: start another run")
 
-def claim(out_dir, resume):
-    """Make the run's folder, and say whether there is a state to go on from.
-    One that holds a run is refused, unless it is resumed, or its own torchrun starts it again."""
+def claim(config, write):
+    """Make the run's folder, write(config, its config.py), say whether there is a state to go on
+    from. A run's folder is refused, unless it is resumed, or its own torchrun starts it again."""
+    out_dir, resume = config["out_dir"], config["resume"]
     held = parallel.any_rank(bool(states(out_dir)), "cpu")
     again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     owner = {"torchrun": zlib.crc32(f"{os.uname().nodename} {os.getppid()}".encode())}
@@ -129,4 +130,5 @@ def claim(out_dir, resume):
     make_folder(out_dir)
     if parallel.rank() == 0:
         write_json(owner, out_dir, "owner.json")
+        write(config, os.path.join(out_dir, "config.py"))
     return held

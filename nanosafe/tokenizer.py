@@ -104,6 +104,7 @@ class Tokenizer:
         passes = [[text for text in longest_first if self.added[text].normalized == later]
                   for later in (False, True)]
         self.finders = [re.compile("|".join(map(re.escape, p)) or "(?!)") for p in passes]
+        self.encode_batch = engine.encode_batch  # many plain texts, with allow_special=False
         self.contents = {t.id: text for text, t in self.added.items()}
         self.bos_id, self.eos_id, self.pad_id = map(self.named, SPECIAL)
         self.vocab_size = max([engine.size - 1, *self.contents]) + 1
@@ -145,10 +146,6 @@ class Tokenizer:
                 after = text[match.end():] if token.rstrip else ""
                 begin = match.end() + len(after) - len(after.lstrip(SPACE))
         yield text[begin:], id
-
-    def encode_batch(self, texts):
-        """Ids of many plain texts at once, with allow_special=False."""
-        return self.engine.encode_batch(texts)
 
     def encode_suffix(self, text):
         """Ids of plain text that continues a text: no space is put in front."""

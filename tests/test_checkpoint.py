@@ -1,7 +1,9 @@
 """Model folders: reading, refusing, writing; the four generations of score models; growing."""
 
+import gc
 import json
 import os
+import weakref
 
 import pytest
 import torch
@@ -222,3 +224,15 @@ def test_scratch_weights_are_those_of_the_seed():
     assert not torch.equal(a.lm_head.weight, c.lm_head.weight)
     place = Place(torch.device("cpu"), dtype=torch.float32)
     assert torch.equal(scratch(small_config(), place=place).norm.weight, a.norm.weight)
+
+
+def test_a_folder_that_was_read_is_freed_without_the_garbage_collector(folder):
+    """Else its memory-mapped files stay in memory beside the model."""
+    gc.disable()
+    try:
+        found = formats.Folder(folder)
+        refs = [weakref.ref(found), *map(weakref.ref, found.tensors.values())]
+        del found
+        assert all(ref() is None for ref in refs)
+    finally:
+        gc.enable()
