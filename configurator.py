@@ -8,7 +8,6 @@
 A knob is a global that the script assigns above its call of configure(): a bool, int, float or str,
 in lower case, with a comment behind it. Config files are Python files of assignments to knobs.
 Defaults < files from left to right < flags. The default's type decides how a value is read."""
-
 import ast
 import difflib
 import json

@@ -6,7 +6,6 @@ $ python sample.py --model=... --prompt="How do I rob the bank?"       # one pro
 $ python sample.py --model=... --prompts=toy/prompts/test:20/-1        # a file or a dataset
 $ python sample.py --model=... --prompt="..." --best_of=8 --reward_model=out/demo/reward/model
 $ python sample.py --prompts=toy/prompts --num_samples=8 --reward_model=R --write=sft --out=F"""
-
 from configurator import configure
 from nanosafe.build import conversations
 from nanosafe.chat import Screen, chat, interruptible

@@ -10,14 +10,11 @@ $ python train_ppo_lag.py config/toy/ppo_lag.py --out_dir=out/mine
 $ python train_ppo_lag.py config/toy/ppo.py --out_dir=out/mine_ppo
 On 8 GPUs, Safe-RLHF's recipe:
 $ torchrun --nproc_per_node=8 train_ppo_lag.py config/beaver_7b/ppo_lag.py"""
-
 import os
 import time
-
 import numpy as np
 import torch
 from tqdm import tqdm
-
 from configurator import configure, save
 from nanosafe import checkpoint, optim
 from nanosafe import state as run_state

@@ -9,13 +9,10 @@ $ python train_pref.py
 $ python train_pref.py --objective=cost --out_dir=out/cost --eval_data=toy/cost/test
 On 8 GPUs, Safe-RLHF's recipes; the cost model's differs from the reward model's in what it names:
 $ torchrun --nproc_per_node=8 train_pref.py config/beaver_7b/reward.py config/beaver_7b/cost.py"""
-
 import os
 import time
-
 import numpy as np
 import torch
-
 from configurator import configure, save
 from nanosafe import checkpoint, optim
 from nanosafe import state as run_state

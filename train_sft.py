@@ -10,12 +10,9 @@ $ python train_sft.py config/toy/phf.py --objective=conditional
 On 8 GPUs, Safe-RLHF's recipe for LLaMA-7B, and PHF's (a task, then a method):
 $ torchrun --nproc_per_node=8 train_sft.py config/beaver_7b/sft.py
 $ torchrun --nproc_per_node=8 train_sft.py config/phf/pii/pretrain.py config/phf/pii/awr.py"""
-
 import os
 import time
-
 import torch
-
 from configurator import configure, save
 from nanosafe import checkpoint, optim, scorers
 from nanosafe import state as run_state

@@ -1,5 +1,4 @@
 """What goes wrong in a run, in words, and what to do about it. Monitor says it while it happens."""
-
 import json
 import os
 from collections import deque

@@ -5,11 +5,9 @@ new token for each of n cached sequences: decoding). Both know how their queries
 .attend(q, k, v, cache). limit() adds what LLaMA has not: sliding windows and ALiBi.
 
 Shapes: N packed tokens, B sequences, H heads, K kv heads, E head width, S cache slots, T cached."""
-
 import inspect
 import math
 from typing import NamedTuple, Optional
-
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.varlen import varlen_attn  # FlashAttention-2, packed; CUDA only

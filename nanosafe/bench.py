@@ -1,20 +1,16 @@
-"""nanosafe beside its peers, and beside what the machine allows: one table, and its numbers as JSON.
+"""nanosafe beside its peers, and beside what the machine allows: a table, and its numbers as JSON.
 
-$ pip install -e ".[bench]"
-$ python -m nanosafe.bench                    # on the toy's texts, after python -m nanosafe.demo
+$ pip install -e ".[bench]" && python -m nanosafe.bench    # the toy's texts: after nanosafe.demo
 $ python -m nanosafe.bench --pairs=PAIRS.jsonl --dialogues=DIALOGUES.jsonl --tokenizer=FOLDER
 
-The harness is tests/benchmark.py, what it times tests/workloads.py. Both sides get the same weights,
-tokens and prompts. Each measurement is a process of its own, in turn: A B A B. So a peak of memory
-is its own, and a noisy machine is noisy to all. Where both sides' first losses, or logits, differ, it
-stops. Tokens are counted without padding."""
-
+Both sides get the same weights, tokens and prompts. Each measurement is a process of its own
+(tests/benchmark.py runs what is in tests/workloads.py), in turn, A B A B: a peak of memory is its
+own, and a noisy machine is noisy to all. It stops where the sides' first losses or logits differ."""
 import os
-
 from configurator import configure
 from nanosafe.scorers import module_at
 
-workloads = "load,forward,sft,reward,cost,dpo,generate,generate_eos,ppo,ppo_lag,growth"  # which
+workloads = "load,forward,sft,reward,cost,dpo,generate,generate_eos,ppo,ppo_lag,growth"  # all
 peers = "transformers,trl"  # whom to measure beside; empty: nanosafe alone
 device = "cpu"  # cpu | cuda
 pairs = "toy/pairs"  # pairs; their prompts are answered, too

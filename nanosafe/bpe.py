@@ -4,7 +4,6 @@
 A text is normalised, cut into words by regular expressions, spelled in characters that stand for
 its bytes, and then the two neighbours whose merge has the lowest rank become one, leftmost first,
 until no rule is left (arXiv:1508.07909). Words come back: each is merged once and remembered."""
-
 import base64
 import heapq
 import json
@@ -13,7 +12,6 @@ import re
 import unicodedata
 from functools import lru_cache
 from itertools import count
-
 from nanosafe.files import read_json, stop, write_json
 from nanosafe.tokenizer import FILES, MARK, SPACE, read_added
 

@@ -1,5 +1,4 @@
 """Rows -> conversations -> token ids: what each task takes from a row, why a row is dropped."""
-
 import math
 import os
 import re
@@ -7,10 +6,8 @@ import shutil
 from collections import Counter
 from contextlib import suppress
 from itertools import groupby, zip_longest
-
 import numpy as np
 from tqdm import tqdm
-
 from nanosafe.data import PROMPT_BEGIN, PROMPT_TURN
 from nanosafe.files import make_folder, put_folder, untrusted, write_json
 

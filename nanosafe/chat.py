@@ -1,5 +1,4 @@
 """A conversation at the keyboard, or over a pipe: with one model, or with two in one terminal."""
-
 import os
 import re
 import shutil

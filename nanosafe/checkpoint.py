@@ -4,16 +4,13 @@ What is written is a Hugging Face folder, of a score model with `score_head.weig
 that and more (formats.py), row by row into this rank's slice: no rank holds a whole model.
 
 $ python -m nanosafe.checkpoint SOURCE TARGET [--dtype=bfloat16]   # what opens -> a folder"""
-
 import math
 import os
 import shutil
 import sys
 import zlib
-
 import torch
 from safetensors.torch import save_file
-
 from nanosafe import parallel
 from nanosafe.files import CHECKSUMS, damage, make_folder, put_folder, stop, untrusted, write_json
 from nanosafe.formats import IGNORED, NORMALIZER, Folder, config_json, parts

@@ -1,11 +1,8 @@
 """python -m nanosafe.checkpoint: whatever opens -> a Hugging Face folder."""
-
 import os
 import shutil
-
 import torch
 from tqdm import tqdm
-
 from nanosafe import tokenizer
 from nanosafe.checkpoint import fill, locate, read_config, write_folder
 from nanosafe.files import stop, untrusted

@@ -3,15 +3,12 @@
 A row is Safe-RLHF's RawSample: `input` (a string, or a list of turns that ends with the user's) or
 `dialogue` (turns), `answer`, `other_answer`, `better` and `safer` (whether answer beats
 other_answer), `is_safe`, `is_other_safe`; or `answers`, `scores`. A file of rows is a dataset."""
-
 import hashlib
 import json
 import os
 import re
 from fractions import Fraction
-
 import numpy as np
-
 from nanosafe.files import damage, read_json, stop
 from nanosafe.packing import check_fits, collate
 from nanosafe.parallel import main_first, rank

@@ -4,15 +4,12 @@ $ python -m nanosafe.demo [--out_dir=out/demo] [--seed=0]
 
 It prepares the data and runs the real scripts with the recipes in config/toy/, printing each
 command. At the end data/toy/prepare.py's gold judges the three policies on unseen requests."""
-
 import os
 import shutil
 import subprocess
 import sys
 import time
-
 from sentencepiece import SentencePieceTrainer
-
 from nanosafe import build, data, tokenizer
 from nanosafe.files import read_jsonl, table, write_json
 from nanosafe.parallel import init

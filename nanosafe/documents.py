@@ -3,10 +3,8 @@ data of pretraining with human preferences (arXiv:2302.08582). Higher scores are
 
 A row is `texts`, the segments in order, and their `scores`. A document is BOS, its segments and
 EOS; a long one goes on in the next block, behind another BOS. No block looks at another."""
-
 import numpy as np
 import torch
-
 from nanosafe.build import check_scores, check_text, usable
 from nanosafe.tokenizer import Token, Tokenizer
 

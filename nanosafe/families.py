@@ -1,14 +1,11 @@
 """Models that are almost LLaMA: what a family calls otherwise (one more is a line in FAMILIES, see
 docs/formats.md), and Meta's checkpoints and llama2.c's files, which are memory-mapped."""
-
 import glob
 import math
 import os
 import struct
-
 import numpy as np
 import torch
-
 from nanosafe.files import read_json, stop
 from nanosafe.formats import LLAMA, Family, read_file
 

@@ -2,7 +2,6 @@
 
 Files come from the Hugging Face hub (or the mirror in HF_ENDPOINT), or from a folder. A download
 goes to a temporary name, continues where it broke off, and is checked when its SHA-256 is known."""
-
 import hashlib
 import json
 import os
@@ -10,10 +9,8 @@ import re
 import urllib.parse
 import urllib.request
 from collections import Counter
-
 import numpy as np
 from tqdm import tqdm
-
 from nanosafe.build import conversations
 from nanosafe.files import choose, read_json, stop, table
 from nanosafe.raw import PARQUET

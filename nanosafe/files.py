@@ -1,5 +1,4 @@
 """Files: others', refused in one line, and ours, which appear whole. Words in tables."""
-
 import json
 import os
 import shutil

@@ -1,13 +1,10 @@
 """What model folders look like: which tensor holds which of our rows, and how it is read in slices.
 A Family says how a folder differs from LLaMA's; families.py has the others, and other layouts."""
-
 import os
 import zipfile
 from typing import Callable, NamedTuple
-
 import torch
 from safetensors import safe_open
-
 from nanosafe.files import read_json, stop, untrusted
 
 IGNORED = ("rotary_emb.inv_freq", "masked_bias", "rope.freqs")  # buffers that old files carry

@@ -5,7 +5,6 @@ batch into micro-batches weighs each by its share of the whole.
 
 Shapes: B sequences or pairs, R response positions; a mask is 1 where a value counts and 0
 elsewhere, and what stands where the mask is 0 never reaches a loss or a gradient."""
-
 import torch
 import torch.nn.functional as F
 

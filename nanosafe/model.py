@@ -3,15 +3,12 @@
 Everything downstream is arithmetic on what forward() returns for each token of packed sequences.
 
 Shapes: N packed tokens, B sequences, V vocabulary, D width, H heads, K kv heads, E head width."""
-
 import math
 from dataclasses import asdict, dataclass, field, fields
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-
 from nanosafe import attention
 
 ROPES = "default", "linear", "llama3", "dynamic"

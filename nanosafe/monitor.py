@@ -1,5 +1,4 @@
 """What a run tells: a progress bar, metrics.jsonl, and TensorBoard or W&B when asked."""
-
 import importlib.util
 import json
 import os
@@ -7,9 +6,7 @@ import signal
 import sys
 import time
 from itertools import takewhile
-
 from tqdm import tqdm
-
 from nanosafe import parallel
 from nanosafe.advice import Watch
 from nanosafe.files import stop, untrusted, write_jsonl

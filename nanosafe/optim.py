@@ -1,9 +1,6 @@
 """How a model is moved: AdamW, the learning rate's course, and one guarded step."""
-
 import math
-
 import torch
-
 from nanosafe import parallel
 
 SCHEDULES = ("cosine", "linear", "constant")

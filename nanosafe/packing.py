@@ -2,13 +2,10 @@
 
 All are pure functions: ranks plan alike, and a resumed run needs no cursor but its step.
 Shapes: N packed tokens, B sequences, R response positions."""
-
 from bisect import bisect_left
 from typing import NamedTuple
-
 import numpy as np
 import torch
-
 from nanosafe.files import stop
 
 class Batch(NamedTuple):

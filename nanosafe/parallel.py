@@ -10,20 +10,17 @@ One mechanism serves every layout: FSDP2 over a mesh (replicate, shard). DDP is 
 whose gradients are averaged. FSDP is (1, N): every tensor cut into N row slices. HSDP is (nodes, N
 / nodes): slices inside a node, copies across. A single GPU that trains in bfloat16, with float32
 master weights and reduction, is (1, 1); a process that computes in float32 is left plain."""
-
 import os
 import sys
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import NamedTuple
-
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy,
                                     OffloadPolicy, fully_shard)
 from torch.distributed.tensor import DTensor, Shard
-
 from nanosafe.files import choose, stop
 
 LAYOUTS = ("auto", "plain", "ddp", "fsdp", "hsdp")

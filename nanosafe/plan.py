@@ -3,15 +3,13 @@
 $ python -m nanosafe.plan train_ppo_lag.py config/beaver_7b/ppo_lag.py --gpus=8 --gpu=a800-80gb
 $ python -m nanosafe.plan train_sft.py config/beaver_7b/sft.py --gpus=16 --gpu=h100 --shape=13b
 
-Behind the script: its config files and flags; and gpus, gpu (this machine: cpu, which is measured),
-shape (1.1b | 7b | 13b | 34b | 70b, where the recipe's model folder is not there yet), length (mean
-tokens of a sequence; by default max_len) and response (those of them that are sampled or carry
-loss; by default half).
+Behind the script: its config files and flags; and gpus, gpu (cpu: this machine, measured), shape
+(1.1b | 7b | 13b | 34b | 70b, where the model's folder is not there yet), length (mean tokens of a
+sequence; by default max_len), response (those that are sampled or carry loss; by default half).
 
 The roofline is arithmetic: matrix products at the data sheet's rate, bytes of memory and of links
 at theirs, the slowest of the three for each phase. `expected` divides by SHARES, which on a GPU
 are assumptions (docs/benchmarks.md names their sources), on a CPU measured here."""
-
 import argparse
 import ast
 import math
@@ -19,10 +17,8 @@ import os
 import sys
 from collections import Counter, namedtuple
 from dataclasses import replace
-
 import torch
 from torch.utils.benchmark import Timer
-
 import configurator
 from nanosafe.files import choose, read_json, stop, table
 from nanosafe.model import Config, LLaMA
@@ -33,7 +29,7 @@ GPUS = {name: GPU(*row) for name, row in TABLES["gpus"].items()}
 SHARES, CPU_SHARES, SHAPES = TABLES["shares"], TABLES["cpu_shares"], TABLES["shapes"]
 NODE = 8  # GPUs in a node
 LIBRARIES = 3e8  # bytes of a process that has loaded a trainer and no model
-RESERVED = 2.5  # GB of a GPU for CUDA, NCCL's buffers and what fragments
+RESERVED = 2.5  # GB for CUDA, NCCL's buffers and what fragments; on a CPU for others
 
 def model_tensors(c, head):
     """(rows, columns) of a block's tensors, and of those outside the blocks."""
@@ -53,7 +49,8 @@ class Run:
     k  the knobs (dict); c  the policy's Config; a scorer and a critic have the same shape"""
     def __init__(self, knobs, config, gpu, gpus, length=0, response=0):
         self.k, self.c, self.gpu, self.gpus = knobs, config, gpu, gpus
-        self.cpu, self.shapes = gpu.link == 0, {h: model_tensors(config, h) for h in ("lm", "score")}
+        self.cpu = gpu.link == 0
+        self.shapes = {head: model_tensors(config, head) for head in ("lm", "score")}
         self.bytes = 4 if self.cpu or knobs["dtype"] == "float32" else 2  # of what is computed in
         self.ppo = "actor_model" in knobs
         self.length = length or knobs["max_len"]
@@ -70,14 +67,11 @@ class Run:
         self.layout = layout
         self.shards = {"ddp": 1, "fsdp": gpus, "hsdp": min(gpus, NODE)}[layout]
         self.frozen_shards = 1 if layout == "ddp" and knobs["offload"] == "none" else self.shards
-        sequences = knobs["batch_size"] * (2 if score or knobs.get("objective") in ("dpo", "ipo")
-                                           else 1)
-        if self.ppo:
-            sequences = knobs["rollout_size"] * knobs["num_samples"]
-        self.sequences = sequences
-        self.tokens = math.ceil(math.ceil(sequences / gpus) * self.length)  # of a rank
+        pairs = score or knobs.get("objective") in ("dpo", "ipo")
+        self.sequences = (knobs["rollout_size"] * knobs["num_samples"] if self.ppo else
+                          knobs["batch_size"] * (1 + pairs))
+        self.tokens = math.ceil(math.ceil(self.sequences / gpus) * self.length)  # of a rank
         self.micros = math.ceil(self.tokens / knobs["max_tokens"])
-        self.packed = min(self.tokens, knobs["max_tokens"])
 
     def tensors(self, head):
         block, outside = self.shapes[head]
@@ -86,25 +80,21 @@ class Run:
     def local(self, heads, shards):
         return sum(size(sum(self.tensors(head), []), shards) for head in heads)
 
-    # ---- memory, bytes on the fullest GPU ----
-
     def memory(self):
-        """[(part, bytes, knob)] of what is there while training, and while sampling."""
+        """[(part, bytes, knob)] on the fullest GPU: always; while training; while sampling."""
         c, k, b = self.c, self.k, self.bytes
         block, outside = self.shapes["lm"]
         P = self.local(self.trained, self.shards)
-        away = not self.cpu and k["offload"] == "all"
+        away, gone = k["offload"] == "all" and not self.cpu, k["offload"] != "none" and not self.cpu
         always = [("weights, float32", 0 if away else 4 * P, "gpus, offload=all"),
-                  ("AdamW's moments", 0 if away else 8 * P, "gpus, offload=all")]
-        gone = not self.cpu and k["offload"] != "none"
-        frozen = 0 if gone else b * self.local(self.frozen, self.frozen_shards)
-        always.append(("frozen models", frozen, "gpus, offload=frozen"))
+                  ("AdamW's moments", 0 if away else 8 * P, "gpus, offload=all"),
+                  ("frozen models", 0 if gone else b * self.local(self.frozen, self.frozen_shards),
+                   "gpus, offload=frozen")]
         plain = self.cpu and self.gpus == 1
         if self.cpu:
             always.append(("Python and its libraries", LIBRARIES, "-"))
-        if not plain:  # two blocks at a time, and what is outside them, whole; their gradients
-            whole = size(outside) + 2 * size(block)
-            always.append(("gathered blocks", b * whole, "-"))
+        if not plain:  # two blocks at a time, and what is outside them, whole
+            always.append(("gathered blocks", b * (size(outside) + 2 * size(block)), "-"))
         train = [("gradients, float32", 0 if away else 4 * P, "gpus"),
                  ("activations", self.activations(), "max_tokens, activation_checkpointing")]
         chunk = 2 * (32 * 2**20 if self.cpu else 2**29) if self.trained[0] == "lm" else 0
@@ -129,17 +119,15 @@ class Run:
         kept = 7 * D + 4 * I + 4.4 * HE if self.cpu else 4 * D + 4 * I + 5 * HE  # a CPU pads
         blocks = c.num_hidden_layers
         numbers = kept + blocks * D if self.k["activation_checkpointing"] else kept * blocks
-        return self.packed * self.bytes * (numbers + 3 * D)
+        return min(self.tokens, self.k["max_tokens"]) * self.bytes * (numbers + 3 * D)
 
     def peaks(self):
         """(bytes while training, bytes while sampling)."""
         always, train, sample = ([x for _, x, _ in parts] for parts in self.memory())
         return sum(always + train), sum(always + sample) if sample else 0
 
-    # ---- time, on one GPU ----
-
     def phases(self):
-        """[(phase, matrix FLOP, memory bytes, traffic, shards)] of a step; or of a rollout."""
+        """[(phase, matrix FLOP, memory bytes, traffic, shards)] of a step, or of a rollout."""
         k, N = self.k, self.tokens
         answers = N * self.response // self.length
         if not self.ppo:
@@ -210,9 +198,10 @@ class Run:
         """[(phase, matrix, bandwidth, link, roofline, expected)] in seconds."""
         rows, shares = [], CPU_SHARES if self.cpu else SHARES
         for name, flops, moved, traffic, shards in phases or self.phases():
-            times = {"matrix": flops / self.gpu.matrix / 1e12,
-                     "bandwidth": moved / self.gpu.bandwidth / 1e9, "link": self.link(traffic, shards)}
-            rows.append((name, *times.values(), max(times.values()),
+            times = {"matrix": flops / self.gpu.matrix / 1e12, "link": self.link(traffic, shards),
+                     "bandwidth": moved / self.gpu.bandwidth / 1e9}
+            shown = times["matrix"], times["bandwidth"], times["link"]
+            rows.append((name, *shown, max(shown),
                          max(times[key] / shares[key] for key in times)))
         return rows
 
@@ -227,11 +216,8 @@ class Run:
         n, m = shards, self.gpus // shards
         return ((gathers + scatters) * (n - 1) / n / ring + 2 * copies * (m - 1) / m / across) / 1e9
 
-# ---- what the command says ----
-
 def fits(run):
-    room = run.gpu.memory - (0 if run.cpu else RESERVED)
-    return max(run.peaks()) / 1e9 <= room
+    return max(run.peaks()) / 1e9 <= run.gpu.memory - RESERVED
 
 def nearest(make, knobs, gpus):
     """The first change, from cheap to dear, with which a run fits: what, and that Run."""
@@ -260,9 +246,10 @@ def report(run, make):
     timed = run.seconds()
     total = ["all", *(sum(column) for column in list(zip(*timed))[1:])]
     shown = [[name, *(f"{x:.3g}" for x in numbers)] for name, *numbers in [*timed, total]]
-    print("\n" + table([["seconds", "matrix", "bandwidth", "link", "roofline", "expected"], *shown]))
-    print(f"\n{run.sequences / total[-1]:.2f} sequences/s, {run.sequences * run.length / total[-1]:.0f}"
-          f" tokens/s expected; {total[-1] / total[-2]:.2f}x the roofline")
+    head = ["seconds", "matrix", "bandwidth", "link", "roofline", "expected"]
+    rate = run.sequences / total[-1]
+    print("\n" + table([head, *shown]) + f"\n\n{rate:.2f} sequences/s, {rate * run.length:.0f} "
+          f"tokens/s expected; {total[-1] / total[-2]:.2f}x the roofline")
     if fits(run):
         return
     change, other = nearest(make, run.k, run.gpus)

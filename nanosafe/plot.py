@@ -2,13 +2,11 @@
 
 $ python -m nanosafe.plot out/demo/*                   # curves of several runs -> out/plots
 $ python -m nanosafe.plot out/demo/* --html [--out=FOLDER]   # one page: curves, samples"""
-
 import ast
 import json
 import os
 import sys
 from pathlib import Path
-
 from nanosafe.advice import Watch
 from nanosafe.files import make_folder, read_jsonl, stop, untrusted
 

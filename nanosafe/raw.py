@@ -1,12 +1,10 @@
 """Files of rows as publishers have them: compressed, or one large JSON list."""
-
 import gzip
 import io
 import json
 import lzma
 import re
 import zipfile
-
 from nanosafe.files import stop
 from nanosafe.rows import Row, parse
 

@@ -1,12 +1,9 @@
 """Models that are asked: what a reference thinks, kept so that none is held; policies' answers."""
-
 import hashlib
 import os
-
 import numpy as np
 import torch
 from tqdm import tqdm
-
 from nanosafe import checkpoint, tokenizer
 from nanosafe.build import encode
 from nanosafe.documents import control_ids

@@ -3,10 +3,8 @@
 Shapes: B responses, R response positions, float32 and right-padded; `mask` is 1 on a response's own
 tokens, the end-of-sequence token included. Position t of logps, values, rewards and advantages
 belongs to the response's t-th token: log p of emitting it, and the value of the state before it."""
-
 import math
 from collections import deque
-
 import torch
 
 def shaped_rewards(scores, logps, ref_logps, mask, kl_coef, clip_score):

@@ -9,9 +9,7 @@ position), turned into a token by the inverse of the cumulative distribution: th
 the same response whatever the batch, the slots or the rank (up to ties in floating point).
 
 Shapes: n live rows, S slots, V vocabulary, R = max_new_tokens."""
-
 import torch
-
 from nanosafe import attention
 from nanosafe.model import linear
 

@@ -1,10 +1,7 @@
 """Dataset specifications -> rows of jsonl files."""
-
 import json
 from typing import NamedTuple
-
 import numpy as np
-
 from nanosafe.data import parse_spec
 from nanosafe.files import untrusted
 

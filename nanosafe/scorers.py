@@ -5,17 +5,14 @@
     FOLDER, FILE.py:NAME   a cost model's score, or what a function of your own makes of a text
 
 $ python -m nanosafe.scorers SCORER IN.jsonl OUT.jsonl   # adds texts, scores, avg_score to rows"""
-
 import importlib.util
 import math
 import os
 import re
 import sys
 from collections import Counter
-
 import torch
 from tqdm import tqdm
-
 from nanosafe import checkpoint, tokenizer
 from nanosafe.build import retokenize
 from nanosafe.files import stop, write_jsonl

@@ -1,15 +1,12 @@
 """The exact state of a run: what it needs to go on, on any number of ranks."""
-
 import json
 import os
 import shutil
 import zlib
 from contextlib import suppress
-
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-
 from nanosafe import parallel
 from nanosafe.checkpoint import copy_rows
 from nanosafe.files import (checksum, damage, make_folder, put_folder, read_json, stop, sync,

@@ -5,7 +5,6 @@ SentencePiece (tokenizer.model); bpe.py has tokenizer.json's, and that of Llama 
 
 Special tokens are split out first, and what stands between them is encoded piece by piece.
 SentencePiece puts a space in front of each ("legacy": Alpaca, Beaver), or of the first only."""
-
 import hashlib
 import json
 import os
@@ -13,9 +12,7 @@ import re
 import shutil
 from functools import cached_property
 from typing import NamedTuple
-
 import sentencepiece
-
 from nanosafe.files import read_json, stop, untrusted, write_json
 
 NO_PREFIX = b"\x1a\x02\x18\x00"  # protobuf, to append: normalizer_spec {add_dummy_prefix: false}

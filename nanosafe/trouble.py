@@ -1,5 +1,4 @@
 """What ends a run and is no mistake in its code, in one line: memory, the disk, another rank."""
-
 import errno
 import os
 import re

@@ -2,7 +2,6 @@
 
 $ python data/alpaca/prepare.py                                  # 52,002 demonstrations
 $ python data/alpaca/prepare.py --raw=FOLDER --out=data/lima     # another set in the same layout"""
-
 from configurator import configure
 from nanosafe import fetch
 

@@ -2,7 +2,6 @@
 
 $ python data/alpaca_farm/prepare.py                     # people's, about 10,000 pairs
 $ python data/alpaca_farm/prepare.py --judge=gpt4        # or noisy_multi: simulated people"""
-
 from configurator import configure
 from nanosafe import fetch
 

@@ -4,7 +4,6 @@ judge a cost model by (is_safe), or to take safe demonstrations from.
 $ python data/beavertails/prepare.py                     # 30k: 30,207 rows
 $ python data/beavertails/prepare.py --version=330k
 $ python data/beavertails/prepare.py --only_safe=True    # demonstrations"""
-
 from configurator import configure
 from nanosafe import fetch
 

@@ -1,7 +1,6 @@
 """Firefly: Chinese instructions of 23 kinds, demonstrations.
 
 $ python data/firefly/prepare.py                     # 1.1 GB, about 1.1 million demonstrations"""
-
 from configurator import configure
 from nanosafe import fetch
 

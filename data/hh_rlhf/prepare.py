@@ -6,10 +6,8 @@ $ python data/hh_rlhf/prepare.py --subset=harmless-base --raw=FOLDER
 
 Each subset gives SUBSET/{train,test}.jsonl, pairs, and SUBSET-dialogue/{train,test}.jsonl, the
 preferred dialogues; the four together all/ and all-dialogue/. processed-hh-rlhf opens as well."""
-
 import os
 import re
-
 from configurator import configure
 from nanosafe import fetch
 from nanosafe.files import stop

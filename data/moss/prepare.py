@@ -2,9 +2,7 @@
 
 $ python data/moss/prepare.py                        # moss-003-sft, without tools -> data/moss/003
 $ python data/moss/prepare.py --version=002          # moss-002-sft -> data/moss/002"""
-
 import re
-
 from configurator import configure
 from nanosafe import fetch
 

@@ -2,7 +2,6 @@
 (higher is worse): toxicity of sentences, personal data in sentences, PEP8 violations of lines.
 
 $ python data/phf/prepare.py --task=pep8 --raw=FOLDER    # -> data/phf/pep8"""
-
 from configurator import configure
 from nanosafe import fetch
 from nanosafe.documents import check

@@ -2,7 +2,6 @@
 
 $ python data/pku_saferlhf/prepare.py                       # the current release, 83.4K pairs
 $ python data/pku_saferlhf/prepare.py --version=10k         # 1.7 MB -> data/pku_saferlhf/10k"""
-
 from configurator import configure
 from nanosafe import fetch
 

@@ -2,7 +2,6 @@
 
 $ python data/slim_orca/prepare.py                       # 986 MB, 517,982 dialogues
 $ python data/slim_orca/prepare.py --version=dedup       # Open-Orca/SlimOrca-Dedup"""
-
 from configurator import configure
 from nanosafe import fetch
 

@@ -10,7 +10,6 @@ Writes .jsonl in the layout of the real data: sft/{train,test} (demonstrations o
 pairs/train (both labels, as in PKU-SafeRLHF), reward/test and cost/test (held-out pairs whose gold
 helpfulness, or harm, differs), prompts/{train,test}, and documents/{train,test} for pretraining.
 With --annotate gold labels a policy's answers, as people would between Safe-RLHF's rounds."""
-
 import json
 import random
 import re

@@ -3,9 +3,7 @@ the worst answer; all answers go along with their scores, for methods that rank 
 
 $ python data/ultrafeedback/prepare.py                   # openbmb/UltraFeedback, about 64,000
 $ python data/ultrafeedback/prepare.py --raw=FOLDER      # also the binarized set, as jsonl"""
-
 import math
-
 from configurator import configure
 from nanosafe import fetch
 

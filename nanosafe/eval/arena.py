@@ -5,11 +5,9 @@ $ torchrun --nproc_per_node=8 -m nanosafe.eval.arena --red=... --blue=... --data
 $ python -m nanosafe.eval.arena --models=SFT=out/demo/sft/model,PPO=...,PPO-Lag=...  # with ratings
 
 Writes pairs.jsonl (answers, scores, seeds), table.csv, summary.json and pictures."""
-
 import csv
 import hashlib
 import itertools
-
 from configurator import configure
 from nanosafe import plot
 from nanosafe.build import conversations

@@ -4,15 +4,12 @@ $ python -m nanosafe.eval.bigbench --model=out/demo/sft/model --tasks=FOLDER --s
 
 FOLDER holds NAME/task.json or NAME.json. Choices are scored by log-probability, open questions by
 the text that is generated; a task's metrics that are unknown are said. Writes NAME/results.json."""
-
 import glob
 import json
 import os
 import re
-
 import numpy as np
 from tqdm import tqdm
-
 from configurator import configure
 from nanosafe.eval.measures import calibration
 from nanosafe.files import make_folder, stop, table, untrusted, write_json

@@ -5,7 +5,6 @@ $ python -m nanosafe.eval.judge --red=out/demo/ppo/model --blue=out/demo/ppo_lag
 
 Each pair is judged twice, with either answer first. Every reply is on the disk before it counts:
 run it again, and only what is missing is paid. Writes answers, replies, verdicts, summary."""
-
 import hashlib
 import json
 import os
@@ -19,9 +18,7 @@ from http.client import HTTPException
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
-
 from tqdm import tqdm
-
 from configurator import configure
 from nanosafe.build import check_text
 from nanosafe.files import (make_folder, read_json, read_jsonl, stop, table, untrusted, write_json,

@@ -1,7 +1,5 @@
 """The algebra of the evaluations, arrays (n,) -> numbers; costs above 0 are unsafe."""
-
 import math
-
 import numpy as np
 
 def interval(values, resamples=2000, seed=0):

@@ -4,11 +4,8 @@ $ python -m nanosafe.eval.scores --model=out/demo/reward/model --data=toy/reward
 $ python -m nanosafe.eval.scores --model=out/demo/cost/model --data=toy/cost/test
 
 Writes scores.jsonl (texts, scores, labels, the worst mistake first), summary.json, pictures."""
-
 from collections import Counter
-
 import numpy as np
-
 from configurator import configure
 from nanosafe import plot
 from nanosafe.build import conversations, encode
