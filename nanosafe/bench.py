@@ -5,7 +5,7 @@ $ python -m nanosafe.bench --pairs=PAIRS.jsonl --dialogues=DIALOGUES.jsonl --tok
 
 Both sides get the same weights, tokens and prompts. Each measurement is a process of its own
 (tests/benchmark.py runs what is in tests/workloads.py), in turn, A B A B: a peak of memory is its
-own, and a noisy machine is noisy to all. It stops where the sides' first losses or logits differ."""
+own, and a noisy machine is noisy to all. It stops where their first losses or logits differ."""
 import os
 from configurator import configure
 from nanosafe.scorers import module_at

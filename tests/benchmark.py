@@ -7,6 +7,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import torch
@@ -14,7 +15,7 @@ import torch
 from nanosafe import checkpoint, plan, plot
 from nanosafe import tokenizer as tokenizers
 from nanosafe.data import tokenize
-from nanosafe.files import make_folder, stop, table, write_json
+from nanosafe.files import make_folder, read_json, stop, table, write_json
 from nanosafe.model import Config
 from nanosafe.packing import examples_at
 
@@ -75,7 +76,7 @@ def sides(name):
     if name in ("generate", "generate_eos"):
         eos = list(range(3, 3 + k.vocab_size // EOS)) if name == "generate_eos" else []
         same = {"max_new_tokens": 2 * k.max_new_tokens, "repetitions": k.steps, "eos": eos}
-        return same, {f"{m} at a time": {**same, "micro": m} for m in (16, 32, 64)}, "transformers"
+        return same, {f"{m} at a time": {**same, "micro": m} for m in (32, 64)}, "transformers"
     if name in ("load", "forward", "growth"):
         same = {"repetitions": k.steps}
         ours = {**same, "max_tokens": k.max_tokens} if name == "forward" else same
@@ -165,10 +166,12 @@ def main(**knobs):
     gpu = plan.this_machine(k.device)
     rows = []
     for name in k.workloads.split(","):
-        rows.append(compare(name, shape, lengths, gpu))
+        rows.append({**compare(name, shape, lengths, gpu), "machine": gpu._asdict(), "torch": torch.__version__,
+                     "date": time.strftime("%Y-%m-%d"), "knobs": knobs, "lengths": lengths})
         print(show(rows[-1:]), flush=True)
-        write_json({"machine": gpu._asdict(), "torch": torch.__version__, "config": knobs,
-                    "lengths": lengths, "rows": rows}, os.path.dirname(k.out), os.path.basename(k.out))
+        others = read_json(os.path.dirname(k.out) or ".", os.path.basename(k.out)).get("rows", [])  # an earlier run's stay
+        kept = [row for row in others if row["workload"] != name]
+        write_json({"rows": [*kept, rows[-1]]}, os.path.dirname(k.out) or ".", os.path.basename(k.out))
         if name == "ppo_lag":
             draw(rows[-1], os.path.splitext(k.out)[0] + "_ppo_lag")
     print("\n" + show(rows))
