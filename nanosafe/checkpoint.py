@@ -159,7 +159,7 @@ def fill(parameters, folder, places):
         source = folder.tensors[tensor]
         there = min(height, len(range(skip, source.shape[0], step)))
         copy_rows(rows, first, source, start, there, skip, step)
-        if there < height and first + count > there:  # rows for new tokens
+        if count and there < height and first + count > there:  # rows for new tokens
             rows[max(0, there - first):] = source[:].float().mean(dim=0).to(rows)
 
 @torch.no_grad()

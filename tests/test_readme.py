@@ -66,6 +66,15 @@ def test_commands_run(command, place):
         run(os.path.join(ROOT, words[1]), *words[2:], "--max_steps=2", *short, cwd=place)
         out = [word.removeprefix("--out_dir=") for word in words if word.startswith("--out_dir=")]
         assert (place / out[0] / "model" / "config.json").exists()
+    elif words[1:3] == ["-m", "nanosafe.plan"]:
+        assert "the roofline" in run(*words[1:]).stdout
+    elif words[1:3] == ["-m", "nanosafe.bench"]:  # nanosafe alone, as small as can be
+        (place / "data").exists() or (place / "data").symlink_to(os.path.join(ROOT, "data"))
+        small = ["--peers=", "--workloads=load,forward,sft,cost,dpo,generate_eos,ppo_lag", "--hidden_size=32", "--num_hidden_layers=1",
+                 "--vocab_size=1000", "--batch_size=4", "--steps=2", "--repetitions=1", "--max_new_tokens=8", "--out=out/bench.json"]
+        assert re.search(r"ppo_lag +responses +[\d.]+", run(*words[1:], *small, cwd=place).stdout)
+        assert len(json.loads((place / "out" / "bench.json").read_text())["rows"]) == 7
+        assert (place / "out" / "bench_ppo_lag.png").exists()
     elif words[1] == "-m":
         (place / "data").exists() or (place / "data").symlink_to(os.path.join(ROOT, "data"))
         (place / "tests").exists() or (place / "tests").symlink_to(os.path.join(ROOT, "tests"))
