@@ -57,15 +57,12 @@ def run(side, name, **options):
     command = [sys.executable, os.path.join(ROOT, "tests", "workloads.py"), side, name, k.folder, report]
     command += [f"{key}={json.dumps(value)}" for key, value in {"device": k.device, **options}.items()]
     with open(os.path.join(k.folder, "log.txt"), "w+") as log:
-        child = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT,
-                                 env={**os.environ, "PYTHONPATH": ROOT})
-        _, status, usage = os.wait4(child.pid, 0)
-        if status:
+        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "PYTHONPATH": ROOT})
+        if done.returncode:
             log.seek(0)
             stop(f"{side}'s {name} failed, {log.name} says why: {log.read().strip()[-300:]}")
     with open(report) as f:
-        found = json.load(f)
-    return {**found, "peak": found["cuda_peak"] or usage.ru_maxrss * 1024}
+        return json.load(f)
 
 
 def sides(name):

@@ -325,6 +325,9 @@ else:
     tokenizer = AutoTokenizer.from_pretrained(f"{folder}/model")
     tokenizer.pad_token_id = 0  # <unk>: no example holds it
     {"sft": sft, "dpo": dpo, "reward": reward, "ppo": ppo, "generate": generate, "forward": forward, "load": load}[workload](**options)
-report["cuda_peak"] = torch.cuda.max_memory_allocated() if DEVICE == "cuda" else 0
+with open("/proc/self/status") as f:  # getrusage() would also count the process that started this one
+    report["peak"] = 1024 * int(next(line for line in f if line.startswith("VmHWM")).split()[1])
+if DEVICE == "cuda":
+    report["peak"] = torch.cuda.max_memory_allocated()
 with open(out, "w") as f:
     json.dump(report, f)
