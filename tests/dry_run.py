@@ -26,16 +26,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from nanosafe import checkpoint, optim, parallel, state
+from nanosafe import checkpoint, optim, parallel, plan, state
 from nanosafe.losses import critic_loss, mle_loss
 from nanosafe.model import Config
 from nanosafe.packing import collate, responses_of
 
-SHAPES = {  # hidden, intermediate, layers, heads, heads of keys
-    "tiny": (256, 704, 2, 8, 4), "1.1b": (2048, 5632, 22, 32, 4), "7b": (4096, 11008, 32, 32, 32),
-    "13b": (5120, 13824, 40, 40, 40), "34b": (8192, 22016, 48, 64, 8), "70b": (8192, 28672, 80, 64, 8),
-}
-NODE = 8  # ranks of a node, for hsdp
+SHAPES = {"tiny": (256, 704, 2, 8, 4), **plan.SHAPES}  # hidden, intermediate, layers, heads, heads of keys
 KINDS = {"allgather": "all_gather", "all_gather": "all_gather", "reduce_scatter": "reduce_scatter",
          "allreduce": "all_reduce", "all_reduce": "all_reduce"}  # how an operator's name begins
 
@@ -109,7 +105,7 @@ def without_numbers(fake):
 
 def check_slices(model, layout, world, rank):
     """Compare local_rows(), by which weights are read and saved, with where DTensor says the slice is."""
-    writers = {"ddp": 1, "fsdp": world, "hsdp": min(world, NODE)}[layout]  # of ranks, the first: one copy
+    writers = {"ddp": 1, "fsdp": world, "hsdp": min(world, plan.NODE)}[layout]  # of ranks, the first: one copy
     for name, p in model.named_parameters():
         rows, start, count, writer = parallel.local_rows(p)
         shape, offset = rows.shape, (0,)
@@ -149,7 +145,7 @@ def run(world, layout, rank, shape, head, max_tokens, vocab_size=32000, micros=1
 
     train=False: the forwards of a frozen model. "calls" has [phase, kind, bytes of one, how many]; of them "whole" is
     the gather before sampling, which the sums leave out. A dry rank learns nothing of time: "seconds" are its own."""
-    os.environ["LOCAL_WORLD_SIZE"] = str(min(world, NODE))
+    os.environ["LOCAL_WORLD_SIZE"] = str(min(world, plan.NODE))
     dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
     me = parallel.World(rank, world, torch.device("cpu"), rank == 0)
     place = parallel.places(me, "bfloat16", layout, "none", False, checkpointing, 10**10)[not train]
