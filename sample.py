@@ -149,8 +149,7 @@ if prompts and not asked:
 
 if out:  # num_samples answers to every prompt, scored: rows
     policy, more = policies[0], {"on_token": watch(policies[0].tok)} if stops else {}
-    questions = [policy.question(turns, template, prefix)
-                 for turns in asked for _ in range(num_samples)]
+    questions = [policy.question(x, template, prefix) for x in asked for _ in range(num_samples)]
     uids = [(i, j) for i in range(len(asked)) for j in range(num_samples)]
     answers = [cut(ids, policy.tok) for ids in policy.answers(questions, uids, **more)]
     scores = score([q + a for q, a in zip(questions, answers)], policy.tok)

@@ -144,9 +144,8 @@ size = checkpoint.count_parameters(actor_model)
 trained_place, frozen_place = places(world, dtype, parallel, offload, use_compile,
                                      activation_checkpointing, size * (1 + len(critics)))
 
-def frozen(path, head, score_type=None, normalize=False):
-    model = checkpoint.load(path, head, place=frozen_place,
-                            score_type=score_type).requires_grad_(False)
+def frozen(path, head, kind=None, normalize=False):
+    model = checkpoint.load(path, head, place=frozen_place, score_type=kind).requires_grad_(False)
     model.config.do_normalize = normalize
     return model
 
@@ -185,15 +184,19 @@ if world.main:
           f"{rollout_size} prompts x {num_samples}, {updates} steps of {batch_size} responses "
           f"each over {world.size} ranks, {max_tokens} tokens per forward", flush=True)
 
+def forward(model, rows, texts, starts, R):
+    """Log-probabilities of some responses' tokens, or a critic's values: (rows, R)."""
+    masks = [np.arange(len(texts[i])) >= starts[i] for i in rows]
+    batch = collate([texts[i] for i in rows], masks, world.device)  # prompts and responses
+    x = model(*batch, log_temperature) if model.head == "lm" else model(*batch[:3])
+    return responses_of(x, batch, [starts[i] for i in rows], R)
+
 @torch.no_grad()
 def per_token(model, texts, starts, R):
-    """Log-probabilities of the responses' tokens, or a critic's values, (B, R), on every rank."""
+    """forward() of all responses (B, R), on every rank."""
     out = torch.zeros(len(texts), R, device=world.device)
-    for micro in plan([len(t) for t in texts], max_tokens, world.size)[world.rank]:
-        batch = response_batch(micro, texts, starts)
-        x = model(*batch, log_temperature) if model.head == "lm" else model(*batch[:3])
-        if micro:
-            out[micro] = responses_of(x, batch, [starts[i] for i in micro], R)
+    for rows in plan([len(t) for t in texts], max_tokens, world.size)[world.rank]:
+        out[rows] = forward(model, rows, texts, starts, R)
     return add(out)
 
 def end_scores(model, texts, model_tok):
@@ -203,19 +206,13 @@ def end_scores(model, texts, model_tok):
         texts = [retokenize(t, tok, model_tok) for t in texts]
     return per_token(model, texts, [len(t) for t in texts], 1)[:, 0]
 
-def response_batch(micro, texts, starts):
-    """The packed Batch of some prompts with their responses, whose tokens are the targets."""
-    masks = [np.arange(len(texts[i])) >= starts[i] for i in micro]
-    return collate([texts[i] for i in micro], masks, world.device)
-
 def checkpoint_run(step):
     """The state to resume from, and the policy for others to open."""
     monitor.flush()
     extra = {"skips": skips, "multiplier": multiplier.state_dict(), "kl_coef": kl_weight,
              "moments": vars(moments)}
     for folder, (model, _) in {"model": models["actor"], **average}.items():
-        checkpoint.save(model, os.path.join(out_dir, folder), tok,
-                        dtype=trained_place.compute_dtype)
+        checkpoint.save(model, os.path.join(out_dir, folder), tok, trained_place.compute_dtype)
     run_state.save(out_dir, step, {**models, **average}, extra, keep)
 
 # ---- loop ----
@@ -311,12 +308,10 @@ while step < steps:
         micros = plan([len(texts[i]) for i in chosen], max_tokens, world.size)[world.rank]
         for k, micro in enumerate(micros):
             rows = [chosen[j] for j in micro]
-            share, last = len(rows) / batch_size, k == len(micros) - 1
-            batch, m = response_batch(rows, texts, starts), mask[rows]
-            begins = [starts[i] for i in rows]
+            share, last, m = len(rows) / batch_size, k == len(micros) - 1, mask[rows]
 
             if policy_learns:
-                logps = responses_of(actor(*batch, log_temperature), batch, begins, R)
+                logps = forward(actor, rows, texts, starts, R)
                 loss = actor_loss(logps, old_logps[rows], mixed[rows], m,
                                   clip_ratio or unbounded) * share
                 backward(actor, loss * actor_weight, last and not ptx)
@@ -330,7 +325,7 @@ while step < steps:
 
             for name, (old, target) in targets.items():
                 critic = models[name][0]
-                values = responses_of(critic(*batch[:3]), batch, begins, R)
+                values = forward(critic, rows, texts, starts, R)
                 loss = critic_loss(values, old[rows], target[rows], m,
                                    clip_value or unbounded) * share
                 backward(critic, loss, last)

@@ -148,9 +148,8 @@ def judge(dataset, examples):
     logps = place_in(sequence_sums(model(*batch), batch))  # (n, width)
     lengths = place_in(tokens_of(batch)).clamp(min=1)
     if objective == "rrhf":
-        losses = [rrhf_loss(*(x[i, there[:, i]] for x in (logps, lengths, labels)))
-                  for i in range(n)]
-        return mean(torch.stack(losses) if losses else logps.sum(1)), logps / lengths
+        rrhf = [rrhf_loss(*(x[i, there[:, i]] for x in (logps, lengths, labels))) for i in range(n)]
+        return mean(torch.stack(rrhf) if rrhf else logps.sum(1)), logps / lengths
     ref = reference[dataset][examples] if reference else torch.zeros_like(logps)
     if objective == "dpo":
         return dpo_loss(*logps.T, *ref.T, beta, label_smoothing), beta * (logps - ref)

@@ -40,7 +40,6 @@ def faults(first, last, knobs):
         "eos": now["eos_rate"] < then["eos_rate"] - EOS,
         "lambda": top and now["lambda"] and now["lambda"] > 0.999 * top and slack < 0,
         "length": now["length"] > GROWTH * then["length"] and now["reward"] > then["reward"],
-        "ratio": learns and (abs(now["ratio"] - 1) > RATIO or clipped > 2 * RATIO),
-    }
+        "ratio": learns and (abs(now["ratio"] - 1) > RATIO or clipped > 2 * RATIO)}
     facts = {"now": now, "then": then, "top": top, "excess": -slack, "clipped": clipped}
     return {kind: SENTENCES[kind].format(**facts) for kind in wrong if wrong[kind]}

@@ -54,8 +54,7 @@ class Packed(NamedTuple):
             source = torch.minimum(begins + torch.arange(L, device=q.device), ends - 1).flatten()
             q, k, v = (x.index_select(0, source) for x in (q, k, v))
         q, k, v = (x.view(B, L, H, E).transpose(1, 2) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask,
-                                             is_causal=self.mask is None)
+        out = F.scaled_dot_product_attention(q, k, v, self.mask, is_causal=self.mask is None)
         out = out.transpose(1, 2).reshape(B * L, H, E)
         return out.index_select(0, self.rows * L + self.positions) if ragged else out
 
@@ -91,6 +90,10 @@ def pack(cu_seqlens, max_seqlen, n_tokens, slots=None):
     positions = torch.arange(n_tokens, device=lengths.device) - cu_seqlens.long()[rows]
     return Packed(cu_seqlens, max_seqlen, positions, rows, slots)
 
+def dtype_of(x):
+    """What attention is computed in: a CPU's kernel is slower in bfloat16, backward many times."""
+    return x.dtype if x.is_cuda else torch.float32
+
 def repeat_heads(q, k, v):
     groups = q.shape[1] // k.shape[1]
     return (k, v) if groups == 1 else (x.repeat_interleave(groups, dim=1) for x in (k, v))
@@ -103,7 +106,7 @@ def limit(seqs, config, x):
         groups = []
         for rows, mask in seqs.groups:
             places = torch.arange(mask.shape[-1], device=x.device)
-            mask = visible(seqs.positions[rows, None, None] - places, window, slopes, x.dtype)
+            mask = visible(seqs.positions[rows, None, None] - places, window, slopes, dtype_of(x))
             # A bool (n, 1, 1, extent), or what is added to the logits (n, K, H / K, extent).
             groups.append((rows, mask.view(len(mask), kv, -1, len(places)) if config.alibi
                            else mask[:, None]))
@@ -112,7 +115,7 @@ def limit(seqs, config, x):
     if not config.alibi and (window >= seqs.max_seqlen or x.is_cuda and x.dtype != torch.float32):
         return seqs  # nothing to hide, or the kernel knows windows
     places = torch.arange(seqs.max_seqlen, dtype=torch.int32, device=x.device)
-    return seqs._replace(mask=visible(places[:, None] - places, window, slopes, x.dtype))
+    return seqs._replace(mask=visible(places[:, None] - places, window, slopes, dtype_of(x)))
 
 def visible(back, window, slopes, dtype):
     """The mask of keys that are `back` (.., queries, keys) positions behind their query: True where

@@ -3,9 +3,8 @@
 $ pip install -e ".[bench]" && python -m nanosafe.bench    # the toy's texts: after nanosafe.demo
 $ python -m nanosafe.bench --pairs=PAIRS.jsonl --dialogues=DIALOGUES.jsonl --tokenizer=FOLDER
 
-Both sides get the same weights, tokens and prompts. Each measurement is a process of its own
-(tests/benchmark.py runs what is in tests/workloads.py), in turn, A B A B: a peak of memory is its
-own, and a noisy machine is noisy to all. It stops where their first losses or logits differ."""
+Both sides get the same weights, tokens and prompts, in processes of their own, in turn, A B A B
+(tests/benchmark.py, tests/workloads.py). It stops where their first losses or logits differ."""
 import os
 from configurator import configure
 from nanosafe.scorers import module_at
@@ -13,6 +12,7 @@ from nanosafe.scorers import module_at
 workloads = "load,forward,sft,reward,cost,dpo,generate,generate_eos,ppo,ppo_lag,growth"  # all
 peers = "transformers,trl"  # whom to measure beside; empty: nanosafe alone
 device = "cpu"  # cpu | cuda
+dtype = "auto"  # of both sides: auto | bfloat16 | float32; auto is bfloat16 on a GPU
 pairs = "toy/pairs"  # pairs; their prompts are answered, too
 safety_pairs = "toy/pairs"  # pairs with safety labels
 dialogues = "toy/sft"  # demonstrations
@@ -33,5 +33,5 @@ out = "docs/benchmarks.json"  # the numbers
 config = configure(globals())
 
 if __name__ == "__main__":
-    ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    module_at(os.path.join(ROOT, "tests", "benchmark.py")).main(**config)
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    module_at(os.path.join(root, "tests", "benchmark.py")).main(**config)

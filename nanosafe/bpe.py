@@ -37,8 +37,7 @@ def llama3(file):
     ranks, would be as a tokenizer.json; and the rank of each pair: that of the token it makes."""
     with open(file, "rb") as f:
         rows = [line.split() for line in f.read().splitlines() if line]
-    vocab = {base64.b64decode(token).decode("latin-1").translate(SPELLING): int(rank)
-             for token, rank in rows}
+    vocab = {base64.b64decode(t).decode("latin-1").translate(SPELLING): int(r) for t, r in rows}
     ranks = {(token[:i], token[i:]): rank for token, rank in vocab.items()
              for i in range(1, len(token)) if token[:i] in vocab and token[i:] in vocab}
     params = read_json(os.path.dirname(file), "params.json")

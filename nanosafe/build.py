@@ -14,8 +14,7 @@ from nanosafe.files import make_folder, put_folder, untrusted, write_json
 TASKS = {  # task -> fields that a row must have
     "sft": (), "prompts": ("input",), "rank": ("input",),
     "reward": ("input", "answer", "other_answer", "better"),
-    "cost": ("input", "answer", "other_answer", "safer", "is_safe", "is_other_safe"),
-}
+    "cost": ("input", "answer", "other_answer", "safer", "is_safe", "is_other_safe")}
 
 def conversations(record, task):
     """The conversations (turns, the user's first) of a row, preferred first, and their labels.

@@ -5,8 +5,8 @@ import shutil
 import signal
 import sys
 import time
-import unicodedata
 from contextlib import contextmanager, suppress
+from unicodedata import combining, east_asian_width
 
 HELP = """\
 /regenerate   another answer to the last question
@@ -25,8 +25,7 @@ def paint(text, colour):
 
 def columns(text):
     """How many columns of a terminal a text takes."""
-    return sum(2 if unicodedata.east_asian_width(c) in "WF" else not unicodedata.combining(c)
-               for c in text)
+    return sum(2 if east_asian_width(c) in "WF" else not combining(c) for c in text)
 
 class Screen:
     """Shows an answer as it grows; on a terminal, the speed behind its last word."""

@@ -23,8 +23,7 @@ STAGES = (  # name, script, what it is told beyond its recipe
     ("cost", "train_pref.py", "--init_from={out}/sft/model"),
     ("ppo", "train_ppo_lag.py", "--actor_model={out}/sft/model --reward_model={out}/reward/model"),
     ("ppo_lag", "train_ppo_lag.py", "--actor_model={out}/sft/model "
-     "--reward_model={out}/reward/model --cost_model={out}/cost/model"),
-)
+     "--reward_model={out}/reward/model --cost_model={out}/cost/model"))
 POLICIES = {"sft": "SFT", "ppo": "PPO (reward only)", "ppo_lag": "PPO-Lag"}
 
 def main(out_dir="out/demo", seed="0"):
@@ -41,8 +40,7 @@ def main(out_dir="out/demo", seed="0"):
             raise SystemExit(f"error: the command above failed: python {command}")
 
     step("judge the policies by gold, on held-out requests")
-    summary = {name: judge(toy, f"{out_dir}/{name}/model", f"{out_dir}/sft/model")
-               for name in POLICIES}
+    summary = {x: judge(toy, f"{out_dir}/{x}/model", f"{out_dir}/sft/model") for x in POLICIES}
     summary["reward_model"] = last_metrics(out_dir, "reward", ("accuracy",))
     summary["cost_model"] = last_metrics(out_dir, "cost", ("accuracy", "sign_accuracy"))
     summary["seconds"] = round(time.perf_counter() - began, 1)

@@ -10,14 +10,13 @@ from nanosafe.tokenizer import Token, Tokenizer
 
 ALIGNED, MISALIGNED = CONTROL = "<|aligned|>", "<|misaligned|>"
 
-def with_control_tokens(tokenizer):
+def with_control_tokens(tok):
     """The tokenizer with the control tokens behind its others."""
-    missing = [text for text in CONTROL if text not in tokenizer.added]
-    added = {text: Token(tokenizer.vocab_size + i) for i, text in enumerate(missing)}
-    others = tokenizer.names.get("additional_special_tokens") or ()
-    names = {**tokenizer.names, "additional_special_tokens": [*others, *missing]}
-    return Tokenizer(tokenizer.engine, {**tokenizer.added, **added}, names, tokenizer.eos_ids,
-                     tokenizer.file)
+    missing = [text for text in CONTROL if text not in tok.added]
+    added = {text: Token(tok.vocab_size + i) for i, text in enumerate(missing)}
+    others = tok.names.get("additional_special_tokens") or ()
+    names = {**tok.names, "additional_special_tokens": [*others, *missing]}
+    return Tokenizer(tok.engine, {**tok.added, **added}, names, tok.eos_ids, tok.file)
 
 def control_ids(tokenizer):
     """The ids of the control tokens, which are never sampled; none where there are none."""

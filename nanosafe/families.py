@@ -14,8 +14,7 @@ def mistral(d):
 
 def qwen2(d):
     if d.get("use_sliding_window"):
-        stop("a Qwen2 with use_sliding_window, where only some layers have a window, is not known "
-             "here")
+        stop("a Qwen2 with use_sliding_window, a window in some layers only, is not known here")
     return {"sliding_window": 0}
 
 def internlm(d):
@@ -49,12 +48,10 @@ SHORT = (("self_attn.", "attention."), ("o_proj", "wo"), ("mlp.", "feed_forward.
          ("post_attention_layernorm", "ffn_norm"), ("embed_tokens", "tok_embeddings"))
 FAMILIES = {  # by the model_type of config.json
     "llama": LLAMA,
-    "mistral": Family("Mistral", mistral),
-    "qwen2": Family("Qwen2", qwen2),
+    "mistral": Family("Mistral", mistral), "qwen2": Family("Qwen2", qwen2),
     "internlm": Family("InternLM", internlm),
     "internlm2": Family("InternLM2", internlm, ("wqkv",), groups, ("w1", "w3"), SHORT),
-    "baichuan": Family("Baichuan", baichuan, ("W_pack",), together),
-}
+    "baichuan": Family("Baichuan", baichuan, ("W_pack",), together)}
 META = Family(qkv=("wq", "wk", "wv"), layout=pairs, gate_up=("w1", "w3"),
               names=(*SHORT, ("model.", "")))
 
@@ -161,8 +158,7 @@ def llama2c(path):
     lengths = list(map(math.prod, shapes))
     want = start + 4 * sum(lengths)
     if os.path.getsize(path) != want:
-        stop(f"{path!r} has {os.path.getsize(path)} bytes, not {want}: it is cut short, or no "
-             "llama2.c model")
+        stop(f"{path!r} has {os.path.getsize(path)} bytes, not {want}: cut short, or no llama2.c")
     flat = torch.from_numpy(np.memmap(path, np.float32, "c", offset=start))
     tensors = {}
     for name, shape, numbers in zip(layout, shapes, flat.split(lengths)):

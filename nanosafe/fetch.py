@@ -42,8 +42,7 @@ def raw_files(raw, repo, folder, wanted, revision="main", sha256=None):
     there = list_files(repo, revision)
     names = [name for name in there if wanted(name)]
     if not names and any(name.endswith(".parquet") for name in there):
-        stop(f"{repo} has parquet files only: download them, convert each with {PARQUET} and give "
-             "--raw=FOLDER")
+        stop(f"{repo} has parquet files only: get them, convert each with {PARQUET}, --raw=FOLDER")
     if not names:
         stop(f"{repo} (revision {revision}) has none of the files expected: download it by hand "
              "and give --raw=FOLDER")
@@ -80,8 +79,7 @@ def list_files(repo, revision):
         with urllib.request.urlopen(url, timeout=30) as answer:
             return [item["rfilename"] for item in json.load(answer)["siblings"]]
     except (OSError, ValueError, KeyError) as error:
-        stop(f"{url}: {error}; set HF_ENDPOINT to a mirror, or download by hand and give "
-             "--raw=FOLDER")
+        stop(f"{url}: {error}; set HF_ENDPOINT to a mirror, or download and give --raw=FOLDER")
 
 def download(url, path, sha256=None, attempts=5):
     """Fetch `url` to `path`, unless it is there; a broken transfer is continued."""
@@ -96,16 +94,14 @@ def download(url, path, sha256=None, attempts=5):
         except OSError as error:  # URLError, timeouts and resets are all OSError
             status = getattr(error, "code", 500)  # of an answer
             if status < 500 and status != 416 or attempt == attempts - 1:
-                stop(f"{url}: {error}; what arrived stays in {part!r} and is continued the next "
-                     "time")
+                stop(f"{url}: {error}; what arrived stays in {part!r} and is continued next time")
     digest = hashlib.sha256()
     with open(part, "rb") as f:
         while block := f.read(2**20):
             digest.update(block)
     if sha256 and digest.hexdigest() != sha256:
         os.remove(part)
-        stop(f"{url}: the SHA-256 is {digest.hexdigest()}, not {sha256}: the file was damaged or "
-             "has changed")
+        stop(f"{url}: the SHA-256 is {digest.hexdigest()}, not {sha256}: damaged or changed")
     os.replace(part, path)
     return path
 

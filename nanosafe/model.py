@@ -85,10 +85,9 @@ class Config:
     def to_dict(self, head="lm"):
         """The config.json of a LLaMA folder, as transformers 4 and 5 both read it."""
         d = asdict(self)
-        score = ("score_bias", "score_type", "do_normalize", "normalizer_type", "momentum", "mean",
-                 "var")
         if head != "score":
-            d = {key: value for key, value in d.items() if key not in score}
+            score = list(d).index("score_bias")  # and what follows
+            d = dict(list(d.items())[:score])
         else:
             d.update(score_dim=1, bias=self.score_bias)
         d["rope_parameters"] = {"rope_theta": self.rope_theta, "rope_type": "default",
@@ -123,15 +122,14 @@ class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.H, self.K, self.E = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        self.qkv_proj = Linear(c.hidden_size, (self.H + 2 * self.K) * self.E,
-                               bias=c.attention_bias)
+        self.qkv_proj = Linear(c.hidden_size, (self.H + 2 * self.K) * self.E, bias=c.attention_bias)
         self.o_proj = Linear(self.H * self.E, c.hidden_size, bias=c.output_bias)
 
     def forward(self, x, cos, sin, seqs, cache):
-        qkv = self.qkv_proj(x).view(len(x), self.H + 2 * self.K, self.E)
+        qkv = self.qkv_proj(x).to(attention.dtype_of(x)).view(len(x), -1, self.E)
         qk, v = qkv.split([self.H + self.K, self.K], dim=1)
         q, k = rotate(qk, cos, sin).split([self.H, self.K], dim=1)
-        return self.o_proj(seqs.attend(q, k, v, cache).flatten(1))  # (N, H, E) -> (N, D)
+        return self.o_proj(seqs.attend(q, k, v, cache).flatten(1).to(x.dtype))  # (N, D)
 
 class MLP(nn.Module):
     """SwiGLU (arXiv:2002.05202)."""

@@ -43,8 +43,7 @@ class Monitor:
         self.metrics.write(json.dumps(row) + "\n")
         for write, _ in self.sinks:
             write(step, row)
-        self.bar.set_postfix_str(" ".join(f"{name} {row[name]:.3g}" for name in self.shown
-                                          if name in row))
+        self.bar.set_postfix_str(" ".join(f"{k} {row[k]:.3g}" for k in self.shown if k in row))
         self.bar.update(step + 1 - self.bar.n)
         if held_out := [f"{name} {x:.4g}" for name, x in row.items() if name[:5] == "eval_"]:
             self.say(f"step {step}: {'  '.join(held_out)}")

@@ -47,6 +47,8 @@ def init(device="auto", knobs=None):
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
+    else:  # of the bfloat16 kernels for every length met few are kept: a thousand take a gigabyte
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     if "RANK" in os.environ and not dist.is_initialized():
         join(device)
         from nanosafe import trouble

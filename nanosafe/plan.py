@@ -3,30 +3,37 @@
 $ python -m nanosafe.plan train_ppo_lag.py config/beaver_7b/ppo_lag.py --gpus=8 --gpu=a800-80gb
 $ python -m nanosafe.plan train_sft.py config/beaver_7b/sft.py --gpus=16 --gpu=h100 --shape=13b
 
-Behind the script: its config files and flags; and gpus, gpu (cpu: this machine, measured), shape
-(1.1b | 7b | 13b | 34b | 70b, where the model's folder is not there yet), length (mean tokens of a
-sequence; by default max_len), response (those that are sampled or carry loss; by default half).
+Behind the script: its config files and flags, and the five below.
 
 The roofline is arithmetic: matrix products at the data sheet's rate, bytes of memory and of links
 at theirs, the slowest of the three for each phase. `expected` divides by SHARES, which on a GPU
-are assumptions (docs/benchmarks.md names their sources), on a CPU measured here."""
-import argparse
+are assumptions (docs/benchmarks.md names their sources); on a CPU two blocks are tried."""
 import ast
 import math
 import os
 import sys
 from collections import Counter, namedtuple
 from dataclasses import replace
+import numpy as np
 import torch
 from torch.utils.benchmark import Timer
 import configurator
+from nanosafe import packing
 from nanosafe.files import choose, read_json, stop, table
+from nanosafe.losses import mle_loss
 from nanosafe.model import Config, LLaMA
+from nanosafe.rollout import generate
+
+gpus = 0  # of the run, over all nodes; 0: a node's 8, or this machine's CPU
+gpu = "a800-80gb"  # a800-80gb | a100-80gb | a100-40gb | h100 | h200 | rtx-4090 | cpu (this machine)
+shape = ""  # 1.1b | 7b | 13b | 34b | 70b, where the model's folder is not there yet
+length = 0  # mean tokens of a sequence; 0: max_len
+response = 0  # tokens of it that are sampled or carry loss; 0: half, or max_new_tokens
 
 TABLES = read_json(os.path.dirname(__file__), "machines.json")  # data sheets; shapes of models
 GPU = namedtuple("GPU", TABLES["columns"])
 GPUS = {name: GPU(*row) for name, row in TABLES["gpus"].items()}
-SHARES, CPU_SHARES, SHAPES = TABLES["shares"], TABLES["cpu_shares"], TABLES["shapes"]
+SHARES, SHAPES = TABLES["shares"], TABLES["shapes"]
 NODE = 8  # GPUs in a node
 LIBRARIES = 3e8  # bytes of a process that has loaded a trainer and no model
 RESERVED = 2.5  # GB for CUDA, NCCL's buffers and what fragments; on a CPU for others
@@ -46,12 +53,15 @@ def size(tensors, ranks=1):
 class Run:
     """A trainer's resolved knobs on `gpus` GPUs of a kind: its memory and its phases.
 
-    k  the knobs (dict); c  the policy's Config; a scorer and a critic have the same shape"""
-    def __init__(self, knobs, config, gpu, gpus, length=0, response=0):
-        self.k, self.c, self.gpu, self.gpus = knobs, config, gpu, gpus
+    k  the knobs (dict); c  the policy's Config; a scorer and a critic have the same shape
+    reached  the shares of the roofline that this machine reaches, by kind of phase, or None"""
+    def __init__(self, knobs, config, gpu, gpus, length=0, response=0, reached=None):
+        self.k, self.c, self.gpu, self.gpus, self.reached = knobs, config, gpu, gpus, reached
         self.cpu = gpu.link == 0
         self.shapes = {head: model_tensors(config, head) for head in ("lm", "score")}
-        self.bytes = 4 if self.cpu or knobs["dtype"] == "float32" else 2  # of what is computed in
+        single = knobs["dtype"] == "float32" or self.cpu and knobs["dtype"] == "auto"
+        self.bytes = 4 if single else 2  # of what is computed in
+        self.plain = self.cpu and gpus == 1 and single
         self.ppo = "actor_model" in knobs
         self.length = length or knobs["max_len"]
         self.response = response or min(self.length // 2, knobs.get("max_new_tokens", self.length))
@@ -90,21 +100,20 @@ class Run:
                   ("AdamW's moments", 0 if away else 8 * P, "gpus, offload=all"),
                   ("frozen models", 0 if gone else b * self.local(self.frozen, self.frozen_shards),
                    "gpus, offload=frozen")]
-        plain = self.cpu and self.gpus == 1
         if self.cpu:
             always.append(("Python and its libraries", LIBRARIES, "-"))
-        if not plain:  # two blocks at a time, and what is outside them, whole
+        if not self.plain:  # two blocks at a time, and what is outside them, whole
             always.append(("gathered blocks", b * (size(outside) + 2 * size(block)), "-"))
         train = [("gradients, float32", 0 if away else 4 * P, "gpus"),
                  ("activations", self.activations(), "max_tokens, activation_checkpointing")]
         chunk = 2 * (32 * 2**20 if self.cpu else 2**29) if self.trained[0] == "lm" else 0
-        dense = c.vocab_size * c.hidden_size * (8 if plain else b + 4)
+        dense = c.vocab_size * c.hidden_size * (8 if self.plain else b + 4)
         train.append(("logits and vocabulary gradients", chunk + dense, "-"))
-        if not plain:
+        if not self.plain:
             train.append(("blocks' gradients", (b + 4) * size(block), "-"))
         if not self.ppo:
             return always, train, []
-        copy = 0 if plain else b * self.local(["lm"], 1)
+        copy = 0 if self.plain else b * self.local(["lm"], 1)
         row = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * b
         live = min(k["slots"] or 256, math.ceil(self.sequences / self.gpus))
         cache = live * row * math.ceil(k["max_len"] / 64) * 64
@@ -127,7 +136,7 @@ class Run:
         return sum(always + train), sum(always + sample) if sample else 0
 
     def phases(self):
-        """[(phase, matrix FLOP, memory bytes, traffic, shards)] of a step, or of a rollout."""
+        """[(phase, kind, matrix FLOP, memory bytes, traffic, shards)] of a step, or a rollout."""
         k, N = self.k, self.tokens
         answers = N * self.response // self.length
         if not self.ppo:
@@ -169,7 +178,7 @@ class Run:
     def read(self, name, head, tokens, targets, shards):
         flops = self.flops(head, tokens, targets, 1, 1)
         weights = self.bytes * size(sum(self.tensors(head), [])) * self.micros
-        return name, flops, weights, self.traffic(head, shards, self.micros), shards
+        return name, "read", flops, weights, self.traffic(head, shards, self.micros), shards
 
     def train(self, name, head, tokens, targets, even=False, update=True):
         passes = 4 if self.k["activation_checkpointing"] else 3
@@ -177,7 +186,8 @@ class Run:
         P, local = size(sum(self.tensors(head), [])), self.local([head], self.shards)
         micros = max(1, math.ceil(tokens / self.k["max_tokens"]))
         moved = 4 * self.bytes * P * micros + (28 * local if update else 0)  # AdamW's reads, writes
-        return name, flops, moved, self.traffic(head, self.shards, micros, True), self.shards
+        traffic = self.traffic(head, self.shards, micros, True)
+        return name, "train", flops, moved, traffic, self.shards
 
     def sample(self):
         """Prompts are read once; then every step reads all weights, and the keys of its rows."""
@@ -186,23 +196,23 @@ class Run:
         live = min(k["slots"] or 256, rows)
         prompts = rows * (self.length - self.response)
         whole = self.traffic("lm", self.shards)
-        prefill = "prompts", self.flops("lm", prompts, rows, 1, 1), 0, whole, self.shards
+        prefill = "prompts", "sample", self.flops("lm", prompts, rows, 1, 1), 0, whole, self.shards
         steps = math.ceil(rows / live) * self.response
         row = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * b
         keys = live * row * (self.length - self.response / 2)
         weights = b * (size(sum(self.tensors("lm"), [])) - c.vocab_size * c.hidden_size)
         flops = self.flops("lm", rows * self.response, rows * self.response, 1, 1)
-        return [prefill, ("responses", flops, steps * (weights + keys), (0, 0, 0), 1)]
+        return [prefill, ("responses", "sample", flops, steps * (weights + keys), (0, 0, 0), 1)]
 
     def seconds(self, phases=None):
         """[(phase, matrix, bandwidth, link, roofline, expected)] in seconds."""
-        rows, shares = [], CPU_SHARES if self.cpu else SHARES
-        for name, flops, moved, traffic, shards in phases or self.phases():
-            times = {"matrix": flops / self.gpu.matrix / 1e12, "link": self.link(traffic, shards),
-                     "bandwidth": moved / self.gpu.bandwidth / 1e9}
-            shown = times["matrix"], times["bandwidth"], times["link"]
-            rows.append((name, *shown, max(shown),
-                         max(times[key] / shares[key] for key in times)))
+        rows = []
+        for name, kind, flops, moved, traffic, shards in phases or self.phases():
+            times = (flops / self.gpu.matrix / 1e12, moved / self.gpu.bandwidth / 1e9,
+                     self.link(traffic, shards))
+            shares = [self.reached[kind]] * 3 if self.reached else SHARES.values()
+            expected = max(seconds / share for seconds, share in zip(times, shares))
+            rows.append((name, *times, max(times), expected))
         return rows
 
     def link(self, traffic, shards):
@@ -246,16 +256,15 @@ def report(run, make):
     timed = run.seconds()
     total = ["all", *(sum(column) for column in list(zip(*timed))[1:])]
     shown = [[name, *(f"{x:.3g}" for x in numbers)] for name, *numbers in [*timed, total]]
-    head = ["seconds", "matrix", "bandwidth", "link", "roofline", "expected"]
+    shown.insert(0, ["seconds", "matrix", "bandwidth", "link", "roofline", "expected"])
     rate = run.sequences / total[-1]
-    print("\n" + table([head, *shown]) + f"\n\n{rate:.2f} sequences/s, {rate * run.length:.0f} "
+    print("\n" + table(shown) + f"\n\n{rate:.2f} sequences/s, {rate * run.length:.0f} "
           f"tokens/s expected; {total[-1] / total[-2]:.2f}x the roofline")
-    if fits(run):
-        return
-    change, other = nearest(make, run.k, run.gpus)
-    print("it does not fit" + (f"; with {change} it does: {max(other.peaks()) / 1e9:.1f} GB, "
-                               f"{sum(x[-1] for x in other.seconds()):.1f} s" if other else
-                               ", nor on 128 times the GPUs: take a smaller model"))
+    if not fits(run):
+        change, other = nearest(make, run.k, run.gpus)
+        print("it does not fit" + (f"; with {change} it does: {max(other.peaks()) / 1e9:.1f} GB, "
+                                   f"{sum(x[-1] for x in other.seconds()):.1f} s" if other else
+                                   ", nor on 128 times the GPUs: take a smaller model"))
 
 def read_knobs(script, arguments):
     """A script's knobs as it would resolve them; nothing of it runs but their assignments."""
@@ -269,10 +278,11 @@ def read_knobs(script, arguments):
             if isinstance(node, ast.Assign):
                 space[node.targets[0].id] = ast.literal_eval(node.value)
     sys.argv = [script, *arguments]
-    return configurator.configure(space)
+    return configurator.configure(space, globals())
 
-def read_shape(knobs, shape):
+def read_shape(knobs):
     """The policy's Config: of the model folder, or of a named shape."""
+    shape = knobs["shape"]
     path = knobs.get("actor_model") or knobs["init_from"]
     if path == "scratch" and not shape:
         return Config(**{key: x for key, x in knobs.items() if key in Config.__dataclass_fields__})
@@ -283,35 +293,57 @@ def read_shape(knobs, shape):
         stop(f"no model at {path!r}: say --shape=, one of {', '.join(SHAPES)}")
     return Config(32000, *SHAPES[name])
 
-def this_machine(device="cpu"):
+def timed(work, **names):
+    timer = Timer(work, globals=names, num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=0.5).median
+
+def this_machine(device="cpu", dtype="auto"):
     """A GPU's row for this machine: its memory, and what it does in a second, measured."""
     n = 1024 if device == "cpu" else 8192
     x, y = torch.randn(n, n, device=device), torch.randn(2**25, device=device)
-    x, z = x if device == "cpu" else x.bfloat16(), torch.empty_like(y)
-    took = [Timer(work, globals={"x": x, "y": y, "z": z}, num_threads=torch.get_num_threads())
-            .blocked_autorange(min_run_time=0.5).median for work in ("x @ x", "z.copy_(y)")]
+    half = dtype == "bfloat16" or dtype == "auto" and device != "cpu"
+    x, z = x.bfloat16() if half else x, torch.empty_like(y)
+    product, copy = timed("x @ x", x=x), timed("z.copy_(y)", y=y, z=z)
     memory = (os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if device == "cpu" else
               torch.cuda.mem_get_info()[1])
-    return GPU(memory / 1e9, 2 * n**3 / took[0] / 1e12, 2 * y.nbytes / took[1] / 1e9,
+    return GPU(memory / 1e9, 2 * n**3 / product / 1e12, 2 * y.nbytes / copy / 1e9,
                0 if device == "cpu" else 1, 1)
 
+def measure(run):
+    """The shares of the roofline that this CPU reaches when it trains, reads and samples: with as
+    many of the model's blocks as have 2e8 weights, up to 32 texts, about 1,024 of their tokens."""
+    rows, share = min(run.sequences, 32), run.response / run.length
+    lengths = [int(run.length * (i / rows + 0.5)) + 1 for i in range(rows)]
+    blocks = min(run.c.num_hidden_layers, 1 + int(2e8) // size(run.shapes["lm"][0]))
+    k = {**run.k, "batch_size": rows, "rollout_size": rows, "num_samples": 1}
+    small = Run(k, replace(run.c, num_hidden_layers=blocks), run.gpu, 1, run.length, run.response)
+    model = LLaMA(small.c).to(torch.float32 if run.bytes == 4 else torch.bfloat16)
+    texts = [np.random.randint(3, run.c.vocab_size, n) for n in lengths]
+    micros = packing.plan(lengths, max(1024, lengths[-1]), 1)[0]
+    some = [texts[i] for i in micros[len(micros) // 2]]
+    batch = packing.collate(some, [np.arange(len(t)) >= len(t) * (1 - share) for t in some], "cpu")
+    counts, even = (len(batch.tokens), int((batch.targets >= 0).sum())), not run.ppo
+    train = lambda: mle_loss(model(*batch, even=even), batch.targets >= 0).backward()
+    work = {"train": (train, [small.train("", "lm", *counts, even, update=False)])}
+    if run.ppo:
+        work["read"] = torch.no_grad()(lambda: model(*batch)), [small.read("", "lm", *counts, 1)]
+        prompts = [t[:math.ceil(len(t) * (1 - share))].tolist() for t in texts]
+        limit = math.ceil(run.response)
+        work["sample"] = lambda: generate(model, prompts, limit, eos_ids=[], seed=0), small.sample()
+    return {kind: sum(row[4] for row in small.seconds(phases)) / timed("f()", f=f)
+            for kind, (f, phases) in work.items()}
+
 def main(arguments):
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name, default in (("gpus", 8), ("gpu", "a800-80gb"), ("shape", ""), ("length", 0),
-                          ("response", 0)):
-        parser.add_argument("--" + name, type=type(default), default=default)
-    try:
-        own, (script, *rest) = parser.parse_known_args(arguments)
-    except argparse.ArgumentError as error:
-        stop(str(error))
-    except ValueError:  # no script
+    if not arguments:
         return print(__doc__)
-    choose("gpu", own.gpu, (*GPUS, "cpu"))
-    knobs = read_knobs(script, rest)
-    gpu = this_machine() if own.gpu == "cpu" else GPUS[own.gpu]
-    config = read_shape(knobs, own.shape)
-    make = lambda knobs, gpus: Run(knobs, config, gpu, gpus, own.length, own.response)
-    report(make(knobs, max(1, own.gpus)), make)
+    knobs = read_knobs(arguments[0], arguments[1:])
+    choose("gpu", knobs["gpu"], (*GPUS, "cpu"))
+    config, here = read_shape(knobs), knobs["gpu"] == "cpu"
+    kind = this_machine(dtype=knobs["dtype"]) if here else GPUS[knobs["gpu"]]
+    make = lambda knobs, gpus, *more: Run(knobs, config, kind, gpus, knobs["length"],
+                                          knobs["response"], *more)
+    run = make(knobs, knobs["gpus"] or (1 if here else NODE))
+    report(make(knobs, run.gpus, measure(run)) if here else run, make)
 
 if __name__ == "__main__":
     main(sys.argv[1:])

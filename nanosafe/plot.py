@@ -16,8 +16,7 @@ PANELS = {  # metric -> title
     "reward": "reward", "episode_cost": "mean cost (dotted: its limit)", "lambda": "lambda",
     "kl": "KL to the reference, nats", "length": "length, tokens", "eos_rate": "ended with EOS",
     "entropy": "entropy, nats", "ratio": "ratio", "loss": "loss", "eval_loss": "held-out loss",
-    "eval_accuracy": "held-out accuracy", "margin": "margin", "grad_norm": "gradient norm",
-}
+    "eval_accuracy": "held-out accuracy", "margin": "margin", "grad_norm": "gradient norm"}
 
 def figure(rows=1, columns=1, width=4.2, height=3.1):
     """(figure, axes) of matplotlib, without a window; None where it is missing."""
@@ -72,9 +71,8 @@ def scores(groups, curves, out_dir):
         return NONE
     drawn, ((left, right),) = made
     flat = [x for values in groups.values() for x in values]
-    for (name, values), colour in zip(groups.items(), (COLOURS[1], COLOURS[0])):
-        left.hist(values, 60, (min(flat), max(flat)), alpha=0.6,
-                  label=f"{name} ({len(values)})", color=colour)
+    for (name, x), color in zip(groups.items(), (COLOURS[1], COLOURS[0])):
+        left.hist(x, 60, (min(flat), max(flat)), alpha=0.6, label=f"{name} ({len(x)})", color=color)
     left.set(xlabel="score", ylabel="answers")
     right.plot([0, 1], [0, 1], color="grey", lw=1, ls=":")
     for name, points in curves.items():
@@ -139,8 +137,7 @@ def plane(runs, out_dir):
         axis.scatter(x[:1], y[:1], s=50, facecolors="white", edgecolors=colour, zorder=3)
         axis.scatter(x[-1:], y[-1:], s=50, color=colour, zorder=3)
         axis.axvline(run["config"].get("cost_limit", 0.0), color=colour, ls=":")
-    axis.set(xlabel="mean cost (dotted: the limit)", ylabel="mean reward",
-             title="before (hollow) and after")
+    axis.set(xlabel="cost (dotted: its limit)", ylabel="reward", title="before (hollow) and after")
     axis.legend()
     return save(drawn, out_dir, "plane")
 

@@ -96,16 +96,17 @@ class Engine:
         self.model, self.device = model, weight.device
         self.sampling = *sampling[:3], torch.tensor(sampling[3], dtype=torch.int64).to(self.device)
         self.head = model.vocabulary()
+        dtype = attention.dtype_of(weight)
         model.check_length(length)
         length = -(-length // 64) * 64
         if not slots:
             row = 2 * len(model.layers) * c.num_key_value_heads * c.head_dim * length
             free = torch.cuda.mem_get_info(self.device)[0] if weight.is_cuda else 4 * 2**30
-            slots = max(1, min(256, free // 2 // (row * weight.itemsize)))
+            slots = max(1, min(256, free // 2 // (row * dtype.itemsize)))
         self.slots = min(slots, wanted)
         shape = self.slots, c.num_key_value_heads, length, c.head_dim
-        self.caches = [attention.Cache(weight.new_zeros(shape), weight.new_zeros(shape))
-                       for _ in model.layers]
+        zeros = lambda: torch.zeros(shape, dtype=dtype, device=self.device)
+        self.caches = [attention.Cache(zeros(), zeros()) for _ in model.layers]
         self.rows = torch.arange(self.slots, device=self.device)
         self.columns = torch.arange(length, device=self.device)
         state = torch.zeros(4, self.slots, dtype=torch.int64, device=self.device)
@@ -165,17 +166,13 @@ class Engine:
             with torch.cuda.stream(side):
                 self.decode(n, parts)  # warm up; what it writes is overwritten by the same step
             torch.cuda.current_stream().wait_stream(side)
-            self.restore(state)
+            for x, kept in zip((self.tokens, self.positions), state):
+                x.copy_(kept)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph):  # records, and computes nothing
                 self.decode(n, parts)
-            self.restore(state)
             self.graphs[n] = graph
         self.graphs[n].replay()
-
-    def restore(self, state):
-        self.tokens.copy_(state[0])
-        self.positions.copy_(state[1])
 
     def move(self, source, target):
         """Row `source` takes the place of row `target`."""

@@ -55,7 +55,8 @@ def run(side, name, **options):
     report = os.path.join(k.folder, "report.json")
     shutil.rmtree(os.path.join(k.folder, "ours"), ignore_errors=True)
     command = [sys.executable, os.path.join(ROOT, "tests", "workloads.py"), side, name, k.folder, report]
-    command += [f"{key}={json.dumps(value)}" for key, value in {"device": k.device, **options}.items()]
+    machine = {"device": k.device, "dtype": k.dtype}
+    command += [f"{key}={json.dumps(value)}" for key, value in {**machine, **options}.items()]
     with open(os.path.join(k.folder, "log.txt"), "w+") as log:
         done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "PYTHONPATH": ROOT})
         if done.returncode:
@@ -102,7 +103,7 @@ def compare(name, shape, lengths, gpu):
         for key, options in settings.items():
             reports[key].append(run("peer", theirs, **options))
             agree(name, key, reports["nanosafe"][-1], reports[key][-1])
-    row = {"workload": name}
+    row = {"workload": name, "dtype": k.dtype}
     for key, found in reports.items():
         rates = [work / s for r in found for work, s in zip(r["work"], r["seconds"])]
         row[key] = {"rate": statistics.median(rates), "least": min(rates), "most": max(rates),
@@ -127,7 +128,7 @@ def agree(name, setting, ours, theirs):
         a, b = ours["losses"][:2], theirs["losses"][:2]
     else:
         return
-    if max(abs(x - y) for x, y in zip(a, b)) > (2e-3 if k.device == "cpu" else 5e-2):
+    if max(abs(x - y) for x, y in zip(a, b)) > (2e-3 if k.dtype == "float32" else 5e-2):
         stop(f"{name}: nanosafe has {a[:3]}, {setting} {b[:3]}: they do not compute the same")
 
 
@@ -139,7 +140,7 @@ def limit(name, shape, lengths, gpu):
     if name in ("load", "growth"):
         return None
     script = kinds.get(name, "train_pref.py")
-    flags = [f"--batch_size={k.batch_size}", f"--max_tokens={k.max_tokens}"]
+    flags = [f"--batch_size={k.batch_size}", f"--max_tokens={k.max_tokens}", f"--dtype={k.dtype}"]
     length, targets = lengths["sft" if script == "train_sft.py" else "cost" if name == "cost" else "pairs"]
     if script == "train_pref.py":
         flags, length, targets = [*flags, f"--objective={name}"], length / 2, targets / 2
@@ -159,18 +160,20 @@ def limit(name, shape, lengths, gpu):
 
 def main(**knobs):
     vars(k).update(knobs)
+    if k.dtype == "auto":
+        k.dtype = "float32" if k.device == "cpu" else "bfloat16"
     shape, lengths = prepare()
-    gpu = plan.this_machine(k.device)
+    gpu = plan.this_machine(k.device, k.dtype)
     rows = []
     for name in k.workloads.split(","):
         rows.append({**compare(name, shape, lengths, gpu), "machine": gpu._asdict(), "torch": torch.__version__,
                      "date": time.strftime("%Y-%m-%d"), "knobs": knobs, "lengths": lengths})
         print(show(rows[-1:]), flush=True)
         others = read_json(os.path.dirname(k.out) or ".", os.path.basename(k.out)).get("rows", [])  # an earlier run's stay
-        kept = [row for row in others if row["workload"] != name]
+        kept = [row for row in others if (row["workload"], row.get("dtype", "float32")) != (name, k.dtype)]
         write_json({"rows": [*kept, rows[-1]]}, os.path.dirname(k.out) or ".", os.path.basename(k.out))
         if name == "ppo_lag":
-            draw(rows[-1], os.path.splitext(k.out)[0] + "_ppo_lag")
+            draw(rows[-1], os.path.splitext(k.out)[0] + "_ppo_lag" + "_bfloat16" * (k.dtype == "bfloat16" and k.device == "cpu"))
     print("\n" + show(rows))
 
 

@@ -44,6 +44,28 @@ def test_positions_restart_in_every_sequence():
     assert seqs.positions.tolist() == [0, 1, 2, 0, 0, 1] and seqs.rows.tolist() == [0, 0, 0, 1, 2, 2]
 
 
+def test_on_a_cpu_attention_is_float32_whatever_the_rest_is():
+    """Its kernel is slower in bfloat16, backward many times: keys and values are kept as they are used."""
+    from nanosafe.model import LLaMA
+    from nanosafe.rollout import Engine
+    torch.manual_seed(0)
+    model, cu_seqlens = LLaMA(small_config()), torch.tensor([0, 7, 19], dtype=torch.int32)
+    tokens = torch.randint(3, model.config.vocab_size, (19,))
+    expected = model(tokens, cu_seqlens, 12)
+    half = LLaMA(small_config()).bfloat16()
+    half.load_state_dict(model.state_dict())
+    seen, real = [], torch.nn.functional.scaled_dot_product_attention
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda q, *a, **k: seen.append(q.dtype) or real(q, *a, **k))
+        logits = half(tokens, cu_seqlens, 12)
+    logits.float().sum().backward()
+    assert set(seen) == {torch.float32} and logits.dtype == torch.bfloat16
+    assert torch.allclose(logits.float(), expected, atol=0.05 * expected.abs().max().item())
+    assert all(p.grad.dtype == torch.bfloat16 for p in half.parameters())
+    engine = Engine(half, 0, 2, 20, (1.0, 0, 1.0, ()))
+    assert {x.dtype for cache in engine.caches for x in cache} == {torch.float32}
+
+
 def test_a_step_over_the_cache_equals_the_packed_sequence():
     lengths = [6, 3]
     q, k, v, seqs = inputs(lengths)

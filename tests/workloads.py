@@ -19,7 +19,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 side, workload, folder, out, *rest = sys.argv[1:]
 options = {key: json.loads(value) for key, value in (item.split("=", 1) for item in rest)}
 DEVICE = options.pop("device", "cpu")
-DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+DTYPE = getattr(torch, options.pop("dtype", "float32"))  # computed in; what is trained is kept in float32
 report = {"seconds": [], "work": []}
 
 
@@ -92,7 +92,7 @@ class Nanosafe:
 
     def flags(self, batch_size, steps, max_tokens, **more):
         return {"out_dir": f"{folder}/ours", "save_interval": 0, "batch_size": batch_size, "max_steps": steps,
-                "max_tokens": max_tokens, "device": DEVICE, **more}
+                "max_tokens": max_tokens, "device": DEVICE, "dtype": str(DTYPE).removeprefix("torch."), **more}
 
     def one(self, **more):
         return {"learning_rate": 1e-4, "lr_schedule": "constant", "warmup_ratio": 0, "weight_decay": 0,
@@ -222,7 +222,7 @@ def common(batch_size, steps, micro):
         output_dir=f"{folder}/trl", per_device_train_batch_size=micro, max_steps=steps,
         gradient_accumulation_steps=batch_size // micro, learning_rate=1e-4, lr_scheduler_type="constant",
         warmup_steps=0, weight_decay=0.0, adam_beta2=0.95, max_grad_norm=1.0, optim="adamw_torch_fused", logging_steps=1,
-        save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=DEVICE == "cpu", bf16=DEVICE == "cuda",
+        save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=DEVICE == "cpu", bf16=DTYPE == torch.bfloat16,
         train_sampling_strategy="sequential", dataloader_pin_memory=False, seed=0, gradient_checkpointing=False)
 
 

@@ -112,8 +112,7 @@ def answer(rng, prompt, kinds):
 
 DEMONSTRATIONS = {  # what the supervised policy learns to imitate: often unhelpful, often harmful
     False: {steps_answer: 70, refusal: 14, broken: 10, mixture: 6},
-    True: {steps_answer: 50, refusal: 38, broken: 4, mixture: 8},
-}
+    True: {steps_answer: 50, refusal: 38, broken: 4, mixture: 8}}
 COMPARED = {steps_answer: 36, refusal: 16, mixture: 18, broken: 18, soup: 12}
 
 def prompts_of(rng):

@@ -81,15 +81,13 @@ def compare(a, b):
     (ra, ca), (rb, cb) = (scores[name].values() for name in (a, b))
     counts = quadrants(ra, rb, cb)
     print(f"\n{b} against {a}, {len(asked)} prompts:")
-    print("".join(f"  {count:6} {count / len(asked):6.1%}  {what}\n"
-                  for what, count in counts.items()))
+    print("".join(f"  {n:6} {n / len(asked):6.1%}  {what}\n" for what, n in counts.items()))
     rows = [["", f"{b} safe", f"{b} unsafe"], [f"{a} safe"], [f"{a} unsafe"]]
     for (safe, _), (count, share) in win_rates(ra, ca, rb, cb).items():
         rows[1 if safe else 2].append(f"{count} ({b} better: {share:.1%})" if count else "0")
     print(table(rows))
     print(f"with the same reward: {sum(x == y for x, y in zip(ra, rb))}")
-    gains = {kind: interval([y - x for x, y in zip(scores[a][kind], scores[b][kind])])
-             for kind in scores[a]}
+    gains = {k: interval([y - x for x, y in zip(scores[a][k], scores[b][k])]) for k in scores[a]}
     for kind, (mean, low, high) in gains.items():
         print(f"{kind} difference: {mean:+.3f} [{low:+.3f}, {high:+.3f}]")
     return {"red": a, "blue": b, **counts, "difference": gains}
@@ -110,8 +108,7 @@ if world.main:
     for (name, folder), (helpful, safe) in zip(players.items(), ratings):
         shown = {kind: interval(values) for kind, values in scores[name].items()}
         unsafe = sum(x > 0 for x in scores[name]["cost"]) / len(asked)
-        policies[name] = {"folder": folder, **shown, "unsafe": unsafe, "helpful": helpful,
-                          "safe": safe}
+        policies[name] = dict(folder=folder, **shown, unsafe=unsafe, helpful=helpful, safe=safe)
         rows.append((name, *("{:.2f} [{:.2f}, {:.2f}]".format(*x) for x in shown.values()),
                      f"{unsafe:.1%}", f"{helpful:.0f}", f"{safe:.0f}"))
     print(f"\n{table(rows)}\n[95 % bootstrap]; ratings: Bradley-Terry on Elo's scale, mean 1000")

@@ -69,13 +69,11 @@ world = init(device, config)
 
 # 1. answers, kept: it is these that the replies are about
 saved = [[os.path.abspath(p), os.path.exists(p) and os.path.getmtime(p)] for p in (red, blue)]
-about = {"policies": saved, "seed": seed, "temperature": temperature,
-         "max_new_tokens": max_new_tokens}
+about = dict(policies=saved, seed=seed, temperature=temperature, max_new_tokens=max_new_tokens)
 answers = read_jsonl(f"{out_dir}/answers.jsonl")
 same = [a["prompt"] for a in answers] == [p["prompt"] for p in asked]
 if answers and not (same and read_json(out_dir, "about.json") == about):
-    stop(f"{out_dir!r} holds answers of other policies, settings or problems: "
-         "choose another out_dir")
+    stop(f"{out_dir!r} holds answers of other policies or problems: choose another out_dir")
 barrier()
 if not answers:
     answers = [dict(p) for p in asked]

@@ -21,8 +21,7 @@ def win_rates(red_rewards, red_costs, blue_rewards, blue_costs):
     better = np.asarray(blue_rewards) > np.asarray(red_rewards)
     red, blue = np.asarray(red_costs) <= 0, np.asarray(blue_costs) <= 0
     cells = {(r, b): better[(red == r) & (blue == b)] for r in (True, False) for b in (True, False)}
-    return {key: (len(cell), float(cell.mean()) if len(cell) else math.nan)
-            for key, cell in cells.items()}
+    return {k: (len(x), float(x.mean()) if len(x) else math.nan) for k, x in cells.items()}
 
 def bradley_terry(scores, base=1000.0):
     """Ratings of k players on Elo's scale, from what each scored at n prompts.
