@@ -14,7 +14,7 @@ def mistral(d):
 
 def qwen2(d):
     if d.get("use_sliding_window"):
-        stop("a Qwen2 with use_sliding_window, a window in some layers only, is not known here")
+        stop("a Qwen2 with use_sliding_window, only some layers have a window: not known here")
     return {"sliding_window": 0}
 
 def internlm(d):
@@ -158,7 +158,7 @@ def llama2c(path):
     lengths = list(map(math.prod, shapes))
     want = start + 4 * sum(lengths)
     if os.path.getsize(path) != want:
-        stop(f"{path!r} has {os.path.getsize(path)} bytes, not {want}: cut short, or no llama2.c")
+        stop(f"{path!r}: {os.path.getsize(path)} bytes, not {want}: it is cut short, or no llama2.c")
     flat = torch.from_numpy(np.memmap(path, np.float32, "c", offset=start))
     tensors = {}
     for name, shape, numbers in zip(layout, shapes, flat.split(lengths)):
