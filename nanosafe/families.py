@@ -158,7 +158,7 @@ def llama2c(path):
     lengths = list(map(math.prod, shapes))
     want = start + 4 * sum(lengths)
     if os.path.getsize(path) != want:
-        stop(f"{path!r}: {os.path.getsize(path)} bytes, not {want}: it is cut short, or no llama2.c")
+        stop(f"{path!r}: {os.path.getsize(path)} bytes, not {want}: it is cut short or no llama2.c")
     flat = torch.from_numpy(np.memmap(path, np.float32, "c", offset=start))
     tensors = {}
     for name, shape, numbers in zip(layout, shapes, flat.split(lengths)):
