@@ -184,19 +184,22 @@ if world.main:
           f"{rollout_size} prompts x {num_samples}, {updates} steps of {batch_size} responses "
           f"each over {world.size} ranks, {max_tokens} tokens per forward", flush=True)
 
-def forward(model, rows, texts, starts, R):
-    """Log-probabilities of some responses' tokens, or a critic's values: (rows, R)."""
+def packed(rows, texts, starts):
+    """The Batch of some prompts with their responses, and where in each the response begins."""
     masks = [np.arange(len(texts[i])) >= starts[i] for i in rows]
-    batch = collate([texts[i] for i in rows], masks, world.device)  # prompts and responses
+    return collate([texts[i] for i in rows], masks, world.device), [starts[i] for i in rows]
+
+def forward(model, batch, begins, R):
+    """Log-probabilities of packed() responses' tokens, or a critic's values: (rows, R)."""
     x = model(*batch, log_temperature) if model.head == "lm" else model(*batch[:3])
-    return responses_of(x, batch, [starts[i] for i in rows], R)
+    return responses_of(x, batch, begins, R)
 
 @torch.no_grad()
 def per_token(model, texts, starts, R):
     """forward() of all responses (B, R), on every rank."""
     out = torch.zeros(len(texts), R, device=world.device)
     for rows in plan([len(t) for t in texts], max_tokens, world.size)[world.rank]:
-        out[rows] = forward(model, rows, texts, starts, R)
+        out[rows] = forward(model, *packed(rows, texts, starts), R)
     return add(out)
 
 def end_scores(model, texts, model_tok):
@@ -309,9 +312,10 @@ while step < steps:
         for k, micro in enumerate(micros):
             rows = [chosen[j] for j in micro]
             share, last, m = len(rows) / batch_size, k == len(micros) - 1, mask[rows]
+            batch, begins = packed(rows, texts, starts)
 
             if policy_learns:
-                logps = forward(actor, rows, texts, starts, R)
+                logps = forward(actor, batch, begins, R)
                 loss = actor_loss(logps, old_logps[rows], mixed[rows], m,
                                   clip_ratio or unbounded) * share
                 backward(actor, loss * actor_weight, last and not ptx)
@@ -325,7 +329,7 @@ while step < steps:
 
             for name, (old, target) in targets.items():
                 critic = models[name][0]
-                values = forward(critic, rows, texts, starts, R)
+                values = forward(critic, batch, begins, R)
                 loss = critic_loss(values, old[rows], target[rows], m,
                                    clip_value or unbounded) * share
                 backward(critic, loss, last)

@@ -33,5 +33,4 @@ out = "docs/benchmarks.json"  # the numbers
 config = configure(globals())
 
 if __name__ == "__main__":
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    module_at(os.path.join(root, "tests", "benchmark.py")).main(**config)
+    module_at(os.path.join(os.path.dirname(__file__), "../tests/benchmark.py")).main(**config)

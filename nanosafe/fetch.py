@@ -42,7 +42,7 @@ def raw_files(raw, repo, folder, wanted, revision="main", sha256=None):
     there = list_files(repo, revision)
     names = [name for name in there if wanted(name)]
     if not names and any(name.endswith(".parquet") for name in there):
-        stop(f"{repo} has parquet files only: get them, convert each with {PARQUET}, --raw=FOLDER")
+        stop(f"{repo} has parquet files only: convert each with {PARQUET} and give --raw=FOLDER")
     if not names:
         stop(f"{repo} (revision {revision}) has none of the files expected: download it by hand "
              "and give --raw=FOLDER")
@@ -101,7 +101,7 @@ def download(url, path, sha256=None, attempts=5):
             digest.update(block)
     if sha256 and digest.hexdigest() != sha256:
         os.remove(part)
-        stop(f"{url}: the SHA-256 is {digest.hexdigest()}, not {sha256}: damaged or changed")
+        stop(f"{url}: the SHA-256 is {digest.hexdigest()}, not {sha256}: damaged or has changed")
     os.replace(part, path)
     return path
 

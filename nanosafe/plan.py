@@ -282,8 +282,7 @@ def read_knobs(script, arguments):
 
 def read_shape(knobs):
     """The policy's Config: of the model folder, or of a named shape."""
-    shape = knobs["shape"]
-    path = knobs.get("actor_model") or knobs["init_from"]
+    shape, path = knobs["shape"], knobs.get("actor_model") or knobs["init_from"]
     if path == "scratch" and not shape:
         return Config(**{key: x for key, x in knobs.items() if key in Config.__dataclass_fields__})
     if not shape and os.path.isfile(os.path.join(path, "config.json")):
@@ -297,12 +296,11 @@ def timed(work, **names):
     timer = Timer(work, globals=names, num_threads=torch.get_num_threads())
     return timer.blocked_autorange(min_run_time=0.5).median
 
-def this_machine(device="cpu", dtype="auto"):
+def this_machine(device="cpu", dtype="float32"):
     """A GPU's row for this machine: its memory, and what it does in a second, measured."""
     n = 1024 if device == "cpu" else 8192
     x, y = torch.randn(n, n, device=device), torch.randn(2**25, device=device)
-    half = dtype == "bfloat16" or dtype == "auto" and device != "cpu"
-    x, z = x.bfloat16() if half else x, torch.empty_like(y)
+    x, z = x.bfloat16() if dtype == "bfloat16" else x, torch.empty_like(y)
     product, copy = timed("x @ x", x=x), timed("z.copy_(y)", y=y, z=z)
     memory = (os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if device == "cpu" else
               torch.cuda.mem_get_info()[1])

@@ -76,7 +76,7 @@ def test_a_server_without_ranges_starts_over(server, tmp_path):
 
 
 def test_damage_and_absence_stop_with_one_line(server, tmp_path):
-    with pytest.raises(SystemExit, match="SHA-256 is .*damaged or changed"):
+    with pytest.raises(SystemExit, match="SHA-256 is .*damaged or has changed"):
         fetch.download(server + "/file", str(tmp_path / "file"), "0" * 64)
     assert not os.listdir(tmp_path)
     with pytest.raises(SystemExit, match="404"):

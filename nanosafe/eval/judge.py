@@ -73,7 +73,7 @@ about = dict(policies=saved, seed=seed, temperature=temperature, max_new_tokens=
 answers = read_jsonl(f"{out_dir}/answers.jsonl")
 same = [a["prompt"] for a in answers] == [p["prompt"] for p in asked]
 if answers and not (same and read_json(out_dir, "about.json") == about):
-    stop(f"{out_dir!r} holds answers of other policies or problems: choose another out_dir")
+    stop(f"{out_dir!r} has answers of other models, settings or problems: choose another out_dir")
 barrier()
 if not answers:
     answers = [dict(p) for p in asked]
