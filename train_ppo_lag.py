@@ -24,11 +24,11 @@ from nanosafe.losses import actor_loss, critic_loss, masked_mean, mle_loss, sequ
 from nanosafe.monitor import Monitor
 from nanosafe.packing import (check_fits, collate, count_steps, examples_at, order, plan,
                               responses_of)
-from nanosafe.parallel import add, backward, init, places, union, whole
+from nanosafe.parallel import add, backward, init, places
 from nanosafe.rl import (SCALINGS, LagrangeMultiplier, RunningMeanStd, adapted, gae,
                          group_advantages, mix_advantages, normalize, scaled, shaped_costs,
                          shaped_rewards)
-from nanosafe.rollout import generate, hash64
+from nanosafe.rollout import hash64, sample_all
 from nanosafe.tokenizer import load as load_tokenizer
 
 # run
@@ -233,16 +233,11 @@ while step < steps:
     limits = [min(max_new_tokens, max_len - start) for start in starts]
 
     # 2. responses: each rank samples its share, then every rank knows all
-    mine = range(world.rank, per_rollout, world.size)
-    quiet = not world.main or per_rollout < 512
-    bar = tqdm(total=len(mine), desc="rollout", leave=False, disable=quiet)
-    with whole(actor) as policy:
-        sampled = generate(policy, [questions[i] for i in mine], [limits[i] for i in mine],
-                           temperature=temperature, top_k=top_k, top_p=top_p, eos_ids=tok.eos_ids,
-                           seed=hash64(seed, rollout), uids=[uids[i] for i in mine], slots=slots,
-                           on_finish=bar.update)
-    bar.close()
-    responses = union(sampled, mine, per_rollout, world.device)
+    with tqdm(desc="rollout", total=per_rollout, leave=0, delay=3, disable=not world.main) as bar:
+        responses = sample_all(
+            actor, questions, world, limits, uids, temperature=temperature, top_k=top_k,
+            top_p=top_p, eos_ids=tok.eos_ids, seed=hash64(seed, rollout), slots=slots,
+            on_finish=lambda: bar.update(world.size))
     lengths = torch.tensor([len(r) for r in responses])
     R = int(lengths.max())
     mask = (torch.arange(R) < lengths[:, None]).float().to(world.device)  # (B, R)
@@ -299,15 +294,14 @@ while step < steps:
     mixed = mixed - entropy_coef * old_logps  # the entropy's gradient is E[-log p grad log p]
     if kl_target and policy_learns:
         kl_weight = adapted(kl_weight, metrics["kl"].item(), kl_target, per_rollout, kl_horizon)
-    rollout_seconds = time.perf_counter() - began
+    metrics["rollout_seconds"] = time.perf_counter() - began
 
     # 6. updates: minibatches of the rollout
     for begin in range(0, ppo_epochs * per_rollout, batch_size):
         epoch, first = divmod(begin, per_rollout)
         chosen = order(per_rollout, epoch, hash64(seed, rollout))[first:first + batch_size].tolist()
-        sums = {name: torch.zeros((), device=world.device) for name in
-                ("actor_loss", *(f"{name}_loss" for name in targets), "ptx_loss", "clip_fraction",
-                 "approx_kl", "ratio")}
+        sums = {name: torch.zeros((), device=world.device) for name in ("clip_fraction", "ratio",
+                "approx_kl", *(f"{name}_loss" for name in ("actor", "ptx", *targets)))}
         micros = plan([len(texts[i]) for i in chosen], max_tokens, world.size)[world.rank]
         for k, micro in enumerate(micros):
             rows = [chosen[j] for j in micro]
@@ -365,7 +359,6 @@ while step < steps:
 
         if step % log_interval == 0 or step + 1 == steps:
             monitor.log(step, {**metrics, **losses, **norms, **lrs, "skips": skips,
-                               "rollout_seconds": rollout_seconds,
                                "seconds": time.perf_counter() - began})
         step += 1
 

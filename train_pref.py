@@ -216,8 +216,7 @@ def checkpoint_run(step):
     run_state.save(out_dir, step, {"model": (model, optimizer)}, extra, keep)
 
 # ---- loop ----
-monitor = Monitor(out_dir, steps, start, log_to, shown=("loss", "accuracy", "sign_accuracy"),
-                  config=config)
+monitor = Monitor(out_dir, steps, start, log_to, ("loss", "accuracy", "sign_accuracy"), config)
 for step in range(start, steps):
     began = time.perf_counter()
     examples = examples_at(step, len(train), batch_size, seed)

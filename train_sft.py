@@ -24,7 +24,8 @@ from nanosafe.model import Config
 from nanosafe.monitor import Monitor
 from nanosafe.packing import count_steps, examples_at, plan
 from nanosafe.parallel import add, backward, init, local_rows, places
-from nanosafe.reference import Samples, response_logps, sample_all
+from nanosafe.reference import Samples, response_logps
+from nanosafe.rollout import sample_all
 from nanosafe.tokenizer import load as load_tokenizer
 
 # run
@@ -189,7 +190,7 @@ def checkpoint_run(step):
     run_state.save(out_dir, step, {"model": (model, optimizer)}, {"skips": skips}, keep)
 
 # ---- loop ----
-monitor = Monitor(out_dir, steps, start, log_to, shown=("loss", "grad_norm", "lr"), config=config)
+monitor = Monitor(out_dir, steps, start, log_to, ("loss", "grad_norm", "lr"), config)
 for step in range(start, steps):
     began = time.perf_counter()
     examples = examples_at(step, len(train), batch_size, seed)

@@ -23,7 +23,6 @@ from torch.distributed.fsdp import (CPUOffloadPolicy, FSDPModule, MixedPrecision
 from torch.distributed.tensor import DTensor, Shard
 from nanosafe.files import choose, stop
 
-LAYOUTS = ("auto", "plain", "ddp", "fsdp", "hsdp")
 MINUTES = float(os.environ.get("NANOSAFE_TIMEOUT") or 0) or 30  # to wait for a rank
 meshes, calls = {}, [0]  # calls: how many times this rank met the others
 
@@ -50,10 +49,11 @@ def init(device="auto", knobs=None):
     else:  # of the bfloat16 kernels for every length met few are kept: a thousand take a gigabyte
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     if "RANK" in os.environ and not dist.is_initialized():
-        join(device)
         from nanosafe import trouble
-        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
-        trouble.watch(store, rank, size, calls, MINUTES, dist.is_initialized)
+        store, *_ = next(dist.rendezvous("env://", timeout=timedelta(minutes=MINUTES + 5)))
+        store = dist.PrefixStore(trouble.attempt(store, rank, size), store)
+        join(device, store=store, rank=rank, world_size=size)
+        trouble.watch(store.clone(), rank, size, calls, MINUTES, dist.is_initialized)
 
     def leave(kind, error, trace):
         from nanosafe import trouble
@@ -96,9 +96,9 @@ def places(world, dtype, layout, offload, use_compile, activation_checkpointing,
              "float32": torch.float32}
     if dtype == "float16":
         stop("dtype='float16' overflows in RLHF training and is not supported: use bfloat16")
-    for knob, value, choices in (("dtype", dtype, known), ("parallel", layout, LAYOUTS),
-                                 ("offload", offload, ("none", "frozen", "all"))):
-        choose(knob, value, choices)
+    choose("dtype", dtype, known)
+    choose("parallel", layout, ("auto", "plain", "ddp", "fsdp", "hsdp"))
+    choose("offload", offload, ("none", "frozen", "all"))
     if layout == "plain" and world.size > 1:
         stop(f"parallel='plain' is for one process, this is one of {world.size}: use auto")
     compute = known[dtype]
@@ -148,10 +148,9 @@ def mesh(layout, device_type):
     if key not in meshes:
         if size % sharded:
             stop(f"parallel='hsdp': {size} ranks are no multiple of the {sharded} in a node")
-        dims = {"replicate": size // sharded} if sharded < size else {}
-        dims["shard"] = sharded
-        sizes, names = tuple(dims.values()), tuple(dims)
-        meshes[key] = init_device_mesh(device_type, sizes, mesh_dim_names=names)
+        sizes, names = (size // sharded, sharded), ("replicate", "shard")
+        flat = sharded == size  # there are no copies
+        meshes[key] = init_device_mesh(device_type, sizes[flat:], mesh_dim_names=names[flat:])
     return meshes[key]
 
 @contextmanager
@@ -235,16 +234,14 @@ def add(tensor):
         dist.all_reduce(tensor)
     return tensor
 
-def union(lists, mine, count, device):
-    """All `count` lists of ids on every rank, of which this one brings those at indices `mine`."""
-    lengths = torch.zeros(count, dtype=torch.int64)
-    for i, ids in zip(mine, lists):
-        lengths[i] = len(ids)
-    lengths = add(lengths.to(device)).tolist()
-    tokens = torch.zeros(count, max(lengths), dtype=torch.int64)
-    for i, ids in zip(mine, lists):
-        tokens[i, :len(ids)] = torch.tensor(ids)
-    return [row[:n] for row, n in zip(add(tokens.to(device)).tolist(), lengths)]
+def union(lists, mine, count):
+    """All `count` lists on every rank, of which this one brings those at indices `mine`."""
+    meet()
+    parts = [(mine, lists)] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(parts, (mine, lists))
+    whose = dict(pair for part in parts for pair in zip(*part))
+    return [whose[i] for i in range(count)]
 
 def any_rank(flag, device):
     """Whether `flag` holds on at least one rank: so that all stop, or skip, at the same step."""

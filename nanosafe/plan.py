@@ -1,7 +1,6 @@
 """What a run needs and how long it takes, before anybody rents a cluster.
 
 $ python -m nanosafe.plan train_ppo_lag.py config/beaver_7b/ppo_lag.py --gpus=8 --gpu=a800-80gb
-$ python -m nanosafe.plan train_sft.py config/beaver_7b/sft.py --gpus=16 --gpu=h100 --shape=13b
 
 Behind the script: its config files and flags, and the five below.
 
@@ -35,7 +34,6 @@ GPU = namedtuple("GPU", TABLES["columns"])
 GPUS = {name: GPU(*row) for name, row in TABLES["gpus"].items()}
 SHARES, SHAPES = TABLES["shares"], TABLES["shapes"]
 NODE = 8  # GPUs in a node
-LIBRARIES = 3e8  # bytes of a process that has loaded a trainer and no model
 RESERVED = 2.5  # GB for CUDA, NCCL's buffers and what fragments; on a CPU for others
 
 def model_tensors(c, head):
@@ -101,7 +99,7 @@ class Run:
                   ("frozen models", 0 if gone else b * self.local(self.frozen, self.frozen_shards),
                    "gpus, offload=frozen")]
         if self.cpu:
-            always.append(("Python and its libraries", LIBRARIES, "-"))
+            always.append(("Python and its libraries", 3e8, "-"))
         if not self.plain:  # two blocks at a time, and what is outside them, whole
             always.append(("gathered blocks", b * (size(outside) + 2 * size(block)), "-"))
         train = [("gradients, float32", 0 if away else 4 * P, "gpus"),

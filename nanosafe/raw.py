@@ -40,12 +40,9 @@ def read(path):
 def json_items(f, path):
     """The items of a JSON list in a text file, which is never in memory whole."""
     decoder, gap = json.JSONDecoder(), re.compile(r"[\s,]*")
-    buffer, at, size = f.read(1), 0, 2**16
-    while buffer.isspace():
-        buffer = f.read(1)
-    if buffer not in ("", "["):
+    buffer, at, size = "", 0, 2**16  # what follows the bracket
+    if next((c for c in iter(lambda: f.read(1), "") if not c.isspace()), "[") != "[":
         stop(f"{path!r} is no list of rows")
-    buffer = ""  # from here on, what follows the bracket
     while not buffer.startswith("]", at := gap.match(buffer, at).end()):
         try:
             item, end = decoder.raw_decode(buffer, at)

@@ -9,8 +9,8 @@ from nanosafe.build import encode
 from nanosafe.documents import control_ids
 from nanosafe.files import choose, stop, whole_file
 from nanosafe.packing import collate, plan, sequence_sums
-from nanosafe.parallel import add, any_rank, union, whole
-from nanosafe.rollout import generate
+from nanosafe.parallel import add, any_rank
+from nanosafe.rollout import sample_all
 
 @torch.no_grad()
 def response_logps(model, sequences, max_tokens, world):
@@ -45,14 +45,6 @@ def cached_logps(model, path, dataset, max_tokens, world):
         with whole_file(file, "wb") as f:
             np.save(f, logps.cpu().numpy())
     return logps
-
-def sample_all(model, prompts, world, max_new_tokens, uids=None, **sampling):
-    """generate() over all ranks: every rank has all responses to the prompts."""
-    mine = range(world.rank, len(prompts), world.size)
-    with whole(model) as policy:
-        sampled = generate(policy, [prompts[i] for i in mine], max_new_tokens,
-                           uids=[uids[i] if uids else i for i in mine], **sampling)
-    return union(sampled, mine, len(prompts), world.device)
 
 class Samples:
     """Responses of a reference model to prompts, on which KL(reference || other) is measured."""

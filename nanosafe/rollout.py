@@ -2,7 +2,7 @@
 
 A small engine: prompts are prefilled packed, into a preallocated key-value cache of `slots` rows;
 every step decodes one token for all rows at once; a finished row is refilled by the next prompt,
-and when none is left the rows close ranks. Nothing communicates: ranks may stop at different times.
+and when none is left the rows close ranks. Until all have sampled, ranks say nothing to another.
 
 Sampling is a pure function: the uniform number behind a token is a hash of (seed, prompt uid,
 position), turned into a token by the inverse of the cumulative distribution: the same prompt gives
@@ -12,6 +12,7 @@ Shapes: n live rows, S slots, V vocabulary, R = max_new_tokens."""
 import torch
 from nanosafe import attention
 from nanosafe.model import linear
+from nanosafe.parallel import union, whole
 
 MASK64 = 2**64 - 1
 PREFILL_TOKENS = 8192  # packed prompt tokens per prefill on a GPU; on a CPU an eighth
@@ -50,6 +51,14 @@ def generate(model, prompts, max_new_tokens, *, temperature=1.0, top_k=0, top_p=
         if work.live:
             work.accept(engine.step(len(work.live)), 0)
     return work.responses
+
+def sample_all(model, prompts, world, max_new_tokens, uids=None, **sampling):
+    """generate() over all ranks, each sampling its share: every rank has all responses."""
+    every, share = range(len(prompts)), slice(world.rank, None, world.size)
+    limits = max_new_tokens if isinstance(max_new_tokens, int) else max_new_tokens[share]
+    with whole(model) as policy:
+        sampled = generate(policy, prompts[share], limits, uids=(uids or every)[share], **sampling)
+    return union(sampled, every[share], len(prompts))
 
 class Work:
     """The host's side: which prompt is in which row, and what its response is so far."""

@@ -35,18 +35,17 @@ def save(out_dir, step, trained, extra, keep=2):
         if writer:
             tensors[key], first_rows[key] = rows.contiguous().cpu(), first
     path = os.path.join(temporary, rank_file(parallel.rank()))
-    sums = torch.zeros(parallel.world_size(), 2, dtype=torch.int64)
     with untrusted(path, "written"):
         save_file(tensors, path, {"first_rows": json.dumps(first_rows)})
         sync(path)
-        sums[parallel.rank()] = torch.tensor(checksum(path))
-    parallel.add(sums)  # and all have written
+        mine = checksum(path)
+    sums = parallel.union([mine], [parallel.rank()], parallel.world_size())  # all have written
     if main:
         steps = {name: max((int(s["step"]) for s in optimizer.state.values()), default=0)
                  for name, (_, optimizer) in trained.items()}
         write_json({"step": step, "ranks": len(sums), "optimizer_steps": steps, **extra},
                    temporary, "state.json")
-        sums = {rank_file(rank): pair for rank, pair in enumerate(sums.tolist())}
+        sums = {rank_file(rank): pair for rank, pair in enumerate(sums)}
         sums["state.json"] = checksum(os.path.join(temporary, "state.json"))
         with untrusted(folder, "written"):
             put_folder(temporary, folder, sums)
@@ -102,7 +101,7 @@ def latest_state(out_dir):
     with suppress(OSError, ValueError), open(os.path.join(out_dir, "state", "latest")) as f:
         del names[names.index(f.read().strip()) + 1:]
     steps = [int(name[5:]) for name in names]  # as rank 0 sees them: a shared disk may lag
-    for step in reversed(parallel.union([steps], range(parallel.rank() == 0), 1, "cpu")[0]):
+    for step in reversed(parallel.union([steps], range(parallel.rank() == 0), 1)[0]):
         folder = os.path.join(out_dir, "state", f"step_{step:06d}")
         wrong = damage(folder, parallel.rank(), parallel.world_size())
         if wrong:

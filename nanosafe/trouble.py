@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 import traceback
+import uuid
 
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}
 SAMPLING = {"slots": "fewer, 64 say", "max_new_tokens": "fewer", "offload": "frozen, or all"}
@@ -25,6 +26,20 @@ def explain(error, knobs, ranks=1):
         return f"another rank ended, and this one with it ({text[:80]})"
     if getattr(error, "errno", None) in DISK:
         return f"{text}; mend this: a run goes on from its last state with --resume=True"
+
+def attempt(store, rank, size):
+    """A word that this attempt's ranks share: torchrun restarts them on a store that still holds
+    what dead ones wrote, their addresses too. Each says a new word; rank 0 answers it, with its."""
+    word = uuid.uuid4().hex
+    store.set(f"hello_{rank}", word)
+    if rank > 0:
+        word = store.get(word).decode()  # it waits
+        store.add(word, 1)
+    while rank == 0 and store.add(word, 0) < size - 1:  # a hello may have been a dead rank's
+        for r in range(1, size):
+            store.set(store.get(f"hello_{r}").decode(), word)
+        time.sleep(0.05)
+    return word
 
 def watch(store, rank, size, calls, minutes, lasts):
     """Start a thread that ends this process when it has waited `minutes` for another rank, and says

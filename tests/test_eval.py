@@ -198,7 +198,7 @@ def test_scores_are_those_of_a_plain_loop(objective, world, tmp_path):
         scores = []
         for answer in row["answers"]:
             ids = torch.tensor(encode(answer["turns"], tok)[0])
-            scores.append(float(model(ids, torch.tensor([0, len(ids)], dtype=torch.int32), len(ids))[-1]))
+            scores.append(model(ids, torch.tensor([0, len(ids)], dtype=torch.int32), len(ids))[-1].item())
             assert scores[-1] == pytest.approx(answer["score"], abs=2e-4)
             signs.append(answer["label"] * scores[-1] < 0)
         right.append(scores[0] < scores[1] if objective == "cost" else scores[0] > scores[1])

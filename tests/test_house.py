@@ -16,7 +16,7 @@ TRAINERS = ("train_sft.py", "train_pref.py", "train_ppo_lag.py")
 SCRIPTS = (*TRAINERS, "sample.py")
 ALLOWED = {  # module -> modules of the package that it may import
     "attention": "", "losses": "", "rl": "", "tokenizer": "files", "parallel": "files", "packing": "files", "rows": "data files", "trouble": "", "files": "",
-    "advice": "", "model": "attention", "rollout": "attention model", "data": "files packing parallel",
+    "advice": "", "model": "attention", "rollout": "attention model parallel", "data": "files packing parallel",
     "raw": "files rows", "fetch": "build files raw rows tokenizer", "bpe": "files tokenizer", "formats": "files", "families": "files formats",
     "checkpoint": "files formats model parallel",
     "build": "data files", "reference": "build checkpoint documents files packing parallel rollout tokenizer",

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -236,6 +237,22 @@ def test_torchrun_brings_a_run_back_when_a_rank_dies(trainers, tmp_path):
     said, _ = process.communicate(timeout=300)
     assert process.returncode == 0, said[-3000:]
     assert same_state(tmp_path / "a", tmp_path / "b")
+
+
+def test_ranks_of_an_attempt_find_each_other_on_a_store_with_dead_ranks_words():
+    """Three attempts on one store: torchrun keeps it. A rank of the second died after its hello, before it heard."""
+    store = torch.distributed.HashStore()
+
+    def ranks(size):
+        with ThreadPoolExecutor(size) as pool:
+            return set(pool.map(lambda rank: trouble.attempt(store, rank, size), range(size)))
+
+    first, = ranks(3)
+    assert store.get("hello_0").decode() == first
+    store.set("hello_1", "dead")
+    second, = ranks(3)
+    assert store.get("hello_0").decode() == second != first
+    assert ranks(1).isdisjoint({first, second})
 
 
 def test_torchrun_s_restarts_do_not_take_over_another_run(trainers, tmp_path):

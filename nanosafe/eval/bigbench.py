@@ -89,10 +89,9 @@ def choices(task, posed):
         log_p = dict(zip(example["scores"], logps))
         x, wanted = np.array(list(log_p.values())), np.array(list(example["scores"].values()))
         p, best = np.exp(x - np.logaddexp.reduce(x)), int(x.argmax())
-        queries.append({
-            "prompt": prompt, "log_probabilities": log_p, "grade": wanted[best],
-            "brier": ((p - wanted) ** 2).mean(), "probability": p[best],
-            "right": float(wanted[best] == wanted.max())})
+        queries.append({"prompt": prompt, "log_probabilities": log_p, "grade": wanted[best],
+                        "brier": ((p - wanted) ** 2).mean(), "probability": p[best],
+                        "right": float(wanted[best] == wanted.max())})
     sure, right = ([q[key] for q in queries] for key in ("probability", "right"))
     return {"multiple_choice_grade": sum(q["grade"] for q in queries) / len(queries),
             "multiple_choice_brier_score": sum(q["brier"] for q in queries) / len(queries),

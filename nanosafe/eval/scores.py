@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 from configurator import configure
 from nanosafe import plot
-from nanosafe.build import conversations, encode
+from nanosafe.build import conversations, encode, usable
 from nanosafe.eval.measures import calibration, interval
 from nanosafe.files import choose, make_folder, stop, write_json, write_jsonl
 from nanosafe.parallel import close, init
@@ -35,16 +35,16 @@ if objective == "auto":
 sigmoid = lambda x: 1 / (1 + np.exp(-x))
 
 # 1. pairs, what is preferred first
-pairs, dropped = [], Counter()
-for row in load_rows(data):
-    try:
-        pair, labels = conversations(row.record, objective)
-        ids = [encode(turns, scorer.tok)[0] for turns in pair]
-        if max(map(len, ids)) > max_len:
-            raise ValueError(f"longer than {max_len} tokens")
-        pairs.append((f"{row.file}:{row.line}", pair, labels, ids))
-    except ValueError as error:
-        dropped[str(error)] += 1
+def read(record):
+    pair, labels = conversations(record, objective)
+    ids = [encode(turns, scorer.tok)[0] for turns in pair]
+    if max(map(len, ids)) > max_len:
+        raise ValueError(f"longer than {max_len} tokens")
+    return pair, labels, ids
+
+dropped = Counter()
+found = usable(load_rows(data), read, lambda row, reason: dropped.update([reason]))
+pairs = [(f"{row.file}:{row.line}", *parts) for row, parts in found]
 if not pairs:
     stop(f"data {data!r} has no usable pair: {dict(dropped)}")
 
