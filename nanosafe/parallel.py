@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor, Shard
 from nanosafe.files import choose, stop
 
 MINUTES = float(os.environ.get("NANOSAFE_TIMEOUT") or 0) or 30  # to wait for a rank
+WAIT = timedelta(minutes=MINUTES + 5)  # torch's own, which says less
 meshes, calls = {}, [0]  # calls: how many times this rank met the others
 
 class World(NamedTuple):
@@ -50,7 +51,7 @@ def init(device="auto", knobs=None):
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     if "RANK" in os.environ and not dist.is_initialized():
         from nanosafe import trouble
-        store, *_ = next(dist.rendezvous("env://", timeout=timedelta(minutes=MINUTES + 5)))
+        store, *_ = next(dist.rendezvous("env://", timeout=WAIT))
         store = dist.PrefixStore(trouble.attempt(store, rank, size), store)
         join(device, store=store, rank=rank, world_size=size)
         trouble.watch(store.clone(), rank, size, calls, MINUTES, dist.is_initialized)
@@ -72,7 +73,7 @@ def init(device="auto", knobs=None):
 def join(device, **options):
     # gloo beside nccl: gradients that are offloaded to the CPU are reduced there
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(minutes=MINUTES + 5), **options)
+    dist.init_process_group(backend, timeout=WAIT, **options)
 
 class Place(NamedTuple):
     """Where and how a model lives."""

@@ -2,7 +2,7 @@
 
 A small engine: prompts are prefilled packed, into a preallocated key-value cache of `slots` rows;
 every step decodes one token for all rows at once; a finished row is refilled by the next prompt,
-and when none is left the rows close ranks. Until all have sampled, ranks say nothing to another.
+and when none is left the rows close ranks. generate() meets no other rank, sample_all() at its end.
 
 Sampling is a pure function: the uniform number behind a token is a hash of (seed, prompt uid,
 position), turned into a token by the inverse of the cumulative distribution: the same prompt gives

@@ -29,7 +29,7 @@ def explain(error, knobs, ranks=1):
 
 def attempt(store, rank, size):
     """A word that this attempt's ranks share: torchrun restarts them on a store that still holds
-    what dead ones wrote, their addresses too. Each says a new word; rank 0 answers it, with its."""
+    what dead ones wrote, their addresses too. Each says a new word; rank 0 answers with its own."""
     word = uuid.uuid4().hex
     store.set(f"hello_{rank}", word)
     if rank > 0:
