@@ -10,9 +10,10 @@ import math
 from typing import NamedTuple, Optional
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.varlen import varlen_attn  # FlashAttention-2, packed; CUDA only
 
-VARLEN_OPTIONS = inspect.signature(varlen_attn).parameters
+if torch.cuda.is_available():  # FlashAttention-2, packed; elsewhere its import is a second lost
+    from torch.nn.attention.varlen import varlen_attn
+    VARLEN_OPTIONS = inspect.signature(varlen_attn).parameters
 
 class Packed(NamedTuple):
     """Sequences laid end to end, each of which sees itself only, and only backwards."""
@@ -66,8 +67,7 @@ class Step(NamedTuple):
 
     def attend(self, q, k, v, cache):
         """q (n, H, E), k and v (n, K, E) -> (n, H, E)."""
-        n, H, E = q.shape
-        K = k.shape[1]
+        (n, H, E), K = q.shape, k.shape[1]
         cache.k[self.rows, :, self.positions] = k
         cache.v[self.rows, :, self.positions] = v
         # The heads of a group share their keys: laid out as that many queries, none is repeated.

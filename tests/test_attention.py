@@ -1,10 +1,16 @@
 """Attention over packed sequences and over the cache, against the plain definition; kernels on a GPU."""
 
+import inspect
+
 import pytest
 import torch
 from conftest import small_config
+from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention.varlen import varlen_attn
 
 from nanosafe import attention
+from nanosafe.model import LLaMA
 
 gpu = pytest.mark.gpu
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -107,6 +113,34 @@ def test_varlen_equals_the_padded_path_forward_and_backward(K, window):
         results.append([out, *(x.grad for x in leaves)])
     for a, b in zip(*results):
         assert (a.float() - b.float()).abs().max() < 0.05 * b.float().abs().max()
+
+
+@pytest.mark.parametrize("K, window", [(2, 0), (4, 0), (2, 100)])
+def test_blocks_are_traced_whole_and_once_around_the_packed_kernel(K, window, monkeypatch):
+    """Else torch.compile leaves a block's graph for Python, or compiles anew in mid-training. Without a GPU: the tensors are
+    fake, so the kernel only says what shape it returns."""
+    monkeypatch.setattr(attention, "varlen_attn", varlen_attn, raising=False)
+    monkeypatch.setattr(attention, "VARLEN_OPTIONS", inspect.signature(varlen_attn).parameters, raising=False)
+    monkeypatch.setattr(attention, "dtype_of", lambda x: x.dtype)
+    monkeypatch.setattr(attention.Packed, "attend", lambda self, q, k, v, cache: self.varlen(q, k, v))
+    torch._dynamo.reset()
+    counters.clear()
+    model = LLaMA(small_config(num_hidden_layers=12, num_key_value_heads=K)).to(torch.bfloat16)
+    for layer in model.layers:
+        layer.compile(backend="eager")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        def forward(*lengths):
+            N = sum(lengths)
+            seqs = attention.pack(torch.zeros(len(lengths) + 1, dtype=torch.int32), max(lengths), N)._replace(window=window)
+            x = model.hidden(torch.zeros(N, dtype=torch.int64), seqs)
+            assert x.shape == (N, 32) and x.dtype == torch.bfloat16 and x.requires_grad
+
+        for lengths in ([60, 31], [17, 44, 92], [7, 25, 120, 3]):  # as it comes; sizes become variables; no more
+            forward(*lengths)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for lengths in ([5, 9], [200], [30] * 11, [300, 77, 1, 512, 130], [64, 64], [33, 2, 8]):
+                forward(*lengths)
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"], counters
 
 
 @pytest.mark.parametrize("window, alibi", [(0, True), (3, False), (3, True), (100, False)])
