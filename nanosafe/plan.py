@@ -99,7 +99,7 @@ class Run:
                   ("frozen models", 0 if gone else b * self.local(self.frozen, self.frozen_shards),
                    "gpus, offload=frozen")]
         if self.cpu:
-            always.append(("Python and its libraries", 3e8, "-"))
+            always.append(("Python and its libraries", 7e8 if torch.version.cuda else 3e8, "-"))
         if not self.plain:  # two blocks at a time, and what is outside them, whole
             always.append(("gathered blocks", b * (size(outside) + 2 * size(block)), "-"))
         train = [("gradients, float32", 0 if away else 4 * P, "gpus"),
