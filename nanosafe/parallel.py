@@ -48,7 +48,7 @@ def init(device="auto", knobs=None):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     else:  # of the bfloat16 kernels for every length met few are kept: a thousand take a gigabyte
-        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
     if "RANK" in os.environ and not dist.is_initialized():
         from nanosafe import trouble
         store, *_ = next(dist.rendezvous("env://", timeout=WAIT))
