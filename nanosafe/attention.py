@@ -11,7 +11,7 @@ from typing import NamedTuple, Optional
 import torch
 import torch.nn.functional as F
 
-if torch.cuda.is_available():  # FlashAttention-2, packed; elsewhere its import is a second lost
+if torch.cuda.is_available():  # FlashAttention-2, packed; elsewhere its import is time lost
     from torch.nn.attention.varlen import varlen_attn
     VARLEN_OPTIONS = inspect.signature(varlen_attn).parameters
 
