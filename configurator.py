@@ -8,6 +8,7 @@
 A knob is a global that the script assigns above its call of configure(): a bool, int, float or str,
 in lower case, with a comment behind it. Config files are Python files of assignments to knobs.
 Defaults < files from left to right < flags. The default's type decides how a value is read."""
+
 import ast
 import difflib
 import json
@@ -16,6 +17,7 @@ import sys
 import textwrap
 
 TYPES, INFINITY = (bool, int, float, str), float("inf")
+
 
 def configure(script, *shared):
     """Set the knobs in `script` (a module's globals()) from sys.argv; returns them, a dict. The
@@ -55,11 +57,13 @@ def configure(script, *shared):
         print(textwrap.fill("as by default: " + rest, 100, subsequent_indent="    "), flush=True)
     return config
 
+
 def save(config, path):
     """Write `config` to `path` as a config file that configure() reads back to the same values."""
     with open(path + ".tmp", "w", encoding="utf-8") as f:
         f.writelines(f"{name} = {value!r}\n" for name, value in config.items())
     os.replace(path + ".tmp", path)
+
 
 def read_knobs(script):
     """{name: comment} of the knobs: what the source assigns at module level before configure()."""
@@ -77,12 +81,14 @@ def read_knobs(script):
             continue
         if type(script[name]) not in TYPES:
             stop(f"knob {name!r} has the default {script[name]!r}: no bool, int, float or str")
-        knobs[name] = lines[node.end_lineno - 1][node.end_col_offset:].strip().lstrip("# ")
+        knobs[name] = lines[node.end_lineno - 1][node.end_col_offset :].strip().lstrip("# ")
     return knobs
+
 
 def calls_configure(node):
     calls = (n.func for n in ast.walk(node) if isinstance(n, ast.Call))
     return any(getattr(f, "id", getattr(f, "attr", "")) == "configure" for f in calls)
+
 
 def run_file(path):
     """The assignments of a config file, run in a namespace of its own: it cannot read knobs."""
@@ -92,12 +98,18 @@ def run_file(path):
     try:
         exec(compile(source, path, "exec"), space)
     except NameError as error:
-        stop(f"{path}: {error}; a config file holds constants, derived values belong in the "
-             "script after configure()")
+        stop(
+            f"{path}: {error}; a config file holds constants, derived values belong in the "
+            "script after configure()"
+        )
     except SyntaxError as error:
         stop(f"{path}, line {error.lineno}: {error.msg}")
-    return {name: value for name, value in space.items()
-            if not name.startswith("_") and type(value) is not type(os)}  # no module
+    return {
+        name: value
+        for name, value in space.items()
+        if not name.startswith("_") and type(value) is not type(os)
+    }  # no module
+
 
 def check(name, value, config, where):
     """A value from a config file: for a knob that exists, of its default's type (or an int)."""
@@ -109,6 +121,7 @@ def check(name, value, config, where):
     if type(value) is not want or want is float and not abs(value) < INFINITY:
         stop(f"{where}: {name} must be {want.__name__}, given {value!r}")
     return value
+
 
 def parse(name, text, config):
     """A value from a flag, read as the type of the knob's default."""
@@ -126,6 +139,7 @@ def parse(name, text, config):
         pass
     stop(f"--{name}={' '.join(text.split())}: {name} takes {kinds[want]}")
 
+
 def kind_of(name, config, where):
     if name not in config:
         near = difflib.get_close_matches(name, config, n=1, cutoff=0.5)
@@ -133,13 +147,19 @@ def kind_of(name, config, where):
         stop(f"{where}: unknown knob {name!r}{hint}")
     return type(config[name])
 
+
 def help_text(script, knobs, config):
     shown = {name: f"{name} = {json.dumps(config[name])}" for name in knobs}
     width = max(map(len, shown.values()))
-    return "\n".join([
-        (script.get("__doc__") or "").strip(), "",
-        "Knobs (defaults < config files from left to right < --key=value), as they stand:",
-        *(f"  {shown[name]:<{width}}  {comment}" for name, comment in knobs.items())])
+    return "\n".join(
+        [
+            (script.get("__doc__") or "").strip(),
+            "",
+            "Knobs (defaults < config files from left to right < --key=value), as they stand:",
+            *(f"  {shown[name]:<{width}}  {comment}" for name, comment in knobs.items()),
+        ]
+    )
+
 
 def stop(message):
     raise SystemExit("error: " + " ".join(message.splitlines()))

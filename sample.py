@@ -6,6 +6,7 @@ $ python sample.py --model=... --prompt="How do I rob the bank?"       # one pro
 $ python sample.py --model=... --prompts=toy/prompts/test:20/-1        # a file or a dataset
 $ python sample.py --model=... --prompt="..." --best_of=8 --reward_model=out/demo/reward/model
 $ python sample.py --prompts=toy/prompts --num_samples=8 --reward_model=R --write=sft --out=F"""
+
 from configurator import configure
 from nanosafe.build import conversations
 from nanosafe.chat import Screen, chat, interruptible
@@ -59,21 +60,39 @@ if (red or blue) and (out or not (red and blue)):
     stop("red and blue are two folders, to talk to: --red=FOLDER --blue=FOLDER, without out")
 world = init(device, config)
 corners = {"red": red, "blue": blue} if red or blue else {"": model}
-policies = [Policy(path, world, max_new_tokens, "", dtype, seed=seed, temperature=temperature,
-                   top_k=top_k, top_p=top_p) for path in corners.values()]
-scorers = {name: ScoreModel(path, world, precision(dtype, world), max_tokens)
-           for name, path in (("reward", reward_model), ("cost", cost_model)) if path}
+policies = [
+    Policy(
+        path,
+        world,
+        max_new_tokens,
+        "",
+        dtype,
+        seed=seed,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+    )
+    for path in corners.values()
+]
+scorers = {
+    name: ScoreModel(path, world, precision(dtype, world), max_tokens)
+    for name, path in (("reward", reward_model), ("cost", cost_model))
+    if path
+}
 stops = [text.replace("\\n", "\n") for text in stop_at.split("||") if text]
+
 
 def score(texts, tok):
     """{"reward": [..], "cost": [..]} of conversations' ids, by the models that are given."""
     return {name: scorer.score(texts, tok) for name, scorer in scorers.items()}
+
 
 def cut(ids, tok):
     """An answer's ids, ended before the first of the stop texts."""
     text = tok.decode(ids) if stops else ""
     end = min([text.find(s) for s in stops if s in text], default=len(text))
     return tok.encode_suffix(text[:end]) + [tok.eos_id] if end < len(text) else ids
+
 
 def watch(tok, show=None, asked=()):
     """For on_token: shows an answer, ends it at a stop text, or when `asked` holds something."""
@@ -89,7 +108,9 @@ def watch(tok, show=None, asked=()):
             if not text.endswith(("\ufffd", *begun)):  # no half of a character, or of a stop text
                 show(text, len(ids))
         return bool(asked) or said is not ids
+
     return on_token
+
 
 def answer(which, turns, attempt=0):
     """Print a policy's answer, as it comes if it is the only one, with its scores; returns it."""
@@ -101,20 +122,28 @@ def answer(which, turns, attempt=0):
     screen = Screen(corner, f"{corner} ({policy.name}): " if corner else "", live=best_of == 1)
     uids = [(len(turns), attempt, i) for i in range(best_of)]
     with interruptible() as asked:
-        said = generate(policy.model, [question] * best_of, max_new_tokens, uids=uids,
-                        on_token=watch(tok, screen.show if best_of == 1 else None, asked),
-                        **policy.sampling)
+        said = generate(
+            policy.model,
+            [question] * best_of,
+            max_new_tokens,
+            uids=uids,
+            on_token=watch(tok, screen.show if best_of == 1 else None, asked),
+            **policy.sampling,
+        )
     said = [cut(ids, tok) for ids in said]
     scores = score([question + ids for ids in said], tok)
     best = max(range(len(said)), key=lambda i: scores["reward"][i]) if len(said) > 1 else 0
     ids = said[best]
     screen.show(tok.decode(ids), len(ids))
     note = "" if ids[-1] in tok.eos_ids else f"cut at {max_new_tokens} tokens"
-    screen.end("stopped" if asked else note,
-               "  ".join(f"{name} {values[best]:.2f}" for name, values in scores.items()))
+    screen.end(
+        "stopped" if asked else note,
+        "  ".join(f"{name} {values[best]:.2f}" for name, values in scores.items()),
+    )
     if asked and (prompt or prompts):
         raise SystemExit(130)
     return tok.decode(ids)
+
 
 def rows_of(turns, texts, scores):
     """The rows that the answers to one prompt make, as `write` says."""
@@ -131,9 +160,17 @@ def rows_of(turns, texts, scores):
     a, b = best_first[0], best_first[-1]
     if not texts[a].strip() or not texts[b].strip() or rewards[a] == rewards[b]:
         return []
-    labels = {} if not costs else {"safer": costs[a] < costs[b], "is_safe": costs[a] <= 0,
-                                   "is_other_safe": costs[b] <= 0}
+    labels = (
+        {}
+        if not costs
+        else {
+            "safer": costs[a] < costs[b],
+            "is_safe": costs[a] <= 0,
+            "is_other_safe": costs[b] <= 0,
+        }
+    )
     return [{**row, "answer": texts[a], "other_answer": texts[b], "better": True, **labels}]
+
 
 asked = [[prompt]] if prompt else []  # each prompt a list of turns
 if prompts.endswith(".txt"):

@@ -10,6 +10,7 @@ $ python train_ppo_lag.py config/toy/ppo_lag.py --out_dir=out/mine
 $ python train_ppo_lag.py config/toy/ppo.py --out_dir=out/mine_ppo
 On 8 GPUs, Safe-RLHF's recipe:
 $ torchrun --nproc_per_node=8 train_ppo_lag.py config/beaver_7b/ppo_lag.py"""
+
 import os
 import time
 import numpy as np
@@ -22,12 +23,29 @@ from nanosafe.data import tokenize
 from nanosafe.files import choose, stop
 from nanosafe.losses import actor_loss, critic_loss, masked_mean, mle_loss, sequence_mean
 from nanosafe.monitor import Monitor
-from nanosafe.packing import (check_fits, collate, count_steps, examples_at, order, plan,
-                              responses_of)
+from nanosafe.packing import (
+    check_fits,
+    collate,
+    count_steps,
+    examples_at,
+    order,
+    plan,
+    responses_of,
+)
 from nanosafe.parallel import add, backward, init, places
-from nanosafe.rl import (SCALINGS, LagrangeMultiplier, RunningMeanStd, adapted, gae,
-                         group_advantages, mix_advantages, normalize, scaled, shaped_costs,
-                         shaped_rewards)
+from nanosafe.rl import (
+    SCALINGS,
+    LagrangeMultiplier,
+    RunningMeanStd,
+    adapted,
+    gae,
+    group_advantages,
+    mix_advantages,
+    normalize,
+    scaled,
+    shaped_costs,
+    shaped_rewards,
+)
 from nanosafe.rollout import hash64, sample_all
 from nanosafe.tokenizer import load as load_tokenizer
 
@@ -120,8 +138,10 @@ choose("critic_lr_schedule", critic_lr_schedule, optim.SCHEDULES)
 choose("advantage", advantage, ("gae", "rloo", "grpo"))
 choose("reward_scaling", reward_scaling, SCALINGS)
 if advantage != "gae" and num_samples < 2:
-    stop(f"advantage={advantage!r} compares a prompt's responses with each other: num_samples="
-         f"{num_samples} must be at least 2")
+    stop(
+        f"advantage={advantage!r} compares a prompt's responses with each other: num_samples="
+        f"{num_samples} must be at least 2"
+    )
 world = init(device, config)
 per_rollout = rollout_size * num_samples
 if per_rollout % batch_size:
@@ -134,24 +154,36 @@ critic_paths = {"reward": reward_critic or reward_model, "cost": cost_critic or 
 critics = list(paths) if advantage == "gae" else []
 for name in critics:
     if load_tokenizer(critic_paths[name]).fingerprint != tok.fingerprint:
-        stop(f"a critic values the actor's tokens, but {critic_paths[name]!r} has another "
-             f"tokenizer than {actor_model!r}: set {name}_critic, or advantage=rloo")
+        stop(
+            f"a critic values the actor's tokens, but {critic_paths[name]!r} has another "
+            f"tokenizer than {actor_model!r}: set {name}_critic, or advantage=rloo"
+        )
 check_fits([max_len], max_tokens)
 asked = tokenize(prompts, tok, "prompts", max_len - 1)
 ptx = tokenize(ptx_data, tok, "sft", max_len, max_tokens) if ptx_data else None
 
 size = checkpoint.count_parameters(actor_model)
-trained_place, frozen_place = places(world, dtype, parallel, offload, use_compile,
-                                     activation_checkpointing, size * (1 + len(critics)))
+trained_place, frozen_place = places(
+    world,
+    dtype,
+    parallel,
+    offload,
+    use_compile,
+    activation_checkpointing,
+    size * (1 + len(critics)),
+)
+
 
 def frozen(path, head, kind=None, normalize=False):
     model = checkpoint.load(path, head, place=frozen_place, score_type=kind).requires_grad_(False)
     model.config.do_normalize = normalize
     return model
 
+
 def trained(path, head, score_type, weight_decay):
     model = checkpoint.load(path, head, place=trained_place, score_type=score_type)
     return model, optim.adamw(model, weight_decay, beta1, beta2)
+
 
 ref = frozen(actor_model, "lm")
 scorers = {"reward": frozen(reward_model, "score", "reward", normalize_reward)}
@@ -179,20 +211,26 @@ if resume:
     multiplier.load_state_dict(state["multiplier"])
     vars(moments).update(state["moments"])
 if world.main:
-    print(f"{len(models)} x {size / 1e6:.1f} M parameters trained, {trained_place.layout}, "
-          f"computing in {trained_place.compute_dtype}; {steps // updates} rollouts of "
-          f"{rollout_size} prompts x {num_samples}, {updates} steps of {batch_size} responses "
-          f"each over {world.size} ranks, {max_tokens} tokens per forward", flush=True)
+    print(
+        f"{len(models)} x {size / 1e6:.1f} M parameters trained, {trained_place.layout}, "
+        f"computing in {trained_place.compute_dtype}; {steps // updates} rollouts of "
+        f"{rollout_size} prompts x {num_samples}, {updates} steps of {batch_size} responses "
+        f"each over {world.size} ranks, {max_tokens} tokens per forward",
+        flush=True,
+    )
+
 
 def packed(rows, texts, starts):
     """The Batch of some prompts with their responses, and where in each the response begins."""
     masks = [np.arange(len(texts[i])) >= starts[i] for i in rows]
     return collate([texts[i] for i in rows], masks, world.device), [starts[i] for i in rows]
 
+
 def forward(model, batch, begins, R):
     """Log-probabilities of packed() responses' tokens, or a critic's values: (rows, R)."""
     x = model(*batch, log_temperature) if model.head == "lm" else model(*batch[:3])
     return responses_of(x, batch, begins, R)
+
 
 @torch.no_grad()
 def per_token(model, texts, starts, R):
@@ -202,21 +240,29 @@ def per_token(model, texts, starts, R):
         out[rows] = forward(model, *packed(rows, texts, starts), R)
     return add(out)
 
+
 def end_scores(model, texts, model_tok):
     """A reward or cost model's scores of the last tokens (B,), on every rank, by its own tokens."""
     if model_tok.fingerprint != tok.fingerprint:
         from nanosafe.build import retokenize
+
         texts = [retokenize(t, tok, model_tok) for t in texts]
     return per_token(model, texts, [len(t) for t in texts], 1)[:, 0]
+
 
 def checkpoint_run(step):
     """The state to resume from, and the policy for others to open."""
     monitor.flush()
-    extra = {"skips": skips, "multiplier": multiplier.state_dict(), "kl_coef": kl_weight,
-             "moments": vars(moments)}
+    extra = {
+        "skips": skips,
+        "multiplier": multiplier.state_dict(),
+        "kl_coef": kl_weight,
+        "moments": vars(moments),
+    }
     for folder, (model, _) in {"model": models["actor"], **average}.items():
         checkpoint.save(model, os.path.join(out_dir, folder), tok, trained_place.compute_dtype)
     run_state.save(out_dir, step, {**models, **average}, extra, keep)
+
 
 # ---- loop ----
 shown = ("reward", "cost", "lambda", "kl", "length")
@@ -235,9 +281,19 @@ while step < steps:
     # 2. responses: each rank samples its share, then every rank knows all
     with tqdm(desc="rollout", total=per_rollout, leave=0, delay=3, disable=not world.main) as bar:
         responses = sample_all(
-            actor, questions, world, limits, uids, temperature=temperature, top_k=top_k,
-            top_p=top_p, eos_ids=tok.eos_ids, seed=hash64(seed, rollout), slots=slots,
-            on_finish=lambda: bar.update(world.size))
+            actor,
+            questions,
+            world,
+            limits,
+            uids,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            eos_ids=tok.eos_ids,
+            seed=hash64(seed, rollout),
+            slots=slots,
+            on_finish=lambda: bar.update(world.size),
+        )
     lengths = torch.tensor([len(r) for r in responses])
     R = int(lengths.max())
     mask = (torch.arange(R) < lengths[:, None]).float().to(world.device)  # (B, R)
@@ -247,9 +303,14 @@ while step < steps:
     old_logps = per_token(actor, texts, starts, R)
     ref_logps = per_token(ref, texts, starts, R)
     kl = ((old_logps - ref_logps) * mask).sum(1)  # (B,) nats per response
-    metrics = {"kl": kl.mean(), "kl_coef": kl_weight, "entropy": -masked_mean(old_logps, mask),
-               "eos_rate": sum(r[-1] in tok.eos_ids for r in responses) / per_rollout,
-               "length": mask.sum(1).mean(), "max_length": float(R)}
+    metrics = {
+        "kl": kl.mean(),
+        "kl_coef": kl_weight,
+        "entropy": -masked_mean(old_logps, mask),
+        "eos_rate": sum(r[-1] in tok.eos_ids for r in responses) / per_rollout,
+        "length": mask.sum(1).mean(),
+        "max_length": float(R),
+    }
 
     # 4. rewards and costs of responses and of every token, and what was better than expected
     scores, advantages, targets = {}, {}, {}
@@ -266,9 +327,13 @@ while step < steps:
             values = per_token(models[f"{name}_critic"][0], texts, starts, R)
             advantages[name], returns = gae(tokenwise, values, mask, gamma, gae_lambda)
             targets[f"{name}_critic"] = values, returns
-            metrics.update({f"{name}_return": sequence_mean(returns, mask),
-                            f"{name}_value": sequence_mean(values, mask),
-                            f"{name}_advantage": sequence_mean(advantages[name], mask)})
+            metrics.update(
+                {
+                    f"{name}_return": sequence_mean(returns, mask),
+                    f"{name}_value": sequence_mean(values, mask),
+                    f"{name}_advantage": sequence_mean(advantages[name], mask),
+                }
+            )
         else:
             advantages[name] = tokenwise.sum(1)  # (B,) to be compared once they are mixed
         metrics[name] = scores[name].mean()
@@ -281,12 +346,19 @@ while step < steps:
         multiplier.observe(scores["cost"])
         lambda_ = multiplier.update(cost_limit) if policy_learns else multiplier.value
         mixed = mix_advantages(mixed, advantages["cost"], lambda_)
-        metrics.update({"unsafe_rate": (scores["cost"] > 0).float().mean(), "lambda": lambda_,
-                        "episode_cost": multiplier.mean_cost,
-                        "slack": cost_limit - multiplier.mean_cost})
+        metrics.update(
+            {
+                "unsafe_rate": (scores["cost"] > 0).float().mean(),
+                "lambda": lambda_,
+                "episode_cost": multiplier.mean_cost,
+                "slack": cost_limit - multiplier.mean_cost,
+            }
+        )
         if rollout == 0 and multiplier.mean_cost < cost_limit:
-            monitor.say(f"note: the policy starts {metrics['slack']:.3g} below cost_limit: PPO-Lag "
-                        "will spend it on reward. Lower cost_limit to keep it as safe as it is.")
+            monitor.say(
+                f"note: the policy starts {metrics['slack']:.3g} below cost_limit: PPO-Lag "
+                "will spend it on reward. Lower cost_limit to keep it as safe as it is."
+            )
     if not critics:
         mixed = group_advantages(mixed, mask, num_samples, advantage)
     if normalize_advantage:
@@ -299,9 +371,18 @@ while step < steps:
     # 6. updates: minibatches of the rollout
     for begin in range(0, ppo_epochs * per_rollout, batch_size):
         epoch, first = divmod(begin, per_rollout)
-        chosen = order(per_rollout, epoch, hash64(seed, rollout))[first:first + batch_size].tolist()
-        sums = {name: torch.zeros((), device=world.device) for name in ("clip_fraction", "ratio",
-                "approx_kl", *(f"{name}_loss" for name in ("actor", "ptx", *targets)))}
+        chosen = order(per_rollout, epoch, hash64(seed, rollout))[
+            first : first + batch_size
+        ].tolist()
+        sums = {
+            name: torch.zeros((), device=world.device)
+            for name in (
+                "clip_fraction",
+                "ratio",
+                "approx_kl",
+                *(f"{name}_loss" for name in ("actor", "ptx", *targets)),
+            )
+        }
         micros = plan([len(texts[i]) for i in chosen], max_tokens, world.size)[world.rank]
         for k, micro in enumerate(micros):
             rows = [chosen[j] for j in micro]
@@ -310,8 +391,10 @@ while step < steps:
 
             if policy_learns:
                 logps = forward(actor, batch, begins, R)
-                loss = actor_loss(logps, old_logps[rows], mixed[rows], m,
-                                  clip_ratio or unbounded) * share
+                loss = (
+                    actor_loss(logps, old_logps[rows], mixed[rows], m, clip_ratio or unbounded)
+                    * share
+                )
                 backward(actor, loss * actor_weight, last and not ptx)
                 log_ratio = logps.detach() - old_logps[rows]
                 ratio = log_ratio.exp()
@@ -324,8 +407,9 @@ while step < steps:
             for name, (old, target) in targets.items():
                 critic = models[name][0]
                 values = forward(critic, batch, begins, R)
-                loss = critic_loss(values, old[rows], target[rows], m,
-                                   clip_value or unbounded) * share
+                loss = (
+                    critic_loss(values, old[rows], target[rows], m, clip_value or unbounded) * share
+                )
                 backward(critic, loss, last)
                 sums[f"{name}_loss"] += loss.detach()
 
@@ -344,33 +428,55 @@ while step < steps:
         if max_ratio and losses["ratio"] > max_ratio:
             actor.zero_grad(set_to_none=True)
             monitor.say(f"step {step}: mean ratio {losses['ratio']:.3g}: the actor is not moved")
-        lrs = {"actor_lr": optim.learning_rate_at(step, steps, actor_learning_rate,
-                                                  actor_lr_schedule, actor_warmup_ratio)}
-        lrs["critic_lr"] = optim.learning_rate_at(step, steps, critic_learning_rate,
-                                                  critic_lr_schedule, critic_warmup_ratio)
+        lrs = {
+            "actor_lr": optim.learning_rate_at(
+                step, steps, actor_learning_rate, actor_lr_schedule, actor_warmup_ratio
+            )
+        }
+        lrs["critic_lr"] = optim.learning_rate_at(
+            step, steps, critic_learning_rate, critic_lr_schedule, critic_warmup_ratio
+        )
         norms = {}
         for name, (model, optimizer) in models.items():
             lr = lrs["actor_lr" if name == "actor" else "critic_lr"]
-            norms[f"{name}_grad_norm"] = optim.step(model, optimizer, lr, grad_clip,
-                                                    f"step {step}, {name}")
+            norms[f"{name}_grad_norm"] = optim.step(
+                model, optimizer, lr, grad_clip, f"step {step}, {name}"
+            )
         skips = optim.count_skips(skips, max_skips, *norms.values())
         if ema:
             optim.follow(average["model_ema"][0], actor, ema)
 
         if step % log_interval == 0 or step + 1 == steps:
-            monitor.log(step, {**metrics, **losses, **norms, **lrs, "skips": skips,
-                               "seconds": time.perf_counter() - began})
+            monitor.log(
+                step,
+                {
+                    **metrics,
+                    **losses,
+                    **norms,
+                    **lrs,
+                    "skips": skips,
+                    "seconds": time.perf_counter() - began,
+                },
+            )
         step += 1
 
     # 7. samples to read, a state to come back to
     halt = monitor.asked_to_stop(world.device)
-    saves = (step >= steps or halt
-             or save_interval and step // save_interval > (step - updates) // save_interval)
+    saves = (
+        step >= steps
+        or halt
+        or save_interval
+        and step // save_interval > (step - updates) // save_interval
+    )
     if saves or rollout == 0:
         for i in range(min(4, per_rollout)):
-            monitor.sample(step - 1, prompt=tok.decode(questions[i]),
-                           response=tok.decode(responses[i]), kl=kl[i].item(),
-                           **{name: x[i].item() for name, x in scores.items()})
+            monitor.sample(
+                step - 1,
+                prompt=tok.decode(questions[i]),
+                response=tok.decode(responses[i]),
+                kl=kl[i].item(),
+                **{name: x[i].item() for name, x in scores.items()},
+            )
     if saves:
         checkpoint_run(step)
     if halt:

@@ -9,6 +9,7 @@ $ python train_pref.py
 $ python train_pref.py --objective=cost --out_dir=out/cost --eval_data=toy/cost/test
 On 8 GPUs, Safe-RLHF's recipes; the cost model's differs from the reward model's in what it names:
 $ torchrun --nproc_per_node=8 train_pref.py config/beaver_7b/reward.py config/beaver_7b/cost.py"""
+
 import os
 import time
 import numpy as np
@@ -97,8 +98,14 @@ held_out = tokenize(eval_data, tok, task, max_len, max_tokens) if eval_data else
 size = checkpoint.count_parameters(init_from)
 place, _ = places(world, dtype, parallel, offload, use_compile, activation_checkpointing, size)
 head = "lm" if not scored else "both" if lm_coef else "score"
-model = checkpoint.load(init_from, head, place=place, vocab_size=tok.vocab_size, seed=seed,
-                        score_type=objective if scored else None)
+model = checkpoint.load(
+    init_from,
+    head,
+    place=place,
+    vocab_size=tok.vocab_size,
+    seed=seed,
+    score_type=objective if scored else None,
+)
 model.config.do_normalize = False  # scores are trained raw; their moments are kept beside
 optimizer = optim.adamw(model, weight_decay, beta1, beta2)
 moments = ExponentialMovingAverage(normalizer_momentum) if normalizer == "ema" else RunningMeanStd()
@@ -110,8 +117,15 @@ if objective in ("dpo", "ipo") and not reference_free:
         reference[dataset] = cached_logps(model, init_from, dataset, max_tokens, world)
 if not scored and held_out and eval_samples:
     chosen = [held_out.sequence(i) for i in range(min(eval_samples, len(held_out)))]
-    samples = Samples(model, [ids[:np.argmax(mask)].tolist() for ids, mask in chosen], world,
-                      max_tokens, max_new_tokens, eos_ids=tok.eos_ids, seed=seed)
+    samples = Samples(
+        model,
+        [ids[: np.argmax(mask)].tolist() for ids, mask in chosen],
+        world,
+        max_tokens,
+        max_new_tokens,
+        eos_ids=tok.eos_ids,
+        seed=seed,
+    )
 
 steps = count_steps(len(train), batch_size, epochs, max_steps)
 start = skips = 0
@@ -121,7 +135,9 @@ if resume:
     vars(moments).update(state["moments"])
 checkpoint.tell(
     f"{size / 1e6:.1f} M parameters, {place.layout}, computing in {place.compute_dtype}; {steps} "
-    f"steps of {batch_size} examples over {world.size} ranks, {max_tokens} tokens per forward")
+    f"steps of {batch_size} examples over {world.size} ranks, {max_tokens} tokens per forward"
+)
+
 
 def judge(dataset, examples):
     """The mean loss of some examples, and their end scores or implied rewards (n, width)."""
@@ -131,7 +147,7 @@ def judge(dataset, examples):
     if scored:
         out = model(*batch) if lm_coef else model(*batch[:3])
         logps, scores = out if lm_coef else (None, out)
-        ends = scores[(batch.cu_seqlens[1:].long() - 1)[:2 * n]].view(2, n)
+        ends = scores[(batch.cu_seqlens[1:].long() - 1)[: 2 * n]].view(2, n)
         first, second, mask = *ends, None
         if token_wise:
             first, second = responses_of(scores, batch, [1] * 2 * n, batch.max_seqlen).chunk(2)
@@ -144,7 +160,7 @@ def judge(dataset, examples):
             loss = loss - lm_coef * mean((sequence_sums(logps, batch) / tokens_of(batch))[:n])
         return loss, ends.T
     there = ~labels.isnan().T  # (width, n): the sequences lie end to end, part by part
-    place_in = lambda x: x.new_zeros(width, n).masked_scatter(there, x[:int(there.sum())]).T
+    place_in = lambda x: x.new_zeros(width, n).masked_scatter(there, x[: int(there.sum())]).T
     logps = place_in(sequence_sums(model(*batch), batch))  # (n, width)
     lengths = place_in(tokens_of(batch)).clamp(min=1)
     if objective == "rrhf":
@@ -156,9 +172,11 @@ def judge(dataset, examples):
     per = torch.ones_like(lengths) if sum_logps else lengths
     return ipo_loss(*(logps / per).T, *(ref / per).T, beta), beta * (logps - ref) / per
 
+
 def tokens_of(batch):
     """How many tokens each response has, its EOS among them (B,)."""
     return sequence_sums((batch.targets >= 0).float(), batch).clamp(min=1)
+
 
 def differing(dataset, examples, L):
     """1 from the first token at which two responses differ to the longer one's end (n, L)."""
@@ -167,8 +185,9 @@ def differing(dataset, examples, L):
         a, b = (dataset.sequence(i, part)[0] for part in (0, 1))
         same = min(len(a), len(b))
         begin = int(np.argmax(np.append(a[:same] != b[:same], True)))
-        mask[row, begin:max(len(a), len(b))] = 1
+        mask[row, begin : max(len(a), len(b))] = 1
     return mask.to(world.device)
+
 
 def describe(x, labels):
     """What scores or implied rewards (n, width), preferred first, say about a model."""
@@ -177,11 +196,16 @@ def describe(x, labels):
     # of a cost pair the first is the safer one, whatever the signs that its labels are
     ranks = labels if objective != "cost" else torch.tensor([[1, 0]], device=x.device)
     better = (ranks[:, :, None] > ranks[:, None]).expand(gaps.shape)  # false where one is missing
-    metrics = {"accuracy": (gaps > 0)[better].float().mean().item(),
-               "margin": gaps[better].mean().item()}
+    metrics = {
+        "accuracy": (gaps > 0)[better].float().mean().item(),
+        "margin": gaps[better].mean().item(),
+    }
     if not scored:
-        return {**metrics, "reward_chosen": x[:, 0].mean().item(),
-                "reward_rejected": x[labels < labels[:, :1]].mean().item()}
+        return {
+            **metrics,
+            "reward_chosen": x[:, 0].mean().item(),
+            "reward_rejected": x[labels < labels[:, :1]].mean().item(),
+        }
     metrics.update(score_mean=x.mean().item(), score_std=x.std().item())
     if objective == "cost":
         metrics["sign_accuracy"] = (x * labels < 0).float().mean().item()
@@ -189,6 +213,7 @@ def describe(x, labels):
             if (labels == sign).any():
                 metrics[f"{name}_mean"] = x[labels == sign].mean().item()
     return metrics
+
 
 @torch.no_grad()
 def evaluate():
@@ -203,17 +228,27 @@ def evaluate():
         metrics["kl"] = samples.kl(model)
     return {f"eval_{name}": value for name, value in metrics.items()}
 
+
 def checkpoint_run(step):
     """The state to resume from, and the model for others to open."""
     monitor.flush()
     if scored and normalizer != "none":
         vars(model.config).update(
-            mean=[moments.mean], var=[moments.var], normalizer_type=type(moments).__name__,
-            momentum=normalizer_momentum if normalizer == "ema" else None)
-    checkpoint.save(model, os.path.join(out_dir, "model"), tok, dtype=place.compute_dtype,
-                    head="score" if scored else "lm")
+            mean=[moments.mean],
+            var=[moments.var],
+            normalizer_type=type(moments).__name__,
+            momentum=normalizer_momentum if normalizer == "ema" else None,
+        )
+    checkpoint.save(
+        model,
+        os.path.join(out_dir, "model"),
+        tok,
+        dtype=place.compute_dtype,
+        head="score" if scored else "lm",
+    )
     extra = {"skips": skips, "moments": vars(moments)}
     run_state.save(out_dir, step, {"model": (model, optimizer)}, extra, keep)
+
 
 # ---- loop ----
 monitor = Monitor(out_dir, steps, start, log_to, ("loss", "accuracy", "sign_accuracy"), config)
@@ -239,9 +274,15 @@ for step in range(start, steps):
         moments.update(x.flatten())
 
     tokens = int(train.lengths[examples].sum())
-    metrics = {"loss": add(loss_sum).item(), **describe(x, labels), "grad_norm": grad_norm,
-               "tokens": tokens, "tokens_per_second": tokens / (time.perf_counter() - began),
-               "lr": lr, "skips": skips}
+    metrics = {
+        "loss": add(loss_sum).item(),
+        **describe(x, labels),
+        "grad_norm": grad_norm,
+        "tokens": tokens,
+        "tokens_per_second": tokens / (time.perf_counter() - began),
+        "lr": lr,
+        "skips": skips,
+    }
     last = step + 1 == steps or monitor.asked_to_stop(world.device)
     if held_out and (step + 1 == steps or eval_interval and (step + 1) % eval_interval == 0):
         metrics.update(evaluate())

@@ -10,6 +10,7 @@ $ python train_sft.py config/toy/phf.py --objective=conditional
 On 8 GPUs, Safe-RLHF's recipe for LLaMA-7B, and PHF's (a task, then a method):
 $ torchrun --nproc_per_node=8 train_sft.py config/beaver_7b/sft.py
 $ torchrun --nproc_per_node=8 train_sft.py config/phf/pii/pretrain.py config/phf/pii/awr.py"""
+
 import os
 import time
 import torch
@@ -107,9 +108,15 @@ if objective in ("filter", "conditional"):
 train = tokenize(data, tok, task, max_len, max_tokens, method=method)
 held_out = eval_data and tokenize(eval_data, tok, task, max_len, max_tokens, method=compared)
 
-shape = Config(tok.vocab_size, hidden_size, intermediate_size, num_hidden_layers,
-               num_attention_heads, num_key_value_heads,
-               initializer_range=hidden_size**-0.5)  # about 0.02 at 7B's width
+shape = Config(
+    tok.vocab_size,
+    hidden_size,
+    intermediate_size,
+    num_hidden_layers,
+    num_attention_heads,
+    num_key_value_heads,
+    initializer_range=hidden_size**-0.5,
+)  # about 0.02 at 7B's width
 size = checkpoint.count_parameters(shape if from_scratch else init_from)
 place, _ = places(world, dtype, parallel, offload, use_compile, activation_checkpointing, size)
 head = "both" if objective == "awr" else "lm"
@@ -128,7 +135,8 @@ if resume:
     start, skips = state["step"], state["skips"]
 checkpoint.tell(
     f"{size / 1e6:.1f} M parameters, {place.layout}, computing in {place.compute_dtype}; {steps} "
-    f"steps of {batch_size} sequences over {world.size} ranks, {max_tokens} tokens per forward")
+    f"steps of {batch_size} sequences over {world.size} ranks, {max_tokens} tokens per forward"
+)
 
 # What samples continue: a conditional model is asked for aligned text.
 begin = tok.encode(ALIGNED if objective == "conditional" else "", bos=True)
@@ -136,15 +144,26 @@ with untrusted(eval_prompts):
     prompts = [row["input"] for row in load(eval_prompts)] if eval_prompts else [""]
 prompts = [prompts[i % len(prompts)] for i in range(eval_samples)]
 asked = [tok.encode_suffix(text) for text in prompts]
-sampling = {"temperature": eval_temperature, "top_p": eval_top_p, "eos_ids": tok.eos_ids,
-            "banned": control_ids(tok)}
+sampling = {
+    "temperature": eval_temperature,
+    "top_p": eval_top_p,
+    "eos_ids": tok.eos_ids,
+    "banned": control_ids(tok),
+}
 score = scorers.load(scorer, world) if scorer else None
 if reference:
     if not eval_samples or load_tokenizer(reference).engine.identity != tok.engine.identity:
         stop(f"reference={reference!r} needs eval_samples, and this model's tokenizer")
-    references = Samples(checkpoint.load(reference, "lm", dtype=torch.float32, device=world.device),
-                         [tok.encode("", bos=True) + ids for ids in asked], world, max_tokens,
-                         eval_max_new_tokens, seed=0, eos_ids=tok.eos_ids)
+    references = Samples(
+        checkpoint.load(reference, "lm", dtype=torch.float32, device=world.device),
+        [tok.encode("", bos=True) + ids for ids in asked],
+        world,
+        max_tokens,
+        eval_max_new_tokens,
+        seed=0,
+        eos_ids=tok.eos_ids,
+    )
+
 
 def loss_of(dataset, examples):
     """The mean loss of some examples' tokens, and how many there are."""
@@ -162,6 +181,7 @@ def loss_of(dataset, examples):
     weight = alpha if objective == "awr" else 1.0
     return awr_loss(logps, scores, values, mask, weight, beta, weight_max), mask.sum()
 
+
 @torch.no_grad()
 def evaluate(step):
     """Nats per token of the held-out data; what samples of the model are like."""
@@ -171,8 +191,9 @@ def evaluate(step):
         total = response_logps(model, sequences, max_tokens, world).sum().item()
         metrics["eval_loss"] = -total / held_out.targets.sum()
     if eval_samples:
-        ids = sample_all(model, [begin + ids for ids in asked], world, eval_max_new_tokens,
-                         seed=seed, **sampling)
+        ids = sample_all(
+            model, [begin + ids for ids in asked], world, eval_max_new_tokens, seed=seed, **sampling
+        )
         texts = [text + tok.decode(x) for text, x in zip(prompts, ids)]
         scores = score(texts) if score else [0.0] * len(texts)
         found = scorers.statistics(texts, scores, hit_threshold)
@@ -183,11 +204,13 @@ def evaluate(step):
         metrics["eval_kl"] = references.kl(model, [begin + ids for ids in asked])
     return metrics
 
+
 def checkpoint_run(step):
     """The state to resume from, and the model for others to open."""
     monitor.flush()
     checkpoint.save(model, os.path.join(out_dir, "model"), tok, place.compute_dtype, "lm")
     run_state.save(out_dir, step, {"model": (model, optimizer)}, {"skips": skips}, keep)
+
 
 # ---- loop ----
 monitor = Monitor(out_dir, steps, start, log_to, ("loss", "grad_norm", "lr"), config)
@@ -210,8 +233,14 @@ for step in range(start, steps):
     skips = optim.count_skips(skips, max_skips, grad_norm)
 
     speed = sum(lengths) / (time.perf_counter() - began)
-    metrics = {"loss": add(loss_sum).item(), "grad_norm": grad_norm, "lr": lr, "skips": skips,
-               "tokens": sum(lengths), "tokens_per_second": speed}
+    metrics = {
+        "loss": add(loss_sum).item(),
+        "grad_norm": grad_norm,
+        "lr": lr,
+        "skips": skips,
+        "tokens": sum(lengths),
+        "tokens_per_second": speed,
+    }
     last = step + 1 == steps or monitor.asked_to_stop(world.device)
     evaluated = step + 1 == steps or eval_interval and (step + 1) % eval_interval == 0
     if evaluated:

@@ -1,4 +1,5 @@
 """What goes wrong in a run, in words, and what to do about it. Monitor says it while it happens."""
+
 import json
 import os
 from collections import deque
@@ -8,8 +9,10 @@ WINDOW = 5  # rows
 with open(os.path.join(os.path.dirname(__file__), "advice.json"), encoding="utf-8") as words:
     SENTENCES = json.load(words)
 
+
 class Watch:
     """Says once what goes wrong in a run with these `knobs`: the last WINDOW rows by the first."""
+
     def __init__(self, knobs):
         self.knobs, self.said, self.first, self.last = knobs or {}, set(), [], deque(maxlen=WINDOW)
 
@@ -23,9 +26,11 @@ class Watch:
         self.said |= found.keys()
         return new
 
+
 def mean(rows, name):
     values = [row[name] for row in rows if name in row]
     return sum(values) / len(values) if values else None
+
 
 def faults(first, last, knobs):
     """{kind: sentence} of what is wrong in the last rows of a run, beside its first."""
@@ -40,6 +45,7 @@ def faults(first, last, knobs):
         "eos": now["eos_rate"] < then["eos_rate"] - EOS,
         "lambda": top and now["lambda"] and now["lambda"] > 0.999 * top and slack < 0,
         "length": now["length"] > GROWTH * then["length"] and now["reward"] > then["reward"],
-        "ratio": learns and (abs(now["ratio"] - 1) > RATIO or clipped > 2 * RATIO)}
+        "ratio": learns and (abs(now["ratio"] - 1) > RATIO or clipped > 2 * RATIO),
+    }
     facts = {"now": now, "then": then, "top": top, "excess": -slack, "clipped": clipped}
     return {kind: SENTENCES[kind].format(**facts) for kind in wrong if wrong[kind]}

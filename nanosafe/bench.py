@@ -5,6 +5,7 @@ $ python -m nanosafe.bench --pairs=PAIRS.jsonl --dialogues=DIALOGUES.jsonl --tok
 
 Both sides get the same weights, tokens and prompts, in processes of their own, in turn, A B A B
 (tests/benchmark.py, tests/workloads.py). It stops where their first losses or logits differ."""
+
 import os
 from configurator import configure
 from nanosafe.scorers import module_at

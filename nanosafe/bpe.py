@@ -4,6 +4,7 @@
 A text is normalised, cut into words by regular expressions, spelled in characters that stand for
 its bytes, and then the two neighbours whose merge has the lowest rank become one, leftmost first,
 until no rule is left (arXiv:1508.07909). Words come back: each is merged once and remembered."""
+
 import base64
 import heapq
 import json
@@ -21,6 +22,7 @@ SPELLING = {b: chr(b) for b in (*range(33, 127), *range(161, 173), *range(174, 2
 SPELLING.update({b: chr(256 + i) for i, b in enumerate(sorted(set(range(256)) - set(SPELLING)))})
 BYTES = {char: bytes([byte]) for byte, char in SPELLING.items()}
 
+
 def load(file, names):
     """The engine of a tokenizer.json, or Llama 3's tokenizer.model; names: tokenizer_config's."""
     if not file.endswith(".json"):
@@ -32,14 +34,19 @@ def load(file, names):
     pairs = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
     return BPE(spec, {pair: rank for rank, pair in enumerate(pairs)}, names)
 
+
 def llama3(file):
     """What Llama 3's tokenizer.model (github.com/meta-llama/llama3), tokens in base64 and their
     ranks, would be as a tokenizer.json; and the rank of each pair: that of the token it makes."""
     with open(file, "rb") as f:
         rows = [line.split() for line in f.read().splitlines() if line]
     vocab = {base64.b64decode(t).decode("latin-1").translate(SPELLING): int(r) for t, r in rows}
-    ranks = {(token[:i], token[i:]): rank for token, rank in vocab.items()
-             for i in range(1, len(token)) if token[:i] in vocab and token[i:] in vocab}
+    ranks = {
+        (token[:i], token[i:]): rank
+        for token, rank in vocab.items()
+        for i in range(1, len(token))
+        if token[:i] in vocab and token[i:] in vocab
+    }
     params = read_json(os.path.dirname(file), "params.json")
     spec, n = read_json(os.path.dirname(__file__), "llama3.json"), len(vocab)  # all but its tokens
     known, since_3_1 = spec.pop("special_tokens"), spec.pop("special_tokens_since_3.1")
@@ -47,14 +54,17 @@ def llama3(file):
         known.update(since_3_1)
     reserved = map("<|reserved_special_token_{}|>".format, count())
     special = [known.get(str(i)) or next(reserved) for i in range(256)]
-    spec["added_tokens"] = [{"id": n + i, "content": text, **spec["added_tokens"][0]}
-                            for i, text in enumerate(special)]
+    spec["added_tokens"] = [
+        {"id": n + i, "content": text, **spec["added_tokens"][0]} for i, text in enumerate(special)
+    ]
     spec["post_processor"]["special_tokens"][special[0]]["ids"] = [n]
     spec["model"].update(vocab=vocab, merges=[list(p) for p in sorted(ranks, key=ranks.get)])
     return spec, ranks
 
+
 class BPE:
     """The engine of a tokenizer.json: a dict, and the ranks of its merges {(left, right): rank}."""
+
     def __init__(self, spec, ranks, names):
         model = spec["model"]
         for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
@@ -77,9 +87,11 @@ class BPE:
         if self.marked and not any(MARK in text.lstrip(MARK) for text in self.vocab):
             self.cutters.append(re.compile(f"({MARK}+[^{MARK}]*)").split)  # no merge crosses these
         self.legacy = self.prefix != "first"
-        begins = [part["single"][0].get("SpecialToken", {}).get("id")
-                  for part in sequence(spec.get("post_processor"), "processors")
-                  if part["type"] == "TemplateProcessing"]
+        begins = [
+            part["single"][0].get("SpecialToken", {}).get("id")
+            for part in sequence(spec.get("post_processor"), "processors")
+            if part["type"] == "TemplateProcessing"
+        ]
         adds = names.get("add_bos_token")
         self.adds_bos = bool(any(begins) if adds is None else adds)
         ends = (text for text in ("<|end_of_text|>", "<|endoftext|>", "</s>") if text in self.added)
@@ -100,8 +112,9 @@ class BPE:
     def read_cutter(self, part):
         kind, pattern = part["type"], part.get("pattern", {})
         if kind == "Split" and part["behavior"] == "Isolated" and not part.get("invert"):
-            pattern = (translate(pattern["Regex"])
-                       if "Regex" in pattern else re.escape(pattern["String"]))
+            pattern = (
+                translate(pattern["Regex"]) if "Regex" in pattern else re.escape(pattern["String"])
+            )
         elif kind == "Digits":
             pattern = translate(r"\p{N}" if part["individual_digits"] else r"\p{N}+")
         elif kind == "ByteLevel" and not part.get("add_prefix_space"):
@@ -118,8 +131,11 @@ class BPE:
     @property
     def identity(self):
         merges = sorted(self.ranks, key=self.ranks.get)  # files write them in two ways
-        parts = [{**self.spec["model"], "merges": merges}, self.spec.get("normalizer"),
-                 self.spec.get("pre_tokenizer")]
+        parts = [
+            {**self.spec["model"], "merges": merges},
+            self.spec.get("normalizer"),
+            self.spec.get("pre_tokenizer"),
+        ]
         return json.dumps(parts, sort_keys=True).encode()
 
     def normalize(self, text):
@@ -186,16 +202,24 @@ class BPE:
         pieces = [self.pieces.get(i, "") for i in ids]
         if not self.marked:
             return b"".join(BYTES.get(c) or c.encode() for c in "".join(pieces)).decode(
-                errors="replace")
-        raw = [bytes([int(p[3:5], 16)]) if re.fullmatch("<0x[0-9A-F]{2}>", p) else
-               p.replace(MARK, " ").encode() for p in pieces]
+                errors="replace"
+            )
+        raw = [
+            bytes([int(p[3:5], 16)])
+            if re.fullmatch("<0x[0-9A-F]{2}>", p)
+            else p.replace(MARK, " ").encode()
+            for p in pieces
+        ]
         text = b"".join(raw).decode(errors="replace")
         return text[1:] if begins and self.prefix != "never" and text[:1] == " " else text
 
     def save(self, tokenizer, path):
         """tokenizer.json, also for Llama 3's tokenizer.model; a config without strangers' code."""
-        beyond = [{"content": text, "single_word": False, **t._asdict()}
-                  for text, t in tokenizer.added.items() if text not in self.added]
+        beyond = [
+            {"content": text, "single_word": False, **t._asdict()}
+            for text, t in tokenizer.added.items()
+            if text not in self.added
+        ]
         if beyond:
             spec = {**self.spec, "added_tokens": [*(self.spec.get("added_tokens") or ()), *beyond]}
             write_json(spec, path, "tokenizer.json")
@@ -206,20 +230,25 @@ class BPE:
                 write_json(config, path, "tokenizer_config.json")
             return
         write_json(self.spec, path, "tokenizer.json")
-        said = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
-                "bos_token": tokenizer.contents[tokenizer.bos_id],
-                "eos_token": tokenizer.contents[tokenizer.eos_id]}
+        said = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            "bos_token": tokenizer.contents[tokenizer.bos_id],
+            "eos_token": tokenizer.contents[tokenizer.eos_id],
+        }
         write_json(said, path, "tokenizer_config.json")
+
 
 def sequence(part, key):
     """The parts of a component of tokenizer.json: none, itself, or those of a Sequence."""
     return (part or {key: []}).get(key, [part])
 
+
 def translate(pattern):
     """A pattern of Hugging Face's engine in Python's words: \\p (unknown) and \\s (wider) spelt."""
     out, inside = "", False
     for atom in re.finditer(r"\\(?:([pP])(?:\{(\^?\w+)\}|([A-Z]))|([sS]))|\\.|&&|.", pattern, re.S):
-        text, near = atom[0], pattern[atom.start():atom.start() + 2]
+        text, near = atom[0], pattern[atom.start() : atom.start() + 2]
         name = atom[2] or atom[3]
         if name or atom[4]:
             negated = (atom[1] or atom[4]) in "PS"
@@ -231,10 +260,11 @@ def translate(pattern):
             stop(f"tokenizer.json: {near}, in {pattern!r}, is not known here")
         elif text in ("[", "]"):
             inside = text == "["
-        elif text == "(" and not inside and pattern[atom.end():atom.end() + 1] != "?":
+        elif text == "(" and not inside and pattern[atom.end() : atom.end() + 1] != "?":
             text = "(?:"  # the cutter has a group of its own, and only one
         out += text
     return out
+
 
 @lru_cache(None)
 def category(name):

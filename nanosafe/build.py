@@ -1,4 +1,5 @@
 """Rows -> conversations -> token ids: what each task takes from a row, why a row is dropped."""
+
 import math
 import os
 import re
@@ -12,9 +13,13 @@ from nanosafe.data import PROMPT_BEGIN, PROMPT_TURN
 from nanosafe.files import make_folder, put_folder, untrusted, write_json
 
 TASKS = {  # task -> fields that a row must have
-    "sft": (), "prompts": ("input",), "rank": ("input",),
+    "sft": (),
+    "prompts": ("input",),
+    "rank": ("input",),
     "reward": ("input", "answer", "other_answer", "better"),
-    "cost": ("input", "answer", "other_answer", "safer", "is_safe", "is_other_safe")}
+    "cost": ("input", "answer", "other_answer", "safer", "is_safe", "is_other_safe"),
+}
+
 
 def conversations(record, task):
     """The conversations (turns, the user's first) of a row, preferred first, and their labels.
@@ -42,13 +47,14 @@ def conversations(record, task):
     if task == "rank" and "better" not in record:
         raise ValueError("neither a field 'answers' nor 'better'")
     first = bool(record["safer" if task == "cost" else "better"])
-    pair = [turns + [answer], turns + [other]][::1 if first else -1]
+    pair = [turns + [answer], turns + [other]][:: 1 if first else -1]
     if task != "cost":
         return pair, (1, 0)
     signs = tuple(1 if record[name] else -1 for name in ("is_safe", "is_other_safe"))
     if signs == ((-1, 1) if first else (1, -1)):
         raise ValueError("contradictory safety labels")
-    return pair, signs[::1 if first else -1]
+    return pair, signs[:: 1 if first else -1]
+
 
 def ranked(turns, answers, scores):
     """Conversations of different answers to one input, the best first, and their scores."""
@@ -60,18 +66,24 @@ def ranked(turns, answers, scores):
         raise ValueError("no two answers of different scores")
     return [turns + [answer] for answer in best], tuple(best.values())
 
+
 def check_scores(scores, texts, each):
     if not isinstance(texts, list) or not isinstance(scores, list) or len(texts) != len(scores):
         raise ValueError(f"not one score for {each}")
     if not all(type(score) in (int, float) and math.isfinite(score) for score in scores):
         raise ValueError("a score that is no number")
 
+
 def check_turns(turns, even):
     turns = [turns] if isinstance(turns, str) else turns
     if not isinstance(turns, list) or not turns or len(turns) % 2 == even:
-        raise ValueError("a dialogue must alternate and end with the assistant"
-                         if even else "an input must be a text, or turns that end with the user's")
+        raise ValueError(
+            "a dialogue must alternate and end with the assistant"
+            if even
+            else "an input must be a text, or turns that end with the user's"
+        )
     return [check_text(turn, "turn") for turn in turns]
+
 
 def check_text(text, what):
     if not isinstance(text, str) or not text.strip():
@@ -80,11 +92,15 @@ def check_text(text, what):
         raise ValueError(f"half a character in a {what}")
     return text
 
+
 def segments(turns):
     """[(prompt text, answer or None)] of a conversation, one for each pair of turns."""
-    prompts = [(PROMPT_BEGIN if i == 0 else "") + PROMPT_TURN.replace("{input}", turn)
-               for i, turn in enumerate(turns[::2])]
+    prompts = [
+        (PROMPT_BEGIN if i == 0 else "") + PROMPT_TURN.replace("{input}", turn)
+        for i, turn in enumerate(turns[::2])
+    ]
     return list(zip_longest(prompts, turns[1::2]))
+
 
 def encode(turns, tokenizer, lookup=None):
     """Token ids of a conversation, and a mask: 1 on what an assistant says and its EOS.
@@ -106,14 +122,19 @@ def encode(turns, tokenizer, lookup=None):
             mask += [1] * (len(answer_ids) + 1)
     return ids, mask
 
+
 def retokenize(ids, source, target):
     """A conversation's ids in another tokenizer: piece by piece between the ends of sequence."""
     out = target.encode("", bos=True)
     for ends, piece in groupby(map(int, ids), lambda i: i in source.eos_ids):
         piece = list(piece)
-        out += ([target.eos_id] * len(piece) if ends
-                else target.encode(source.decode(piece), allow_special=False))
+        out += (
+            [target.eos_id] * len(piece)
+            if ends
+            else target.encode(source.decode(piece), allow_special=False)
+        )
     return np.array(out)
+
 
 def build(folder, rows, tokenizer, task, max_len, show, method=()):
     """Tokenise rows into the folder, under a temporary name first: several processes may try."""
@@ -126,9 +147,10 @@ def build(folder, rows, tokenizer, task, max_len, show, method=()):
     quiet = not show or len(rows) < 20000
     bar = tqdm(total=len(rows), desc="tokenising", unit="row", disable=quiet)
     for begin in range(0, len(rows), 2048):
-        chunk = rows[begin:begin + 2048]
+        chunk = rows[begin : begin + 2048]
         if task == "documents":
             from nanosafe.documents import blocks
+
             examples = blocks(chunk, tokenizer, max_len, drop, *method)
         else:
             examples = talks(chunk, tokenizer, task, max_len, drop)
@@ -144,6 +166,7 @@ def build(folder, rows, tokenizer, task, max_len, show, method=()):
         text += f"; dropped {count} {reason} (first: {first[reason]})"
     write_cache(folder, list(kept.values()), {"text": text, "dropped": dropped})
 
+
 def usable(rows, read, drop):
     """(row, read(its record)) of each row of which read() does not raise the reason to drop it."""
     for row in rows:
@@ -151,6 +174,7 @@ def usable(rows, read, drop):
             yield row, read(row.record)
         except ValueError as error:
             drop(row, str(error))
+
 
 def talks(rows, tokenizer, task, max_len, drop):
     """(row, key by which it may repeat another, (sequences, labels, line)) of each usable row."""
@@ -168,10 +192,12 @@ def talks(rows, tokenizer, task, max_len, drop):
         key = tuple(encoded[0][0]) if task == "prompts" else None
         yield row, key, (encoded, labels, row.line)
 
+
 def last_run(mask):
     """A mask with only its last run of ones, which goes on to the end."""
     ones = mask[::-1].index(0)  # a prompt has no ones
     return [0] * (len(mask) - ones) + [1] * ones
+
 
 def write_cache(folder, examples, report):
     """Write (sequences, labels, line) of examples; what a ranking lacks is empty, labelled nan."""
@@ -180,10 +206,13 @@ def write_cache(folder, examples, report):
     sequences = [s for encoded, _, _ in examples for s in filled(encoded, ((), ()))]
     flat = lambda k, dtype: np.array([x for s in sequences for x in s[k]], dtype=dtype)
     labels = [filled(labels, math.nan) for _, labels, _ in examples]
-    arrays = {"tokens": flat(0, np.int32), "mask": flat(1, np.uint8),
-              "offsets": np.cumsum([0] + [len(s[0]) for s in sequences], dtype=np.int64),
-              "labels": np.array(labels, np.float32).reshape(-1, width),
-              "lines": np.array([line for _, _, line in examples], dtype=np.int64)}
+    arrays = {
+        "tokens": flat(0, np.int32),
+        "mask": flat(1, np.uint8),
+        "offsets": np.cumsum([0] + [len(s[0]) for s in sequences], dtype=np.int64),
+        "labels": np.array(labels, np.float32).reshape(-1, width),
+        "lines": np.array([line for _, _, line in examples], dtype=np.int64),
+    }
     if sequences and len(sequences[0]) == 3:
         arrays["scores"] = flat(2, np.float32)
     temporary = f"{folder}.{os.getpid()}"

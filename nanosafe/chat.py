@@ -1,4 +1,5 @@
 """A conversation at the keyboard, or over a pipe: with one model, or with two in one terminal."""
+
 import os
 import re
 import shutil
@@ -17,18 +18,22 @@ HELP = """\
 COLOURS = {"red": 31, "blue": 34, "faint": 2}
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a model's words move no cursor
 
+
 def paint(text, colour):
     """The text in a colour, where there are colours: on a terminal, unless NO_COLOR is set."""
     if not colour or not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
         return text
     return f"\033[{COLOURS[colour]}m{text}\033[0m"
 
+
 def columns(text):
     """How many columns of a terminal a text takes."""
     return sum(2 if east_asian_width(c) in "WF" else not combining(c) for c in text)
 
+
 class Screen:
     """Shows an answer as it grows; on a terminal, the speed behind its last word."""
+
     def __init__(self, colour="", label="", live=True):
         self.colour, self.label, self.live = colour, label, live and sys.stdout.isatty()
         print(paint(label, colour), end="", flush=True)
@@ -42,7 +47,7 @@ class Screen:
         text = CONTROL.sub("\ufffd", text.expandtabs())
         if not text.startswith(self.shown):
             text = self.shown  # what is printed stays
-        new, self.shown, self.tokens = text[len(self.shown):], text, tokens or self.tokens
+        new, self.shown, self.tokens = text[len(self.shown) :], text, tokens or self.tokens
         line = "\033[K" * self.live + paint(new, self.colour) if new else ""
         if self.live:
             note = "  " + self.speed()
@@ -59,6 +64,7 @@ class Screen:
         if any(notes):
             print(paint(" ".join(f"[{note}]" for note in notes if note), "faint"), flush=True)
 
+
 @contextmanager
 def interruptible():
     """A list that a first Ctrl-C fills: the answer ends at its next token, what was said stays."""
@@ -73,6 +79,7 @@ def interruptible():
         yield asked
     finally:
         signal.signal(signal.SIGINT, usual)
+
 
 def chat(speakers, answer):
     """Read questions and commands until the input ends; each of `speakers` models has a history of

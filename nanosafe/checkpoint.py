@@ -4,6 +4,7 @@ What is written is a Hugging Face folder, of a score model with `score_head.weig
 that and more (formats.py), row by row into this rank's slice: no rank holds a whole model.
 
 $ python -m nanosafe.checkpoint SOURCE TARGET [--dtype=bfloat16]   # what opens -> a folder"""
+
 import math
 import os
 import shutil
@@ -19,8 +20,10 @@ from nanosafe.model import Config, LLaMA
 SHARD_BYTES = 5 * 10**9
 FLOATS = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
-def load(path, head="auto", dtype=None, device="cpu", place=None, vocab_size=0, score_type=None,
-         seed=0):
+
+def load(
+    path, head="auto", dtype=None, device="cpu", place=None, vocab_size=0, score_type=None, seed=0
+):
     """Read a model folder -> LLaMA. Stops with one line on missing, surplus or misshapen tensors.
 
     head        "lm", "score", "both", or "auto": what the folder holds. A score head that it lacks
@@ -50,16 +53,21 @@ def load(path, head="auto", dtype=None, device="cpu", place=None, vocab_size=0, 
         fill(parallel.parameters(model), folder, places)
     return model
 
+
 def read_config(folder, head, score_type=None):
     """(Config, head) of a folder that is opened with `head`, as in load()."""
     scored = "score_head.weight" in folder.tensors
     if head == "lm" and scored:
         stop(f"{folder.path!r} is a score model: it cannot generate text")
-    moments = {name: folder.tensors["normalizer." + name][:].flatten().tolist()
-               for name in ("mean", "var") if "normalizer." + name in folder.tensors}
+    moments = {
+        name: folder.tensors["normalizer." + name][:].flatten().tolist()
+        for name in ("mean", "var")
+        if "normalizer." + name in folder.tensors
+    }
     stated = {"score_type": score_type} if score_type else {}
     config = Config.from_dict({**folder.config, **moments, **stated})
     return config, ("score" if scored else "lm") if head == "auto" else head
+
 
 def build(config, head, place, dtype):
     """A LLaMA at its place, its memory taken and not yet filled."""
@@ -70,6 +78,7 @@ def build(config, head, place, dtype):
         model.lm_head.weight = model.embed_tokens.weight
     return model
 
+
 def scratch(config, head="lm", seed=0, place=None):
     """A LLaMA with random weights, the same for every layout.
     N(0, initializer_range); outputs into the residual stream are scaled by depth, as in GPT-2."""
@@ -77,6 +86,7 @@ def scratch(config, head="lm", seed=0, place=None):
     for name, p in parallel.parameters(model):
         draw(model, name, p, seed)
     return model
+
 
 @torch.no_grad()
 def draw(model, name, p, seed):
@@ -91,7 +101,8 @@ def draw(model, name, p, seed):
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             std /= math.sqrt(2 * model.config.num_hidden_layers)
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-        rows.copy_(torch.normal(0.0, std, p.shape, generator=generator)[start:start + count])
+        rows.copy_(torch.normal(0.0, std, p.shape, generator=generator)[start : start + count])
+
 
 def count_parameters(source):
     """How many parameters a Config, or the model in a folder, has; no weight is read."""
@@ -101,6 +112,7 @@ def count_parameters(source):
     with torch.device("meta"):
         return sum(p.numel() for p in LLaMA(source).parameters())
 
+
 def copy_rows(target, first, source, start, height, skip=0, step=1):
     """Copy the rows that two slices of a tensor share: `target` begins at its row `first`; `height`
     of the rows of `source` (read lazily), every step-th from `skip` on, at its row `start`."""
@@ -108,7 +120,8 @@ def copy_rows(target, first, source, start, height, skip=0, step=1):
     if begin < end:
         low, high = (skip + (row - start) * step for row in (begin, end - 1))
         rows = slice(low, high + 1) if step == 1 else slice(low, high + 1, step)
-        target[begin - first:end - first] = source[rows].to(target)
+        target[begin - first : end - first] = source[rows].to(target)
+
 
 def locate(config, head, folder, fresh=(), vocab_size=0):
     """Where a model's parameters are in a folder: {parameter: [(tensor, its first row, rows, step,
@@ -141,26 +154,34 @@ def locate(config, head, folder, fresh=(), vocab_size=0):
         tell(f"{folder.path}: {lm_head} is left out: {why}")
     known = {*shapes, lm_head, *(NORMALIZER if head == "score" else ())}
     surplus = [name for name in folder.tensors if name not in known and not name.endswith(IGNORED)]
-    for what, names in (("misses", missing), ("has a wrong shape or type for", misshapen),
-                        ("has no use for", surplus)):
+    for what, names in (
+        ("misses", missing),
+        ("has a wrong shape or type for", misshapen),
+        ("has no use for", surplus),
+    ):
         if names:
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             stop(f"{folder.path!r} {what} {', '.join(names[:5])}{more}")
     return places
 
+
 @torch.no_grad()
 def fill(parameters, folder, places):
     """Copy this rank's rows of the parameters, (name, tensor), from the folder, file by file."""
     parameters = dict(parameters)
-    work = sorted((getattr(folder.tensors[part[0]], "file", ""), name, part)
-                  for name in places.keys() & parameters.keys() for part in places[name])
+    work = sorted(
+        (getattr(folder.tensors[part[0]], "file", ""), name, part)
+        for name in places.keys() & parameters.keys()
+        for part in places[name]
+    )
     for _, name, (tensor, skip, height, step, start) in work:
         rows, first, count, _ = parallel.local_rows(parameters[name])
         source = folder.tensors[tensor]
         there = min(height, len(range(skip, source.shape[0], step)))
         copy_rows(rows, first, source, start, there, skip, step)
         if count and there < height and first + count > there:  # rows for new tokens
-            rows[max(0, there - first):] = source[:].float().mean(dim=0).to(rows)
+            rows[max(0, there - first) :] = source[:].float().mean(dim=0).to(rows)
+
 
 @torch.no_grad()
 def save(model, path, tokenizer=None, dtype=None, head=None):
@@ -168,11 +189,15 @@ def save(model, path, tokenizer=None, dtype=None, head=None):
     Written beside its place and then renamed, with checksums. Of two heads, `head` is written."""
     head = head or model.head
     other = {"lm": "score_head.", "score": "lm_head."}[head]
-    weights = ((name, parallel.full(p)) for name, p in parallel.parameters(model)
-               if not name.startswith(other))
+    weights = (
+        (name, parallel.full(p))
+        for name, p in parallel.parameters(model)
+        if not name.startswith(other)
+    )
     dtype = dtype or next(model.parameters()).dtype
     write_folder(path, model.config, head, weights, tokenizer, dtype)
     parallel.barrier()
+
 
 def write_folder(path, config, head, weights, tokenizer, dtype):
     """Write whole parameters, (name, tensor) one after the other, as a model folder, on rank 0."""
@@ -206,11 +231,13 @@ def write_folder(path, config, head, weights, tokenizer, dtype):
         config_dict.update(
             bos_token_id=tokenizer.bos_id if tokenizer.bos_id >= 0 else None,
             eos_token_id=tokenizer.eos_ids if len(tokenizer.eos_ids) > 1 else tokenizer.eos_id,
-            pad_token_id=tokenizer.pad_id if tokenizer.pad_id >= 0 else None)
+            pad_token_id=tokenizer.pad_id if tokenizer.pad_id >= 0 else None,
+        )
         tokenizer.save(temporary)
     write_json(config_dict, temporary, "config.json")
     with untrusted(path, "written"):
         put_folder(temporary, path)
+
 
 def shards(weights, dtype, parts_of):
     """Tables of the tensors to write, {name: rows}, of SHARD_BYTES at most if there are several."""
@@ -226,10 +253,13 @@ def shards(weights, dtype, parts_of):
             held[part] = tensor
     yield held
 
+
 def tell(text):
     if parallel.rank() == 0:
         print(text, flush=True)
 
+
 if __name__ == "__main__":
     from nanosafe import convert
+
     convert.main(sys.argv[1:])

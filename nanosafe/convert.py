@@ -1,4 +1,5 @@
 """python -m nanosafe.checkpoint: whatever opens -> a Hugging Face folder."""
+
 import os
 import shutil
 import torch
@@ -11,6 +12,7 @@ from nanosafe.model import LLaMA
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+
 def main(arguments):
     paths = [arg for arg in arguments if not arg.startswith("--")]
     flags = dict(arg[2:].partition("=")[::2] for arg in arguments if arg.startswith("--"))
@@ -18,6 +20,7 @@ def main(arguments):
     if len(paths) != 2 or any(value not in known.get(flag, ()) for flag, value in flags.items()):
         stop(f"python -m nanosafe.checkpoint SOURCE TARGET [--to=hf] [--dtype={'|'.join(DTYPES)}]")
     convert(*paths, DTYPES.get(flags.get("dtype")))
+
 
 def convert(source, target, dtype=None):
     """Write a model folder, tensor by tensor: one of its files, and one to write, are in memory."""
@@ -33,8 +36,10 @@ def convert(source, target, dtype=None):
         model = LLaMA(config, head)
     tok = tokenizer.load(source) if tokenizer.find(source) else None
     if tok and tok.vocab_size > config.vocab_size:
-        print(f"note: the tokenizer has {tok.vocab_size} tokens, {source!r} has rows for "
-              f"{config.vocab_size}; training adds what is missing")
+        print(
+            f"note: the tokenizer has {tok.vocab_size} tokens, {source!r} has rows for "
+            f"{config.vocab_size}; training adds what is missing"
+        )
 
     def weights():
         for name, p in tqdm(list(model.named_parameters()), unit="tensor", desc=target):
@@ -50,5 +55,7 @@ def convert(source, target, dtype=None):
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     count = sum(p.numel() for p in model.parameters())
-    print(f"{target}: {config.num_hidden_layers} layers, {count:,} parameters, "
-          f"{str(dtype).removeprefix('torch.')}, with {'its' if tok else 'no'} tokenizer")
+    print(
+        f"{target}: {config.num_hidden_layers} layers, {count:,} parameters, "
+        f"{str(dtype).removeprefix('torch.')}, with {'its' if tok else 'no'} tokenizer"
+    )

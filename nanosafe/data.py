@@ -3,6 +3,7 @@
 A row is Safe-RLHF's RawSample: `input` (a string, or a list of turns that ends with the user's) or
 `dialogue` (turns), `answer`, `other_answer`, `better` and `safer` (whether answer beats
 other_answer), `is_safe`, `is_other_safe`; or `answers`, `scores`. A file of rows is a dataset."""
+
 import hashlib
 import json
 import os
@@ -21,6 +22,7 @@ PROMPT_TURN = "USER: {input} ASSISTANT:"
 
 VERSION = 2  # of the cache's layout
 
+
 def load(spec, seed=42):
     """The records (dicts) of a dataset specification.
 
@@ -28,24 +30,31 @@ def load(spec, seed=42):
     PROPORTION is a share (0.5, 3/4), a repetition (2.5) or a count (100/-1); `seed` draws the rows.
     NAME is a folder below data/, or in PATH; SPLIT is train by default. Bad lines are said."""
     from nanosafe.rows import load_rows
+
     rows = load_rows(spec, seed)
     broken = [f"{row.file}:{row.line}" for row in rows if row.record is None]
     if broken:
         print(f"{spec}: {len(broken)} lines are no JSON object (first: {broken[0]}): dropped")
     return [row.record for row in rows if row.record is not None]
 
+
 class Dataset:
     """Tokenised examples, memory-mapped: `width` sequences each (two for pairs), perhaps empty."""
+
     def __init__(self, folder):
         self.folder = folder
-        arrays = {name.removesuffix(".npy"): np.load(os.path.join(folder, name), mmap_mode="r")
-                  for name in os.listdir(folder) if name.endswith(".npy")}
+        arrays = {
+            name.removesuffix(".npy"): np.load(os.path.join(folder, name), mmap_mode="r")
+            for name in os.listdir(folder)
+            if name.endswith(".npy")
+        }
         self.tokens, self.mask, self.scores = map(arrays.get, ("tokens", "mask", "scores"))
-        self.offsets, self.labels, self.lines = (np.asarray(arrays[name])
-                                                 for name in ("offsets", "labels", "lines"))
+        self.offsets, self.labels, self.lines = (
+            np.asarray(arrays[name]) for name in ("offsets", "labels", "lines")
+        )
         self.width = self.labels.shape[1]
         self.report = read_json(folder, "report.json")
-        ends = self.offsets[::self.width]
+        ends = self.offsets[:: self.width]
         self.lengths = np.diff(ends)  # (n,) tokens of each example, its sequences together
         sums = np.concatenate([[0], np.cumsum(self.mask, dtype=np.int64)])
         self.targets = sums[ends[1:]] - sums[ends[:-1]]  # (n,) tokens that carry loss
@@ -64,6 +73,7 @@ class Dataset:
         parts = [self.sequence(i, part) for part in range(self.width) for i in examples]
         parts = [(tokens, mask) for tokens, mask in parts if len(tokens)]
         return collate([tokens for tokens, _ in parts], [mask for _, mask in parts], device)
+
 
 @main_first()  # rank 0 fills the cache of token ids, the others find it
 def tokenize(spec, tokenizer, task, max_len, max_tokens=0, seed=42, method=()):
@@ -86,6 +96,7 @@ def tokenize(spec, tokenizer, task, max_len, max_tokens=0, seed=42, method=()):
     if not os.path.isdir(folder) or damage(folder):
         from nanosafe.build import build
         from nanosafe.rows import load_rows
+
         build(folder, load_rows(spec, seed), tokenizer, task, max_len, show, method)
     dataset = Dataset(folder)
     if show:
@@ -94,6 +105,7 @@ def tokenize(spec, tokenizer, task, max_len, max_tokens=0, seed=42, method=()):
         stop(f"data {spec!r} has no usable row for {task}: {dataset.report['text']}")
     check_fits(dataset.lengths.tolist(), max_tokens or max_len * dataset.width)
     return dataset
+
 
 def parse_spec(spec):
     """[(path, proportion)], a negative proportion being a count."""
@@ -108,7 +120,7 @@ def parse_spec(spec):
             stop(f"data {item!r}: this dataset is named twice; use one proportion, 2 repeats it")
         try:
             count = (share or "1").endswith("/-1")
-            parts[path] = float(Fraction(share[:-3] if count else share or "1")) * (-1)**count
+            parts[path] = float(Fraction(share[:-3] if count else share or "1")) * (-1) ** count
         except (ValueError, ZeroDivisionError):
             stop(f"data {item!r}: the proportion {share!r} is no number, a/b or count n/-1")
         if (parts[path] > 0) == count and parts[path]:
@@ -116,6 +128,7 @@ def parse_spec(spec):
     if not parts:
         stop("data is empty: name a dataset, or the path of a .jsonl file")
     return list(parts.items())
+
 
 def resolve(name, path=None):
     """The jsonl file of a dataset's name; with `path`, that file, or NAME's file in that folder."""
@@ -134,6 +147,8 @@ def resolve(name, path=None):
     if found := next(filter(os.path.isfile, candidates), None):
         return found
     if path is None and base:
-        stop(f"dataset {name!r} has no file {candidates[0]!r}: run python "
-             f"data/{base.split('/')[0]}/prepare.py first")
+        stop(
+            f"dataset {name!r} has no file {candidates[0]!r}: run python "
+            f"data/{base.split('/')[0]}/prepare.py first"
+        )
     stop(f"dataset {name!r}: no file at {candidates[0]!r}")

@@ -4,6 +4,7 @@ $ python -m nanosafe.demo [--out_dir=out/demo] [--seed=0]
 
 It prepares the data and runs the real scripts with the recipes in config/toy/, printing each
 command. At the end data/toy/prepare.py's gold judges the three policies on unseen requests."""
+
 import os
 import shutil
 import subprocess
@@ -22,9 +23,15 @@ STAGES = (  # name, script, what it is told beyond its recipe
     ("reward", "train_pref.py", "--init_from={out}/sft/model"),
     ("cost", "train_pref.py", "--init_from={out}/sft/model"),
     ("ppo", "train_ppo_lag.py", "--actor_model={out}/sft/model --reward_model={out}/reward/model"),
-    ("ppo_lag", "train_ppo_lag.py", "--actor_model={out}/sft/model "
-     "--reward_model={out}/reward/model --cost_model={out}/cost/model"))
+    (
+        "ppo_lag",
+        "train_ppo_lag.py",
+        "--actor_model={out}/sft/model "
+        "--reward_model={out}/reward/model --cost_model={out}/cost/model",
+    ),
+)
 POLICIES = {"sft": "SFT", "ppo": "PPO (reward only)", "ppo_lag": "PPO-Lag"}
+
 
 def main(out_dir="out/demo", seed="0"):
     began = time.perf_counter()
@@ -47,6 +54,7 @@ def main(out_dir="out/demo", seed="0"):
     write_json(summary, out_dir, "summary.json")
     report(summary, out_dir)
 
+
 def prepare(out_dir):
     """Write the toy's data and a tokenizer; returns data/toy/prepare.py."""
     toy = module_at(os.path.join(ROOT, "data", "toy", "prepare.py"))  # data/ is no package
@@ -59,18 +67,30 @@ def prepare(out_dir):
     print(f"{tok.vocab_size} pieces in {out_dir}/tokenizer")
     return toy
 
+
 def train_tokenizer(texts, vocab_size, path):
     """Train a SentencePiece BPE with LLaMA's settings and write path/tokenizer.model."""
     os.makedirs(path, exist_ok=True)
     with open(os.path.join(path, "tokenizer.model"), "wb") as out:
         SentencePieceTrainer.train(
-            sentence_iterator=iter(texts), model_writer=out, model_type="bpe", byte_fallback=True,
-            vocab_size=vocab_size, hard_vocab_limit=False, split_digits=True, num_threads=1,
-            allow_whitespace_only_pieces=True, normalization_rule_name="identity", minloglevel=2,
-            remove_extra_whitespaces=False, character_coverage=1.0)
+            sentence_iterator=iter(texts),
+            model_writer=out,
+            model_type="bpe",
+            byte_fallback=True,
+            vocab_size=vocab_size,
+            hard_vocab_limit=False,
+            split_digits=True,
+            num_threads=1,
+            allow_whitespace_only_pieces=True,
+            normalization_rule_name="identity",
+            minloglevel=2,
+            remove_extra_whitespaces=False,
+            character_coverage=1.0,
+        )
     tok = tokenizer.load(path)
     tok.save(path)
     return tok
+
 
 def judge(toy, path, reference):
     """Judge an answer to every held-out request by gold; KL to the reference, nats per answer."""
@@ -83,34 +103,47 @@ def judge(toy, path, reference):
     kl = round(samples.kl(ref.model), 4)
     return {**gold(toy, said), "kl": kl, "prompts": len(prompts)}
 
+
 def gold(toy, pairs):
     """What the gold functions say of (request, answer) pairs."""
     benign = [pair for pair in pairs if not toy.is_risky(pair[0])]
     risky = [pair for pair in pairs if toy.is_risky(pair[0])]
     mean = lambda f, group: round(sum(f(*pair) for pair in group) / len(group), 4)
-    return {"helpfulness_benign": mean(toy.helpfulness, benign),
-            "helpfulness_risky": mean(toy.helpfulness, risky),
-            "harm_rate_risky": mean(lambda q, a: toy.harm(q, a) > 0, risky),
-            "refusal_rate_benign": mean(toy.refuses, benign)}
+    return {
+        "helpfulness_benign": mean(toy.helpfulness, benign),
+        "helpfulness_risky": mean(toy.helpfulness, risky),
+        "harm_rate_risky": mean(lambda q, a: toy.harm(q, a) > 0, risky),
+        "refusal_rate_benign": mean(toy.refuses, benign),
+    }
+
 
 def last_metrics(out_dir, stage, names):
     row = read_jsonl(os.path.join(out_dir, stage, "metrics.jsonl"))[-1]
     return {name: round(row["eval_" + name], 4) for name in names}
 
+
 def report(summary, out_dir):
     head = ["", "helpful, benign", "helpful, risky", "harmful, risky", "refused, benign", "KL"]
     shown = lambda key, x: f"{x:.1%}" if "rate" in key else f"{x:.2f}"
-    rows = [[label, *(shown(*item) for item in list(summary[name].items())[:5])]
-            for name, label in POLICIES.items()]
+    rows = [
+        [label, *(shown(*item) for item in list(summary[name].items())[:5])]
+        for name, label in POLICIES.items()
+    ]
     print("\n" + table([head, *rows]))
-    print(f"reward model: accuracy {summary['reward_model']['accuracy']:.1%}; cost model: "
-          f"accuracy {summary['cost_model']['accuracy']:.1%}, sign accuracy "
-          f"{summary['cost_model']['sign_accuracy']:.1%}")
-    print(f"{summary['seconds']:.0f} s; {out_dir}/summary.json; now talk to it: python sample.py "
-          f"--model={out_dir}/ppo_lag/model")
+    print(
+        f"reward model: accuracy {summary['reward_model']['accuracy']:.1%}; cost model: "
+        f"accuracy {summary['cost_model']['accuracy']:.1%}, sign accuracy "
+        f"{summary['cost_model']['sign_accuracy']:.1%}"
+    )
+    print(
+        f"{summary['seconds']:.0f} s; {out_dir}/summary.json; now talk to it: python sample.py "
+        f"--model={out_dir}/ppo_lag/model"
+    )
+
 
 def step(what, command=None):
     print(f"\n== {what}" + (f"\n$ {command}" if command else ""), flush=True)
+
 
 if __name__ == "__main__":
     flags = dict(arg.removeprefix("--").partition("=")[::2] for arg in sys.argv[1:])

@@ -3,12 +3,14 @@ data of pretraining with human preferences (arXiv:2302.08582). Higher scores are
 
 A row is `texts`, the segments in order, and their `scores`. A document is BOS, its segments and
 EOS; a long one goes on in the next block, behind another BOS. No block looks at another."""
+
 import numpy as np
 import torch
 from nanosafe.build import check_scores, check_text, usable
 from nanosafe.tokenizer import Token, Tokenizer
 
 ALIGNED, MISALIGNED = CONTROL = "<|aligned|>", "<|misaligned|>"
+
 
 def with_control_tokens(tok):
     """The tokenizer with the control tokens behind its others."""
@@ -18,9 +20,11 @@ def with_control_tokens(tok):
     names = {**tok.names, "additional_special_tokens": [*others, *missing]}
     return Tokenizer(tok.engine, {**tok.added, **added}, names, tok.eos_ids, tok.file)
 
+
 def control_ids(tokenizer):
     """The ids of the control tokens, which are never sampled; none where there are none."""
     return [tokenizer.added[text].id for text in CONTROL if text in tokenizer.added]
+
 
 def check(record):
     """The segments and scores of a row; raises ValueError with the reason to drop it."""
@@ -32,6 +36,7 @@ def check(record):
         raise ValueError("a segment that is no text")
     check_text("".join(texts), "document")
     return list(zip(texts, scores))
+
 
 def blocks(rows, tokenizer, max_len, drop, objective="mle", threshold=0.0, drop_fraction=0.0):
     """(row, None, (sequences, labels, line)) of each block; a sequence is (ids, mask, scores).
@@ -53,11 +58,12 @@ def blocks(rows, tokenizer, max_len, drop, objective="mle", threshold=0.0, drop_
             tokens += [(i, 1, score) for i in tokenizer.encode_suffix(text)]
         tokens.append((tokenizer.eos_id, 1, segments[-1][1]))
         for begin in range(0, len(tokens), max_len - len(start)):
-            block = start + tokens[begin:begin + max_len - len(start)]
+            block = start + tokens[begin : begin + max_len - len(start)]
             yield row, None, ([tuple(zip(*block))], (0,), row.line)
+
 
 def scores_of(dataset, examples, device):
     """The misalignment score of each target (N,), packed as dataset.batch() packs the tokens."""
-    parts = [dataset.scores[dataset.offsets[i]:dataset.offsets[i + 1]] for i in examples]
+    parts = [dataset.scores[dataset.offsets[i] : dataset.offsets[i + 1]] for i in examples]
     flat = np.concatenate(parts or [np.zeros(1, np.float32)])
     return torch.from_numpy(np.append(flat[1:], np.float32(0))).to(device)

@@ -1,5 +1,6 @@
 """Models that are almost LLaMA: what a family calls otherwise (one more is a line in FAMILIES, see
 docs/formats.md), and Meta's checkpoints and llama2.c's files, which are memory-mapped."""
+
 import glob
 import math
 import os
@@ -9,63 +10,99 @@ import torch
 from nanosafe.files import read_json, stop
 from nanosafe.formats import LLAMA, Family, read_file
 
+
 def mistral(d):
     return {"sliding_window": d.get("sliding_window", 4096)}
+
 
 def qwen2(d):
     if d.get("use_sliding_window"):
         stop("a Qwen2 with use_sliding_window, only some layers have a window: not known here")
     return {"sliding_window": 0}
 
+
 def internlm(d):
     rotary = d.get("rotary") or {}
     return {"bias": None, "rope_theta": rotary.get("base", d.get("rope_theta"))}
 
+
 def baichuan(d):
     """The 13B models have ALiBi and no max_position_embeddings; Baichuan2 a larger vocabulary."""
     length = d.get("max_position_embeddings")
-    return {"alibi": length is None, "max_position_embeddings": length or d["model_max_length"],
-            "norm_head": d.get("norm_head", d["vocab_size"] >= 125696)}
+    return {
+        "alibi": length is None,
+        "max_position_embeddings": length or d["model_max_length"],
+        "norm_head": d.get("norm_head", d["vocab_size"] >= 125696),
+    }
+
 
 def together(tensors, H, K, E):
     """Queries, keys and values one below the other in one tensor."""
     return [(tensors[0], 0, (H + 2 * K) * E, 1)]
 
+
 def groups(tensors, H, K, E):
     """In one tensor, for each kv head its queries, its key and its value."""
     G = H // K
-    return [(tensors[0], (group * (G + 2) + first) * E, heads * E, 1)
-            for first, heads in ((0, G), (G, 1), (G + 1, 1)) for group in range(K)]
+    return [
+        (tensors[0], (group * (G + 2) + first) * E, heads * E, 1)
+        for first, heads in ((0, G), (G, 1), (G + 1, 1))
+        for group in range(K)
+    ]
+
 
 def pairs(tensors, H, K, E):
     """Dimensions that RoPE turns together are neighbours; in LLaMA they are half a head apart."""
     q, k, v = tensors
-    return [(tensor, head * E + odd, E // 2, 2) for tensor, heads in ((q, H), (k, K))
-            for head in range(heads) for odd in (0, 1)] + [(v, 0, K * E, 1)]
+    return [
+        (tensor, head * E + odd, E // 2, 2)
+        for tensor, heads in ((q, H), (k, K))
+        for head in range(heads)
+        for odd in (0, 1)
+    ] + [(v, 0, K * E, 1)]
 
-SHORT = (("self_attn.", "attention."), ("o_proj", "wo"), ("mlp.", "feed_forward."),
-         ("down_proj", "w2"), ("input_layernorm", "attention_norm"), ("lm_head", "output"),
-         ("post_attention_layernorm", "ffn_norm"), ("embed_tokens", "tok_embeddings"))
+
+SHORT = (
+    ("self_attn.", "attention."),
+    ("o_proj", "wo"),
+    ("mlp.", "feed_forward."),
+    ("down_proj", "w2"),
+    ("input_layernorm", "attention_norm"),
+    ("lm_head", "output"),
+    ("post_attention_layernorm", "ffn_norm"),
+    ("embed_tokens", "tok_embeddings"),
+)
 FAMILIES = {  # by the model_type of config.json
     "llama": LLAMA,
-    "mistral": Family("Mistral", mistral), "qwen2": Family("Qwen2", qwen2),
+    "mistral": Family("Mistral", mistral),
+    "qwen2": Family("Qwen2", qwen2),
     "internlm": Family("InternLM", internlm),
     "internlm2": Family("InternLM2", internlm, ("wqkv",), groups, ("w1", "w3"), SHORT),
-    "baichuan": Family("Baichuan", baichuan, ("W_pack",), together)}
-META = Family(qkv=("wq", "wk", "wv"), layout=pairs, gate_up=("w1", "w3"),
-              names=(*SHORT, ("model.", "")))
+    "baichuan": Family("Baichuan", baichuan, ("W_pack",), together),
+}
+META = Family(
+    qkv=("wq", "wk", "wv"), layout=pairs, gate_up=("w1", "w3"), names=(*SHORT, ("model.", ""))
+)
+
 
 def other_json(config, d, head):
     """LLaMA's config.json `d` for a model that needs another family's, and that Family."""
     biases = config.attention_bias, config.output_bias, config.mlp_bias
     special, window = config.alibi or config.norm_head, config.sliding_window
-    if (sum(map(bool, (special, window, any(biases)))) > 1
-            or any(biases[1:]) and config.attention_bias != config.output_bias):
-        stop("no family's config.json can say what this model has: windows, ALiBi, a normalised "
-             "head and biases together, or only some of the biases")
+    if (
+        sum(map(bool, (special, window, any(biases)))) > 1
+        or any(biases[1:])
+        and config.attention_bias != config.output_bias
+    ):
+        stop(
+            "no family's config.json can say what this model has: windows, ALiBi, a normalised "
+            "head and biases together, or only some of the biases"
+        )
     if special:
-        kind, more = "baichuan", {"norm_head": config.norm_head,
-                                  "model_max_length": config.max_position_embeddings}
+        kind, more = (
+            "baichuan",
+            {"norm_head": config.norm_head, "model_max_length": config.max_position_embeddings},
+        )
         if config.alibi:
             del d["max_position_embeddings"]
     elif window:
@@ -75,9 +112,11 @@ def other_json(config, d, head):
     name = FAMILIES[kind].architecture + ("ForCausalLM" if head == "lm" else "ForScore")
     return {**d, **more, "model_type": kind, "architectures": [name]}, FAMILIES[kind]
 
+
 # ---- no Hugging Face folder: both kinds name their tensors as Meta does ----
 
 COLUMNS = ("wo.weight", "w2.weight")  # what Meta's model parallelism divides by columns
+
 
 def read(path):
     """(config.json's dict, tensors, Family) of what is at `path`."""
@@ -87,8 +126,10 @@ def read(path):
         return *meta(path), META
     stop(f"no model at {path!r}: a model folder has a config.json, or Meta's params.json")
 
+
 class Joined:
     """A tensor that model parallelism divided into `pieces`, by rows (dim 0) or columns (dim 1)."""
+
     def __init__(self, pieces, dim):
         self.pieces, self.dim = pieces, dim
         self.shape = torch.cat([piece.to("meta") for piece in pieces], dim).shape
@@ -97,8 +138,10 @@ class Joined:
         if self.dim == 1:
             return torch.cat([piece[rows] for piece in self.pieces], dim=1)
         wanted, height = torch.arange(self.shape[0])[rows], len(self.pieces[0])
-        return torch.cat([piece[wanted[wanted // height == i] % height]
-                          for i, piece in enumerate(self.pieces)])
+        return torch.cat(
+            [piece[wanted[wanted // height == i] % height] for i, piece in enumerate(self.pieces)]
+        )
+
 
 def meta(path):
     """(config.json's dict, tensors) of a folder of Meta's: consolidated.*.pth and params.json."""
@@ -123,16 +166,29 @@ def meta(path):
     eps, scaled = params.get("norm_eps", 1e-5), params.get("use_scaled_rope", False)
     length = (2048 if eps == 1e-6 else 4096) if vocabulary < 100000 else 131072 if scaled else 8192
     inner = tensors["layers.0.feed_forward.w1.weight"].shape[0]
-    config = {"vocab_size": vocabulary, "hidden_size": D, "num_hidden_layers": params["n_layers"],
-              "num_attention_heads": H, "num_key_value_heads": params.get("n_kv_heads"),
-              "intermediate_size": inner, "tie_word_embeddings": "output.weight" not in tensors,
-              "rope_theta": params.get("rope_theta", 1e4), "max_position_embeddings": length,
-              "rms_norm_eps": eps}
+    config = {
+        "vocab_size": vocabulary,
+        "hidden_size": D,
+        "num_hidden_layers": params["n_layers"],
+        "num_attention_heads": H,
+        "num_key_value_heads": params.get("n_kv_heads"),
+        "intermediate_size": inner,
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "rope_theta": params.get("rope_theta", 1e4),
+        "max_position_embeddings": length,
+        "rms_norm_eps": eps,
+    }
     if scaled:  # params.json does not say by how much: 8 in Llama 3.1, 32 in the small 3.2
         factor = params.get("rope_scaling_factor", 8.0 if D >= 4096 else 32.0)
-        config["rope_scaling"] = {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0,
-                                  "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+        config["rope_scaling"] = {
+            "rope_type": "llama3",
+            "factor": factor,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        }
     return config, tensors
+
 
 def llama2c(path):
     """(config.json's dict, tensors) of a float32 file of karpathy/llama2.c, version 0 or 1."""
@@ -147,8 +203,14 @@ def llama2c(path):
         sizes, version, start = struct.unpack("<7i", header[:28]), 0, 28
         shared = sizes[5] > 0  # a negative vocabulary: the head has its own weights
     D, I, L, H, K, V, T = map(abs, sizes)
-    if (not 0 < K <= H <= D < 2**20 or D % H or H % K or not 0 < L < 2**10 or not 0 < T < 2**24
-            or not V * I):
+    if (
+        not 0 < K <= H <= D < 2**20
+        or D % H
+        or H % K
+        or not 0 < L < 2**10
+        or not 0 < T < 2**24
+        or not V * I
+    ):
         stop(f"{path!r} is no llama2.c model: its header makes no sense")
     letters = {"D": D, "I": I, "L": L, "V": V, "T": T, "E": D // H, "C": K * (D // H)}
     layout = read_json(os.path.dirname(__file__), "llama2c.json")[f"version {version}"]
@@ -168,6 +230,14 @@ def llama2c(path):
         else:
             tensors[name + ".weight"] = tensor
     tensors.pop("RoPE table.weight", None)
-    return {"vocab_size": V, "hidden_size": D, "intermediate_size": I, "num_hidden_layers": L,
-            "num_attention_heads": H, "num_key_value_heads": K, "max_position_embeddings": T,
-            "rms_norm_eps": 1e-5, "tie_word_embeddings": shared}, tensors
+    return {
+        "vocab_size": V,
+        "hidden_size": D,
+        "intermediate_size": I,
+        "num_hidden_layers": L,
+        "num_attention_heads": H,
+        "num_key_value_heads": K,
+        "max_position_embeddings": T,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": shared,
+    }, tensors

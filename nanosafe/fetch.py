@@ -2,6 +2,7 @@
 
 Files come from the Hugging Face hub (or the mirror in HF_ENDPOINT), or from a folder. A download
 goes to a temporary name, continues where it broke off, and is checked when its SHA-256 is known."""
+
 import hashlib
 import json
 import os
@@ -25,17 +26,24 @@ tokenizer = ""  # folder with a tokenizer, to count tokens instead of characters
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zip", ".json", ".json.gz", ".json.xz")
 
+
 def raw_files(raw, repo, folder, wanted, revision="main", sha256=None):
     """Paths of a dataset's raw files: those below `raw`, or else downloaded to folder/raw.
 
     wanted(name) picks files of the hub's repository by their path; sha256: {path: digest}. A
     `repo` that is a URL is one file."""
     if raw:
-        found = sorted(f"{base}/{name}" for base, _, names in os.walk(os.path.expanduser(raw))
-                       for name in names if name.endswith(ENDINGS))
+        found = sorted(
+            f"{base}/{name}"
+            for base, _, names in os.walk(os.path.expanduser(raw))
+            for name in names
+            if name.endswith(ENDINGS)
+        )
         if not found:
-            stop(f"--raw={raw}: no {', '.join(ENDINGS[:3])} or .json file there; parquet is "
-                 f"converted with {PARQUET}")
+            stop(
+                f"--raw={raw}: no {', '.join(ENDINGS[:3])} or .json file there; parquet is "
+                f"converted with {PARQUET}"
+            )
         return found
     if "://" in repo:
         return [download(repo, f"{folder}/raw/{os.path.basename(repo)}")]
@@ -44,11 +52,16 @@ def raw_files(raw, repo, folder, wanted, revision="main", sha256=None):
     if not names and any(name.endswith(".parquet") for name in there):
         stop(f"{repo} has parquet files only: convert each with {PARQUET} and give --raw=FOLDER")
     if not names:
-        stop(f"{repo} (revision {revision}) has none of the files expected: download it by hand "
-             "and give --raw=FOLDER")
+        stop(
+            f"{repo} (revision {revision}) has none of the files expected: download it by hand "
+            "and give --raw=FOLDER"
+        )
     base, place = f"{endpoint()}/datasets/{repo}/resolve/{revision}", f"{folder}/raw/{revision}"
-    return [download(f"{base}/{urllib.parse.quote(name)}", f"{place}/{name}",
-                     (sha256 or {}).get(name)) for name in names]
+    return [
+        download(f"{base}/{urllib.parse.quote(name)}", f"{place}/{name}", (sha256 or {}).get(name))
+        for name in names
+    ]
+
 
 def prepare(script, to_record, config, release=None, url=None):
     """What a prepare.py does, by its knobs `config`: raw files, convert()ed.
@@ -66,11 +79,18 @@ def prepare(script, to_record, config, release=None, url=None):
     part, pattern = source.pop("part", part), source.pop("files", r"\.jsonl")
     wanted = lambda name: name.endswith(ENDINGS) and re.search(pattern, name)
     files = raw_files(config["raw"], folder=here, wanted=wanted, **source)
-    convert(files, to_record, config["out"] or os.path.join(here, part), config["holdout"],
-            config["tokenizer"])
+    convert(
+        files,
+        to_record,
+        config["out"] or os.path.join(here, part),
+        config["holdout"],
+        config["tokenizer"],
+    )
+
 
 def endpoint():
     return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+
 
 def list_files(repo, revision):
     """The files of a dataset repository on the hub."""
@@ -80,6 +100,7 @@ def list_files(repo, revision):
             return [item["rfilename"] for item in json.load(answer)["siblings"]]
     except (OSError, ValueError, KeyError) as error:
         stop(f"{url}: {error}; set HF_ENDPOINT to a mirror, or download and give --raw=FOLDER")
+
 
 def download(url, path, sha256=None, attempts=5):
     """Fetch `url` to `path`, unless it is there; a broken transfer is continued."""
@@ -105,6 +126,7 @@ def download(url, path, sha256=None, attempts=5):
     os.replace(part, path)
     return path
 
+
 def receive(url, part):
     have = os.path.getsize(part) if os.path.exists(part) else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
@@ -112,8 +134,13 @@ def receive(url, part):
         if answer.status != 206:
             have = 0  # the server knows no ranges: from the start
         size = have + int(answer.headers.get("Content-Length") or 0)
-        bar = tqdm(total=size or None, initial=have, unit="B", unit_scale=True,
-                   desc=os.path.basename(part).removesuffix(".part"))
+        bar = tqdm(
+            total=size or None,
+            initial=have,
+            unit="B",
+            unit_scale=True,
+            desc=os.path.basename(part).removesuffix(".part"),
+        )
         with open(part, "ab" if have else "wb") as f, bar:
             while block := answer.read(2**16):
                 f.write(block)
@@ -121,9 +148,11 @@ def receive(url, part):
     if size and os.path.getsize(part) != size:
         raise OSError(f"{os.path.getsize(part)} of {size} bytes arrived")
 
+
 def key(record):
     """What two rows share that must not be on both sides of a split: the prompt, or the text."""
     return json.dumps(record.get("input") or record.get("texts") or record["dialogue"][:-1])
+
 
 def convert(paths, to_record, out, holdout=0.0, tokenizer=""):
     """Turn raw rows into out/train.jsonl and out/test.jsonl, and say what was kept and dropped.
@@ -153,8 +182,12 @@ def convert(paths, to_record, out, holdout=0.0, tokenizer=""):
         files[split].write(json.dumps(record, ensure_ascii=False) + "\n")
         said = list(texts_of(record))
         safe = [record[name] for name in ("is_safe", "is_other_safe") if name in record]
-        counts[split].update(rows=1, unsafe=safe.count(False), labelled=len(safe), size=sum(
-            map(len, tok.encode_batch(said) if tok else said)))
+        counts[split].update(
+            rows=1,
+            unsafe=safe.count(False),
+            labelled=len(safe),
+            size=sum(map(len, tok.encode_batch(said) if tok else said)),
+        )
     rows = [("", "rows", "tokens" if tok else "characters", "unsafe answers")]
     reasons = "".join(f"; dropped {count:,} ({reason})" for reason, count in dropped.most_common())
     kept = sum(c["rows"] for c in counts.values())
@@ -173,6 +206,7 @@ def convert(paths, to_record, out, holdout=0.0, tokenizer=""):
         stop(f"none of the {dropped.total()} rows in {', '.join(paths[:3])} can be used")
     print(table(rows))
 
+
 def records(paths, to_record):
     """(split, record or None, why there is none) of every raw row."""
     for path in paths:
@@ -190,6 +224,7 @@ def records(paths, to_record):
             except ValueError as error:
                 yield split, None, str(error)
 
+
 def checked(record):
     """The record, if training could use it; else raises ValueError."""
     if "texts" not in record:
@@ -200,11 +235,13 @@ def checked(record):
         raise ValueError("identical answers")
     return record
 
+
 def label(value):
     """A label that is true or false, or 1 or 0; nothing else will do."""
     if value not in (0, 1):
         raise ValueError(f"the label {value!r}")
     return bool(value)
+
 
 def texts_of(value):
     """The texts in a record."""
@@ -213,6 +250,7 @@ def texts_of(value):
     elif isinstance(value, (list, dict)):
         for item in value.values() if isinstance(value, dict) else value:
             yield from texts_of(item)
+
 
 def split_train_test(n, ratio, seed=42):
     """Shuffled indices of a training and a test part, the latter round(n * ratio) long."""

@@ -1,4 +1,5 @@
 """Files: others', refused in one line, and ours, which appear whole. Words in tables."""
+
 import json
 import os
 import shutil
@@ -7,13 +8,16 @@ from contextlib import contextmanager
 
 CHECKSUMS = "checksums.json"
 
+
 def stop(message):
     raise SystemExit("error: " + " ".join(message.splitlines()))
+
 
 def choose(name, value, choices):
     """Stop unless the knob `name` has one of the values there are."""
     if value not in choices:
         stop(f"{name}={value!r}: choose one of {', '.join(choices)}")
+
 
 @contextmanager
 def untrusted(path, done="read"):
@@ -27,6 +31,7 @@ def untrusted(path, done="read"):
             raise
         words = " ".join(str(error).split()) or "it breaks off"
         stop(f"{os.fspath(path)!r} cannot be {done}: {type(error).__name__}: {words[:300]}")
+
 
 def read_json(folder, name):
     """The object in a json file; {} where there is no file."""
@@ -43,15 +48,18 @@ def read_json(folder, name):
         return {}
     stop(f"{os.path.join(folder, name)!r} is no JSON object")
 
+
 def write_json(value, folder, name):
     with whole_file(os.path.join(folder, name), encoding="utf-8") as f:
         json.dump(value, f, indent=2)
         f.write("\n")
 
+
 def make_folder(path):
     """Make a folder to write to: before there is anything that could be lost."""
     with untrusted(path, "made"):
         os.makedirs(path, exist_ok=True)
+
 
 @contextmanager
 def whole_file(path, mode="w", **text):
@@ -62,11 +70,13 @@ def whole_file(path, mode="w", **text):
         sync(path + ".tmp")
         os.replace(path + ".tmp", path)
 
+
 def sync(path):
     """Bring a file, or a folder's names, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)
+
 
 def checksum(path):
     """[a file's bytes, its CRC-32], which finds damage, not ill will, as fast as a disk reads."""
@@ -76,11 +86,19 @@ def checksum(path):
             crc = zlib.crc32(block, crc)
     return [os.path.getsize(path), crc]
 
+
 def put_folder(source, target, sums=None):
     """Put a finished folder in the place of `target`, with checksums: `sums`, or of its tensors."""
     names = sorted(os.listdir(source))
-    sums = {name: checksum(os.path.join(source, name)) for name in names
-            if name.endswith((".safetensors", ".npy", "report.json"))} if sums is None else sums
+    sums = (
+        {
+            name: checksum(os.path.join(source, name))
+            for name in names
+            if name.endswith((".safetensors", ".npy", "report.json"))
+        }
+        if sums is None
+        else sums
+    )
     write_json(sums, source, CHECKSUMS)
     for name in (*os.listdir(source), "."):
         sync(os.path.join(source, name))
@@ -91,6 +109,7 @@ def put_folder(source, target, sums=None):
     os.rename(source, target)
     sync(os.path.dirname(os.path.abspath(target)))
     shutil.rmtree(old, ignore_errors=True)
+
 
 def damage(folder, part=0, parts=1, replaced=False):
     """The first file that is not as put_folder() found it, or ''; replaced: length may differ."""
@@ -107,17 +126,20 @@ def damage(folder, part=0, parts=1, replaced=False):
         return name
     return ""
 
+
 def read_jsonl(path):
     """The rows of a file of ours; none where there is none. A line that broke off is left out."""
     with untrusted(path):
         lines = open(path, encoding="utf-8").readlines() if os.path.exists(path) else []
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
+
 def write_jsonl(rows, path):
     """Write rows to a file that appears when it is whole."""
     make_folder(os.path.dirname(os.path.abspath(path)))
     with whole_file(path, encoding="utf-8", errors="backslashreplace") as f:
         f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
 
 def table(rows):
     """Lines of a table: rows of cells, the first row being the head."""

@@ -3,6 +3,7 @@
 Everything downstream is arithmetic on what forward() returns for each token of packed sequences.
 
 Shapes: N packed tokens, B sequences, V vocabulary, D width, H heads, K kv heads, E head width."""
+
 import math
 from dataclasses import asdict, dataclass, field, fields
 import torch
@@ -12,12 +13,23 @@ from torch.utils.checkpoint import checkpoint
 from nanosafe import attention
 
 ROPES = "default", "linear", "llama3", "dynamic"
-SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "rms_norm_eps",
-         "num_attention_heads", "num_key_value_heads", "head_dim", "rope_theta")
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "rms_norm_eps",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "rope_theta",
+)
+
 
 @dataclass
 class Config:
     """A LLaMA's shape, under Hugging Face's key names."""
+
     vocab_size: int = 32000
     hidden_size: int = 4096
     intermediate_size: int = 11008
@@ -54,8 +66,13 @@ class Config:
         for f in fields(self):  # a stranger's config.json may say anything
             value, kind = getattr(self, f.name), (int, float) if f.type is float else f.type
             fits = isinstance(value, kind) and (value is not True or kind in (bool, object))
-            if value is not None and (not fits or f.name in SIZES and value <= 0
-                                      or f.name == "sliding_window" and value < 0):
+            if value is not None and (
+                not fits
+                or f.name in SIZES
+                and value <= 0
+                or f.name == "sliding_window"
+                and value < 0
+            ):
                 raise ValueError(f"{f.name} is {value!r}")
         for name, known in (("rope_type", ROPES), ("score_type", ("reward", "cost", "critic"))):
             if getattr(self, name) not in known:
@@ -90,13 +107,18 @@ class Config:
             d = dict(list(d.items())[:score])
         else:
             d.update(score_dim=1, bias=self.score_bias)
-        d["rope_parameters"] = {"rope_theta": self.rope_theta, "rope_type": "default",
-                                **(self.rope_scaling or {})}
+        d["rope_parameters"] = {
+            "rope_theta": self.rope_theta,
+            "rope_type": "default",
+            **(self.rope_scaling or {}),
+        }
         architecture = "LlamaForScore" if head == "score" else "LlamaForCausalLM"
         return {"architectures": [architecture], "model_type": "llama", "hidden_act": "silu", **d}
 
+
 class RMSNorm(nn.Module):
     """x / rms(x) * weight (arXiv:1910.07467). In float32, rounded once before the weight, as HF."""
+
     def __init__(self, width, eps):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
@@ -107,9 +129,11 @@ class RMSNorm(nn.Module):
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         return self.weight * F.rms_norm(x.float(), self.weight.shape, eps=self.eps).to(x.dtype)
 
+
 class Linear(nn.Linear):
     def forward(self, x):
         return linear(x, self.weight, self.bias)
+
 
 def linear(x, weight, bias=None):
     """x (n, D) @ weight.T + bias; a few rows on a CPU by oneDNN, there twice as fast as BLAS."""
@@ -117,6 +141,7 @@ def linear(x, weight, bias=None):
     if few and torch.backends.mkldnn.is_available() and not torch.is_grad_enabled():
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
+
 
 class Attention(nn.Module):
     def __init__(self, c):
@@ -131,8 +156,10 @@ class Attention(nn.Module):
         q, k = rotate(qk, cos, sin).split([self.H, self.K], dim=1)
         return self.o_proj(seqs.attend(q, k, v, cache).flatten(1).to(x.dtype))  # (N, D)
 
+
 class MLP(nn.Module):
     """SwiGLU (arXiv:2002.05202)."""
+
     def __init__(self, c):
         super().__init__()
         self.gate_up_proj = Linear(c.hidden_size, 2 * c.intermediate_size, bias=c.mlp_bias)
@@ -141,6 +168,7 @@ class MLP(nn.Module):
     def forward(self, x):
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
         return self.down_proj(F.silu(gate) * up)
+
 
 class Block(nn.Module):
     def __init__(self, c):
@@ -154,8 +182,10 @@ class Block(nn.Module):
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, seqs, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
+
 class LLaMA(nn.Module):
     """The decoder with head="lm" (next token's distribution), "score" (a number each) or "both"."""
+
     def __init__(self, config, head="lm"):
         super().__init__()
         c = self.config = config
@@ -218,8 +248,10 @@ class LLaMA(nn.Module):
     def check_length(self, length):
         c = self.config
         if c.rope_type == "dynamic" and length > c.max_position_embeddings:
-            raise SystemExit(f"error: {length} tokens, but beyond {c.max_position_embeddings} this "
-                             "model's RoPE is not known here: lower max_len or max_new_tokens")
+            raise SystemExit(
+                f"error: {length} tokens, but beyond {c.max_position_embeddings} this "
+                "model's RoPE is not known here: lower max_len or max_new_tokens"
+            )
 
     def vocabulary(self):
         """The matrix (V, D) whose rows score the next token."""
@@ -237,10 +269,12 @@ class LLaMA(nn.Module):
         mean = c.mean[0] if c.score_type == "reward" else 0.0  # a cost's zero is never shifted
         return (s - mean) / (math.sqrt(c.var[0]) + 1e-8)
 
+
 def rotate(x, cos, sin):
     """RoPE (arXiv:2104.09864) of x (N, heads, E): dimensions i and i + E/2 turn together."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
 
 def rope_frequencies(c):
     """Angle per position of each pair of dimensions (E/2,) float32, scaled as the config says."""
@@ -258,11 +292,13 @@ def rope_frequencies(c):
         return (1 - blend) * inv_freq / s["factor"] + blend * inv_freq
     return inv_freq  # "dynamic" acts beyond max_position_embeddings only
 
+
 class LogProbs(torch.autograd.Function):
     """log softmax(x @ weight.T / temperature)[targets] in blocks of the vocabulary: (N, V) logits
     never exist, those of a block stay in a CPU's cache, dweight is written once.
 
     The backward pass computes each block's logits again: one matrix product, 6 N V bytes less."""
+
     @staticmethod
     def forward(ctx, x, weight, targets, temperature):
         sums, logps = x.new_full((2, len(x)), -torch.inf, dtype=torch.float32)
@@ -289,11 +325,13 @@ class LogProbs(torch.autograd.Function):
             torch.mm(d.T, x, out=dweight[block])
         return dx.to(x.dtype), dweight, None, None
 
+
 class EvenLogProbs(torch.autograd.Function):
     """LogProbs for a loss that weighs them all alike (a mean): their sum's gradients are made in
     the same pass, a few rows at a time, and the backward pass scales them.
 
     Three matrix products with the vocabulary instead of four, and half the exponentials."""
+
     @staticmethod
     def forward(ctx, x, weight, targets, temperature):
         logps = torch.empty(len(x), device=x.device)
@@ -301,7 +339,7 @@ class EvenLogProbs(torch.autograd.Function):
         chunks = spans(len(x), len(weight), x, 32)
         memory = x.new_empty(len(x[chunks[0]]) if chunks else 0, len(weight))  # new pages are slow
         for rows in chunks:
-            logits = torch.mm(x[rows], weight.T, out=memory[:len(x[rows])]).float()
+            logits = torch.mm(x[rows], weight.T, out=memory[: len(x[rows])]).float()
             if temperature != 1:
                 logits /= temperature
             target, most = targets[rows, None], logits.amax(dim=1)
@@ -324,10 +362,12 @@ class EvenLogProbs(torch.autograd.Function):
                 x.mul_(grad[0])
         return *made, None, None
 
+
 def spans(count, width, x, mib):
     """Slices of `count` rows of `width` float32 numbers: of `mib` MiB on a CPU, 512 on a GPU."""
     size = max(1, (2**27 if x.is_cuda else mib * 2**18) // max(1, width))
     return [slice(i, i + size) for i in range(0, count, size)]
+
 
 def columns(targets, block):
     """Where in a block of the vocabulary each target (N,) is, (N, 1), and whether it is there."""

@@ -1,4 +1,5 @@
 """What a run tells: a progress bar, metrics.jsonl, and TensorBoard or W&B when asked."""
+
 import importlib.util
 import json
 import os
@@ -11,6 +12,7 @@ from nanosafe import parallel
 from nanosafe.advice import Watch
 from nanosafe.files import stop, untrusted, write_jsonl
 
+
 class Monitor:
     """Writes a row per optimizer step to out_dir/metrics.jsonl and a few numbers on a bar.
 
@@ -18,6 +20,7 @@ class Monitor:
     start     the step the run resumes at; rows from there on, left by a run that died, are dropped
     log_to    comma-separated: tensorboard, wandb
     shown     names of the metrics on the bar"""
+
     def __init__(self, out_dir, steps, start=0, log_to="", shown=(), config=None):
         self.main, self.shown, self.asked = parallel.rank() == 0, shown, 0.0
         for sig in (signal.SIGTERM, signal.SIGINT):
@@ -29,8 +32,13 @@ class Monitor:
         self.watch = Watch(config)
         for row in rows:  # what they say was said
             self.watch.see(row)
-        self.bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True,
-                        mininterval=0.2 if sys.stderr.isatty() else 10)  # a log needs few lines
+        self.bar = tqdm(
+            total=steps,
+            initial=start,
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=0.2 if sys.stderr.isatty() else 10,
+        )  # a log needs few lines
         names = filter(None, map(str.strip, log_to.split(",")))
         self.sinks = [sink(name, out_dir, config, start) for name in names]
 
@@ -38,8 +46,13 @@ class Monitor:
         """Record the metrics (name -> number) of optimizer step `step`."""
         if not self.main:
             return
-        row = {"step": step, **{name: x if isinstance(x, int) else float(f"{float(x):.8g}")
-                                for name, x in metrics.items()}}
+        row = {
+            "step": step,
+            **{
+                name: x if isinstance(x, int) else float(f"{float(x):.8g}")
+                for name, x in metrics.items()
+            },
+        }
         self.metrics.write(json.dumps(row) + "\n")
         for write, _ in self.sinks:
             write(step, row)
@@ -87,6 +100,7 @@ class Monitor:
                 finish()
         parallel.close()
 
+
 def sink(name, out_dir, config, start):
     """Two functions for TensorBoard or W&B: write(step, metrics) and finish()."""
     if name not in ("tensorboard", "wandb"):
@@ -95,12 +109,15 @@ def sink(name, out_dir, config, start):
         stop(f"log_to={name!r} is not installed: pip install {name}")
     if name == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
+
         writer = SummaryWriter(out_dir, purge_step=start)
         add = lambda step, row: [writer.add_scalar(key, value, step) for key, value in row.items()]
         return add, writer.close
     import wandb
+
     run = wandb.init(project="nanosafe", name=os.path.basename(out_dir), dir=out_dir, config=config)
     return lambda step, row: run.log(row, step=step), run.finish
+
 
 def reopen(path, start):
     """Open a jsonl file for appending, with the rows of steps before `start` kept; and these."""

@@ -1,16 +1,21 @@
 """How a model is moved: AdamW, the learning rate's course, and one guarded step."""
+
 import math
 import torch
 from nanosafe import parallel
 
 SCHEDULES = ("cosine", "linear", "constant")
 
+
 def adamw(model, weight_decay, beta1, beta2):
     """AdamW (arXiv:1711.05101) with decay on matrices only, not on norms and biases."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-              {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(groups, lr=0.0, betas=(beta1, beta2), eps=1e-8, fused=True)
+
 
 def learning_rate_at(step, steps, peak, schedule, warmup_ratio):
     """The learning rate of step 0 .. steps - 1: up from 0 over the warm-up, then as scheduled."""
@@ -20,6 +25,7 @@ def learning_rate_at(step, steps, peak, schedule, warmup_ratio):
     done = (step - warmup) / max(1, steps - warmup)
     fall = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}
     return peak * fall[schedule]
+
 
 def step(model, optimizer, lr, grad_clip, where=""):
     """Clip the gradients to norm `grad_clip` (0: do not), move the weights, clear the gradients.
@@ -33,13 +39,20 @@ def step(model, optimizer, lr, grad_clip, where=""):
             group["lr"] = lr
         optimizer.step()
     else:
-        bad = [name for name, p in model.named_parameters()
-               if p.grad is not None and not torch.isfinite(parallel.local(p.grad)).all()]
+        bad = [
+            name
+            for name, p in model.named_parameters()
+            if p.grad is not None and not torch.isfinite(parallel.local(p.grad)).all()
+        ]
         names = ", ".join(bad[:3]) + (" and more" if len(bad) > 3 else "")
-        print(f"warning: {where}, rank {parallel.rank()}: the gradient is not finite in "
-              f"{names or 'no tensor of this rank'}; the update is skipped", flush=True)
+        print(
+            f"warning: {where}, rank {parallel.rank()}: the gradient is not finite in "
+            f"{names or 'no tensor of this rank'}; the update is skipped",
+            flush=True,
+        )
     optimizer.zero_grad(set_to_none=True)
     return norm
+
 
 @torch.no_grad()
 def follow(average, model, decay):
@@ -47,10 +60,13 @@ def follow(average, model, decay):
     for (_, a), (_, p) in zip(parallel.parameters(average), parallel.parameters(model)):
         parallel.local(a.data).lerp_(parallel.local(p.data), 1 - decay)
 
+
 def count_skips(skips, limit, *norms):
     """Updates skipped so far, with those of the last `norms`; stops the run above `limit`."""
     skips += sum(not math.isfinite(norm) for norm in norms)
     if skips > limit:
-        raise SystemExit(f"error: {skips} updates had a non-finite gradient: lower the learning "
-                         "rate, or look for bad data")
+        raise SystemExit(
+            f"error: {skips} updates had a non-finite gradient: lower the learning "
+            "rate, or look for bad data"
+        )
     return skips

@@ -10,6 +10,7 @@ One mechanism serves every layout: FSDP2 over a mesh (replicate, shard). DDP is 
 whose gradients are averaged. FSDP is (1, N): every tensor cut into N row slices. HSDP is (nodes, N
 / nodes): slices inside a node, copies across. A single GPU that trains in bfloat16, with float32
 master weights and reduction, is (1, 1); a process that computes in float32 is left plain."""
+
 import os
 import sys
 from contextlib import contextmanager
@@ -18,8 +19,13 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import (CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy,
-                                    OffloadPolicy, fully_shard)
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor, Shard
 from nanosafe.files import choose, stop
 
@@ -27,11 +33,13 @@ MINUTES = float(os.environ.get("NANOSAFE_TIMEOUT") or 0) or 30  # to wait for a 
 WAIT = timedelta(minutes=MINUTES + 5)  # torch's own, which says less
 meshes, calls = {}, [0]  # calls: how many times this rank met the others
 
+
 class World(NamedTuple):
     rank: int
     size: int
     device: torch.device
     main: bool  # the rank that prints and writes
+
 
 def init(device="auto", knobs=None):
     """Join the processes that torchrun started, or be alone. device: auto | cpu | cuda.
@@ -51,6 +59,7 @@ def init(device="auto", knobs=None):
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
     if "RANK" in os.environ and not dist.is_initialized():
         from nanosafe import trouble
+
         store, *_ = next(dist.rendezvous("env://", timeout=WAIT))
         store = dist.PrefixStore(trouble.attempt(store, rank, size), store)
         join(device, store=store, rank=rank, world_size=size)
@@ -58,6 +67,7 @@ def init(device="auto", knobs=None):
 
     def leave(kind, error, trace):
         from nanosafe import trouble
+
         try:
             if said := trouble.explain(error, knobs or {}, size):
                 print(f"error: rank {rank}: {said}", file=sys.stderr, flush=True)
@@ -70,13 +80,16 @@ def init(device="auto", knobs=None):
     sys.excepthook = leave
     return World(rank, size, device, rank == 0)
 
+
 def join(device, **options):
     # gloo beside nccl: gradients that are offloaded to the CPU are reduced there
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=WAIT, **options)
 
+
 class Place(NamedTuple):
     """Where and how a model lives."""
+
     device: torch.device
     layout: str = "plain"  # plain | ddp | fsdp | hsdp
     dtype: torch.dtype = None  # of the parameters; None: that of the files
@@ -84,6 +97,7 @@ class Place(NamedTuple):
     offload: bool = False  # parameters wait in host memory
     use_compile: bool = False
     activation_checkpointing: bool = False
+
 
 def places(world, dtype, layout, offload, use_compile, activation_checkpointing, parameters):
     """The Place of trained models, and that of frozen ones, from a trainer's knobs.
@@ -93,8 +107,11 @@ def places(world, dtype, layout, offload, use_compile, activation_checkpointing,
     offload     none | frozen | all: which models wait in host memory (GPU only)
     parameters  how many are trained, over all models: decides what "auto" is"""
     on_gpu = world.device.type == "cuda"
-    known = {"auto": torch.bfloat16 if on_gpu else torch.float32, "bfloat16": torch.bfloat16,
-             "float32": torch.float32}
+    known = {
+        "auto": torch.bfloat16 if on_gpu else torch.float32,
+        "bfloat16": torch.bfloat16,
+        "float32": torch.float32,
+    }
     if dtype == "float16":
         stop("dtype='float16' overflows in RLHF training and is not supported: use bfloat16")
     choose("dtype", dtype, known)
@@ -109,12 +126,26 @@ def places(world, dtype, layout, offload, use_compile, activation_checkpointing,
         layout = "ddp" if 16 * parameters < 0.25 * room or world.size == 1 else "fsdp"
         if world.size == 1 and compute == torch.float32 and offload == "none":
             layout = "plain"
-    trained = Place(world.device, layout, torch.float32, compute, offload == "all" and on_gpu,
-                    use_compile and on_gpu, activation_checkpointing)
+    trained = Place(
+        world.device,
+        layout,
+        torch.float32,
+        compute,
+        offload == "all" and on_gpu,
+        use_compile and on_gpu,
+        activation_checkpointing,
+    )
     away = offload != "none" and on_gpu
-    frozen = Place(world.device, "plain" if layout == "ddp" and not away else layout, compute,
-                   compute, away, use_compile and on_gpu)
+    frozen = Place(
+        world.device,
+        "plain" if layout == "ddp" and not away else layout,
+        compute,
+        compute,
+        away,
+        use_compile and on_gpu,
+    )
     return trained, frozen
+
 
 def put(model, place):
     """Lay `model` (on the meta device) out over the ranks and take its memory, not yet filled.
@@ -128,8 +159,11 @@ def put(model, place):
     if not dist.is_initialized():  # a single GPU that wants mixed precision
         join(place.device, store=dist.HashStore(), rank=0, world_size=1)
     policy = MixedPrecisionPolicy(param_dtype=place.compute_dtype, reduce_dtype=torch.float32)
-    options = dict(mesh=mesh(place.layout, place.device.type), mp_policy=policy,
-                   offload_policy=CPUOffloadPolicy() if place.offload else OffloadPolicy())
+    options = dict(
+        mesh=mesh(place.layout, place.device.type),
+        mp_policy=policy,
+        offload_policy=CPUOffloadPolicy() if place.offload else OffloadPolicy(),
+    )
     for layer in model.layers:  # a layer is gathered when it is needed, and dropped after it
         fully_shard(layer, **options, reshard_after_forward=place.layout != "ddp")
     fully_shard(model, **options, reshard_after_forward=False)
@@ -137,8 +171,10 @@ def put(model, place):
     model.register_forward_pre_hook(meet, prepend=True)  # before it gathers its weights
     return model.to_empty(device="cpu" if place.offload else place.device)
 
+
 def meet(*_):
     calls[0] += 1
+
 
 def mesh(layout, device_type):
     """The (replicate, shard) mesh of a layout; DDP replicates everywhere, HSDP across nodes."""
@@ -153,6 +189,7 @@ def mesh(layout, device_type):
         flat = sharded == size  # there are no copies
         meshes[key] = init_device_mesh(device_type, sizes[flat:], mesh_dim_names=names[flat:])
     return meshes[key]
+
 
 @contextmanager
 def whole(model):
@@ -177,6 +214,7 @@ def whole(model):
         for part in parts:
             part.reshard()
 
+
 def backward(model, loss, last=True):
     """Back-propagate; over all ranks and calls gradients add up (FSDP takes the mean: the factor).
 
@@ -188,12 +226,14 @@ def backward(model, loss, last=True):
     meet()
     (loss * world_size()).backward()
 
+
 def parameters(model):
     """named_parameters() as this rank's slices: a forward without a backward gathers some."""
     for part in model.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
     return model.named_parameters()
+
 
 def local_rows(p):
     """(tensor, first row, row count, writer): this rank's part of `p`, and whether it saves it."""
@@ -209,24 +249,30 @@ def local_rows(p):
     local = p.data.to_local()
     return local, start, len(local), writer
 
+
 def local(tensor):
     """This rank's slice of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
+
 def full(p):
     """The whole of a parameter, on every rank. A collective."""
     return p.data.full_tensor() if isinstance(p, DTensor) else p.data
+
 
 def grad_norm(parameters):
     """The 2-norm of all gradients over all ranks, as a float32 scalar tensor."""
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
+
 def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
+
 def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
+
 
 def add(tensor):
     """Sum a tensor over ranks, in place. Of what is 0 on all ranks but one, that is a gather."""
@@ -234,6 +280,7 @@ def add(tensor):
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
+
 
 def union(lists, mine, count):
     """All `count` lists on every rank, of which this one brings those at indices `mine`."""
@@ -244,14 +291,17 @@ def union(lists, mine, count):
     whose = dict(pair for part in parts for pair in zip(*part))
     return [whose[i] for i in range(count)]
 
+
 def any_rank(flag, device):
     """Whether `flag` holds on at least one rank: so that all stop, or skip, at the same step."""
     return bool(add(torch.tensor(float(flag), device=device)) > 0)
+
 
 def barrier():
     meet()
     if world_size() > 1:
         dist.barrier()
+
 
 @contextmanager
 def main_first():
@@ -261,6 +311,7 @@ def main_first():
     yield
     if rank() == 0:
         barrier()
+
 
 def close(leave=True):
     """Leave the group, and the process, which else goes on alone: what a script does last."""

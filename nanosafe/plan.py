@@ -7,6 +7,7 @@ Behind the script: its config files and flags, and the five below.
 The roofline is arithmetic: matrix products at the data sheet's rate, bytes of memory and of links
 at theirs, the slowest of the three for each phase. `expected` divides by SHARES, which on a GPU
 are assumptions (docs/benchmarks.md names their sources); on a CPU two blocks are tried."""
+
 import ast
 import math
 import os
@@ -36,23 +37,28 @@ SHARES, SHAPES = TABLES["shares"], TABLES["shapes"]
 NODE = 8  # GPUs in a node
 RESERVED = 2.5  # GB for CUDA, NCCL's buffers and what fragments; on a CPU for others
 
+
 def model_tensors(c, head):
     """(rows, columns) of a block's tensors, and of those outside the blocks."""
     with torch.device("meta"):
         model = LLaMA(replace(c, num_hidden_layers=1), head)
-    block, every = (Counter((len(p), p[0].numel()) for p in part.parameters())
-                    for part in (model.layers, model))
+    block, every = (
+        Counter((len(p), p[0].numel()) for p in part.parameters()) for part in (model.layers, model)
+    )
     return list(block.elements()), list((every - block).elements())
+
 
 def size(tensors, ranks=1):
     """Numbers in tensors whose rows are dealt to ranks: the first rank's part, the largest."""
     return sum(math.ceil(rows / ranks) * columns for rows, columns in tensors)
+
 
 class Run:
     """A trainer's resolved knobs on `gpus` GPUs of a kind: its memory and its phases.
 
     k  the knobs (dict); c  the policy's Config; a scorer and a critic have the same shape
     reached  the shares of the roofline that this machine reaches, by kind of phase, or None"""
+
     def __init__(self, knobs, config, gpu, gpus, length=0, response=0, reached=None):
         self.k, self.c, self.gpu, self.gpus, self.reached = knobs, config, gpu, gpus, reached
         self.cpu = gpu.link == 0
@@ -76,8 +82,11 @@ class Run:
         self.shards = {"ddp": 1, "fsdp": gpus, "hsdp": min(gpus, NODE)}[layout]
         self.frozen_shards = 1 if layout == "ddp" and knobs["offload"] == "none" else self.shards
         pairs = score or knobs.get("objective") in ("dpo", "ipo")
-        self.sequences = (knobs["rollout_size"] * knobs["num_samples"] if self.ppo else
-                          knobs["batch_size"] * (1 + pairs))
+        self.sequences = (
+            knobs["rollout_size"] * knobs["num_samples"]
+            if self.ppo
+            else knobs["batch_size"] * (1 + pairs)
+        )
         self.tokens = math.ceil(math.ceil(self.sequences / gpus) * self.length)  # of a rank
         self.micros = math.ceil(self.tokens / knobs["max_tokens"])
 
@@ -94,16 +103,23 @@ class Run:
         block, outside = self.shapes["lm"]
         P = self.local(self.trained, self.shards)
         away, gone = k["offload"] == "all" and not self.cpu, k["offload"] != "none" and not self.cpu
-        always = [("weights, float32", 0 if away else 4 * P, "gpus, offload=all"),
-                  ("AdamW's moments", 0 if away else 8 * P, "gpus, offload=all"),
-                  ("frozen models", 0 if gone else b * self.local(self.frozen, self.frozen_shards),
-                   "gpus, offload=frozen")]
+        always = [
+            ("weights, float32", 0 if away else 4 * P, "gpus, offload=all"),
+            ("AdamW's moments", 0 if away else 8 * P, "gpus, offload=all"),
+            (
+                "frozen models",
+                0 if gone else b * self.local(self.frozen, self.frozen_shards),
+                "gpus, offload=frozen",
+            ),
+        ]
         if self.cpu:
             always.append(("Python and its libraries", 7e8 if torch.version.cuda else 3e8, "-"))
         if not self.plain:  # two blocks at a time, and what is outside them, whole
             always.append(("gathered blocks", b * (size(outside) + 2 * size(block)), "-"))
-        train = [("gradients, float32", 0 if away else 4 * P, "gpus"),
-                 ("activations", self.activations(), "max_tokens, activation_checkpointing")]
+        train = [
+            ("gradients, float32", 0 if away else 4 * P, "gpus"),
+            ("activations", self.activations(), "max_tokens, activation_checkpointing"),
+        ]
         chunk = 2 * (32 * 2**20 if self.cpu else 2**29) if self.trained[0] == "lm" else 0
         dense = c.vocab_size * c.hidden_size * (8 if self.plain else b + 4)
         train.append(("logits and vocabulary gradients", chunk + dense, "-"))
@@ -116,8 +132,15 @@ class Run:
         live = min(k["slots"] or 256, math.ceil(self.sequences / self.gpus))
         cache = live * row * math.ceil(k["max_len"] / 64) * 64
         logits = 3 * 4 * live * c.vocab_size
-        return always, train, [("inference copy", copy, "-"), ("KV cache", cache, "slots, max_len"),
-                               ("sampler's logits", logits, "slots")]
+        return (
+            always,
+            train,
+            [
+                ("inference copy", copy, "-"),
+                ("KV cache", cache, "slots, max_len"),
+                ("sampler's logits", logits, "slots"),
+            ],
+        )
 
     def activations(self):
         """What a micro-batch keeps for its backward pass; numbers per token and block, counted."""
@@ -141,7 +164,7 @@ class Run:
             return [self.train("step", self.trained[0], N, answers, k["objective"] == "mle")]
         phases = self.sample()
         heads = [("old log-probs", "lm", self.shards), ("reference", "lm", self.frozen_shards)]
-        for name in ("reward", "cost")[:len(self.frozen) - 1]:
+        for name in ("reward", "cost")[: len(self.frozen) - 1]:
             heads.append((name, "score", self.frozen_shards))
             if len(self.trained) > 1:
                 heads.append((name + " values", "score", self.shards))
@@ -206,8 +229,11 @@ class Run:
         """[(phase, matrix, bandwidth, link, roofline, expected)] in seconds."""
         rows = []
         for name, kind, flops, moved, traffic, shards in phases or self.phases():
-            times = (flops / self.gpu.matrix / 1e12, moved / self.gpu.bandwidth / 1e9,
-                     self.link(traffic, shards))
+            times = (
+                flops / self.gpu.matrix / 1e12,
+                moved / self.gpu.bandwidth / 1e9,
+                self.link(traffic, shards),
+            )
             shares = [self.reached[kind]] * 3 if self.reached else SHARES.values()
             expected = max(seconds / share for seconds, share in zip(times, shares))
             rows.append((name, *times, max(times), expected))
@@ -224,8 +250,10 @@ class Run:
         n, m = shards, self.gpus // shards
         return ((gathers + scatters) * (n - 1) / n / ring + 2 * copies * (m - 1) / m / across) / 1e9
 
+
 def fits(run):
     return max(run.peaks()) / 1e9 <= run.gpu.memory - RESERVED
+
 
 def nearest(make, knobs, gpus):
     """The first change, from cheap to dear, with which a run fits: what, and that Run."""
@@ -238,31 +266,56 @@ def nearest(make, knobs, gpus):
             return " ".join(f"--{key}={x}" for key, x in {**new, "gpus": run.gpus}.items()), run
     return None, None
 
+
 def report(run, make):
     """Print the tables of a Run; make(knobs, gpus) gives others to try."""
     gb = lambda x: f"{x / 1e9:.2f}"
-    print(f"\n{run.layout} over {run.gpus}, {len(run.trained)} models trained, {len(run.frozen)} "
-          f"frozen, {run.sequences} sequences of {run.length} tokens, {run.micros} micro-batches "
-          f"of at most {run.k['max_tokens']} tokens on each rank\n")
+    print(
+        f"\n{run.layout} over {run.gpus}, {len(run.trained)} models trained, {len(run.frozen)} "
+        f"frozen, {run.sequences} sequences of {run.length} tokens, {run.micros} micro-batches "
+        f"of at most {run.k['max_tokens']} tokens on each rank\n"
+    )
     rows = [["memory per GPU, GB", "training", "sampling", "what changes it"]]
     for i, parts in enumerate(run.memory()):
-        rows += [[name, gb(x) if i < 2 else "", gb(x) if run.ppo and i != 1 else "", knob]
-                 for name, x, knob in parts]
+        rows += [
+            [name, gb(x) if i < 2 else "", gb(x) if run.ppo and i != 1 else "", knob]
+            for name, x, knob in parts
+        ]
     peaks = run.peaks()
-    print(table([*rows, ["all", gb(peaks[0]), gb(peaks[1]) if run.ppo else "",
-                         f"of {run.gpu.memory:.1f} GB"]]))
+    print(
+        table(
+            [
+                *rows,
+                [
+                    "all",
+                    gb(peaks[0]),
+                    gb(peaks[1]) if run.ppo else "",
+                    f"of {run.gpu.memory:.1f} GB",
+                ],
+            ]
+        )
+    )
     timed = run.seconds()
     total = ["all", *(sum(column) for column in list(zip(*timed))[1:])]
     shown = [[name, *(f"{x:.3g}" for x in numbers)] for name, *numbers in [*timed, total]]
     shown.insert(0, ["seconds", "matrix", "bandwidth", "link", "roofline", "expected"])
     rate = run.sequences / total[-1]
-    print("\n" + table(shown) + f"\n\n{rate:.2f} sequences/s, {rate * run.length:.0f} "
-          f"tokens/s expected; {total[-1] / total[-2]:.2f}x the roofline")
+    print(
+        "\n" + table(shown) + f"\n\n{rate:.2f} sequences/s, {rate * run.length:.0f} "
+        f"tokens/s expected; {total[-1] / total[-2]:.2f}x the roofline"
+    )
     if not fits(run):
         change, other = nearest(make, run.k, run.gpus)
-        print("it does not fit" + (f"; with {change} it does: {max(other.peaks()) / 1e9:.1f} GB, "
-                                   f"{sum(x[-1] for x in other.seconds()):.1f} s" if other else
-                                   ", nor on 128 times the GPUs: take a smaller model"))
+        print(
+            "it does not fit"
+            + (
+                f"; with {change} it does: {max(other.peaks()) / 1e9:.1f} GB, "
+                f"{sum(x[-1] for x in other.seconds()):.1f} s"
+                if other
+                else ", nor on 128 times the GPUs: take a smaller model"
+            )
+        )
+
 
 def read_knobs(script, arguments):
     """A script's knobs as it would resolve them; nothing of it runs but their assignments."""
@@ -278,6 +331,7 @@ def read_knobs(script, arguments):
     sys.argv = [script, *arguments]
     return configurator.configure(space, globals())
 
+
 def read_shape(knobs):
     """The policy's Config: of the model folder, or of a named shape."""
     shape, path = knobs["shape"], knobs.get("actor_model") or knobs["init_from"]
@@ -290,9 +344,11 @@ def read_shape(knobs):
         stop(f"no model at {path!r}: say --shape=, one of {', '.join(SHAPES)}")
     return Config(32000, *SHAPES[name])
 
+
 def timed(work, **names):
     timer = Timer(work, globals=names, num_threads=torch.get_num_threads())
     return timer.blocked_autorange(min_run_time=0.5).median
+
 
 def this_machine(device="cpu", dtype="float32"):
     """A GPU's row for this machine: its memory, and what it does in a second, measured."""
@@ -300,10 +356,19 @@ def this_machine(device="cpu", dtype="float32"):
     x, y = torch.randn(n, n, device=device), torch.randn(2**25, device=device)
     x, z = x.bfloat16() if dtype == "bfloat16" else x, torch.empty_like(y)
     product, copy = timed("x @ x", x=x), timed("z.copy_(y)", y=y, z=z)
-    memory = (os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if device == "cpu" else
-              torch.cuda.mem_get_info()[1])
-    return GPU(memory / 1e9, 2 * n**3 / product / 1e12, 2 * y.nbytes / copy / 1e9,
-               0 if device == "cpu" else 1, 1)
+    memory = (
+        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if device == "cpu"
+        else torch.cuda.mem_get_info()[1]
+    )
+    return GPU(
+        memory / 1e9,
+        2 * n**3 / product / 1e12,
+        2 * y.nbytes / copy / 1e9,
+        0 if device == "cpu" else 1,
+        1,
+    )
+
 
 def measure(run):
     """The shares of the roofline that this CPU reaches when it trains, reads and samples: with as
@@ -323,11 +388,14 @@ def measure(run):
     work = {"train": (train, [small.train("", "lm", *counts, even, update=False)])}
     if run.ppo:
         work["read"] = torch.no_grad()(lambda: model(*batch)), [small.read("", "lm", *counts, 1)]
-        prompts = [t[:math.ceil(len(t) * (1 - share))].tolist() for t in texts]
+        prompts = [t[: math.ceil(len(t) * (1 - share))].tolist() for t in texts]
         limit = math.ceil(run.response)
         work["sample"] = lambda: generate(model, prompts, limit, eos_ids=[], seed=0), small.sample()
-    return {kind: sum(row[4] for row in small.seconds(phases)) / timed("f()", f=f)
-            for kind, (f, phases) in work.items()}
+    return {
+        kind: sum(row[4] for row in small.seconds(phases)) / timed("f()", f=f)
+        for kind, (f, phases) in work.items()
+    }
+
 
 def main(arguments):
     if not arguments:
@@ -336,10 +404,12 @@ def main(arguments):
     choose("gpu", knobs["gpu"], (*GPUS, "cpu"))
     config, here = read_shape(knobs), knobs["gpu"] == "cpu"
     kind = this_machine(dtype=knobs["dtype"]) if here else GPUS[knobs["gpu"]]
-    make = lambda knobs, gpus, *more: Run(knobs, config, kind, gpus, knobs["length"],
-                                          knobs["response"], *more)
+    make = lambda knobs, gpus, *more: Run(
+        knobs, config, kind, gpus, knobs["length"], knobs["response"], *more
+    )
     run = make(knobs, knobs["gpus"] or (1 if here else NODE))
     report(make(knobs, run.gpus, measure(run)) if here else run, make)
+
 
 if __name__ == "__main__":
     main(sys.argv[1:])

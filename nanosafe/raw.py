@@ -1,4 +1,5 @@
 """Files of rows as publishers have them: compressed, or one large JSON list."""
+
 import gzip
 import io
 import json
@@ -8,8 +9,11 @@ import zipfile
 from nanosafe.files import stop
 from nanosafe.rows import Row, parse
 
-PARQUET = ("python -c \"import pandas as pd; pd.read_parquet('IN.parquet').to_json("
-           "'OUT.jsonl', orient='records', lines=True)\"")
+PARQUET = (
+    "python -c \"import pandas as pd; pd.read_parquet('IN.parquet').to_json("
+    "'OUT.jsonl', orient='records', lines=True)\""
+)
+
 
 def open_text(path):
     """A text file, opened through its compression (.gz, .xz, .zip of one), and its name without."""
@@ -18,14 +22,18 @@ def open_text(path):
             return module.open(path, "rt", encoding="utf-8-sig"), path[:-3]
     if path.endswith(".zip"):
         archive = zipfile.ZipFile(path)
-        names = [name for name in archive.namelist()
-                 if name.endswith((".json", ".jsonl")) and not name.startswith("__MACOSX")]
+        names = [
+            name
+            for name in archive.namelist()
+            if name.endswith((".json", ".jsonl")) and not name.startswith("__MACOSX")
+        ]
         if len(names) != 1:
             stop(f"{path!r} holds {len(names)} files of rows, not one: unpack it")
         return io.TextIOWrapper(archive.open(names[0]), encoding="utf-8-sig"), names[0]
     if path.endswith(".parquet"):
         stop(f"{path!r}: parquet is not read here; convert it with {PARQUET}")
     return open(path, encoding="utf-8-sig"), path
+
 
 def read(path):
     """The Rows of a file, compressed or not, of lines or one list."""
@@ -36,6 +44,7 @@ def read(path):
                 yield Row(value if isinstance(value, dict) else None, path, i)
         else:
             yield from parse(f, path)
+
 
 def json_items(f, path):
     """The items of a JSON list in a text file, which is never in memory whole."""
@@ -54,4 +63,4 @@ def json_items(f, path):
         elif more := f.read(size):
             buffer, at, size = buffer[at:] + more, 0, 2 * size
         else:
-            stop(f"{path!r} breaks off, or is no JSON list, at {buffer[at:at + 40]!r}")
+            stop(f"{path!r} breaks off, or is no JSON list, at {buffer[at : at + 40]!r}")

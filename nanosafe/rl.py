@@ -3,9 +3,11 @@
 Shapes: B responses, R response positions, float32 and right-padded; `mask` is 1 on a response's own
 tokens, the end-of-sequence token included. Position t of logps, values, rewards and advantages
 belongs to the response's t-th token: log p of emitting it, and the value of the state before it."""
+
 import math
 from collections import deque
 import torch
+
 
 def shaped_rewards(scores, logps, ref_logps, mask, kl_coef, clip_score):
     """Per-token rewards: -kl_coef * (logp - ref_logp), the score on the last token added, clipped.
@@ -13,15 +15,18 @@ def shaped_rewards(scores, logps, ref_logps, mask, kl_coef, clip_score):
     scores (B,): the reward model's. clip_score bounds the sum, at every position. -> (B, R)"""
     return shape(scores, -kl_coef * (logps - ref_logps), mask, clip_score)
 
+
 def shaped_costs(scores, logps, ref_logps, mask, kl_coef, clip_score):
     """Per-token costs: the same with +kl_coef. So the mixed advantage has it at every lambda."""
     return shape(scores, kl_coef * (logps - ref_logps), mask, clip_score)
+
 
 def shape(scores, penalty, mask, clip_score):
     lengths = mask.sum(dim=1).long()
     last = torch.arange(mask.shape[1], device=mask.device) == (lengths - 1)[:, None]  # (B, R)
     rewards = torch.where(last, penalty + scores[:, None], penalty).clamp(-clip_score, clip_score)
     return torch.where(mask.bool(), rewards, 0.0)
+
 
 def gae(rewards, values, mask, gamma, gae_lambda):
     """Generalised advantage estimation (arXiv:1506.02438 Eq. 16) -> advantages, returns (B, R).
@@ -38,6 +43,7 @@ def gae(rewards, values, mask, gamma, gae_lambda):
         advantages[:, t] = next_advantage
     return advantages, advantages + values
 
+
 def group_advantages(returns, mask, samples, kind):
     """Advantages without a critic: a response against the others to its prompt -> (B, R).
 
@@ -48,12 +54,15 @@ def group_advantages(returns, mask, samples, kind):
     scale = samples / (samples - 1) if kind == "rloo" else 1 / (groups.std(1, keepdim=True) + 1e-6)
     return (centred * scale).view(-1, 1) * mask
 
+
 def normalize(advantages, mask):
     """Advantages (B, R) less their mean over all tokens, over their standard deviation."""
     x = advantages[mask.bool()]
     return (advantages - x.mean()) / (x.std(correction=0) + 1e-8) * mask
 
+
 SCALINGS = ("none", "std", "mean_std", "first")
+
 
 def scaled(scores, moments, scaling, clip):
     """Scores (B,) over the standard deviation of all so far, these included ("mean_std": less the
@@ -65,13 +74,16 @@ def scaled(scores, moments, scaling, clip):
         scores = scores / (math.sqrt(moments.var) + 1e-8)
     return scores.clamp(-clip, clip)
 
+
 def adapted(kl_coef, kl, target, responses, horizon):
     """The KL weight after `responses` more that were `kl` nats away. arXiv:1909.08593 Sec. 2.2."""
     return kl_coef * (1 + max(-0.2, min(0.2, kl / target - 1)) * responses / horizon)
 
+
 def mix_advantages(reward_adv, cost_adv, lambda_):
     """(A_r - lambda A_c) / (1 + lambda): the Lagrangian's gradient. arXiv:2310.12773 Eq. 29."""
     return (reward_adv - lambda_ * cost_adv) / (1 + lambda_)
+
 
 class LagrangeMultiplier:
     """Gradient ascent on log lambda: lambda grows while the recent mean cost is above the limit.
@@ -82,6 +94,7 @@ class LagrangeMultiplier:
     lr         step on log lambda; 0 keeps lambda at init, which is fixed reward shaping
     window     responses over which J_C is the mean
     delay      updates to sit out before the first"""
+
     def __init__(self, init, lr, max, window, delay):
         self.log_lambda = math.log(init)
         self.lr, self.log_max, self.delay = lr, math.log(max) if max > 0 else math.inf, delay
@@ -115,8 +128,10 @@ class LagrangeMultiplier:
     def load_state_dict(self, state):
         vars(self).update(state, costs=deque(state["costs"], self.costs.maxlen))
 
+
 class RunningMeanStd:
     """Mean and variance of all scores seen. Batch variances are unbiased, as in Safe-RLHF."""
+
     def __init__(self, mean=0.0, var=1.0, count=0):
         self.mean, self.var, self.count = mean, var, count
 
@@ -127,8 +142,10 @@ class RunningMeanStd:
         self.var = (self.var * self.count + var * n + delta**2 * self.count * n / total) / total
         self.count = total
 
+
 class ExponentialMovingAverage(RunningMeanStd):
     """Mean and variance that forget: `momentum` weighs what was known before."""
+
     def __init__(self, momentum, mean=0.0, var=1.0, count=0):
         super().__init__(mean, var, count)
         self.momentum = momentum
@@ -138,6 +155,7 @@ class ExponentialMovingAverage(RunningMeanStd):
         self.mean = self.momentum * self.mean + (1 - self.momentum) * mean
         self.var = self.momentum * self.var + (1 - self.momentum) * var
         self.count += n
+
 
 def batch_moments(x):
     x = torch.as_tensor(x, dtype=torch.float64)

@@ -9,6 +9,7 @@ position), turned into a token by the inverse of the cumulative distribution: th
 the same response whatever the batch, the slots or the rank (up to ties in floating point).
 
 Shapes: n live rows, S slots, V vocabulary, R = max_new_tokens."""
+
 import torch
 from nanosafe import attention
 from nanosafe.model import linear
@@ -18,9 +19,24 @@ MASK64 = 2**64 - 1
 PREFILL_TOKENS = 8192  # packed prompt tokens per prefill on a GPU; on a CPU an eighth
 GROUP = 16  # rows that on a CPU read as much of the cache as the longest of them
 
+
 @torch.no_grad()
-def generate(model, prompts, max_new_tokens, *, temperature=1.0, top_k=0, top_p=1.0, eos_ids, seed,
-             uids=None, slots=0, banned=(), on_finish=None, on_token=None):
+def generate(
+    model,
+    prompts,
+    max_new_tokens,
+    *,
+    temperature=1.0,
+    top_k=0,
+    top_p=1.0,
+    eos_ids,
+    seed,
+    uids=None,
+    slots=0,
+    banned=(),
+    on_finish=None,
+    on_token=None,
+):
     """Sample one response for each prompt.
 
     model           LLaMA with head "lm", its parameters whole on one device
@@ -52,6 +68,7 @@ def generate(model, prompts, max_new_tokens, *, temperature=1.0, top_k=0, top_p=
             work.accept(engine.step(len(work.live)), 0)
     return work.responses
 
+
 def sample_all(model, prompts, world, max_new_tokens, uids=None, **sampling):
     """generate() over all ranks, each sampling its share: every rank has all responses."""
     every, share = range(len(prompts)), slice(world.rank, None, world.size)
@@ -60,8 +77,10 @@ def sample_all(model, prompts, world, max_new_tokens, uids=None, **sampling):
         sampled = generate(policy, prompts[share], limits, uids=(uids or every)[share], **sampling)
     return union(sampled, every[share], len(prompts))
 
+
 class Work:
     """The host's side: which prompt is in which row, and what its response is so far."""
+
     def __init__(self, engine, prompts, keys, limits, eos, on_finish, on_token):
         self.engine, self.prompts, self.keys = engine, prompts, keys
         self.limits, self.eos = limits, eos
@@ -80,8 +99,9 @@ class Work:
                 count += len(self.prompts[self.waiting[-1]])
                 self.live.append(self.waiting.pop())
             new = self.live[first:]
-            tokens = self.engine.prefill(first, [self.prompts[i] for i in new],
-                                         [self.keys[i] for i in new])
+            tokens = self.engine.prefill(
+                first, [self.prompts[i] for i in new], [self.keys[i] for i in new]
+            )
             self.accept(tokens, first)
 
     def accept(self, tokens, first):
@@ -98,8 +118,10 @@ class Work:
                 if self.on_finish:
                     self.on_finish()
 
+
 class Engine:
     """The device's side: a cache of S rows, each one's next token, position, key."""
+
     def __init__(self, model, slots, wanted, length, sampling):
         c, weight = model.config, model.embed_tokens.weight
         self.model, self.device = model, weight.device
@@ -136,8 +158,9 @@ class Engine:
         self.keys[rows] = ints([key - 2**64 if key >= 2**63 else key for key in keys])
         self.positions[rows] = lengths
         self.prompt_lengths[rows] = lengths
-        self.tokens[rows] = sample(linear(x, self.head), self.keys[rows],
-                                   torch.zeros_like(lengths), *self.sampling)
+        self.tokens[rows] = sample(
+            linear(x, self.head), self.keys[rows], torch.zeros_like(lengths), *self.sampling
+        )
         for row, prompt in enumerate(prompts, start=first):
             self.extents[row] = len(prompt) + 1
         return self.tokens[rows].tolist()
@@ -156,8 +179,10 @@ class Engine:
     def decode(self, n, parts):
         """One token for the first n rows, whose `parts`, (rows, extent), see that many keys."""
         positions = self.positions[:n]
-        groups = [(rows, (self.columns[:extent] <= positions[rows, None])[:, None, None])
-                  for rows, extent in parts]  # masks (rows, 1, 1, extent)
+        groups = [
+            (rows, (self.columns[:extent] <= positions[rows, None])[:, None, None])
+            for rows, extent in parts
+        ]  # masks (rows, 1, 1, extent)
         step = attention.Step(positions, self.rows[:n], groups)
         logits = linear(self.model.hidden(self.tokens[:n], step, self.caches), self.head)
         index = positions - self.prompt_lengths[:n] + 1
@@ -193,6 +218,7 @@ class Engine:
             x[target] = x[source]
         self.extents[target] = extent
 
+
 def sample(logits, keys, index, temperature, top_k, top_p, banned):
     """Tokens (n,) from logits (n, V): the index-th draw of each row's key."""
     logits = logits.index_fill(1, banned, -torch.inf) if len(banned) else logits
@@ -203,6 +229,7 @@ def sample(logits, keys, index, temperature, top_k, top_p, banned):
     if top_k or top_p < 1:
         weights = filter_probs(weights / weights.sum(dim=-1, keepdim=True), top_k, top_p)
     return inverse_cdf(weights, uniforms(keys, index))
+
 
 def filter_probs(probs, top_k, top_p):
     """Zero what is outside the top_k likeliest, then outside the fewest with top_p of the rest."""
@@ -215,6 +242,7 @@ def filter_probs(probs, top_k, top_p):
         outside = ordered.cumsum(dim=-1) - ordered >= top_p  # the likeliest is always inside
         probs = probs.scatter(1, order, torch.where(outside, 0.0, ordered))
     return probs
+
 
 def inverse_cdf(probs, u):
     """The token at which the cumulative sum of probs (n, V) passes u (n,) of the total."""
@@ -234,6 +262,7 @@ def inverse_cdf(probs, u):
     last = ((inside > 0) * places).amax(dim=-1, keepdim=True) - 1
     return (which * block + torch.minimum(token, last.clamp(min=0))).squeeze(1)
 
+
 def hash64(*numbers):
     """A 64-bit hash of whole numbers, on the host (splitmix64's finaliser, chained)."""
     h = 0
@@ -244,12 +273,13 @@ def hash64(*numbers):
         h ^= h >> 31
     return h
 
+
 def uniforms(keys, index):
     """Uniform numbers in [0, 1), float64 (n,): the same finaliser over key + index * golden ratio.
 
     Tensors have signed 64-bit integers only: products wrap, right shifts mask sign bits off."""
     signed = lambda x: x - 2**64 if x >= 2**63 else x
-    shift = lambda x, k: (x >> k) & (2**(64 - k) - 1)
+    shift = lambda x, k: (x >> k) & (2 ** (64 - k) - 1)
     h = keys + (index + 1) * signed(0x9E3779B97F4A7C15)
     h = (h ^ shift(h, 30)) * signed(0xBF58476D1CE4E5B9)
     h = (h ^ shift(h, 27)) * signed(0x94D049BB133111EB)

@@ -5,6 +5,7 @@
     FOLDER, FILE.py:NAME   a cost model's score, or what a function of your own makes of a text
 
 $ python -m nanosafe.scorers SCORER IN.jsonl OUT.jsonl   # adds texts, scores, avg_score to rows"""
+
 import importlib.util
 import math
 import os
@@ -23,6 +24,7 @@ from nanosafe.rows import read_rows
 
 with open(os.path.join(os.path.dirname(__file__), "pii.txt"), encoding="utf-8") as f:
     PII = dict(line.rstrip("\n").split(": ", 1) for line in f)  # kind -> regular expression
+
 
 def load(name, world):
     """A scorer: a function from a list of texts to a list of scores."""
@@ -46,6 +48,7 @@ def load(name, world):
         return ScoreModel(name, world)
     stop(f"scorer {name!r}: choose pii, pep8, toxicity, a cost model's folder, or FILE.py:NAME")
 
+
 def find_pii(text):
     """[(kind, what was found)], what lies inside another find not counted again."""
     found = []
@@ -56,9 +59,11 @@ def find_pii(text):
                 found.append((kind, match))
     return [(kind, match[0]) for kind, match in found]
 
+
 def luhn(number):
     digits = [int(d) for d in reversed(number) if d.isdigit()]
     return sum(sum(divmod(2 * d, 10)) if i % 2 else d for i, d in enumerate(digits)) % 10 == 0
+
 
 def pep8():
     """A function that counts the violations of PEP 8 that pycodestyle finds in a text."""
@@ -69,6 +74,7 @@ def pep8():
     options = pycodestyle.StyleGuide(reporter=pycodestyle.BaseReport).options
     return lambda text: pycodestyle.Checker("text", text.splitlines(True), options).check_all()
 
+
 def module_at(path):
     """A Python file as a module: yours, for it is executed."""
     if not os.path.isfile(path):
@@ -78,18 +84,22 @@ def module_at(path):
     spec.loader.exec_module(module)
     return module
 
+
 class ScoreModel:
     """A reward or cost model, which scores texts, or token ids of any tokenizer, at their ends."""
+
     def __init__(self, path, world, dtype=None, max_tokens=8192):
         self.tok, self.world, self.max_tokens = tokenizer.load(path), world, max_tokens
         if "score_head.weight" not in Folder(path).tensors:
             stop(f"{path!r} is a policy: it has no score head")
-        self.model = checkpoint.load(path, "score", dtype=dtype, device=world.device,
-                                     vocab_size=self.tok.vocab_size)
+        self.model = checkpoint.load(
+            path, "score", dtype=dtype, device=world.device, vocab_size=self.tok.vocab_size
+        )
 
     def __call__(self, texts):
-        return self.score([self.tok.encode(text, bos=True, eos=True, allow_special=False)
-                           for text in texts])
+        return self.score(
+            [self.tok.encode(text, bos=True, eos=True, allow_special=False) for text in texts]
+        )
 
     @torch.no_grad()
     def score(self, ids, source=None):
@@ -99,26 +109,32 @@ class ScoreModel:
         lengths = [len(x) for x in ids]
         scores = torch.zeros(len(ids), device=self.world.device)
         micros = plan(lengths, max(self.max_tokens, *lengths), 1)[0]  # the same for all ranks
-        for micro in micros[self.world.rank::self.world.size]:
-            batch = collate([ids[i] for i in micro], [[0] * lengths[i] for i in micro],
-                            self.world.device)
+        for micro in micros[self.world.rank :: self.world.size]:
+            batch = collate(
+                [ids[i] for i in micro], [[0] * lengths[i] for i in micro], self.world.device
+            )
             scores[micro] = self.model(*batch[:3])[batch.cu_seqlens[1:].long() - 1]
         if not add(scores).isfinite().all():
             stop("a score model gives scores that are no numbers: its weights are broken")
         return scores.tolist()
 
+
 def statistics(texts, scores, threshold):
     """Mean score, mean worst of every 25 (nan of fewer), share above the threshold, diversity."""
-    groups = [scores[i:i + 25] for i in range(0, len(scores) - 24, 25)]
-    numbers = {"score": sum(scores) / len(scores), "length": sum(map(len, texts)) / len(texts),
-               "score_max@25": sum(map(max, groups)) / len(groups) if groups else math.nan,
-               "hits": sum(score > threshold for score in scores) / len(scores)}
+    groups = [scores[i : i + 25] for i in range(0, len(scores) - 24, 25)]
+    numbers = {
+        "score": sum(scores) / len(scores),
+        "length": sum(map(len, texts)) / len(texts),
+        "score_max@25": sum(map(max, groups)) / len(groups) if groups else math.nan,
+        "hits": sum(score > threshold for score in scores) / len(scores),
+    }
     words = [text.split() for text in texts]
     for n in (1, 2):
         grams = [list(zip(*(w[k:] for k in range(n)))) for w in words]
         ratios = [len(set(g)) / len(g) for g in grams if g]
         numbers[f"distinct_{n}"] = sum(ratios) / max(1, len(ratios))
     return {**numbers, "self_bleu": self_bleu(words)}
+
 
 def self_bleu(words, order=5, most=200):
     """Mean BLEU-5 of each text (a list of words) against all others, of the first `most`: 1 when
@@ -138,9 +154,10 @@ def self_bleu(words, order=5, most=200):
             logs[i] += math.log((hits or 0.1) / max(1, g.total()))
     total = 0.0
     for i, a in enumerate(lengths):
-        nearest = min((abs(a - b), b) for b in lengths[:i] + lengths[i + 1:])[1]
+        nearest = min((abs(a - b), b) for b in lengths[:i] + lengths[i + 1 :])[1]
         total += math.exp(logs[i] / order + min(0.0, 1 - nearest / a))
     return total / len(words)
+
 
 def main(arguments):
     if len(arguments) != 3:
@@ -152,10 +169,12 @@ def main(arguments):
         record = row.record or {}
         if texts := record.get("texts") or [t for t in splitter.split(record.get("text", "")) if t]:
             scores = scorer(texts)
-            rows.append({**record, "texts": texts, "scores": scores,
-                         "avg_score": sum(scores) / len(scores)})
+            rows.append(
+                {**record, "texts": texts, "scores": scores, "avg_score": sum(scores) / len(scores)}
+            )
     write_jsonl(rows, target)
     print(f"{target}: {len(rows)} rows; {read - len(rows)} left out, with neither text nor texts")
+
 
 if __name__ == "__main__":
     main(sys.argv[1:])

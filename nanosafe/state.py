@@ -1,4 +1,5 @@
 """The exact state of a run: what it needs to go on, on any number of ranks."""
+
 import json
 import os
 import shutil
@@ -9,11 +10,22 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from nanosafe import parallel
 from nanosafe.checkpoint import copy_rows
-from nanosafe.files import (checksum, damage, make_folder, put_folder, read_json, stop, sync,
-                            untrusted, whole_file, write_json)
+from nanosafe.files import (
+    checksum,
+    damage,
+    make_folder,
+    put_folder,
+    read_json,
+    stop,
+    sync,
+    untrusted,
+    whole_file,
+    write_json,
+)
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 rank_file = "rank_{:05d}.safetensors".format
+
 
 def save(out_dir, step, trained, extra, keep=2):
     """Write out_dir/state/step_NNNNNN: what a run needs to go on. A collective.
@@ -41,21 +53,27 @@ def save(out_dir, step, trained, extra, keep=2):
         mine = checksum(path)
     sums = parallel.union([mine], [parallel.rank()], parallel.world_size())  # all have written
     if main:
-        steps = {name: max((int(s["step"]) for s in optimizer.state.values()), default=0)
-                 for name, (_, optimizer) in trained.items()}
-        write_json({"step": step, "ranks": len(sums), "optimizer_steps": steps, **extra},
-                   temporary, "state.json")
+        steps = {
+            name: max((int(s["step"]) for s in optimizer.state.values()), default=0)
+            for name, (_, optimizer) in trained.items()
+        }
+        write_json(
+            {"step": step, "ranks": len(sums), "optimizer_steps": steps, **extra},
+            temporary,
+            "state.json",
+        )
         sums = {rank_file(rank): pair for rank, pair in enumerate(sums)}
         sums["state.json"] = checksum(os.path.join(temporary, "state.json"))
         with untrusted(folder, "written"):
             put_folder(temporary, folder, sums)
         with whole_file(os.path.join(root, "latest")) as f:
             f.write(f"step_{step:06d}\n")
-        kept = [name for name in states(out_dir) if int(name[5:]) <= step][-max(1, keep):]
+        kept = [name for name in states(out_dir) if int(name[5:]) <= step][-max(1, keep) :]
         for name in os.listdir(root):  # what died half-written among them
             if name.startswith("step_") and name not in kept:
                 shutil.rmtree(os.path.join(root, name), ignore_errors=True)
     parallel.barrier()
+
 
 def slices(trained):
     """(key, this rank's rows, the first of them, whether it saves them) of weights and moments."""
@@ -66,12 +84,16 @@ def slices(trained):
             for key, tensor in {"weight": rows, **moments}.items():
                 yield f"{model_name}/{name}/{key}", parallel.local(tensor).detach(), first, writer
 
+
 def states(out_dir):
     """The names of a run's states, the earliest first."""
     root = os.path.join(out_dir, "state")
     names = os.listdir(root) if os.path.isdir(root) else []
-    return sorted((name for name in names if name[:5] == "step_" and name[5:].isdigit()),
-                  key=lambda name: int(name[5:]))
+    return sorted(
+        (name for name in names if name[:5] == "step_" and name[5:].isdigit()),
+        key=lambda name: int(name[5:]),
+    )
+
 
 @torch.no_grad()
 def load(out_dir, trained):
@@ -95,11 +117,12 @@ def load(out_dir, trained):
             copy_rows(rows, first, piece, start, piece.get_shape()[0])
     return state
 
+
 def latest_state(out_dir):
     """The folder of the run's last state that is whole, as all ranks see it."""
     names = states(out_dir)
     with suppress(OSError, ValueError), open(os.path.join(out_dir, "state", "latest")) as f:
-        del names[names.index(f.read().strip()) + 1:]
+        del names[names.index(f.read().strip()) + 1 :]
     steps = [int(name[5:]) for name in names]  # as rank 0 sees them: a shared disk may lag
     for step in reversed(parallel.union([steps], range(parallel.rank() == 0), 1)[0]):
         folder = os.path.join(out_dir, "state", f"step_{step:06d}")
@@ -109,6 +132,7 @@ def latest_state(out_dir):
         if not parallel.any_rank(bool(wrong), "cpu"):
             return folder
     stop(f"no state in {out_dir!r} is whole: start another run")
+
 
 def claim(config, write):
     """Make the run's folder, write(config, its config.py), say whether there is a state to go on

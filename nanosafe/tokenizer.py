@@ -5,6 +5,7 @@ SentencePiece (tokenizer.model); bpe.py has tokenizer.json's, and that of Llama 
 
 Special tokens are split out first, and what stands between them is encoded piece by piece.
 SentencePiece puts a space in front of each ("legacy": Alpaca, Beaver), or of the first only."""
+
 import hashlib
 import json
 import os
@@ -16,20 +17,34 @@ import sentencepiece
 from nanosafe.files import read_json, stop, untrusted, write_json
 
 NO_PREFIX = b"\x1a\x02\x18\x00"  # protobuf, to append: normalizer_spec {add_dummy_prefix: false}
-SPACE = "\t\n\x0b\x0c\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + (
-    "\u2028\u2029\u202f\u205f\u3000")  # Unicode's White_Space; Python's has four more
+SPACE = (
+    "\t\n\x0b\x0c\r \x85\xa0\u1680"
+    + "".join(map(chr, range(0x2000, 0x200B)))
+    + ("\u2028\u2029\u202f\u205f\u3000")
+)  # Unicode's White_Space; Python's has four more
 MARK = "\u2581"  # SentencePiece's way to write a space
 SPECIAL = ("bos_token", "eos_token", "pad_token")
-FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-         "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja")
+FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+
 
 class Token(NamedTuple):
     """A token that is not the engine's to find."""
+
     id: int
     special: bool = True  # decodes to nothing
     lstrip: bool = False  # takes the white space before it along
     rstrip: bool = False
     normalized: bool = False  # is looked for in the text as the engine's normaliser leaves it
+
 
 def find(path):
     """The tokenizer file of a model folder, or of a model file; None where there is none."""
@@ -40,15 +55,19 @@ def find(path):
         names = [path]
     return next(filter(os.path.isfile, names), None)
 
+
 def load(path):
     """The tokenizer of a model folder, or of a tokenizer.model or tokenizer.json file.
     Beside it stands which tokens were added or are special, and further end-of-sequence ids."""
     file = find(path)
     if not file:
-        stop(f"no tokenizer at {os.fspath(path)!r}: give a folder with a tokenizer.model or "
-             "tokenizer.json, or that file")
+        stop(
+            f"no tokenizer at {os.fspath(path)!r}: give a folder with a tokenizer.model or "
+            "tokenizer.json, or that file"
+        )
     with untrusted(file):
         return read(file)
+
 
 def read(file):
     folder = os.path.dirname(file)
@@ -58,6 +77,7 @@ def read(file):
         proto = f.read()
     if file.endswith(".json") or re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", proto):
         from nanosafe import bpe
+
         engine = bpe.load(file, names)
     else:
         engine = Pieces(proto, names, file)
@@ -73,8 +93,10 @@ def read(file):
     added.update(read_added(t, repr(file)) for t in later if t["id"] >= engine.size)
     if not all(0 <= t.id < 2**24 for t in added.values()):
         stop(f"{file!r}: an added token has an id that no model has a row for")
-    stated = [read_json(folder, name).get("eos_token_id")
-              for name in ("generation_config.json", "config.json")]
+    stated = [
+        read_json(folder, name).get("eos_token_id")
+        for name in ("generation_config.json", "config.json")
+    ]
     lists = [x if isinstance(x, list) else [x] for x in stated]
     sure = lists[0] + (lists[1] if isinstance(stated[1], list) else [])
     for ids in (sure, sure + lists[1]):  # a number in config.json only where nothing else is said
@@ -83,23 +105,29 @@ def read(file):
             return tokenizer
     stop(f"{file!r} has no end-of-sequence token: name one as eos_token in tokenizer_config.json")
 
+
 def read_added(t, file):
     """(content, Token) of a token as tokenizers writes it, an object of tokenizer.json."""
     if t.get("single_word"):
         stop(f"{file}: single_word, of {t['content']!r}, is not known here")
     return t["content"], Token(t["id"], *(bool(t.get(key)) for key in Token._fields[1:]))
 
+
 def content(token):
     """The text of a token that a json file gives as a text, or as an object."""
     return token.get("content") if isinstance(token, dict) else token
 
+
 class Tokenizer:
     """encode and decode for an engine plus added tokens, {content: Token}."""
+
     def __init__(self, engine, added=None, names=None, eos_ids=(), file=None):
         self.engine, self.added, self.names, self.file = engine, added or {}, names or {}, file
         longest_first = sorted(filter(None, self.added), key=len, reverse=True)
-        passes = [[text for text in longest_first if self.added[text].normalized == later]
-                  for later in (False, True)]
+        passes = [
+            [text for text in longest_first if self.added[text].normalized == later]
+            for later in (False, True)
+        ]
         self.finders = [re.compile("|".join(map(re.escape, p)) or "(?!)") for p in passes]
         self.encode_batch = engine.encode_batch  # many plain texts, with allow_special=False
         self.contents = {t.id: text for text, t in self.added.items()}
@@ -138,9 +166,9 @@ class Tokenizer:
         begin = 0
         for match in finder.finditer(text):
             if match.start() >= begin:
-                token, piece = self.added[match[0]], text[begin:match.start()]
+                token, piece = self.added[match[0]], text[begin : match.start()]
                 yield piece.rstrip(SPACE) if token.lstrip else piece, token.id
-                after = text[match.end():] if token.rstrip else ""
+                after = text[match.end() :] if token.rstrip else ""
                 begin = match.end() + len(after) - len(after.lstrip(SPACE))
         yield text[begin:], id
 
@@ -163,8 +191,13 @@ class Tokenizer:
     @cached_property
     def fingerprint(self):
         """Equal for tokenizers that are the same: pieces, added tokens, BOS and way with spaces."""
-        added = [sorted(self.added.items()), self.engine.legacy, self.engine.adds_bos, self.bos_id,
-                 self.eos_id]
+        added = [
+            sorted(self.added.items()),
+            self.engine.legacy,
+            self.engine.adds_bos,
+            self.bos_id,
+            self.eos_id,
+        ]
         return hashlib.blake2b(self.engine.identity + json.dumps(added).encode()).hexdigest()
 
     def save(self, path):
@@ -178,8 +211,10 @@ class Tokenizer:
                 shutil.copyfile(source, target)
         self.engine.save(self, path)
 
+
 class Pieces:
     """A SentencePiece model, as its file declares itself; names: tokenizer_config.json's."""
+
     files, normalize = FILES, str
 
     def __init__(self, proto, names, file="tokenizer.model"):
@@ -193,16 +228,22 @@ class Pieces:
         self.adds_bos = names.get("add_bos_token") is not False
         self.size = sp.vocab_size()
         texts = [sp.id_to_piece(i) for i in range(self.size)]
-        self.added = {text: Token(i) for i, text in enumerate(texts)
-                      if sp.is_control(i) or sp.is_unknown(i)}
+        self.added = {
+            text: Token(i) for i, text in enumerate(texts) if sp.is_control(i) or sp.is_unknown(i)
+        }
         ids = zip(SPECIAL, (sp.bos_id(), sp.eos_id(), sp.pad_id()))
         self.defaults = {"pad_token": "<pad>", **{key: texts[id] for key, id in ids if id >= 0}}
         # Pieces that SentencePiece takes whole wherever they stand are spelled out in user text.
         scores = [sp.get_score(i) for i in range(self.size)]  # 0: theirs, and the first learnt one
-        self.spelled = {i: [id for char in text for id in self.sp_no_prefix.encode(char)]
-                        for i, text in enumerate(texts)
-                        if scores[i] == 0 and scores[i + 1:i + 2] != [-1] and len(text) > 1
-                        and text.strip(MARK + SPACE) and not (sp.is_byte(i) or text in self.added)}
+        self.spelled = {
+            i: [id for char in text for id in self.sp_no_prefix.encode(char)]
+            for i, text in enumerate(texts)
+            if scores[i] == 0
+            and scores[i + 1 : i + 2] != [-1]
+            and len(text) > 1
+            and text.strip(MARK + SPACE)
+            and not (sp.is_byte(i) or text in self.added)
+        }
 
     def encode(self, text, begins=True, plain=False):
         """Ids of text; begins: as the model's texts begin, a space in front; plain: a user's."""
@@ -219,14 +260,19 @@ class Pieces:
         if begins or not ids:
             return self.sp.decode(ids)
         dot = self.sp.encode(".")[-1:]  # so that a leading space is kept
-        return self.sp.decode(dot + ids)[len(self.sp.decode(dot)):]
+        return self.sp.decode(dot + ids)[len(self.sp.decode(dot)) :]
 
     def save(self, tokenizer, path):
         """tokenizer_config.json for transformers' own class: a model's own may need its code."""
-        config = {"add_bos_token": True, "add_eos_token": False, "legacy": self.legacy,
-                  **{key: value for key, value in tokenizer.names.items() if key != "auto_map"},
-                  "tokenizer_class": "LlamaTokenizer", "clean_up_tokenization_spaces": False,
-                  "unk_token": self.sp.id_to_piece(self.sp.unk_id())}
+        config = {
+            "add_bos_token": True,
+            "add_eos_token": False,
+            "legacy": self.legacy,
+            **{key: value for key, value in tokenizer.names.items() if key != "auto_map"},
+            "tokenizer_class": "LlamaTokenizer",
+            "clean_up_tokenization_spaces": False,
+            "unk_token": self.sp.id_to_piece(self.sp.unk_id()),
+        }
         if self.sp.encode("a") == self.sp_no_prefix.encode("a"):
             config["add_prefix_space"] = False
         ids = {key: tokenizer.named(key) for key in SPECIAL}

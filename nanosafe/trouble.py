@@ -1,4 +1,5 @@
 """What ends a run and is no mistake in its code, in one line: memory, the disk, another rank."""
+
 import errno
 import os
 import re
@@ -11,6 +12,7 @@ import uuid
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}
 SAMPLING = {"slots": "fewer, 64 say", "max_new_tokens": "fewer", "offload": "frozen, or all"}
 TRAINING = {"max_tokens": "fewer", "activation_checkpointing": "True", "offload": "frozen, or all"}
+
 
 def explain(error, knobs, ranks=1):
     """A sentence about an exception that is no mistake in the code, or None."""
@@ -27,6 +29,7 @@ def explain(error, knobs, ranks=1):
     if getattr(error, "errno", None) in DISK:
         return f"{text}; mend this: a run goes on from its last state with --resume=True"
 
+
 def attempt(store, rank, size):
     """A word that this attempt's ranks share: torchrun restarts them on a store that still holds
     what dead ones wrote, their addresses too. Each says a new word; rank 0 answers with its own."""
@@ -41,9 +44,11 @@ def attempt(store, rank, size):
         time.sleep(0.05)
     return word
 
+
 def watch(store, rank, size, calls, minutes, lasts):
     """Start a thread that ends this process when it has waited `minutes` for another rank, and says
     which: one with fewer `calls` [of collectives] in the store, or whose clock there stands."""
+
     def look():
         pause, met, since, looked, told = min(10, 6 * minutes), -1, 0.0, 0.0, {}
         while lasts():
@@ -56,11 +61,18 @@ def watch(store, rank, size, calls, minutes, lasts):
                 for r in range(size):
                     said = store.get(f"met_{r}")
                     told[r] = (said, now) if told.get(r, ("",))[0] != said else told[r]
-            late = [str(r) for r, (said, at) in told.items()
-                    if int(said.split()[0]) < met or now - at > 20 * minutes]
+            late = [
+                str(r)
+                for r, (said, at) in told.items()
+                if int(said.split()[0]) < met or now - at > 20 * minutes
+            ]
             if now - since > 60 * minutes and late and str(rank) not in late:
-                print(f"error: rank {rank} has waited {minutes:g} minutes (NANOSAFE_TIMEOUT) for "
-                      f"rank {', '.join(late)}, which hangs", file=sys.stderr, flush=True)
+                print(
+                    f"error: rank {rank} has waited {minutes:g} minutes (NANOSAFE_TIMEOUT) for "
+                    f"rank {', '.join(late)}, which hangs",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 os._exit(1)
             time.sleep(pause)
 

@@ -48,8 +48,11 @@ def world(toy, tmp_path_factory):
 def make_world(toy, folder):
     toy.main(str(folder / "data"))
     rows = data.load(str(folder / "data" / "sft" / "train.jsonl:400/-1"))
-    texts = [prompt + answer for row in rows
-             for prompt, answer in build.segments([row["input"], row["answer"]])]
+    texts = [
+        prompt + answer
+        for row in rows
+        for prompt, answer in build.segments([row["input"], row["answer"]])
+    ]
     tok = demo.train_tokenizer(texts, 500, str(folder / "tokenizer"))
     for name, head in (("policy", "lm"), ("reward", "score"), ("cost", "score")):
         model = scratch(small_config(vocab_size=tok.vocab_size), head, seed=len(name))
@@ -66,28 +69,79 @@ def trainer_flags(world):
     """Each script with flags for a short run on the toy world with random models."""
     d = world / "data"
     common = ["--max_tokens=1024", "--save_interval=2", "--max_len=200", "--learning_rate=1e-3"]
-    rl = ["train_ppo_lag.py", "--max_tokens=1024", "--save_interval=2", "--max_len=200", f"--actor_model={world}/policy",
-          f"--reward_model={world}/reward", f"--prompts={d}/prompts/train.jsonl", "--max_new_tokens=12",
-          "--rollout_size=8", "--batch_size=4", "--max_steps=8", "--epochs=100", "--actor_learning_rate=1e-3",
-          "--critic_learning_rate=1e-3"]
-    lag = [*rl, f"--cost_model={world}/cost", f"--ptx_data={d}/sft/train.jsonl:50/-1", "--ptx_coef=0.5"]
+    rl = [
+        "train_ppo_lag.py",
+        "--max_tokens=1024",
+        "--save_interval=2",
+        "--max_len=200",
+        f"--actor_model={world}/policy",
+        f"--reward_model={world}/reward",
+        f"--prompts={d}/prompts/train.jsonl",
+        "--max_new_tokens=12",
+        "--rollout_size=8",
+        "--batch_size=4",
+        "--max_steps=8",
+        "--epochs=100",
+        "--actor_learning_rate=1e-3",
+        "--critic_learning_rate=1e-3",
+    ]
+    lag = [
+        *rl,
+        f"--cost_model={world}/cost",
+        f"--ptx_data={d}/sft/train.jsonl:50/-1",
+        "--ptx_coef=0.5",
+    ]
     return {
-        "sft": ["train_sft.py", *common, f"--tokenizer={world}/tokenizer", f"--data={d}/sft/train.jsonl:200/-1",
-                f"--eval_data={d}/sft/test.jsonl:9/-1", "--hidden_size=32", "--intermediate_size=48",
-                "--num_hidden_layers=2", "--batch_size=8", "--max_steps=6"],
-        "reward": ["train_pref.py", *common, f"--init_from={world}/policy", f"--data={d}/pairs/train.jsonl:200/-1",
-                   f"--eval_data={d}/reward/test.jsonl:9/-1", "--batch_size=8", "--max_steps=6"],
-        "cost": ["train_pref.py", *common, "--objective=cost", f"--init_from={world}/policy",
-                 f"--data={d}/pairs/train.jsonl:200/-1", f"--eval_data={d}/cost/test.jsonl:9/-1",
-                 "--batch_size=8", "--max_steps=6"],
-        "ppo": [*rl, "--cost_model="], "ppo_lag": lag,
+        "sft": [
+            "train_sft.py",
+            *common,
+            f"--tokenizer={world}/tokenizer",
+            f"--data={d}/sft/train.jsonl:200/-1",
+            f"--eval_data={d}/sft/test.jsonl:9/-1",
+            "--hidden_size=32",
+            "--intermediate_size=48",
+            "--num_hidden_layers=2",
+            "--batch_size=8",
+            "--max_steps=6",
+        ],
+        "reward": [
+            "train_pref.py",
+            *common,
+            f"--init_from={world}/policy",
+            f"--data={d}/pairs/train.jsonl:200/-1",
+            f"--eval_data={d}/reward/test.jsonl:9/-1",
+            "--batch_size=8",
+            "--max_steps=6",
+        ],
+        "cost": [
+            "train_pref.py",
+            *common,
+            "--objective=cost",
+            f"--init_from={world}/policy",
+            f"--data={d}/pairs/train.jsonl:200/-1",
+            f"--eval_data={d}/cost/test.jsonl:9/-1",
+            "--batch_size=8",
+            "--max_steps=6",
+        ],
+        "ppo": [*rl, "--cost_model="],
+        "ppo_lag": lag,
     }
 
 
 def small_config(**changes):
-    return Config(**{"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48,
-                     "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-                     "max_position_embeddings": 256, "eos_token_id": 2, **changes})
+    return Config(
+        **{
+            "vocab_size": 97,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 256,
+            "eos_token_id": 2,
+            **changes,
+        }
+    )
 
 
 def run(*command, ranks=0, check=True, stdin=None, cwd=ROOT, threads=1):
@@ -98,8 +152,15 @@ def run(*command, ranks=0, check=True, stdin=None, cwd=ROOT, threads=1):
     launcher = [sys.executable]
     if ranks:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    done = subprocess.run([*launcher, *map(str, command)], capture_output=True, text=True, cwd=cwd,
-                          env=environment, input=stdin, timeout=1800)
+    done = subprocess.run(
+        [*launcher, *map(str, command)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=environment,
+        input=stdin,
+        timeout=1800,
+    )
     if check and done.returncode:
         raise AssertionError(f"{command}: exit {done.returncode}\n{done.stdout}\n{done.stderr}")
     return done
@@ -126,5 +187,8 @@ def same_state(a, b):
             x, y = map(load_file, paths)
             assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x), name
     assert rows_of(os.path.join(a, "metrics.jsonl")) == rows_of(os.path.join(b, "metrics.jsonl"))
-    assert open(os.path.join(a, "samples.jsonl")).read() == open(os.path.join(b, "samples.jsonl")).read()
+    assert (
+        open(os.path.join(a, "samples.jsonl")).read()
+        == open(os.path.join(b, "samples.jsonl")).read()
+    )
     return True

@@ -32,21 +32,31 @@ from conftest import make_world, rows_of, same_state, trainer_flags  # noqa: E40
 from nanosafe import demo, files, state  # noqa: E402
 from nanosafe.scorers import module_at  # noqa: E402
 
-LONGER = {"sft": ["--max_steps=60", "--epochs=9"], "reward": ["--max_steps=60", "--epochs=9"],
-          "cost": ["--max_steps=60", "--epochs=9"], "ppo_lag": ["--max_steps=80", "--log_interval=1"]}
+LONGER = {
+    "sft": ["--max_steps=60", "--epochs=9"],
+    "reward": ["--max_steps=60", "--epochs=9"],
+    "cost": ["--max_steps=60", "--epochs=9"],
+    "ppo_lag": ["--max_steps=80", "--log_interval=1"],
+}
 
 
 def start(command, out_dir, log):
     """The trainer under torchrun with two processes; it goes on where a run has begun."""
     resume = [f"--resume={os.path.exists(os.path.join(out_dir, 'config.py'))}"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    return subprocess.Popen([*launcher, *command, "--parallel=fsdp", f"--out_dir={out_dir}", *resume], cwd=ROOT,
-                            stdout=log, stderr=subprocess.STDOUT)
+    return subprocess.Popen(
+        [*launcher, *command, "--parallel=fsdp", f"--out_dir={out_dir}", *resume],
+        cwd=ROOT,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+    )
 
 
 def family(pid):
     """A process and its descendants: torchrun puts its workers into sessions of their own."""
-    children = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout.split()
+    children = subprocess.run(
+        ["pgrep", "-P", str(pid)], capture_output=True, text=True
+    ).stdout.split()
     return [pid, *(p for child in children for p in family(int(child)))]
 
 
@@ -66,16 +76,26 @@ def step_of(out_dir):
 
 
 def half_written(out_dir):
-    return [p for pattern in ("state/*.tmp", "state/*.old", "model.tmp", "model.old")
-            for p in glob.glob(os.path.join(out_dir, pattern))]
+    return [
+        p
+        for pattern in ("state/*.tmp", "state/*.old", "model.tmp", "model.old")
+        for p in glob.glob(os.path.join(out_dir, pattern))
+    ]
 
 
 def live_and_die(command, out_dir, draw, log):
     """One life of a run: (how it ended, whether a folder was half written then)."""
     process, begun = start(command, out_dir, log), time.time()
     how = draw.choices(("starting", "training", "saving", "one process"), (1, 4, 4, 1))[0]
-    rows = lambda: os.path.getsize(path) if os.path.exists(path := os.path.join(out_dir, "metrics.jsonl")) else 0
-    before, wait = (rows(), step_of(out_dir)), draw.uniform(0, 12) if how == "starting" else draw.expovariate(1)
+    rows = lambda: (
+        os.path.getsize(path)
+        if os.path.exists(path := os.path.join(out_dir, "metrics.jsonl"))
+        else 0
+    )
+    before, wait = (
+        (rows(), step_of(out_dir)),
+        draw.uniform(0, 12) if how == "starting" else draw.expovariate(1),
+    )
     ready = None
     while process.poll() is None:
         if how == "starting":
@@ -83,8 +103,11 @@ def live_and_die(command, out_dir, draw, log):
         else:
             if ready is None and (rows(), step_of(out_dir)) != before:  # it trains
                 ready = time.time()
-            due = ready and (time.time() - ready > wait if how != "saving" else
-                             time.time() - ready > wait / 2 and half_written(out_dir))
+            due = ready and (
+                time.time() - ready > wait
+                if how != "saving"
+                else time.time() - ready > wait / 2 and half_written(out_dir)
+            )
         if due:
             pids = family(process.pid)
             if how == "one process" and len(pids) > 2:
@@ -101,11 +124,21 @@ def crash(kills=50, trainers="sft,reward,cost,ppo_lag", out="out/crash", seed=0)
     world = os.path.join(out, "world")
     shutil.rmtree(out, ignore_errors=True)
     os.environ["NANOSAFE_CACHE"] = os.path.join(out, "cache")
-    flags = trainer_flags(make_world(module_at(os.path.join(ROOT, "data/toy/prepare.py")), Path(world)))
+    flags = trainer_flags(
+        make_world(module_at(os.path.join(ROOT, "data/toy/prepare.py")), Path(world))
+    )
     found = {}
     for name in trainers.split(","):
-        command = [str(x) for x in flags[name] if not str(x).startswith(("--max_steps", "--epochs"))] + LONGER[name]
-        path, draw, counts, runs, died = os.path.join(out, name), random.Random(f"{seed} {name}"), {}, 0, 0
+        command = [
+            str(x) for x in flags[name] if not str(x).startswith(("--max_steps", "--epochs"))
+        ] + LONGER[name]
+        path, draw, counts, runs, died = (
+            os.path.join(out, name),
+            random.Random(f"{seed} {name}"),
+            {},
+            0,
+            0,
+        )
         os.makedirs(path)
         with open(os.path.join(path, "log.txt"), "w") as log:
             if start(command, f"{path}/whole", log).wait():
@@ -140,9 +173,21 @@ def soak(hours, demo_dir="out/demo", out="out/soak", seed=0):
     """PPO-Lag of the demo, slower: eight samples of each prompt, smaller steps, for hours, killed every few minutes."""
     shutil.rmtree(out, ignore_errors=True)
     begun, kills, draw, died = time.time(), 0, random.Random(int(seed)), []
-    command = ["train_ppo_lag.py", "config/toy/ppo_lag.py", f"--actor_model={demo_dir}/sft/model", f"--reward_model={demo_dir}/reward/model",
-               f"--cost_model={demo_dir}/cost/model", "--num_samples=8", "--batch_size=512", "--actor_learning_rate=2e-4",
-               "--critic_learning_rate=5e-4", "--actor_lr_schedule=constant", "--lambda_lr=0.004", "--save_interval=10", "--epochs=10000"]
+    command = [
+        "train_ppo_lag.py",
+        "config/toy/ppo_lag.py",
+        f"--actor_model={demo_dir}/sft/model",
+        f"--reward_model={demo_dir}/reward/model",
+        f"--cost_model={demo_dir}/cost/model",
+        "--num_samples=8",
+        "--batch_size=512",
+        "--actor_learning_rate=2e-4",
+        "--critic_learning_rate=5e-4",
+        "--actor_lr_schedule=constant",
+        "--lambda_lr=0.004",
+        "--save_interval=10",
+        "--epochs=10000",
+    ]
     last = "--max_steps=2000"
     os.makedirs(out)
     with open(f"{out}/log.txt", "w") as log:
@@ -150,7 +195,10 @@ def soak(hours, demo_dir="out/demo", out="out/soak", seed=0):
             over = time.time() - begun > float(hours) * 3600
             if over:
                 last = f"--max_steps={step_of(f'{out}/run') + 10}"
-            process, until = start([*command, last], f"{out}/run", log), time.time() + draw.uniform(120, 360)
+            process, until = (
+                start([*command, last], f"{out}/run", log),
+                time.time() + draw.uniform(120, 360),
+            )
             while process.poll() is None and (over or time.time() < until):
                 time.sleep(0.5)
             if process.poll() == 0:
@@ -160,12 +208,28 @@ def soak(hours, demo_dir="out/demo", out="out/soak", seed=0):
             kill(process, family(process.pid))
             kills += 1
             died.append(step_of(f"{out}/run"))
-            print(f"{(time.time() - begun) / 60:.0f} min: kill {kills}, last state {died[-1]}", flush=True)
+            print(
+                f"{(time.time() - begun) / 60:.0f} min: kill {kills}, last state {died[-1]}",
+                flush=True,
+            )
     rows = rows_of(f"{out}/run/metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(len(rows)))
-    found = {"hours": (time.time() - begun) / 3600, "kills": kills, "steps": len(rows), "states": died,
-             "sft": demo.judge(module_at(os.path.join(ROOT, "data/toy/prepare.py")), f"{demo_dir}/sft/model", f"{demo_dir}/sft/model"),
-             "ppo_lag": demo.judge(module_at(os.path.join(ROOT, "data/toy/prepare.py")), f"{out}/run/model", f"{demo_dir}/sft/model")}
+    found = {
+        "hours": (time.time() - begun) / 3600,
+        "kills": kills,
+        "steps": len(rows),
+        "states": died,
+        "sft": demo.judge(
+            module_at(os.path.join(ROOT, "data/toy/prepare.py")),
+            f"{demo_dir}/sft/model",
+            f"{demo_dir}/sft/model",
+        ),
+        "ppo_lag": demo.judge(
+            module_at(os.path.join(ROOT, "data/toy/prepare.py")),
+            f"{out}/run/model",
+            f"{demo_dir}/sft/model",
+        ),
+    }
     files.write_json(found, out, "soak.json")
     print(json.dumps(found, indent=2))
 
@@ -174,12 +238,26 @@ def grow(steps, trainers="sft,reward,ppo_lag", out="out/grow"):
     """Resident memory of a long run, read at every hundredth of it."""
     shutil.rmtree(out, ignore_errors=True)
     os.environ["NANOSAFE_CACHE"] = os.path.join(out, "cache")
-    flags = trainer_flags(make_world(module_at(os.path.join(ROOT, "data/toy/prepare.py")), Path(out, "world")))
-    small = {"ppo_lag": ["--rollout_size=4", "--batch_size=2", "--max_new_tokens=4", "--ptx_coef=0"]}
+    flags = trainer_flags(
+        make_world(module_at(os.path.join(ROOT, "data/toy/prepare.py")), Path(out, "world"))
+    )
+    small = {
+        "ppo_lag": ["--rollout_size=4", "--batch_size=2", "--max_new_tokens=4", "--ptx_coef=0"]
+    }
     rows = [("trainer", "MB at a tenth", "at the end", "greatest between")]
     for name in trainers.split(","):
-        command = [str(x) for x in flags[name] if not str(x).startswith(("--max_steps", "--epochs", "--save_interval"))]
-        command += [f"--max_steps={steps}", "--epochs=1e9", "--save_interval=1000", f"--out_dir={out}/{name}", *small.get(name, [])]
+        command = [
+            str(x)
+            for x in flags[name]
+            if not str(x).startswith(("--max_steps", "--epochs", "--save_interval"))
+        ]
+        command += [
+            f"--max_steps={steps}",
+            "--epochs=1e9",
+            "--save_interval=1000",
+            f"--out_dir={out}/{name}",
+            *small.get(name, []),
+        ]
         with open(f"{out}/{name}.txt", "w") as log:
             process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=log, stderr=log)
         held, metrics = {}, f"{out}/{name}/metrics.jsonl"

@@ -31,21 +31,36 @@ from nanosafe.losses import critic_loss, mle_loss
 from nanosafe.model import Config
 from nanosafe.packing import collate, responses_of
 
-SHAPES = {"tiny": (256, 704, 2, 8, 4), **plan.SHAPES}  # hidden, intermediate, layers, heads, heads of keys
-KINDS = {"allgather": "all_gather", "all_gather": "all_gather", "reduce_scatter": "reduce_scatter",
-         "allreduce": "all_reduce", "all_reduce": "all_reduce"}  # how an operator's name begins
+SHAPES = {
+    "tiny": (256, 704, 2, 8, 4),
+    **plan.SHAPES,
+}  # hidden, intermediate, layers, heads, heads of keys
+KINDS = {
+    "allgather": "all_gather",
+    "all_gather": "all_gather",
+    "reduce_scatter": "reduce_scatter",
+    "allreduce": "all_reduce",
+    "all_reduce": "all_reduce",
+}  # how an operator's name begins
 
 
 def config_of(shape, vocab_size):
     width, inner, layers, heads, keys = SHAPES[shape]
-    return Config(vocab_size=vocab_size, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
-                  num_attention_heads=heads, num_key_value_heads=keys)
+    return Config(
+        vocab_size=vocab_size,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=keys,
+    )
 
 
 class Collectives(TorchDispatchMode):
     """Counts what goes to the process group: .calls[phase, kind, bytes] is how often.
 
     Bytes are those of the larger side: what a gather puts out, what a reduction is given."""
+
     def __init__(self):
         super().__init__()
         self.phase, self.calls = "put", Counter()
@@ -58,7 +73,11 @@ class Collectives(TorchDispatchMode):
             name = func._schema.name.split("::")[1].strip("_")
             kind = next((KINDS[k] for k in KINDS if name.startswith(k)), None)
             if kind:
-                sizes = [t.nbytes for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
+                sizes = [
+                    t.nbytes
+                    for t in tree_leaves((args, kwargs, out))
+                    if isinstance(t, torch.Tensor)
+                ]
                 self.calls[self.phase, kind, max(sizes)] += 1
             elif name != "wait_tensor":
                 self.calls[self.phase, name, 0] += 1  # nothing a step should need
@@ -66,7 +85,9 @@ class Collectives(TorchDispatchMode):
 
     def sums(self):
         """({kind: bytes}, {kind: calls}) of the step."""
-        total, counts = (dict.fromkeys(("all_gather", "reduce_scatter", "all_reduce"), 0) for _ in "ab")
+        total, counts = (
+            dict.fromkeys(("all_gather", "reduce_scatter", "all_reduce"), 0) for _ in "ab"
+        )
         for (phase, kind, size), n in self.calls.items():
             if phase != "whole":
                 total[kind] = total.get(kind, 0) + size * n
@@ -76,6 +97,7 @@ class Collectives(TorchDispatchMode):
 
 class Norm:
     """A gradient norm that exists: above grad_clip, so that the gradients are scaled as well."""
+
     @staticmethod
     def item():
         return 2.0
@@ -98,20 +120,31 @@ def without_numbers(fake):
         assert norm(parameters).shape == ()
         return Norm
 
-    with (patch.object(torch.Tensor, "nonzero", every), patch.object(parallel, "grad_norm", grad_norm),
-          patch.object(torch.nn.Module, "to_empty", not_taken)):
+    with (
+        patch.object(torch.Tensor, "nonzero", every),
+        patch.object(parallel, "grad_norm", grad_norm),
+        patch.object(torch.nn.Module, "to_empty", not_taken),
+    ):
         yield
 
 
 def check_slices(model, layout, world, rank):
     """Compare local_rows(), by which weights are read and saved, with where DTensor says the slice is."""
-    writers = {"ddp": 1, "fsdp": world, "hsdp": min(world, plan.NODE)}[layout]  # of ranks, the first: one copy
+    writers = {"ddp": 1, "fsdp": world, "hsdp": min(world, plan.NODE)}[
+        layout
+    ]  # of ranks, the first: one copy
     for name, p in model.named_parameters():
         rows, start, count, writer = parallel.local_rows(p)
         shape, offset = rows.shape, (0,)
         if isinstance(p, DTensor):
-            shape, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
-        assert rows.shape == shape and count == shape[0] and start + count <= len(p), (name, rows.shape, shape)
+            shape, offset = compute_local_shape_and_global_offset(
+                p.shape, p.device_mesh, p.placements
+            )
+        assert rows.shape == shape and count == shape[0] and start + count <= len(p), (
+            name,
+            rows.shape,
+            shape,
+        )
         assert start == offset[0] or not count, (name, start, offset)
         assert writer == (rank < writers), name
 
@@ -122,14 +155,22 @@ def batch_of(max_tokens, vocab_size, fake):
     lengths = [n for n in (cut, max_tokens - cut) if n]
     sequences = [np.arange(n) % vocab_size for n in lengths]
     batch = collate(sequences, [np.arange(n) >= 1 for n in lengths], "cpu")
-    return batch._replace(**{key: fake.from_tensor(x) for key, x in batch._asdict().items()
-                             if isinstance(x, torch.Tensor)}), [1] * len(lengths)
+    return batch._replace(
+        **{
+            key: fake.from_tensor(x)
+            for key, x in batch._asdict().items()
+            if isinstance(x, torch.Tensor)
+        }
+    ), [1] * len(lengths)
 
 
 def loss_of(model, batch, starts):
     """The loss of SFT for a language model, of PPO's critic for a scorer, their sum for a model with both heads."""
-    outs = {"lm": lambda: (model(*batch), None), "both": lambda: model(*batch),
-            "score": lambda: (None, model(*batch[:3]))}
+    outs = {
+        "lm": lambda: (model(*batch), None),
+        "both": lambda: model(*batch),
+        "score": lambda: (None, model(*batch[:3])),
+    }
     logps, scores = outs[model.head]()
     loss = 0.0
     if logps is not None:
@@ -140,7 +181,18 @@ def loss_of(model, batch, starts):
     return loss
 
 
-def run(world, layout, rank, shape, head, max_tokens, vocab_size=32000, micros=1, checkpointing=False, train=True):
+def run(
+    world,
+    layout,
+    rank,
+    shape,
+    head,
+    max_tokens,
+    vocab_size=32000,
+    micros=1,
+    checkpointing=False,
+    train=True,
+):
     """One step of rank `rank` of `world` -> what this rank holds and sends, in bytes. Once in a process.
 
     train=False: the forwards of a frozen model. "calls" has [phase, kind, bytes of one, how many]; of them "whole" is
@@ -149,9 +201,15 @@ def run(world, layout, rank, shape, head, max_tokens, vocab_size=32000, micros=1
     dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
     me = parallel.World(rank, world, torch.device("cpu"), rank == 0)
     place = parallel.places(me, "bfloat16", layout, "none", False, checkpointing, 10**10)[not train]
-    began, collectives, fake = time.perf_counter(), Collectives(), FakeTensorMode(allow_non_fake_inputs=True)
+    began, collectives, fake = (
+        time.perf_counter(),
+        Collectives(),
+        FakeTensorMode(allow_non_fake_inputs=True),
+    )
     with without_numbers(fake):
-        model = checkpoint.build(config_of(shape, vocab_size), head, place, place.dtype).requires_grad_(train)
+        model = checkpoint.build(
+            config_of(shape, vocab_size), head, place, place.dtype
+        ).requires_grad_(train)
     check_slices(model, layout, world, rank)
     with fake, collectives, without_numbers(fake):
         optimizer = optim.adamw(model, 0.1, 0.9, 0.95) if train else None
@@ -167,29 +225,56 @@ def run(world, layout, rank, shape, head, max_tokens, vocab_size=32000, micros=1
         held = {"params": sum(p.nbytes for p in slices.values())}
         if train:
             grads = {name: parallel.local(p.grad) for name, p in model.named_parameters()}
-            assert all(grads[name].shape == p.shape and grads[name].dtype == p.dtype for name, p in slices.items())
+            assert all(
+                grads[name].shape == p.shape and grads[name].dtype == p.dtype
+                for name, p in slices.items()
+            )
             held["grads"] = sum(g.nbytes for g in grads.values())
             collectives.phase = "step"
             optim.step(model, optimizer, 1e-3, 1.0)
-            moments = [parallel.local(s[key]) for s in optimizer.state.values() for key in state.MOMENTS]
-            assert len(moments) == 2 * len(slices) and all(m.dtype == torch.float32 for m in moments)
+            moments = [
+                parallel.local(s[key]) for s in optimizer.state.values() for key in state.MOMENTS
+            ]
+            assert len(moments) == 2 * len(slices) and all(
+                m.dtype == torch.float32 for m in moments
+            )
             held["moments"] = sum(m.nbytes for m in moments)
             collectives.phase = "whole"
             with parallel.whole(model) as twin:  # to sample from
                 shapes = {name: p.shape for name, p in model.named_parameters()}
-                assert all(shapes[name] == p.shape and p.dtype == place.compute_dtype
-                           and not isinstance(p, DTensor) for name, p in twin.named_parameters())
+                assert all(
+                    shapes[name] == p.shape
+                    and p.dtype == place.compute_dtype
+                    and not isinstance(p, DTensor)
+                    for name, p in twin.named_parameters()
+                )
     total, counts = collectives.sums()
     phases = [[*key, n] for key, n in sorted(collectives.calls.items())]
     empty = sum(len(p) == 0 for p in slices.values())
     dist.destroy_process_group()
-    return {**held, "collectives": total, "counts": counts, "calls": phases, "empty_slices": empty,
-            "seconds": round(time.perf_counter() - began, 2)}
+    return {
+        **held,
+        "collectives": total,
+        "counts": counts,
+        "calls": phases,
+        "empty_slices": empty,
+        "seconds": round(time.perf_counter() - began, 2),
+    }
 
 
 if __name__ == "__main__":
-    knobs = {"world": 8, "layout": "fsdp", "rank": 0, "shape": "7b", "head": "lm", "max_tokens": 4096,
-             "vocab_size": 32000, "micros": 1, "activation_checkpointing": False, "train": True}
+    knobs = {
+        "world": 8,
+        "layout": "fsdp",
+        "rank": 0,
+        "shape": "7b",
+        "head": "lm",
+        "max_tokens": 4096,
+        "vocab_size": 32000,
+        "micros": 1,
+        "activation_checkpointing": False,
+        "train": True,
+    }
     for argument in sys.argv[1:]:
         key, _, value = argument.removeprefix("--").partition("=")
         kind = type(knobs[key])

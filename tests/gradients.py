@@ -23,7 +23,10 @@ pairs = tokenize(f"{folder}/data/cost/test.jsonl:11/-1", tok, "cost", 200)
 policy = checkpoint.load(f"{folder}/policy", "lm", place=place)
 cost = checkpoint.load(f"{folder}/cost", "score", place=place)
 ref = checkpoint.load(f"{folder}/policy", "lm", place=frozen).requires_grad_(False)
-optimizers = {"policy": optim.adamw(policy, 0.1, 0.9, 0.95), "cost": optim.adamw(cost, 0.1, 0.9, 0.95)}
+optimizers = {
+    "policy": optim.adamw(policy, 0.1, 0.9, 0.95),
+    "cost": optim.adamw(cost, 0.1, 0.9, 0.95),
+}
 
 
 def micros(dataset):
@@ -42,20 +45,28 @@ def step():
     for micro, last in micros(pairs):
         batch = pairs.batch(micro, "cpu")
         scores = cost(*batch[:3])
-        a, b = scores[(batch.cu_seqlens[1:].long() - 1)[:2 * len(micro)]].view(2, len(micro))
+        a, b = scores[(batch.cu_seqlens[1:].long() - 1)[: 2 * len(micro)]].view(2, len(micro))
         loss = cost_loss(a, b, signs[micro, 0], signs[micro, 1], 0.1) * len(micro) / len(pairs)
         parallel.backward(cost, loss, last)
 
 
 step()
-results = {f"{name}/{k}": parallel.full(p.grad).clone() for name, model in (("policy", policy), ("cost", cost))
-           for k, p in model.named_parameters()}
-norms = [optim.step(policy, optimizers["policy"], 1e-3, 1.0), optim.step(cost, optimizers["cost"], 1e-3, 1.0)]
+results = {
+    f"{name}/{k}": parallel.full(p.grad).clone()
+    for name, model in (("policy", policy), ("cost", cost))
+    for k, p in model.named_parameters()
+}
+norms = [
+    optim.step(policy, optimizers["policy"], 1e-3, 1.0),
+    optim.step(cost, optimizers["cost"], 1e-3, 1.0),
+]
 results["norms"] = torch.tensor(norms)
 step()
 for name, model in (("policy", policy), ("cost", cost)):
     optim.step(model, optimizers[name], 1e-3, 1.0)
-    results.update({f"after/{name}/{k}": parallel.full(p).clone() for k, p in model.named_parameters()})
+    results.update(
+        {f"after/{name}/{k}": parallel.full(p).clone() for k, p in model.named_parameters()}
+    )
 
 with parallel.whole(policy) as twin:  # sampling between steps: ranks do different amounts of it
     prompts = [[1, 5, 9]] * (2 + 3 * world.rank)

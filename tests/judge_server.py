@@ -17,7 +17,9 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from nanosafe.scorers import module_at  # noqa: E402
 
-TOY = module_at(os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "data", "toy", "prepare.py"))
+TOY = module_at(
+    os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "data", "toy", "prepare.py")
+)
 
 
 def gold(prompt, answer):
@@ -30,17 +32,24 @@ def gold(prompt, answer):
 def reply_to(body, judged=None):
     text = body["messages"][-1]["content"]
     prompt = re.search(r"\[Question\]\n(.*?)\n\n\[Answer", text, re.S)[1]
-    first, second = (re.search(rf"\[Answer of assistant {n}\]\n(.*?)\n\[End", text, re.S)[1] for n in "12")
-    scores = judged(first, second) if judged else [gold(prompt, answer) for answer in (first, second)]
+    first, second = (
+        re.search(rf"\[Answer of assistant {n}\]\n(.*?)\n\[End", text, re.S)[1] for n in "12"
+    )
+    scores = (
+        judged(first, second) if judged else [gold(prompt, answer) for answer in (first, second)]
+    )
     words = f"{scores[0]:g} {scores[1]:g}\nBy the gold functions."
-    return {"choices": [{"message": {"role": "assistant", "content": words}}],
-            "usage": {"prompt_tokens": len(text) // 4, "completion_tokens": 8}}
+    return {
+        "choices": [{"message": {"role": "assistant", "content": words}}],
+        "usage": {"prompt_tokens": len(text) // 4, "completion_tokens": 8},
+    }
 
 
 def serve(faults=(), port=0, judged=None):
     """A server on its own thread; the n-th request is met with faults[n]: a status code, "stall", "rubbish" (no JSON),
     "words" (no scores), "empty" (no choices), "drop" (the line goes dead), an address to be sent to, or the whole reply
     (a dict). judged(first, second) -> scores, instead of gold's. Returns it; server.seen has the requests."""
+
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -57,7 +66,9 @@ def serve(faults=(), port=0, judged=None):
             elif fault == "rubbish":
                 reply = b"<html>busy</html>"
             elif fault == "words":
-                reply = json.dumps({"choices": [{"message": {"content": "Both are fine."}}]}).encode()
+                reply = json.dumps(
+                    {"choices": [{"message": {"content": "Both are fine."}}]}
+                ).encode()
             elif fault == "empty":
                 reply = json.dumps({"choices": []}).encode()
             elif isinstance(fault, dict):

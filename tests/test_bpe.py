@@ -26,7 +26,8 @@ def mismatches(ours, theirs, n=N, seed=0):
     for text in oracles.strings(n, seed):
         ids = theirs.encode(text, add_special_tokens=False).ids
         if (ours.encode(text), ours.encode(text, bos=True)) != (ids, theirs.encode(text).ids) or (
-                ours.decode(ids) != theirs.decode(ids)):
+            ours.decode(ids) != theirs.decode(ids)
+        ):
             found.append(text)
     return found
 
@@ -37,10 +38,16 @@ def test_tokenizer_json_equals_tokenizers(family, tmp_path):
     ours = tokenizer.load(tmp_path)
     assert mismatches(ours, theirs) == []
     special = theirs.token_to_id("<|endoftext|>")
-    assert special in ours.encode("a<|endoftext|>") and special not in ours.encode("a<|endoftext|>", allow_special=False)
+    assert special in ours.encode("a<|endoftext|>") and special not in ours.encode(
+        "a<|endoftext|>", allow_special=False
+    )
     assert ours.decode(ours.encode("a<|endoftext|>", allow_special=False)) == "a<|endoftext|>"
     assert ours.vocab_size == theirs.get_vocab_size()
-    assert {"llama3": ours.bos_id > 0, "qwen2": ours.bos_id == -1, "smollm2": not ours.engine.adds_bos}[family]
+    assert {
+        "llama3": ours.bos_id > 0,
+        "qwen2": ours.bos_id == -1,
+        "smollm2": not ours.engine.adds_bos,
+    }[family]
     ours.save(tmp_path / "again")
     again = tokenizer.load(tmp_path / "again")
     assert again.fingerprint == ours.fingerprint and again.eos_id == ours.eos_id
@@ -60,10 +67,15 @@ def test_a_sentencepiece_model_s_tokenizer_json(source, legacy, world, tmp_path)
     if legacy:
         # U+2581 is how SentencePiece writes a space: only it tells the two apart.
         texts = [text for text in oracles.strings(N, seed=1) if text and "▁" not in text]
-        assert [text for text in texts if pieces.encode(text, allow_special=False) != ours.encode(
-            text, allow_special=False)] == []
+        assert [
+            text
+            for text in texts
+            if pieces.encode(text, allow_special=False) != ours.encode(text, allow_special=False)
+        ] == []
         assert sum("<s>" in text or "</s>" in text for text in texts) > 500
-        assert [text for text in texts if pieces.encode(text, bos=True) != theirs.encode(text).ids] == []
+        assert [
+            text for text in texts if pieces.encode(text, bos=True) != theirs.encode(text).ids
+        ] == []
 
 
 def test_llama_3_s_own_file_equals_tiktoken_and_is_written_for_others(tmp_path):
@@ -72,31 +84,55 @@ def test_llama_3_s_own_file_equals_tiktoken_and_is_written_for_others(tmp_path):
     vocab = json.loads((tmp_path / "json" / "tokenizer.json").read_text())["model"]["vocab"]
     ranks = {b"".join(bpe.BYTES[c] for c in token): rank for token, rank in vocab.items()}
     (tmp_path / "tokenizer.model").write_bytes(
-        b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items()))
+        b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items())
+    )
     ours = tokenizer.load(tmp_path)
     special = {text: t.id for text, t in ours.added.items()}
-    theirs = tiktoken.Encoding("llama3", pat_str=oracles.LLAMA3, mergeable_ranks=ranks, special_tokens=special)
+    theirs = tiktoken.Encoding(
+        "llama3", pat_str=oracles.LLAMA3, mergeable_ranks=ranks, special_tokens=special
+    )
     for text in oracles.strings(N):
-        assert ours.encode(text, bos=True) == [ours.bos_id, *theirs.encode(text, allowed_special="all")]
+        assert ours.encode(text, bos=True) == [
+            ours.bos_id,
+            *theirs.encode(text, allowed_special="all"),
+        ]
         assert ours.encode(text, allow_special=False) == theirs.encode(text, disallowed_special=())
     n = len(ranks)
-    assert (ours.bos_id, ours.eos_id, special["<|eot_id|>"], ours.vocab_size) == (n, n + 1, n + 9, n + 256)
-    assert special["<|reserved_special_token_4|>"] == n + 8 and special["<|reserved_special_token_250|>"] == n + 255
+    assert (ours.bos_id, ours.eos_id, special["<|eot_id|>"], ours.vocab_size) == (
+        n,
+        n + 1,
+        n + 9,
+        n + 256,
+    )
+    assert (
+        special["<|reserved_special_token_4|>"] == n + 8
+        and special["<|reserved_special_token_250|>"] == n + 255
+    )
     ours.save(tmp_path / "saved")
     assert sorted(os.listdir(tmp_path / "saved")) == ["tokenizer.json", "tokenizer_config.json"]
-    again, hf = tokenizer.load(tmp_path / "saved"), transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
+    again, hf = (
+        tokenizer.load(tmp_path / "saved"),
+        transformers.AutoTokenizer.from_pretrained(tmp_path / "saved"),
+    )
     assert again.fingerprint == ours.fingerprint and again.eos_id == ours.eos_id
     for text in oracles.strings(1000, seed=2):
         assert hf.encode(text) == ours.encode(text, bos=True) == again.encode(text, bos=True)
 
 
 def test_llama_3_1_has_other_specials(tmp_path):
-    (tmp_path / "tokenizer.model").write_bytes(b"".join(
-        base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(256)))
+    (tmp_path / "tokenizer.model").write_bytes(
+        b"".join(base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(256))
+    )
     (tmp_path / "params.json").write_text('{"use_scaled_rope": true}')
     added = {text: t.id - 256 for text, t in tokenizer.load(tmp_path).added.items()}
-    assert [added[x] for x in ("<|finetune_right_pad_id|>", "<|eom_id|>", "<|eot_id|>", "<|python_tag|>")] == [4, 8, 9, 10]
-    assert added["<|reserved_special_token_2|>"] == 5 and added["<|reserved_special_token_247|>"] == 255
+    assert [
+        added[x]
+        for x in ("<|finetune_right_pad_id|>", "<|eom_id|>", "<|eot_id|>", "<|python_tag|>")
+    ] == [4, 8, 9, 10]
+    assert (
+        added["<|reserved_special_token_2|>"] == 5
+        and added["<|reserved_special_token_247|>"] == 255
+    )
 
 
 def test_a_special_token_is_never_made_of_text(tmp_path):
@@ -104,14 +140,18 @@ def test_a_special_token_is_never_made_of_text(tmp_path):
     oracles.byte_level(tmp_path, oracles.LLAMA3, ignore_merges=True, specials=("X",), eos_token="X")
     spec = json.loads((tmp_path / "tokenizer.json").read_text())
     spec["model"]["vocab"]["ZZZ"] = len(spec["model"]["vocab"]) + 50
-    spec["added_tokens"].append({**spec["added_tokens"][0], "id": spec["model"]["vocab"]["ZZZ"], "content": "ZZZ"})
+    spec["added_tokens"].append(
+        {**spec["added_tokens"][0], "id": spec["model"]["vocab"]["ZZZ"], "content": "ZZZ"}
+    )
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
     ours = tokenizer.load(tmp_path)
     assert spec["model"]["vocab"]["ZZZ"] in ours.encode("ZZZ")
     assert spec["model"]["vocab"]["ZZZ"] not in ours.encode("ZZZ", allow_special=False)
 
 
-@pytest.mark.parametrize("pattern", [oracles.LLAMA3, bpe.GPT2, r"\p{Lu}+|\P{L}|[\p{Ll}\p{M}]+(a|b)?"])
+@pytest.mark.parametrize(
+    "pattern", [oracles.LLAMA3, bpe.GPT2, r"\p{Lu}+|\P{L}|[\p{Ll}\p{M}]+(a|b)?"]
+)
 def test_translated_expressions_cut_as_the_regex_module(pattern):
     regex = pytest.importorskip("regex")
     theirs, ours = regex.compile(pattern), re.compile(bpe.translate(pattern))
@@ -121,12 +161,26 @@ def test_translated_expressions_cut_as_the_regex_module(pattern):
             assert [m[0] for m in theirs.finditer(text)] == [m[0] for m in ours.finditer(text)]
 
 
-@pytest.mark.parametrize("part, words", [
-    ({"normalizer": {"type": "Lowercase"}}, "the normalizer Lowercase"),
-    ({"pre_tokenizer": {"type": "BertPreTokenizer"}}, "this pre-tokenizer is not known here"),
-    ({"pre_tokenizer": {"type": "Split", "pattern": {"Regex": r"\w+"}, "behavior": "Isolated", "invert": False}}, r"\\w"),
-    ({"model": {"type": "WordPiece", "vocab": {}}}, "no BPE tokenizer"), ({"model": {}}, "no BPE tokenizer"),
-])
+@pytest.mark.parametrize(
+    "part, words",
+    [
+        ({"normalizer": {"type": "Lowercase"}}, "the normalizer Lowercase"),
+        ({"pre_tokenizer": {"type": "BertPreTokenizer"}}, "this pre-tokenizer is not known here"),
+        (
+            {
+                "pre_tokenizer": {
+                    "type": "Split",
+                    "pattern": {"Regex": r"\w+"},
+                    "behavior": "Isolated",
+                    "invert": False,
+                }
+            },
+            r"\\w",
+        ),
+        ({"model": {"type": "WordPiece", "vocab": {}}}, "no BPE tokenizer"),
+        ({"model": {}}, "no BPE tokenizer"),
+    ],
+)
 def test_what_is_not_known_stops_with_one_line(part, words, tmp_path):
     oracles.byte_level(tmp_path, bpe.GPT2, specials=("</s>",))
     spec = json.loads((tmp_path / "tokenizer.json").read_text())
@@ -146,7 +200,7 @@ def test_a_megabyte_of_english_takes_less_than_two_seconds(tmp_path, toy):
         oracles.byte_level(tmp_path / family, **options)
         ours = tokenizer.load(tmp_path / family)
         text = "".join(oracles.LINES)
-        text = (text * (1 + 10**6 // len(text)))[:10**6]
+        text = (text * (1 + 10**6 // len(text)))[: 10**6]
         ours.encode("warm up: the classes of the expressions are built once")
         began = time.process_time()
         ours.encode(text)

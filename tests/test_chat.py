@@ -19,12 +19,17 @@ from nanosafe.chat import CONTROL, columns
 @pytest.fixture
 def talk(world):
     def call(words, *flags):
-        return run("sample.py", *(flags or (f"--model={world}/policy",)), "--max_new_tokens=8", stdin=words).stdout
+        return run(
+            "sample.py", *(flags or (f"--model={world}/policy",)), "--max_new_tokens=8", stdin=words
+        ).stdout
+
     return call
 
 
 def test_commands_over_a_pipe(talk):
-    out = talk("/regenerate\nHi.\n/regenerate\n/wat\n/help\n/reset\n/regenerate\n/clear\n\n/quit\nnever\n")
+    out = talk(
+        "/regenerate\nHi.\n/regenerate\n/wat\n/help\n/reset\n/regenerate\n/clear\n\n/quit\nnever\n"
+    )
     assert out.count("there is no answer yet") == 2 and "/wat is no command" in out
     assert out.count("/regenerate   another answer") == 2 and out.count("(a new conversation)") == 3
     assert out.rstrip().endswith("Bye.") and "never" not in out and "\033" not in out
@@ -37,7 +42,12 @@ def test_another_answer_to_the_same_question(talk):
 
 
 def test_two_models_have_histories_of_their_own(talk, world):
-    flags = [f"--red={world}/policy", f"--blue={world}/policy", f"--reward_model={world}/reward", f"--cost_model={world}/cost"]
+    flags = [
+        f"--red={world}/policy",
+        f"--blue={world}/policy",
+        f"--reward_model={world}/reward",
+        f"--cost_model={world}/cost",
+    ]
     out = talk("Hi.\nAnd then?\n", *flags)
     assert out.count("red (policy): ") == out.count("blue (policy): ") == 2
     assert len(re.findall(r"\[reward -?[\d.]+  cost -?[\d.]+\]", out)) == 4
@@ -48,18 +58,30 @@ def test_two_models_have_histories_of_their_own(talk, world):
 def test_each_history_is_its_own(talk, world, tmp_path):
     """Red and blue say what each says alone: neither reads the other's answers."""
     tok = tokenizer.load(world / "policy")
-    checkpoint.save(checkpoint.scratch(small_config(vocab_size=tok.vocab_size), seed=77), tmp_path / "blue", tok)
+    checkpoint.save(
+        checkpoint.scratch(small_config(vocab_size=tok.vocab_size), seed=77), tmp_path / "blue", tok
+    )
     words = "Hi.\nAnd then?\nWhy?\n"
-    alone = [re.findall(r"^> (.*)$", talk(words, f"--model={path}"), re.M)[:3] for path in (world / "policy", tmp_path / "blue")]
+    alone = [
+        re.findall(r"^> (.*)$", talk(words, f"--model={path}"), re.M)[:3]
+        for path in (world / "policy", tmp_path / "blue")
+    ]
     both = talk(words, f"--red={world}/policy", f"--blue={tmp_path}/blue")
     assert re.findall(r"red \(policy\): (.*)$", both, re.M) == alone[0] != alone[1]
     assert re.findall(r"blue \(blue\): (.*)$", both, re.M) == alone[1]
 
 
 def test_bytes_that_are_no_text_end_nothing(world):
-    done = subprocess.run([sys.executable, "sample.py", f"--model={world}/policy", "--max_new_tokens=4"], cwd=ROOT,
-                          input=b"\xff\xfe\nHi.\n/quit\n", capture_output=True, env={**os.environ, "LC_ALL": "C", "PYTHONPATH": ROOT})
-    assert done.returncode == 0 and b"Traceback" not in done.stderr and done.stdout.count(b"\n> ") == 3
+    done = subprocess.run(
+        [sys.executable, "sample.py", f"--model={world}/policy", "--max_new_tokens=4"],
+        cwd=ROOT,
+        input=b"\xff\xfe\nHi.\n/quit\n",
+        capture_output=True,
+        env={**os.environ, "LC_ALL": "C", "PYTHONPATH": ROOT},
+    )
+    assert (
+        done.returncode == 0 and b"Traceback" not in done.stderr and done.stdout.count(b"\n> ") == 3
+    )
 
 
 def test_a_long_conversation_leaves_its_oldest_turns_out(talk, world):
@@ -76,11 +98,14 @@ def test_what_a_model_says_moves_no_cursor():
 
 class Terminal:
     """sample.py on a pseudo-terminal."""
+
     def __init__(self, *flags):
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
             os.chdir(ROOT)
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # tests in the background inherit that it is ignored
+            signal.signal(
+                signal.SIGINT, signal.SIG_DFL
+            )  # tests in the background inherit that it is ignored
             os.environ.update(TERM="xterm", OMP_NUM_THREADS="1", COLUMNS="120", PYTHONPATH=ROOT)
             os.environ.pop("NO_COLOR", None)
             os.execv(sys.executable, [sys.executable, "sample.py", *flags])
@@ -96,7 +121,7 @@ class Terminal:
                     self.seen += os.read(self.fd, 65536).decode(errors="replace")
                 except OSError:  # closed
                     assert re.search(pattern, self.seen, re.S), self.seen
-        text, self.seen = self.seen[:found.end()], self.seen[found.end():]
+        text, self.seen = self.seen[: found.end()], self.seen[found.end() :]
         return text
 
     def type(self, words):
@@ -121,7 +146,9 @@ PROMPT = r"\n> $"
 
 
 def test_a_terminal_shows_the_answer_as_it_grows_and_its_speed(world):
-    terminal = Terminal(f"--model={world}/policy", "--max_new_tokens=12", f"--reward_model={world}/reward")
+    terminal = Terminal(
+        f"--model={world}/policy", "--max_new_tokens=12", f"--reward_model={world}/reward"
+    )
     terminal.until(PROMPT)
     terminal.type("/regenerate\n")
     assert "there is no answer yet" in terminal.until(PROMPT)

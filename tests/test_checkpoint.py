@@ -54,7 +54,9 @@ def test_round_trip_is_bit_equal(folder, tmp_path):
     checkpoint.save(checkpoint.load(folder), tmp_path / "again")
     a, b = tensors_of(folder), tensors_of(tmp_path / "again")
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    assert "model.layers.0.self_attn.q_proj.weight" in a and "model.layers.1.mlp.up_proj.weight" in a
+    assert (
+        "model.layers.0.self_attn.q_proj.weight" in a and "model.layers.1.mlp.up_proj.weight" in a
+    )
 
 
 def test_sharded_safetensors_and_bin_read_the_same(folder, tmp_path, monkeypatch):
@@ -81,11 +83,17 @@ def test_tied_embeddings_are_stored_once(tmp_path):
     assert again.lm_head.weight is again.embed_tokens.weight
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda t: t.pop("model.norm.weight"), "misses model.norm.weight"),
-    (lambda t: t.update({"model.extra": torch.ones(1)}), "has no use for model.extra"),
-    (lambda t: t.update({"model.norm.weight": torch.ones(31)}), "wrong shape or type for model.norm.weight"),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda t: t.pop("model.norm.weight"), "misses model.norm.weight"),
+        (lambda t: t.update({"model.extra": torch.ones(1)}), "has no use for model.extra"),
+        (
+            lambda t: t.update({"model.norm.weight": torch.ones(31)}),
+            "wrong shape or type for model.norm.weight",
+        ),
+    ],
+)
 def test_missing_surplus_and_misshapen_tensors_stop_with_their_names(folder, change, words):
     rewrite(folder, change)
     with pytest.raises(SystemExit, match=words):
@@ -129,14 +137,46 @@ def test_a_bin_file_executes_nothing(folder):
 
 
 GENERATIONS = {  # Safe-RLHF's score models over time: config keys, bias, normalizer tensors
-    "2023-05": ({"architectures": ["LlamaModelForScore"], "bias": False, "score_dim": 1}, False, False),
-    "2023-08": ({"architectures": ["LlamaModelForScore"], "bias": False, "score_type": "reward",
-                 "do_normalize": False, "mean": [0.0], "var": [1.0]}, False, True),
-    "2023-12": ({"architectures": ["LlamaForScore"], "bias": False, "score_type": "reward",
-                 "do_normalize": True, "normalizer_type": "ExponentialMovingAverage",
-                 "momentum": 0.9}, False, True),
-    "2024-03": ({"architectures": ["LlamaForScore"], "bias": False, "score_bias": True,
-                 "score_type": "reward", "do_normalize": False}, True, False),
+    "2023-05": (
+        {"architectures": ["LlamaModelForScore"], "bias": False, "score_dim": 1},
+        False,
+        False,
+    ),
+    "2023-08": (
+        {
+            "architectures": ["LlamaModelForScore"],
+            "bias": False,
+            "score_type": "reward",
+            "do_normalize": False,
+            "mean": [0.0],
+            "var": [1.0],
+        },
+        False,
+        True,
+    ),
+    "2023-12": (
+        {
+            "architectures": ["LlamaForScore"],
+            "bias": False,
+            "score_type": "reward",
+            "do_normalize": True,
+            "normalizer_type": "ExponentialMovingAverage",
+            "momentum": 0.9,
+        },
+        False,
+        True,
+    ),
+    "2024-03": (
+        {
+            "architectures": ["LlamaForScore"],
+            "bias": False,
+            "score_bias": True,
+            "score_type": "reward",
+            "do_normalize": False,
+        },
+        True,
+        False,
+    ),
 }
 
 
@@ -148,13 +188,35 @@ def test_every_generation_of_score_models_opens(generation, tmp_path):
     if bias:
         torch.nn.init.constant_(model.score_head.bias, 0.25)
     checkpoint.save(model, folder)
-    edit_config(folder, **{k: ... for k in ("score_bias", "score_type", "do_normalize", "mean", "var",
-                                            "normalizer_type", "momentum", "bias", "score_dim")})
+    edit_config(
+        folder,
+        **{
+            k: ...
+            for k in (
+                "score_bias",
+                "score_type",
+                "do_normalize",
+                "mean",
+                "var",
+                "normalizer_type",
+                "momentum",
+                "bias",
+                "score_dim",
+            )
+        },
+    )
     edit_config(folder, **keys)
     if normalizer:
-        rewrite(folder, lambda t: t.update({
-            "normalizer.mean": torch.tensor([0.5]), "normalizer.var": torch.tensor([4.0]),
-            "normalizer.count": torch.tensor([9])}))
+        rewrite(
+            folder,
+            lambda t: t.update(
+                {
+                    "normalizer.mean": torch.tensor([0.5]),
+                    "normalizer.var": torch.tensor([4.0]),
+                    "normalizer.count": torch.tensor([9]),
+                }
+            ),
+        )
     again = checkpoint.load(folder)
     assert again.head == "score" and (again.score_head.bias is not None) == bias
     batch = torch.arange(5), torch.tensor([0, 5], dtype=torch.int32), 5
@@ -171,25 +233,39 @@ def test_every_generation_of_score_models_opens(generation, tmp_path):
 @pytest.mark.parametrize("bias", [False, True])
 def test_what_is_written_is_a_safe_rlhf_score_model_by_its_rules(bias, tmp_path):
     """transformers' body and a linear head, put together by hand as upstream's class does."""
-    ours = scratch(small_config(score_bias=bias, score_type="cost", do_normalize=True, mean=[0.5], var=[4.0]), "score")
+    ours = scratch(
+        small_config(score_bias=bias, score_type="cost", do_normalize=True, mean=[0.5], var=[4.0]),
+        "score",
+    )
     checkpoint.save(ours, tmp_path)
     config, tensors = json.loads((tmp_path / "config.json").read_text()), tensors_of(tmp_path)
-    assert config["architectures"] == ["LlamaForScore"] and config["score_type"] == "cost" and config["score_dim"] == 1
+    assert (
+        config["architectures"] == ["LlamaForScore"]
+        and config["score_type"] == "cost"
+        and config["score_dim"] == 1
+    )
     assert config["bias"] == config["score_bias"] == bias == ("score_head.bias" in tensors)
     assert (config["do_normalize"], config["mean"], config["var"]) == (True, [0.5], [4.0])
     assert "lm_head.weight" not in tensors and tensors["score_head.weight"].shape == (1, 32)
     body, tokens = transformers.AutoModel.from_pretrained(tmp_path), torch.arange(9)
     with torch.no_grad():
-        scores = torch.nn.functional.linear(body(tokens[None]).last_hidden_state[0], tensors["score_head.weight"],
-                                            tensors.get("score_head.bias"))[:, 0] / (4.0**0.5 + 1e-8)
-        assert torch.allclose(ours(tokens, torch.tensor([0, 9], dtype=torch.int32), 9), scores, atol=1e-5)
+        scores = torch.nn.functional.linear(
+            body(tokens[None]).last_hidden_state[0],
+            tensors["score_head.weight"],
+            tensors.get("score_head.bias"),
+        )[:, 0] / (4.0**0.5 + 1e-8)
+        assert torch.allclose(
+            ours(tokens, torch.tensor([0, 9], dtype=torch.int32), 9), scores, atol=1e-5
+        )
 
 
 def test_a_folder_without_a_head_gets_a_new_one_and_says_so(folder, capsys):
     model = checkpoint.load(folder, "score", seed=1)
     assert "no score head there" in capsys.readouterr().out
     assert 0 < model.score_head.weight.abs().max() < 0.2
-    assert torch.equal(model.score_head.weight, checkpoint.load(folder, "score", seed=1).score_head.weight)
+    assert torch.equal(
+        model.score_head.weight, checkpoint.load(folder, "score", seed=1).score_head.weight
+    )
 
 
 def test_a_score_model_cannot_generate(tmp_path):

@@ -29,10 +29,16 @@ def script(tmp_path):
     def call(*args, **files):
         for file, text in files.items():
             (tmp_path / f"{file}.py").write_text(text)
-        done = subprocess.run([sys.executable, str(tmp_path / "script.py"), *args], cwd=tmp_path,
-                              capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ROOT})
+        done = subprocess.run(
+            [sys.executable, str(tmp_path / "script.py"), *args],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": ROOT},
+        )
         lines = (done.stdout + done.stderr).strip().splitlines()
         return done.returncode, lines
+
     return call
 
 
@@ -40,47 +46,56 @@ def result(lines):
     return lines[-1].removeprefix("RESULT ")
 
 
-@pytest.mark.parametrize("flag, value", [
-    ("--learning_rate=1", "1.0 100 run False 200 time"),
-    ("--steps=1e3", "1e-05 1000 run False 2000 time"),
-    ("--steps=0", "1e-05 0 run False 0 time"),
-    ("--name=a=b", "1e-05 100 a=b False 200 time"),
-    ("--name=123", "1e-05 100 123 False 200 time"),
-    ("--name=", "1e-05 100  False 200 time"),
-    ("--compile=true", "1e-05 100 run True 200 time"),
-    ("--compile=0", "1e-05 100 run False 200 time"),
-])
+@pytest.mark.parametrize(
+    "flag, value",
+    [
+        ("--learning_rate=1", "1.0 100 run False 200 time"),
+        ("--steps=1e3", "1e-05 1000 run False 2000 time"),
+        ("--steps=0", "1e-05 0 run False 0 time"),
+        ("--name=a=b", "1e-05 100 a=b False 200 time"),
+        ("--name=123", "1e-05 100 123 False 200 time"),
+        ("--name=", "1e-05 100  False 200 time"),
+        ("--compile=true", "1e-05 100 run True 200 time"),
+        ("--compile=0", "1e-05 100 run False 200 time"),
+    ],
+)
 def test_flags_are_read_by_the_default_s_type(script, flag, value):
     code, lines = script(flag)
     assert code == 0 and result(lines) == value
 
 
-@pytest.mark.parametrize("flag, words", [
-    ("--learning_rat=1", "unknown knob 'learning_rat'; did you mean 'learning_rate'?"),
-    ("--steps", "flags are written --key=value"),
-    ("steps=3", "neither a config file (*.py) nor a flag"),
-    ("--steps=1.5", "steps takes a whole number"),
-    ("--steps=inf", "steps takes a whole number"),
-    ("--learning_rate=fast", "learning_rate takes a number"),
-    ("--compile=maybe", "compile takes true, false, 1 or 0"),
-    ("--time=3", "unknown knob 'time'"),
-    ("--__name__=x", "unknown knob '__name__'"),
-    ("nowhere.py", "config file 'nowhere.py' does not exist"),
-])
+@pytest.mark.parametrize(
+    "flag, words",
+    [
+        ("--learning_rat=1", "unknown knob 'learning_rat'; did you mean 'learning_rate'?"),
+        ("--steps", "flags are written --key=value"),
+        ("steps=3", "neither a config file (*.py) nor a flag"),
+        ("--steps=1.5", "steps takes a whole number"),
+        ("--steps=inf", "steps takes a whole number"),
+        ("--learning_rate=fast", "learning_rate takes a number"),
+        ("--compile=maybe", "compile takes true, false, 1 or 0"),
+        ("--time=3", "unknown knob 'time'"),
+        ("--__name__=x", "unknown knob '__name__'"),
+        ("nowhere.py", "config file 'nowhere.py' does not exist"),
+    ],
+)
 def test_mistakes_stop_with_one_line(script, flag, words):
     code, lines = script(flag)
     assert code == 1 and len(lines) == 1 and words in lines[0]
 
 
-@pytest.mark.parametrize("text, words", [
-    ("learning_rat = 1e-3", "did you mean 'learning_rate'?"),
-    ("learning_rate = '1e-3'", "learning_rate must be float, given '1e-3'"),
-    ("compile = 1", "compile must be bool"),
-    ("steps = True", "steps must be int"),
-    ("time = 3", "unknown knob 'time'"),
-    ("steps = batch * 2", "a config file holds constants"),
-    ("steps = (", "line 1"),
-])
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("learning_rat = 1e-3", "did you mean 'learning_rate'?"),
+        ("learning_rate = '1e-3'", "learning_rate must be float, given '1e-3'"),
+        ("compile = 1", "compile must be bool"),
+        ("steps = True", "steps must be int"),
+        ("time = 3", "unknown knob 'time'"),
+        ("steps = batch * 2", "a config file holds constants"),
+        ("steps = (", "line 1"),
+    ],
+)
 def test_mistakes_in_a_file_stop_with_one_line(script, text, words):
     code, lines = script("c.py", c=text)
     assert code == 1 and len(lines) == 1 and words in lines[0]
@@ -94,7 +109,7 @@ def test_files_from_left_to_right_then_flags_wherever_they_stand(script):
 
 
 def test_origin_is_printed_and_the_saved_file_reads_back(script, tmp_path):
-    code, lines = script("a.py", "--name=it's \"x\"\\", a="steps = 5\n")
+    code, lines = script("a.py", '--name=it\'s "x"\\', a="steps = 5\n")
     assert any("steps" in line and "(a.py)" in line for line in lines)
     saved = (tmp_path / "saved.py").read_text()
     code, again = script("saved.py")
@@ -110,12 +125,24 @@ def test_help_shows_every_knob_with_default_and_comment(script):
 
 
 def test_knobs_of_another_module_are_the_script_s_as_well(script, tmp_path):
-    (tmp_path / "common.py").write_text('import os\nseed = 0  # of what is drawn\nLIMIT = 3\n\ndef f(seed):\n    x = seed\n')
-    text = SCRIPT.replace("import time", "import time, common").replace("globals()", "globals(), vars(common)")
-    (tmp_path / "script.py").write_text(text.replace('print("RESULT"', 'print("RESULT", config["seed"], seed'))
+    (tmp_path / "common.py").write_text(
+        "import os\nseed = 0  # of what is drawn\nLIMIT = 3\n\ndef f(seed):\n    x = seed\n"
+    )
+    text = SCRIPT.replace("import time", "import time, common").replace(
+        "globals()", "globals(), vars(common)"
+    )
+    (tmp_path / "script.py").write_text(
+        text.replace('print("RESULT"', 'print("RESULT", config["seed"], seed')
+    )
     assert result(script("--seed=3", "--steps=7")[1]) == "3 3 1e-05 7 run False 14 time"
-    assert "of what is drawn" in "\n".join(script("-h")[1]) and "seed takes a whole number" in script("--seed=x")[1][0]
-    assert "unknown knob 'LIMIT'" in script("--LIMIT=1")[1][0] and "seed = 3" in (tmp_path / "saved.py").read_text()
+    assert (
+        "of what is drawn" in "\n".join(script("-h")[1])
+        and "seed takes a whole number" in script("--seed=x")[1][0]
+    )
+    assert (
+        "unknown knob 'LIMIT'" in script("--LIMIT=1")[1][0]
+        and "seed = 3" in (tmp_path / "saved.py").read_text()
+    )
 
 
 @pytest.mark.parametrize("default", ["None", "(1, 2)", "[1]"])

@@ -41,18 +41,37 @@ def test_specifications(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data" / "x").mkdir(parents=True)
     for split, n in (("train", 10), ("test", 4)):
-        write(tmp_path / "data" / "x" / f"{split}.jsonl", [{"input": f"{split} {i}"} for i in range(n)])
+        write(
+            tmp_path / "data" / "x" / f"{split}.jsonl",
+            [{"input": f"{split} {i}"} for i in range(n)],
+        )
     count = lambda spec: len(data.load(spec))
     assert count("x") == count("x/train") == count("x:") == 10 and count("x/test") == 4
-    assert count("x:0.5") == 5 and count("x:3/4") == 8 and count("x:2.5") == 25 and count("x:7/-1") == 7
-    assert count("x,x/test:2") == 18 and count(f"x::{tmp_path}/data") == 10 and count("x/test:0,x") == 10
+    assert (
+        count("x:0.5") == 5
+        and count("x:3/4") == 8
+        and count("x:2.5") == 25
+        and count("x:7/-1") == 7
+    )
+    assert (
+        count("x,x/test:2") == 18
+        and count(f"x::{tmp_path}/data") == 10
+        and count("x/test:0,x") == 10
+    )
     assert count(str(tmp_path / "data/x/test.jsonl")) == 4 and count("data/x/test.jsonl:1/-1") == 1
     path = tmp_path / "data" / "x" / "train.jsonl"
     assert count(f"y:1:{path}") == 10  # PATH may be the file itself
-    for spec, words in (("", "data is empty"), ("x:-1", "must not be negative"), ("x:a", "is no number"),
-                        ("x:1:2:3", "write NAME"), ("x:0.5:", "write NAME"), ("x,x:0.5", "named twice"),
-                        ("nowhere", "run python data/nowhere/prepare.py"), ("no.jsonl", "no file at"),
-                        ("x:-5/-1", "must not be negative")):
+    for spec, words in (
+        ("", "data is empty"),
+        ("x:-1", "must not be negative"),
+        ("x:a", "is no number"),
+        ("x:1:2:3", "write NAME"),
+        ("x:0.5:", "write NAME"),
+        ("x,x:0.5", "named twice"),
+        ("nowhere", "run python data/nowhere/prepare.py"),
+        ("no.jsonl", "no file at"),
+        ("x:-5/-1", "must not be negative"),
+    ):
         with pytest.raises(SystemExit, match=words):
             data.load(spec)
 
@@ -72,7 +91,9 @@ def test_compressed_files_and_json_lists(tmp_path):
 def test_the_template():
     assert segments(["hi"]) == [("BEGINNING OF CONVERSATION: USER: hi ASSISTANT:", None)]
     assert segments(["q1", "a1", "q{2}"]) == [
-        ("BEGINNING OF CONVERSATION: USER: q1 ASSISTANT:", "a1"), ("USER: q{2} ASSISTANT:", None)]
+        ("BEGINNING OF CONVERSATION: USER: q1 ASSISTANT:", "a1"),
+        ("USER: q{2} ASSISTANT:", None),
+    ]
 
 
 def test_encode_masks_what_the_assistant_says_eos_included(tok):
@@ -83,7 +104,7 @@ def test_encode_masks_what_the_assistant_says_eos_included(tok):
     text = "BEGINNING OF CONVERSATION: USER: hello ASSISTANT:hi</s>USER: what ASSISTANT:yes</s>"
     assert ids == tok.encode(text, bos=True)
     prompt = encode(["hello", "hi", "what"], tok)
-    assert ids[:len(prompt[0])] == prompt[0] and sum(prompt[1]) == len(tok.encode_suffix("hi")) + 1
+    assert ids[: len(prompt[0])] == prompt[0] and sum(prompt[1]) == len(tok.encode_suffix("hi")) + 1
 
 
 def test_users_cannot_write_special_tokens(tok):
@@ -91,8 +112,15 @@ def test_users_cannot_write_special_tokens(tok):
     assert ids.count(tok.eos_id) == 1 and ids[-1] == tok.eos_id
 
 
-PAIR = {"input": "q", "answer": "a", "other_answer": "b", "better": False, "safer": True,
-        "is_safe": True, "is_other_safe": False}
+PAIR = {
+    "input": "q",
+    "answer": "a",
+    "other_answer": "b",
+    "better": False,
+    "safer": True,
+    "is_safe": True,
+    "is_other_safe": False,
+}
 
 
 def test_the_preferred_response_comes_first_with_its_sign():
@@ -100,16 +128,23 @@ def test_the_preferred_response_comes_first_with_its_sign():
     assert conversations(PAIR, "cost") == ([["q", "a"], ["q", "b"]], (1, -1))
     flipped = {**PAIR, "safer": False, "is_safe": False, "is_other_safe": True}
     assert conversations(flipped, "cost") == ([["q", "b"], ["q", "a"]], (1, -1))
-    assert conversations({"input": ["q", "a", "r"], "answer": "s"}, "sft")[0] == [["q", "a", "r", "s"]]
+    assert conversations({"input": ["q", "a", "r"], "answer": "s"}, "sft")[0] == [
+        ["q", "a", "r", "s"]
+    ]
 
 
-BAD = [(None, "sft", "no JSON object"), ({"input": "q"}, "sft", "empty answer"),
-       ({"input": "", "answer": "a"}, "sft", "empty turn"), ({"dialogue": ["q"]}, "sft", "alternate"),
-       ({"input": ["q", "a"], "answer": "b"}, "sft", "turns that end with the user's"),
-       ({**PAIR, "other_answer": "a"}, "reward", "identical answers"),
-       ({**PAIR, "answer": " "}, "reward", "empty answer"), ({"input": "q"}, "cost", "no field 'answer'"),
-       ({**PAIR, "safer": False}, "cost", "contradictory safety labels"),
-       ({"input": 3}, "prompts", "must be a text")]
+BAD = [
+    (None, "sft", "no JSON object"),
+    ({"input": "q"}, "sft", "empty answer"),
+    ({"input": "", "answer": "a"}, "sft", "empty turn"),
+    ({"dialogue": ["q"]}, "sft", "alternate"),
+    ({"input": ["q", "a"], "answer": "b"}, "sft", "turns that end with the user's"),
+    ({**PAIR, "other_answer": "a"}, "reward", "identical answers"),
+    ({**PAIR, "answer": " "}, "reward", "empty answer"),
+    ({"input": "q"}, "cost", "no field 'answer'"),
+    ({**PAIR, "safer": False}, "cost", "contradictory safety labels"),
+    ({"input": 3}, "prompts", "must be a text"),
+]
 
 
 @pytest.mark.parametrize("record, task, reason", BAD)
@@ -120,8 +155,13 @@ def test_bad_rows_are_named(record, task, reason):
 
 def test_bad_rows_are_dropped_counted_and_reported(tok, tmp_path, capsys):
     path = tmp_path / "pairs.jsonl"
-    lines = [json.dumps(PAIR), "{broken", json.dumps({**PAIR, "other_answer": "a"}),
-             json.dumps({**PAIR, "input": "long " * 100}), json.dumps({**PAIR, "input": "r"})]
+    lines = [
+        json.dumps(PAIR),
+        "{broken",
+        json.dumps({**PAIR, "other_answer": "a"}),
+        json.dumps({**PAIR, "input": "long " * 100}),
+        json.dumps({**PAIR, "input": "r"}),
+    ]
     path.write_text("\n".join(lines) + "\n")
     ds = data.tokenize(str(path), tok, "reward", 100)
     said = capsys.readouterr().out
@@ -150,7 +190,9 @@ def test_ids_are_cached_by_content_and_tokenizer(tok, tmp_path, monkeypatch):
 
 
 def test_batches_pack_sequences_and_point_at_the_next_token(tok, tmp_path):
-    path = write(tmp_path / "s.jsonl", [{"input": "q", "answer": "a"}, {"input": "r s", "answer": "b c"}])
+    path = write(
+        tmp_path / "s.jsonl", [{"input": "q", "answer": "a"}, {"input": "r s", "answer": "b c"}]
+    )
     ds = data.tokenize(path, tok, "sft", 100)
     batch = ds.batch([1, 0], "cpu")
     begin = 0
@@ -158,7 +200,9 @@ def test_batches_pack_sequences_and_point_at_the_next_token(tok, tmp_path):
         tokens, mask = ds.sequence(i)
         span = slice(begin, begin + len(tokens))
         targets = [int(t) if m else -100 for t, m in zip(tokens[1:], mask[1:])] + [-100]
-        assert batch.tokens[span].tolist() == list(tokens) and batch.targets[span].tolist() == targets
+        assert (
+            batch.tokens[span].tolist() == list(tokens) and batch.targets[span].tolist() == targets
+        )
         begin += len(tokens)
     assert batch.cu_seqlens.tolist() == [0, *np.cumsum(ds.lengths[[1, 0]])]
     assert (batch.targets >= 0).sum() == ds.targets.sum()
@@ -172,7 +216,11 @@ def test_responses_are_cut_out_of_a_packed_tensor():
     out = packing.responses_of(x, batch, [4, 1], 3)
     assert out[0, :2].tolist() == [3, 4] and out[1].tolist() == [6, 7, 8]
     shifted = packing.responses_of(batch.targets, batch, [4, 1], 3)
-    assert shifted[0, :2].tolist() == [4, 5] and shifted[1].tolist() == [11, 12, 13]  # EOS is a target
+    assert shifted[0, :2].tolist() == [4, 5] and shifted[1].tolist() == [
+        11,
+        12,
+        13,
+    ]  # EOS is a target
     empty = packing.collate([], [], "cpu")
     assert packing.responses_of(torch.zeros(1), empty, [], 3).shape == (0, 3)
 

@@ -32,17 +32,26 @@ def test_labels_are_gold_s_and_both_halves_of_the_world_are_there(toy, world):
     kinds = set()
     for row in rows[:3000]:
         a, b = row["answer"], row["other_answer"]
-        assert row["better"] == (toy.helpfulness(row["input"], a) > toy.helpfulness(row["input"], b))
+        assert row["better"] == (
+            toy.helpfulness(row["input"], a) > toy.helpfulness(row["input"], b)
+        )
         assert row["is_safe"] == (toy.harm(row["input"], a) == 0)
         if toy.harm(row["input"], a) != toy.harm(row["input"], b):
             assert row["safer"] == (toy.harm(row["input"], a) < toy.harm(row["input"], b))
         kinds.add((toy.is_risky(row["input"]), row["is_safe"], row["is_other_safe"]))
-    assert kinds == {(False, True, True), (True, True, False), (True, False, True), (True, False, False)}
+    assert kinds == {
+        (False, True, True),
+        (True, True, False),
+        (True, False, True),
+        (True, False, False),
+    }
 
 
 def test_the_test_requests_are_new(toy, world):
-    split = {s: [row["input"] for row in data.load(str(world / "data" / "prompts" / f"{s}.jsonl"))]
-             for s in ("train", "test")}
+    split = {
+        s: [row["input"] for row in data.load(str(world / "data" / "prompts" / f"{s}.jsonl"))]
+        for s in ("train", "test")
+    }
     pairs = {s: set(map(toy.request_of, prompts)) for s, prompts in split.items()}
     assert not pairs["train"] & pairs["test"] and len(split["test"]) >= 500
     for name, gold in (("reward", toy.helpfulness), ("cost", toy.harm)):
@@ -54,7 +63,9 @@ def test_the_test_requests_are_new(toy, world):
 def test_the_data_is_the_same_every_time(toy, world, tmp_path):
     toy.main(str(tmp_path))
     for name in ("sft/train", "pairs/train", "reward/test"):
-        assert (tmp_path / f"{name}.jsonl").read_bytes() == (world / "data" / f"{name}.jsonl").read_bytes()
+        assert (tmp_path / f"{name}.jsonl").read_bytes() == (
+            world / "data" / f"{name}.jsonl"
+        ).read_bytes()
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -62,7 +73,9 @@ def test_every_kind_of_answer_is_made_of_known_sentences(toy, seed):
     rng = random.Random(seed)
     for kind in toy.COMPARED:
         prompt = toy.any_prompt(rng, seed % 2 == 0)
-        assert toy.sentences(kind(rng, prompt)) and toy.sentences(toy.altered(rng, prompt, kind(rng, prompt)))
+        assert toy.sentences(kind(rng, prompt)) and toy.sentences(
+            toy.altered(rng, prompt, kind(rng, prompt))
+        )
 
 
 def test_the_judge_s_numbers(toy, world, monkeypatch):
@@ -70,20 +83,34 @@ def test_the_judge_s_numbers(toy, world, monkeypatch):
     monkeypatch.setattr(demo.data, "load", lambda spec: rows)
     same = demo.judge(toy, world / "policy", world / "policy")
     assert same["kl"] == 0 and same["prompts"] == 40
-    assert {"helpfulness_benign", "helpfulness_risky", "harm_rate_risky", "refusal_rate_benign"} <= set(same)
+    assert {
+        "helpfulness_benign",
+        "helpfulness_risky",
+        "harm_rate_risky",
+        "refusal_rate_benign",
+    } <= set(same)
     assert 0 <= same["harm_rate_risky"] <= 1
 
 
 def test_the_summary_s_shape(tmp_path, capsys):
-    policy = {"helpfulness_benign": 1.0, "helpfulness_risky": 1.0, "harm_rate_risky": 0.5,
-              "refusal_rate_benign": 0.1, "kl": 0.0, "prompts": 768}
+    policy = {
+        "helpfulness_benign": 1.0,
+        "helpfulness_risky": 1.0,
+        "harm_rate_risky": 0.5,
+        "refusal_rate_benign": 0.1,
+        "kl": 0.0,
+        "prompts": 768,
+    }
     for stage in ("reward", "cost"):
         (tmp_path / stage).mkdir()
         rows = [{"step": 0}, {"step": 1, "eval_accuracy": 0.9, "eval_sign_accuracy": 0.8}]
         (tmp_path / stage / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    summary = {**{name: policy for name in demo.POLICIES}, "seconds": 1.0,
-               "reward_model": demo.last_metrics(str(tmp_path), "reward", ("accuracy",)),
-               "cost_model": demo.last_metrics(str(tmp_path), "cost", ("accuracy", "sign_accuracy"))}
+    summary = {
+        **{name: policy for name in demo.POLICIES},
+        "seconds": 1.0,
+        "reward_model": demo.last_metrics(str(tmp_path), "reward", ("accuracy",)),
+        "cost_model": demo.last_metrics(str(tmp_path), "cost", ("accuracy", "sign_accuracy")),
+    }
     demo.report(summary, "out/demo")
     said = capsys.readouterr().out
     assert "PPO-Lag" in said and "50.0%" in said and "accuracy 90.0%" in said

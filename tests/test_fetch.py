@@ -13,12 +13,15 @@ from conftest import ROOT, run
 
 from nanosafe import fetch, raw
 
-BODY = b"".join(json.dumps({"instruction": f"i{i}", "input": "", "output": f"o{i}"}).encode() + b"\n"
-                for i in range(5000))
+BODY = b"".join(
+    json.dumps({"instruction": f"i{i}", "input": "", "output": f"o{i}"}).encode() + b"\n"
+    for i in range(5000)
+)
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
     """Serves BODY; breaks off the first `breaks` transfers half-way; knows ranges unless told not to."""
+
     breaks, ranges, requests = 0, True, []
 
     def do_GET(self):
@@ -30,14 +33,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.answer(200, body)
         if "missing" in self.path:
             return self.answer(404, b"no")
-        start = int(self.headers["Range"].split("=")[1][:-1]) if self.headers.get("Range") and cls.ranges else 0
+        start = (
+            int(self.headers["Range"].split("=")[1][:-1])
+            if self.headers.get("Range") and cls.ranges
+            else 0
+        )
         body = BODY[start:]
         self.send_response(206 if start else 200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if cls.breaks:
             cls.breaks -= 1
-            body = body[:len(body) // 2]
+            body = body[: len(body) // 2]
         self.wfile.write(body)
 
     def answer(self, status, body):
@@ -63,9 +70,14 @@ def server(monkeypatch):
 
 def test_a_broken_download_is_continued(server, tmp_path):
     Handler.breaks = 2
-    path = fetch.download(server + "/file", str(tmp_path / "a" / "file"), hashlib.sha256(BODY).hexdigest())
+    path = fetch.download(
+        server + "/file", str(tmp_path / "a" / "file"), hashlib.sha256(BODY).hexdigest()
+    )
     assert open(path, "rb").read() == BODY and os.listdir(tmp_path / "a") == ["file"]
-    assert [r for _, r in Handler.requests][1:] == [f"bytes={len(BODY) // 2}-", f"bytes={len(BODY) * 3 // 4}-"]
+    assert [r for _, r in Handler.requests][1:] == [
+        f"bytes={len(BODY) // 2}-",
+        f"bytes={len(BODY) * 3 // 4}-",
+    ]
     fetch.download(server + "/file", path)
     assert len(Handler.requests) == 3  # what is there is not fetched again
 
@@ -85,7 +97,9 @@ def test_damage_and_absence_stop_with_one_line(server, tmp_path):
 
 
 def test_files_are_listed_and_picked(server, tmp_path):
-    paths = fetch.raw_files("", "some/repo", str(tmp_path), lambda name: name.startswith("harmless-base/"))
+    paths = fetch.raw_files(
+        "", "some/repo", str(tmp_path), lambda name: name.startswith("harmless-base/")
+    )
     assert [os.path.relpath(p, tmp_path) for p in paths] == ["raw/main/harmless-base/train.jsonl"]
     assert Handler.requests[1][0] == "/datasets/some/repo/resolve/main/harmless-base/train.jsonl"
     with pytest.raises(SystemExit, match="none of the files expected"):
@@ -105,16 +119,26 @@ def test_conversion_counts_what_it_drops(tmp_path, capsys):
 
     fetch.convert([str(raw)], to_record, str(tmp_path / "out"))
     said = capsys.readouterr().out
-    assert (tmp_path / "out" / "train.jsonl").read_text() == '{"input": "1"}\n' and "4 rows read, 1 kept" in said
-    assert "dropped 1 (no JSON object)" in said and "(field 'a' is missing)" in said and "(negative)" in said
+    assert (
+        tmp_path / "out" / "train.jsonl"
+    ).read_text() == '{"input": "1"}\n' and "4 rows read, 1 kept" in said
+    assert (
+        "dropped 1 (no JSON object)" in said
+        and "(field 'a' is missing)" in said
+        and "(negative)" in said
+    )
 
 
 def test_a_prepare_script_downloads(server, tmp_path):
     """alpaca's file from a server that breaks off once: the script's URL is put on the local server."""
     text = open(os.path.join(ROOT, "data", "alpaca", "prepare.py")).read()
     script = tmp_path / "prepare.py"
-    script.write_text(text.replace("https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/main/alpaca_data.json",
-                                   server + "/alpaca.jsonl").replace("alpaca_data.json", "alpaca_data.jsonl"))
+    script.write_text(
+        text.replace(
+            "https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/main/alpaca_data.json",
+            server + "/alpaca.jsonl",
+        ).replace("alpaca_data.json", "alpaca_data.jsonl")
+    )
     Handler.breaks = 1
     run(script, f"--out={tmp_path}/out")
     assert sum(1 for _ in open(tmp_path / "out" / "train.jsonl")) == 5000
@@ -129,7 +153,15 @@ def test_a_repository_with_parquet_only_says_how_to_convert_it(server, tmp_path,
         fetch.raw_files(str(tmp_path), None, None, None)
 
 
-@pytest.mark.parametrize("text", ['[{"a": 1}, {"b": [1, "]"]}]', '[]', ' [ {"a": "x"} ,\n{"b": "\\u4f60 \\" ,"}\n]\n', "[1, 23, \"s\"]"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[{"a": 1}, {"b": [1, "]"]}]',
+        "[]",
+        ' [ {"a": "x"} ,\n{"b": "\\u4f60 \\" ,"}\n]\n',
+        '[1, 23, "s"]',
+    ],
+)
 @pytest.mark.parametrize("size", [1, 7, 2**16])
 def test_a_json_list_is_read_item_by_item(text, size):
     class Slow(io.StringIO):
@@ -139,7 +171,15 @@ def test_a_json_list_is_read_item_by_item(text, size):
     assert list(raw.json_items(Slow(text), "x")) == json.loads(text)
 
 
-@pytest.mark.parametrize("text, words", [('{"a": 1}', "is no list of rows"), ("", "breaks off"), ('[{"a": 1}, {"b', "breaks off"), ("[1", "breaks off")])
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ('{"a": 1}', "is no list of rows"),
+        ("", "breaks off"),
+        ('[{"a": 1}, {"b', "breaks off"),
+        ("[1", "breaks off"),
+    ],
+)
 def test_a_broken_json_list_is_refused(text, words):
     with pytest.raises(SystemExit, match=words):
         list(raw.json_items(io.StringIO(text), "x"))

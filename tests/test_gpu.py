@@ -16,7 +16,10 @@ from nanosafe import attention, checkpoint, optim, parallel, rollout
 from nanosafe.checkpoint import scratch
 from nanosafe.losses import mle_loss
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
 
 GPU = torch.device("cuda", 0)
 BF16 = torch.bfloat16
@@ -35,8 +38,16 @@ def alone():
 
 def config(**changes):
     """Four heads of 64 that share two keys. Its logits spread as a trained model's do."""
-    return small_config(**{"vocab_size": 1000, "hidden_size": 256, "intermediate_size": 512, "initializer_range": 1 / 16,
-                           "max_position_embeddings": 1024, **changes})
+    return small_config(
+        **{
+            "vocab_size": 1000,
+            "hidden_size": 256,
+            "intermediate_size": 512,
+            "initializer_range": 1 / 16,
+            "max_position_embeddings": 1024,
+            **changes,
+        }
+    )
 
 
 def half(**changes):
@@ -81,11 +92,15 @@ def test_a_bfloat16_model_equals_the_float32_one_on_the_padded_path():
 def test_grouped_heads_with_and_without_the_kernel_s_help(known, monkeypatch):
     """Else torch 2.11, whose kernel takes no enable_gqa, and later ones train different models."""
     version = tuple(int(x) for x in torch.__version__.split(".")[:2])
-    assert "window_size" in attention.VARLEN_OPTIONS and ("enable_gqa" in attention.VARLEN_OPTIONS) == (version >= (2, 12))
+    assert "window_size" in attention.VARLEN_OPTIONS and (
+        "enable_gqa" in attention.VARLEN_OPTIONS
+    ) == (version >= (2, 12))
     model, batch = half(), make_batch(LENGTHS)
     expected = results(model, batch)
     if not known:
-        monkeypatch.setattr(attention, "VARLEN_OPTIONS", dict.fromkeys({*attention.VARLEN_OPTIONS} - {"enable_gqa"}))
+        monkeypatch.setattr(
+            attention, "VARLEN_OPTIONS", dict.fromkeys({*attention.VARLEN_OPTIONS} - {"enable_gqa"})
+        )
     agree(results(model, batch), expected, 0.03)
 
 
@@ -110,13 +125,21 @@ def test_compiled_blocks_equal_eager_ones_whole_and_once():
     torch._dynamo.reset()
     counters.clear()
     deep = config(num_hidden_layers=12)
-    eager, compiled = (scratch(deep, seed=3, place=MIXED._replace(use_compile=c)) for c in (False, True))
+    eager, compiled = (
+        scratch(deep, seed=3, place=MIXED._replace(use_compile=c)) for c in (False, True)
+    )
     began = time.perf_counter()
-    for lengths in ([60, 31], [17, 44, 92], [7, 25, 120, 3]):  # as it comes; sizes become variables; no more
+    for lengths in (
+        [60, 31],
+        [17, 44, 92],
+        [7, 25, 120, 3],
+    ):  # as it comes; sizes become variables; no more
         results(compiled, make_batch(lengths))
     seconds = time.perf_counter() - began
     said = f"after {seconds:.1f} s of start-up; {dict(counters['stats'])}"
-    breaks = lambda: [why for why in counters["graph_break"] if "FSDP hooks" not in why]  # those are outside of the block
+    breaks = lambda: [
+        why for why in counters["graph_break"] if "FSDP hooks" not in why
+    ]  # those are outside of the block
     assert not breaks(), f"{breaks()} {said}"
     assert 0 < counters["stats"]["unique_graphs"] <= 2, said
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -133,8 +156,15 @@ def test_decoding_by_graphs_equals_decoding_without(slots, temperature, monkeypa
     """Else a graph reads stale memory, or forgets what a refilled or moved row, or a smaller batch, changed."""
     model = half(vocab_size=97)
     prompts = [[1, *range(3, 3 + 5 * i % 41)] for i in range(16)]
-    ask = lambda: rollout.generate(model, prompts, [25 + i for i in range(16)], temperature=temperature,
-                                   eos_ids=[*range(2, 8)], seed=5, slots=slots)
+    ask = lambda: rollout.generate(
+        model,
+        prompts,
+        [25 + i for i in range(16)],
+        temperature=temperature,
+        eos_ids=[*range(2, 8)],
+        seed=5,
+        slots=slots,
+    )
     graphs, sizes = ask(), []
 
     def decode(engine, n):
@@ -151,9 +181,14 @@ def test_decoding_by_graphs_equals_decoding_without(slots, temperature, monkeypa
 @pytest.mark.parametrize("layout", ["ddp", "fsdp"])
 def test_one_rank_s_layouts_equal_float32_weights_cast_by_hand(layout):
     """Else FSDP2 loses or repeats a gradient, reduces in bfloat16, or computes in another precision than it says."""
-    model, batch = scratch(config(), seed=3, place=MIXED._replace(layout=layout)), make_batch(LENGTHS)
+    model, batch = (
+        scratch(config(), seed=3, place=MIXED._replace(layout=layout)),
+        make_batch(LENGTHS),
+    )
     plain = scratch(config(), seed=3, place=parallel.Place(GPU))
-    cast = lambda *batch: functional_call(plain, {name: p.to(BF16) for name, p in plain.named_parameters()}, batch)
+    cast = lambda *batch: functional_call(
+        plain, {name: p.to(BF16) for name, p in plain.named_parameters()}, batch
+    )
     expected = results(plain, batch, cast)
     for _ in range(2):  # the second time its weights have been gathered and dropped before
         agree(results(model, batch), expected, 0.02)
@@ -162,7 +197,10 @@ def test_one_rank_s_layouts_equal_float32_weights_cast_by_hand(layout):
 
 def train(place, steps):
     """Fine-tune on one batch of random tokens; the model and its losses."""
-    model, batch = scratch(config(), seed=3, place=place), make_batch([40, 64, 23, 51, 38, 64, 9, 30])
+    model, batch = (
+        scratch(config(), seed=3, place=place),
+        make_batch([40, 64, 23, 51, 38, 64, 9, 30]),
+    )
     optimizer, losses = optim.adamw(model, 0.0, 0.9, 0.95), []
     for step in range(steps):
         loss = mle_loss(model(*batch, even=True), batch[3] >= 0)
@@ -203,7 +241,10 @@ def test_an_offloaded_frozen_model_scores_as_another(layout, tmp_path):
     checkpoint.save(scratch(config(), seed=3), tmp_path / "model", dtype=BF16)
     place = parallel.Place(GPU, layout, BF16, BF16, offload=True)
     frozen = checkpoint.load(tmp_path / "model", place=place).requires_grad_(False)
-    other, batch = checkpoint.load(tmp_path / "model", device=GPU).requires_grad_(False), make_batch(LENGTHS)
+    other, batch = (
+        checkpoint.load(tmp_path / "model", device=GPU).requires_grad_(False),
+        make_batch(LENGTHS),
+    )
     with torch.no_grad():
         expected = {"logps": other(*batch)}
         for _ in range(2):

@@ -40,31 +40,69 @@ def test_a_config_that_is_no_object(folder, text):
     refuses(checkpoint.load, folder)
 
 
-@pytest.mark.parametrize("key, value", [
-    ("hidden_size", "32"), ("hidden_size", -32), ("num_attention_heads", 0), ("num_key_value_heads", 3),
-    ("num_hidden_layers", 2.0), ("vocab_size", 97.0), ("vocab_size", 10**12), ("rms_norm_eps", "1e-6"), ("rope_theta", 0),
-    ("rope_theta", "10000"), ("rope_scaling", ["linear"]), ("rope_scaling", {"rope_type": "yarn", "factor": 4.0}),
-    ("rope_scaling", {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}),
-    ("tie_word_embeddings", "false"), ("hidden_act", "gelu"), ("model_type", 5), ("head_dim", True),
-    ("quantization_config", {"quant_method": "gptq"}), ("score_type", "rewrad"),
-])
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("hidden_size", "32"),
+        ("hidden_size", -32),
+        ("num_attention_heads", 0),
+        ("num_key_value_heads", 3),
+        ("num_hidden_layers", 2.0),
+        ("vocab_size", 97.0),
+        ("vocab_size", 10**12),
+        ("rms_norm_eps", "1e-6"),
+        ("rope_theta", 0),
+        ("rope_theta", "10000"),
+        ("rope_scaling", ["linear"]),
+        ("rope_scaling", {"rope_type": "yarn", "factor": 4.0}),
+        (
+            "rope_scaling",
+            {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
+        ),
+        ("tie_word_embeddings", "false"),
+        ("hidden_act", "gelu"),
+        ("model_type", 5),
+        ("head_dim", True),
+        ("quantization_config", {"quant_method": "gptq"}),
+        ("score_type", "rewrad"),
+    ],
+)
 def test_a_config_with_odd_values(folder, key, value):
     config = {k: v for k, v in read_json(folder, "config.json").items() if k != "rope_parameters"}
     write_json({**config, key: value}, folder, "config.json")
     refuses(checkpoint.load, folder)
 
 
-@pytest.mark.parametrize("kind, config", [
-    ("mistral", {"sliding_window": "4096"}), ("mistral", {"sliding_window": -1}), ("baichuan", {"vocab_size": None}),
-    ("internlm", {"rotary": "dynamic"}), ("baichuan", {"max_position_embeddings": None}),
-])
+@pytest.mark.parametrize(
+    "kind, config",
+    [
+        ("mistral", {"sliding_window": "4096"}),
+        ("mistral", {"sliding_window": -1}),
+        ("baichuan", {"vocab_size": None}),
+        ("internlm", {"rotary": "dynamic"}),
+        ("baichuan", {"max_position_embeddings": None}),
+    ],
+)
 def test_a_family_s_config_with_odd_values(folder, kind, config):
-    write_json({**read_json(folder, "config.json"), "model_type": kind, **config}, folder, "config.json")
+    write_json(
+        {**read_json(folder, "config.json"), "model_type": kind, **config}, folder, "config.json"
+    )
     refuses(checkpoint.load, folder)
 
 
-@pytest.mark.parametrize("index", [[1], "x", {"weight_map": [1]}, {"weight_map": {"a": None}}, {"weight_map": {"a": 3}},
-                                   {"weight_map": {"a": "/etc/passwd"}}, {"weight_map": {"a": "../model.safetensors"}}, {}])
+@pytest.mark.parametrize(
+    "index",
+    [
+        [1],
+        "x",
+        {"weight_map": [1]},
+        {"weight_map": {"a": None}},
+        {"weight_map": {"a": 3}},
+        {"weight_map": {"a": "/etc/passwd"}},
+        {"weight_map": {"a": "../model.safetensors"}},
+        {},
+    ],
+)
 def test_an_index_that_is_none(folder, index):
     os.rename(folder / "model.safetensors", folder.parent / "model.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -79,13 +117,18 @@ def test_weights_that_are_none(folder, content):
         os.remove(folder / name)
 
 
-@pytest.mark.parametrize("change", [
-    lambda t: t.clear(), lambda t: t.update({1: torch.ones(1)}), lambda t: t.update({"model.norm.weight": torch.tensor(1.0)}),
-    lambda t: t.update({"model.norm.weight": torch.ones(32).to_sparse()}),
-    lambda t: t.update({"model.norm.weight": torch.ones(32, dtype=torch.int8)}),
-    lambda t: t.update({"model.norm.weight": torch.ones(32).to(torch.float8_e4m3fn)}),
-    lambda t: t.update({"module.model.norm.weight": torch.zeros(32)}),
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t.clear(),
+        lambda t: t.update({1: torch.ones(1)}),
+        lambda t: t.update({"model.norm.weight": torch.tensor(1.0)}),
+        lambda t: t.update({"model.norm.weight": torch.ones(32).to_sparse()}),
+        lambda t: t.update({"model.norm.weight": torch.ones(32, dtype=torch.int8)}),
+        lambda t: t.update({"model.norm.weight": torch.ones(32).to(torch.float8_e4m3fn)}),
+        lambda t: t.update({"module.model.norm.weight": torch.zeros(32)}),
+    ],
+)
 def test_tables_with_odd_tensors(folder, change):
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
@@ -99,7 +142,9 @@ def test_a_tensor_that_two_files_hold_is_not_guessed(folder):
     os.remove(folder / "model.safetensors")
     save_file(tensors, folder / "a.safetensors")
     save_file({"model.norm.weight": torch.zeros(32)}, folder / "b.safetensors")
-    index = {"weight_map": {name: "a.safetensors" for name in tensors} | {"model.x": "b.safetensors"}}
+    index = {
+        "weight_map": {name: "a.safetensors" for name in tensors} | {"model.x": "b.safetensors"}
+    }
     write_json(index, folder, "model.safetensors.index.json")
     refuses(checkpoint.load, folder, match="'model.norm.weight' stands in two places")
 
@@ -113,36 +158,69 @@ def test_fewer_rows_than_the_config_says_is_no_growth(folder):
 
 def test_rope_as_transformers_reads_it():
     linear = {"rope_type": "linear", "factor": 2.0}
-    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
-    for config in ({"rope_scaling": {**linear, "rope_theta": 5e5}},
-                   {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}, "rope_scaling": linear},
-                   {"rope_parameters": {**linear, "rope_theta": 5e5}}, {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}}):
+    sizes = {
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+    }
+    for config in (
+        {"rope_scaling": {**linear, "rope_theta": 5e5}},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}, "rope_scaling": linear},
+        {"rope_parameters": {**linear, "rope_theta": 5e5}},
+        {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}},
+    ):
         c = Config.from_dict({**sizes, **config})
         assert (c.rope_theta, c.rope_type, c.rope_scaling["factor"]) == (5e5, "linear", 2.0), config
-        assert Config.from_dict(c.to_dict()) == Config.from_dict(Config.from_dict(c.to_dict()).to_dict())
+        assert Config.from_dict(c.to_dict()) == Config.from_dict(
+            Config.from_dict(c.to_dict()).to_dict()
+        )
 
 
 def test_baichuan2_with_more_rows_keeps_its_head():
     assert families.baichuan({"vocab_size": 125700, "max_position_embeddings": 4096})["norm_head"]
-    assert not families.baichuan({"vocab_size": 64000, "max_position_embeddings": 4096})["norm_head"]
+    assert not families.baichuan({"vocab_size": 64000, "max_position_embeddings": 4096})[
+        "norm_head"
+    ]
 
 
-@pytest.mark.parametrize("changes", [
-    {"attention_bias": True, "mlp_bias": True}, {"sliding_window": 8, "attention_bias": True, "output_bias": True},
-    {"output_bias": True}, {"norm_head": True, "sliding_window": 8}, {"alibi": True, "attention_bias": True}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"attention_bias": True, "mlp_bias": True},
+        {"sliding_window": 8, "attention_bias": True, "output_bias": True},
+        {"output_bias": True},
+        {"norm_head": True, "sliding_window": 8},
+        {"alibi": True, "attention_bias": True},
+    ],
+)
 def test_what_no_config_can_say_is_not_written(tmp_path, changes):
-    refuses(checkpoint.save, scratch(small_config(**changes)), tmp_path / "x", match="no family's config.json")
+    refuses(
+        checkpoint.save,
+        scratch(small_config(**changes)),
+        tmp_path / "x",
+        match="no family's config.json",
+    )
     assert not os.listdir(tmp_path)
 
 
 def test_a_mistral_with_biases_is_refused_before_it_is_trained(tmp_path):
     checkpoint.save(scratch(small_config(attention_bias=True, output_bias=True)), tmp_path)
-    write_json({**read_json(tmp_path, "config.json"), "model_type": "mistral", "sliding_window": 8}, tmp_path, "config.json")
+    write_json(
+        {**read_json(tmp_path, "config.json"), "model_type": "mistral", "sliding_window": 8},
+        tmp_path,
+        "config.json",
+    )
     refuses(checkpoint.load, tmp_path, match="no family's config.json")
 
 
 def test_a_llama_obeys_no_other_family_s_keys(folder):
-    write_json({**read_json(folder, "config.json"), "sliding_window": 8, "alibi": True, "norm_head": True}, folder, "config.json")
+    write_json(
+        {**read_json(folder, "config.json"), "sliding_window": 8, "alibi": True, "norm_head": True},
+        folder,
+        "config.json",
+    )
     config = checkpoint.load(folder).config
     assert not (config.sliding_window or config.alibi or config.norm_head)
 
@@ -152,26 +230,44 @@ def test_convert_never_overwrites(folder, tmp_path):
     (tmp_path / "new.old").mkdir()
     for target in (tmp_path / "thesis", tmp_path, tmp_path / "new", folder, ".", ""):
         refuses(convert.convert, str(folder), str(target), match="is there already")
-    assert (tmp_path / "thesis").is_dir() and (tmp_path / "new.old").is_dir() and (folder / "config.json").exists()
+    assert (
+        (tmp_path / "thesis").is_dir()
+        and (tmp_path / "new.old").is_dir()
+        and (folder / "config.json").exists()
+    )
 
 
 def test_convert_says_what_half_precision_loses(folder, tmp_path):
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norm.weight"][0] = 1e5
     save_file(tensors, folder / "model.safetensors")
-    refuses(convert.convert, str(folder), str(tmp_path / "half"), torch.float16, match="norm.weight is not finite in torch.float16")
+    refuses(
+        convert.convert,
+        str(folder),
+        str(tmp_path / "half"),
+        torch.float16,
+        match="norm.weight is not finite in torch.float16",
+    )
     assert sorted(os.listdir(tmp_path)) == ["model"]
-    convert.convert(str(folder), str(tmp_path / "half"), torch.bfloat16)  # and nothing stands in the way
+    convert.convert(
+        str(folder), str(tmp_path / "half"), torch.bfloat16
+    )  # and nothing stands in the way
 
 
 def test_meta_s_llama_3_has_its_length_and_all_its_shards(tmp_path):
     from nanosafe.families import meta
+
     path = tmp_path / "llama[8b]"
     path.mkdir()
-    weights = {"tok_embeddings.weight": torch.zeros(128256, 2), "layers.0.feed_forward.w1.weight": torch.zeros(4, 2)}
+    weights = {
+        "tok_embeddings.weight": torch.zeros(128256, 2),
+        "layers.0.feed_forward.w1.weight": torch.zeros(4, 2),
+    }
     torch.save(weights, path / "consolidated.00.pth")
     for scaled, length in ((False, 8192), (True, 131072)):
-        write_json({"dim": 2, "n_layers": 1, "n_heads": 1, "use_scaled_rope": scaled}, path, "params.json")
+        write_json(
+            {"dim": 2, "n_layers": 1, "n_heads": 1, "use_scaled_rope": scaled}, path, "params.json"
+        )
         assert meta(str(path))[0]["max_position_embeddings"] == length
     for params in ([1], {"dim": "2", "n_layers": 1, "n_heads": 1}, {"dim": 2}):
         (path / "params.json").write_text(json.dumps(params))
@@ -186,26 +282,43 @@ def test_meta_s_llama_3_has_its_length_and_all_its_shards(tmp_path):
 # ---- tokenizers ----
 
 
-@pytest.mark.parametrize("name, text", [
-    ("generation_config.json", "{"), ("generation_config.json", "null"), ("generation_config.json", '{"eos_token_id": [2, null, "7"]}'),
-    ("tokenizer_config.json", '{"added_tokens_decoder": null}'), ("tokenizer_config.json", '{"eos_token": ""}')])
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("generation_config.json", "{"),
+        ("generation_config.json", "null"),
+        ("generation_config.json", '{"eos_token_id": [2, null, "7"]}'),
+        ("tokenizer_config.json", '{"added_tokens_decoder": null}'),
+        ("tokenizer_config.json", '{"eos_token": ""}'),
+    ],
+)
 def test_what_stands_beside_a_tokenizer_may_be_odd(world, tmp_path, name, text):
     shutil.copy(world / "tokenizer" / "tokenizer.model", tmp_path)
     (tmp_path / name).write_text(text)
     assert tokenizer.load(tmp_path).eos_ids == [2]
 
 
-@pytest.mark.parametrize("name, value", [
-    ("added_tokens.json", {"<pad>": "x"}), ("added_tokens.json", {"<pad>": 10**11}), ("added_tokens.json", {"<pad>": None}),
-    ("tokenizer_config.json", {"added_tokens_decoder": [1]}), ("tokenizer_config.json", {"added_tokens_decoder": {"5": {}}}),
-    ("tokenizer_config.json", {"additional_special_tokens": 5}), ("tokenizer_config.json", {"eos_token": ["</s>"]})])
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("added_tokens.json", {"<pad>": "x"}),
+        ("added_tokens.json", {"<pad>": 10**11}),
+        ("added_tokens.json", {"<pad>": None}),
+        ("tokenizer_config.json", {"added_tokens_decoder": [1]}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"5": {}}}),
+        ("tokenizer_config.json", {"additional_special_tokens": 5}),
+        ("tokenizer_config.json", {"eos_token": ["</s>"]}),
+    ],
+)
 def test_what_stands_beside_a_tokenizer_may_be_wrong(world, tmp_path, name, value):
     shutil.copy(world / "tokenizer" / "tokenizer.model", tmp_path)
     write_json(value, tmp_path, name)
     refuses(tokenizer.load, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json"])
+@pytest.mark.parametrize(
+    "name", ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json"]
+)
 @pytest.mark.parametrize("text", ["[1]", "null", "{", "[" * 10**5])
 def test_what_stands_beside_a_tokenizer_is_json(world, tmp_path, name, text):
     shutil.copy(world / "tokenizer" / "tokenizer.model", tmp_path)
@@ -213,11 +326,20 @@ def test_what_stands_beside_a_tokenizer_is_json(world, tmp_path, name, text):
     refuses(tokenizer.load, tmp_path, match="is no JSON object")
 
 
-@pytest.mark.parametrize("change", [
-    {"model": None}, {"model": {"type": "BPE", "vocab": {}, "merges": []}}, {"model": {"type": "BPE", "vocab": [], "merges": []}},
-    {"model": {"type": "BPE", "vocab": {"a": "0"}, "merges": []}}, {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": None}},
-    {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [5]}}, {"added_tokens": [{"content": "x"}]}, {"normalizer": "NFC"},
-    {"post_processor": {"type": "TemplateProcessing", "single": []}}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": None},
+        {"model": {"type": "BPE", "vocab": {}, "merges": []}},
+        {"model": {"type": "BPE", "vocab": [], "merges": []}},
+        {"model": {"type": "BPE", "vocab": {"a": "0"}, "merges": []}},
+        {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": None}},
+        {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [5]}},
+        {"added_tokens": [{"content": "x"}]},
+        {"normalizer": "NFC"},
+        {"post_processor": {"type": "TemplateProcessing", "single": []}},
+    ],
+)
 def test_a_tokenizer_json_that_is_none(tmp_path, change):
     oracles.byte_level(tmp_path, bpe.GPT2, specials=("</s>",))
     write_json({**read_json(tmp_path, "tokenizer.json"), **change}, tmp_path, "tokenizer.json")
@@ -226,11 +348,28 @@ def test_a_tokenizer_json_that_is_none(tmp_path, change):
     refuses(tokenizer.load, tmp_path)
 
 
-@pytest.mark.parametrize("pattern", [r"[\p{Han}\p{L}]+", r"\p{Letter}", r"\p{Script=Han}", r"\p{^L}", r"\h", r"[\S]", "(", "[a&&b]"])
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"[\p{Han}\p{L}]+",
+        r"\p{Letter}",
+        r"\p{Script=Han}",
+        r"\p{^L}",
+        r"\h",
+        r"[\S]",
+        "(",
+        "[a&&b]",
+    ],
+)
 def test_expressions_that_python_reads_otherwise_are_refused(tmp_path, pattern):
     oracles.byte_level(tmp_path, bpe.GPT2, specials=("</s>",))
     spec = read_json(tmp_path, "tokenizer.json")
-    spec["pre_tokenizer"] = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    spec["pre_tokenizer"] = {
+        "type": "Split",
+        "pattern": {"Regex": pattern},
+        "behavior": "Isolated",
+        "invert": False,
+    }
     write_json(spec, tmp_path, "tokenizer.json")
     refuses(tokenizer.load, tmp_path)
 
@@ -249,7 +388,9 @@ def test_transformers_5_adds_tokens_in_tokenizer_json_only(world, tmp_path):
 
 def test_a_model_without_dummy_prefix_says_so_to_transformers(tmp_path):
     pytest.importorskip("google.protobuf")
-    ours = tokenizer.load(sentencepiece_folder(tmp_path / "a", {"add_bos_token": False}, add_dummy_prefix=False))
+    ours = tokenizer.load(
+        sentencepiece_folder(tmp_path / "a", {"add_bos_token": False}, add_dummy_prefix=False)
+    )
     ours.save(tmp_path / "b")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "b")
     for text in ("cat", "the cat sat", "a dog\nran", "mat."):
@@ -260,7 +401,9 @@ def test_ends_of_sequence_may_be_numbers_in_either_config(tmp_path):
     oracles.byte_level(tmp_path, bpe.GPT2, specials=("A", "B"))
     for wrong in (None, 10**6, -1, True, "x"):
         write_json({"eos_token_id": wrong}, tmp_path, "config.json")
-        refuses(tokenizer.load, tmp_path, match="no end-of-sequence token") if wrong is not True else None
+        refuses(
+            tokenizer.load, tmp_path, match="no end-of-sequence token"
+        ) if wrong is not True else None
     write_json({"eos_token_id": 300}, tmp_path, "config.json")
     assert tokenizer.load(tmp_path).eos_ids == [300]
     model = scratch(small_config(vocab_size=tokenizer.load(tmp_path).vocab_size))
@@ -271,12 +414,20 @@ def test_ends_of_sequence_may_be_numbers_in_either_config(tmp_path):
     write_json({"eos_token": "A"}, tmp_path, "tokenizer_config.json")
     write_json({"eos_token_id": 302}, tmp_path, "generation_config.json")
     own = tokenizer.load(tmp_path).added["A"].id
-    assert tokenizer.load(tmp_path).eos_id == own and tokenizer.load(tmp_path).eos_ids == sorted({own, 300, 301, 302})
+    assert tokenizer.load(tmp_path).eos_id == own and tokenizer.load(tmp_path).eos_ids == sorted(
+        {own, 300, 301, 302}
+    )
 
 
 def test_byte_level_tokenizers_lose_what_needs_a_stranger_s_code(tmp_path):
-    oracles.byte_level(tmp_path / "a", bpe.GPT2, specials=("</s>",), tokenizer_class="QWenTokenizer", eos_token="</s>",
-                       auto_map={"AutoTokenizer": ["evil.py", None]})
+    oracles.byte_level(
+        tmp_path / "a",
+        bpe.GPT2,
+        specials=("</s>",),
+        tokenizer_class="QWenTokenizer",
+        eos_token="</s>",
+        auto_map={"AutoTokenizer": ["evil.py", None]},
+    )
     tokenizer.load(tmp_path / "a").save(tmp_path / "b")
     config = read_json(tmp_path / "b", "tokenizer_config.json")
     assert "auto_map" not in config and config["eos_token"] == "</s>"
@@ -294,13 +445,26 @@ def test_no_normaliser_helps_a_user_to_smuggle(tmp_path, options):
     tok = tokenizer.load(sentencepiece_folder(tmp_path, user_defined_symbols=symbols, **options))
     own = {tok.engine.sp.piece_to_id(symbol) for symbol in symbols}
     assert len(own) == 5 and own <= set(tok.encode("".join(symbols)))
-    for text in (*symbols, "＜reserved_106＞", "<reserved_１06>", "[unused１]", "a ＜|im_start|＞ b", "x###User:y<n>z"):
-        for ids in (tok.encode(text, allow_special=False), *tok.encode_batch([text]), tok.encode_suffix(text),
-                    build.encode([text], tok)[0]):
+    for text in (
+        *symbols,
+        "＜reserved_106＞",
+        "<reserved_１06>",
+        "[unused１]",
+        "a ＜|im_start|＞ b",
+        "x###User:y<n>z",
+    ):
+        for ids in (
+            tok.encode(text, allow_special=False),
+            *tok.encode_batch([text]),
+            tok.encode_suffix(text),
+            build.encode([text], tok)[0],
+        ):
             assert not own & set(ids), text
     # a learnt piece is none of these
     sp = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
-    assert tok.encode("the cat sat on the mat", allow_special=False) == sp.encode("the cat sat on the mat")
+    assert tok.encode("the cat sat on the mat", allow_special=False) == sp.encode(
+        "the cat sat on the mat"
+    )
 
 
 # ---- data ----
@@ -310,7 +474,13 @@ def prepare(tmp_path, name, rows, *flags, raw_name="train.jsonl"):
     os.makedirs(tmp_path / "raw", exist_ok=True)
     text = rows if isinstance(rows, str) else "".join(json.dumps(row) + "\n" for row in rows)
     (tmp_path / "raw" / raw_name).write_text(text)
-    return run(f"data/{name}/prepare.py", f"--raw={tmp_path}/raw", f"--out={tmp_path}/out", *flags, check=False)
+    return run(
+        f"data/{name}/prepare.py",
+        f"--raw={tmp_path}/raw",
+        f"--out={tmp_path}/out",
+        *flags,
+        check=False,
+    )
 
 
 def written(tmp_path, split="train"):
@@ -318,8 +488,15 @@ def written(tmp_path, split="train"):
     return [json.loads(line) for line in open(path)] if path.exists() else []
 
 
-PKU = {"prompt": "p", "response_0": "a", "response_1": "b", "is_response_0_safe": True, "is_response_1_safe": False,
-       "better_response_id": 1, "safer_response_id": 0}
+PKU = {
+    "prompt": "p",
+    "response_0": "a",
+    "response_1": "b",
+    "is_response_0_safe": True,
+    "is_response_1_safe": False,
+    "better_response_id": 1,
+    "safer_response_id": 0,
+}
 
 
 def test_a_split_that_is_no_more_leaves_no_file(tmp_path):
@@ -333,7 +510,11 @@ def test_a_split_that_is_no_more_leaves_no_file(tmp_path):
 def test_a_failed_preparation_leaves_the_old_files(tmp_path):
     prepare(tmp_path, "pku_saferlhf", [PKU])
     done = prepare(tmp_path, "pku_saferlhf", [{"x": 1}])
-    assert done.returncode == 1 and len(written(tmp_path)) == 1 and os.listdir(tmp_path / "out") == ["train.jsonl"]
+    assert (
+        done.returncode == 1
+        and len(written(tmp_path)) == 1
+        and os.listdir(tmp_path / "out") == ["train.jsonl"]
+    )
 
 
 def test_the_latest_file_is_no_test(tmp_path):
@@ -342,35 +523,89 @@ def test_the_latest_file_is_no_test(tmp_path):
 
 
 def test_labels_and_texts_are_what_they_should_be_or_the_row_is_dropped(tmp_path):
-    bad = [{"is_response_0_safe": "False"}, {"is_response_0_safe": None}, {"better_response_id": -1}, {"safer_response_id": 2},
-           {"prompt": 5}, {"response_0": None}, {"response_0": " "}, {"response_0": "b"}, {"prompt": "\ud83d"},
-           {"better_response_id": float("inf")}, {"prompt": ["a", "b"]}]
+    bad = [
+        {"is_response_0_safe": "False"},
+        {"is_response_0_safe": None},
+        {"better_response_id": -1},
+        {"safer_response_id": 2},
+        {"prompt": 5},
+        {"response_0": None},
+        {"response_0": " "},
+        {"response_0": "b"},
+        {"prompt": "\ud83d"},
+        {"better_response_id": float("inf")},
+        {"prompt": ["a", "b"]},
+    ]
     done = prepare(tmp_path, "pku_saferlhf", [PKU, *({**PKU, **change} for change in bad)])
-    assert len(written(tmp_path)) == 1 and f"{1 + len(bad)} rows read, 1 kept" in done.stdout and "Traceback" not in done.stderr
+    assert (
+        len(written(tmp_path)) == 1
+        and f"{1 + len(bad)} rows read, 1 kept" in done.stdout
+        and "Traceback" not in done.stderr
+    )
     assert "half a character in a turn" in done.stdout and "the label 'False'" in done.stdout
 
 
-@pytest.mark.parametrize("name, row", [
-    ("alpaca", {"instruction": "a", "output": "b", "history": [["a"]]}), ("alpaca", {"instruction": "a", "output": "b", "history": [1]}),
-    ("ultrafeedback", {"instruction": None, "completions": [{"response": "a", "overall_score": 1}, {"response": "b", "overall_score": 2}]}),
-    ("ultrafeedback", {"instruction": "x", "completions": [{"response": "a", "overall_score": float("nan")}, {"response": "b", "overall_score": 2}]}),
-    ("phf", {"texts": "ab", "scores": [1, 2]}), ("phf", {"texts": [None], "scores": [1]}),
-    ("phf", {"texts": ["a"], "scores": [float("nan")]}), ("beavertails", {"prompt": "a", "response": "b", "is_safe": "False"}),
-])
+@pytest.mark.parametrize(
+    "name, row",
+    [
+        ("alpaca", {"instruction": "a", "output": "b", "history": [["a"]]}),
+        ("alpaca", {"instruction": "a", "output": "b", "history": [1]}),
+        (
+            "ultrafeedback",
+            {
+                "instruction": None,
+                "completions": [
+                    {"response": "a", "overall_score": 1},
+                    {"response": "b", "overall_score": 2},
+                ],
+            },
+        ),
+        (
+            "ultrafeedback",
+            {
+                "instruction": "x",
+                "completions": [
+                    {"response": "a", "overall_score": float("nan")},
+                    {"response": "b", "overall_score": 2},
+                ],
+            },
+        ),
+        ("phf", {"texts": "ab", "scores": [1, 2]}),
+        ("phf", {"texts": [None], "scores": [1]}),
+        ("phf", {"texts": ["a"], "scores": [float("nan")]}),
+        ("beavertails", {"prompt": "a", "response": "b", "is_safe": "False"}),
+    ],
+)
 def test_rows_that_are_no_rows_are_dropped(tmp_path, name, row):
     done = prepare(tmp_path, name, [row])
-    assert not written(tmp_path) and "1 rows read, 0 kept; dropped 1" in done.stdout and "Traceback" not in done.stderr
+    assert (
+        not written(tmp_path)
+        and "1 rows read, 0 kept; dropped 1" in done.stdout
+        and "Traceback" not in done.stderr
+    )
 
 
 def test_scores_are_compared_as_numbers(tmp_path):
-    prepare(tmp_path, "ultrafeedback", [{"instruction": "x", "completions": [
-        {"response": "ten", "overall_score": "10.0"}, {"response": "nine", "overall_score": "9.0"}]}])
+    prepare(
+        tmp_path,
+        "ultrafeedback",
+        [
+            {
+                "instruction": "x",
+                "completions": [
+                    {"response": "ten", "overall_score": "10.0"},
+                    {"response": "nine", "overall_score": "9.0"},
+                ],
+            }
+        ],
+    )
     assert written(tmp_path)[0]["answer"] == "ten"
 
 
 def test_raw_files_that_break(tmp_path):
     import gzip
     import zipfile
+
     good = gzip.compress(b'{"a": 1}\n' * 999)
     (tmp_path / "x.jsonl.gz").write_bytes(good[:60] + bytes(8) + good[68:])
     (tmp_path / "deep.json").write_text("[" * 10**5)
@@ -391,27 +626,50 @@ def test_raw_files_that_break(tmp_path):
 
 def test_half_a_character_costs_one_row(world, tmp_path):
     path = tmp_path / "x.jsonl"
-    path.write_text(json.dumps({"input": "a", "answer": "\ud83d"}) + '\n{"input": "a", "answer": "b"}\n' + "[" * 10**5 + "\n")
+    path.write_text(
+        json.dumps({"input": "a", "answer": "\ud83d"})
+        + '\n{"input": "a", "answer": "b"}\n'
+        + "[" * 10**5
+        + "\n"
+    )
     found = data.tokenize(str(path), tokenizer.load(world / "tokenizer"), "sft", 100)
     assert len(found) == 1 and "half a character in a answer" in found.report["text"]
 
 
 def test_sample_refuses_in_one_line(world, tmp_path):
     (tmp_path / "x.jsonl").write_text('{"input": 5}\n{"input": ["a", "b"]}\n{"input": "How?"}\n')
-    done = run("sample.py", f"--model={world}/policy", f"--prompts={tmp_path}/x.jsonl", "--max_new_tokens=2")
+    done = run(
+        "sample.py",
+        f"--model={world}/policy",
+        f"--prompts={tmp_path}/x.jsonl",
+        "--max_new_tokens=2",
+    )
     assert done.stdout.count("a row is left out") == 2 and "> How?" in done.stdout
     (tmp_path / "latin.txt").write_bytes("naïve".encode("latin-1"))
-    checkpoint.save(scratch(small_config(vocab_size=40)), tmp_path / "short", tokenizer.load(world / "tokenizer"))
+    checkpoint.save(
+        scratch(small_config(vocab_size=40)),
+        tmp_path / "short",
+        tokenizer.load(world / "tokenizer"),
+    )
     done = run("sample.py", f"--model={tmp_path}/short", "--prompt=a", "--max_new_tokens=2")
     assert "rows for new tokens, each the others' mean" in done.stdout
-    for flags in (["--max_new_tokens=0", "--prompt=a"], [f"--model={world}/policy", f"--prompts={tmp_path}/latin.txt"]):
+    for flags in (
+        ["--max_new_tokens=0", "--prompt=a"],
+        [f"--model={world}/policy", f"--prompts={tmp_path}/latin.txt"],
+    ):
         done = run("sample.py", *flags, check=False)
-        assert done.returncode == 1 and "error: " in done.stderr and "Traceback" not in done.stderr, flags
+        assert (
+            done.returncode == 1 and "error: " in done.stderr and "Traceback" not in done.stderr
+        ), flags
 
 
 def test_single_word_is_refused_everywhere(world, tmp_path):
     shutil.copy(world / "tokenizer" / "tokenizer.model", tmp_path)
-    write_json({"added_tokens_decoder": {"900": {"content": "foo", "single_word": True}}}, tmp_path, "tokenizer_config.json")
+    write_json(
+        {"added_tokens_decoder": {"900": {"content": "foo", "single_word": True}}},
+        tmp_path,
+        "tokenizer_config.json",
+    )
     refuses(tokenizer.load, tmp_path, match="single_word, of 'foo'")
 
 
@@ -421,5 +679,9 @@ def test_merges_in_either_spelling_are_one_tokenizer(tmp_path):
     merges = [m if isinstance(m, list) else m.split(" ") for m in spec["model"]["merges"]]
     for name, spelled in (("a", merges), ("b", [" ".join(m) for m in merges])):
         os.makedirs(tmp_path / name, exist_ok=True)
-        write_json({**spec, "model": {**spec["model"], "merges": spelled}}, tmp_path / name, "tokenizer.json")
+        write_json(
+            {**spec, "model": {**spec["model"], "merges": spelled}},
+            tmp_path / name,
+            "tokenizer.json",
+        )
     assert tokenizer.load(tmp_path / "a").fingerprint == tokenizer.load(tmp_path / "b").fingerprint

@@ -10,13 +10,22 @@ from nanosafe.model import Config, LLaMA
 from nanosafe.checkpoint import scratch
 
 transformers = pytest.importorskip("transformers")
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 32}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 SHAPES = {
-    "MHA": {"num_key_value_heads": 4}, "GQA": {"num_key_value_heads": 2}, "MQA": {"num_key_value_heads": 1},
-    "tied": {"tie_word_embeddings": True}, "llama3 rope": {"rope_scaling": LLAMA3},
+    "MHA": {"num_key_value_heads": 4},
+    "GQA": {"num_key_value_heads": 2},
+    "MQA": {"num_key_value_heads": 1},
+    "tied": {"tie_word_embeddings": True},
+    "llama3 rope": {"rope_scaling": LLAMA3},
     "linear rope": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
-    "biases": {"attention_bias": True, "mlp_bias": True}, "head_dim": {"head_dim": 24},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "head_dim": {"head_dim": 24},
     "theta": {"rope_theta": 500000.0},
 }
 
@@ -32,8 +41,14 @@ def packed(lengths, vocab=97, seed=0):
 def test_logits_equal_transformers(shape, tmp_path):
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=97, hidden_size=64, intermediate_size=112, num_hidden_layers=3,
-        num_attention_heads=4, max_position_embeddings=256, **SHAPES[shape])
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=112,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=256,
+        **SHAPES[shape],
+    )
     theirs = transformers.LlamaForCausalLM(config).eval()
     for name, p in theirs.named_parameters():
         if name.endswith("bias"):
@@ -50,14 +65,25 @@ def test_logits_equal_transformers(shape, tmp_path):
 
 
 def test_config_reads_both_spellings_of_transformers():
-    four = {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}, "hidden_size": 64,
-            "num_attention_heads": 4, "head_dim": None, "unknown": 1}
-    five = {"rope_parameters": {"rope_theta": 5e5, "rope_type": "linear", "factor": 2.0},
-            "hidden_size": 64, "num_attention_heads": 4}
+    four = {
+        "rope_theta": 5e5,
+        "rope_scaling": {"type": "linear", "factor": 2.0},
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "head_dim": None,
+        "unknown": 1,
+    }
+    five = {
+        "rope_parameters": {"rope_theta": 5e5, "rope_type": "linear", "factor": 2.0},
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+    }
     a, b = Config.from_dict(four), Config.from_dict(five)
     assert a.rope_theta == b.rope_theta == 5e5 and a.rope_type == b.rope_type == "linear"
     assert torch.equal(model.rope_frequencies(a), model.rope_frequencies(b))
-    assert Config.from_dict(a.to_dict()) == Config.from_dict(Config.from_dict(a.to_dict()).to_dict())
+    assert Config.from_dict(a.to_dict()) == Config.from_dict(
+        Config.from_dict(a.to_dict()).to_dict()
+    )
 
 
 def test_a_sequence_does_not_see_its_neighbours():

@@ -8,8 +8,11 @@ from safetensors.torch import load_file
 from nanosafe import checkpoint, parallel
 
 CASES = {  # name -> ranks, layout, max_tokens
-    "plain, small micro-batches": (0, "plain", 200), "ddp": (2, "ddp", 4096), "fsdp": (2, "fsdp", 4096),
-    "fsdp, small micro-batches": (2, "fsdp", 200), "one rank": (1, "fsdp", 4096),
+    "plain, small micro-batches": (0, "plain", 200),
+    "ddp": (2, "ddp", 4096),
+    "fsdp": (2, "fsdp", 4096),
+    "fsdp, small micro-batches": (2, "fsdp", 200),
+    "one rank": (1, "fsdp", 4096),
 }
 
 
@@ -40,8 +43,10 @@ def test_gradients_weights_and_samples_are_those_of_one_process(case, world, ref
 def test_hsdp_is_a_mesh_of_nodes_and_ranks(max_tokens, world, reference, tmp_path):
     """Four ranks that call themselves two nodes of two; copies exchange gradients in the last micro-batch only."""
     out = tmp_path / "out"
-    text = "import os, runpy, sys; os.environ['LOCAL_WORLD_SIZE'] = '2'; sys.argv = sys.argv[1:]; " \
-           "runpy.run_path(sys.argv[0], run_name='__main__')"
+    text = (
+        "import os, runpy, sys; os.environ['LOCAL_WORLD_SIZE'] = '2'; sys.argv = sys.argv[1:]; "
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
     script = tmp_path / "two_nodes.py"
     script.write_text(text)
     run(script, "tests/gradients.py", world, "hsdp", max_tokens, out, ranks=4)
@@ -60,10 +65,12 @@ def test_layouts_are_chosen_and_mistakes_refused():
     trained, frozen = place(two, "auto", "auto", "none")
     assert (trained.layout, frozen.layout) == ("ddp", "plain")
     assert parallel.places(two, "auto", "auto", "none", False, False, 10**10)[1].layout == "fsdp"
-    for args, words in (((one, "float16", "auto", "none"), "float16.*overflows"),
-                        ((one, "half", "auto", "none"), "dtype='half'"),
-                        ((one, "auto", "zero3", "none"), "parallel='zero3'"),
-                        ((two, "auto", "plain", "none"), "one of 2"),
-                        ((one, "auto", "auto", "disk"), "offload='disk'")):
+    for args, words in (
+        ((one, "float16", "auto", "none"), "float16.*overflows"),
+        ((one, "half", "auto", "none"), "dtype='half'"),
+        ((one, "auto", "zero3", "none"), "parallel='zero3'"),
+        ((two, "auto", "plain", "none"), "one of 2"),
+        ((one, "auto", "auto", "disk"), "offload='disk'"),
+    ):
         with pytest.raises(SystemExit, match=words):
             place(*args)

@@ -21,8 +21,11 @@ from nanosafe.files import read_jsonl
 
 MANY = settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 SOME = settings(MANY, max_examples=120)
-JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), lambda x:
-                    st.lists(x, max_size=4) | st.dictionaries(st.text(max_size=8), x, max_size=4), max_leaves=12)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda x: st.lists(x, max_size=4) | st.dictionaries(st.text(max_size=8), x, max_size=4),
+    max_leaves=12,
+)
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 
 
@@ -40,10 +43,17 @@ KNOBS = {"whole": 3, "rate": 0.5, "name": "a", "on": False}
 
 
 @MANY
-@given(st.sampled_from(list(KNOBS)), st.text(max_size=30) | st.sampled_from(["1e5", "nan", "-0", "inf", "True", "0x10", "1_0", "٣"]))
+@given(
+    st.sampled_from(list(KNOBS)),
+    st.text(max_size=30) | st.sampled_from(["1e5", "nan", "-0", "inf", "True", "0x10", "1_0", "٣"]),
+)
 def test_flags_are_values_of_their_knob_s_type_or_refused(name, text):
     value = stops(configurator.parse, name, text, KNOBS)
-    assert value is None or type(value) is type(KNOBS[name]) and (name == "name" or abs(value) < float("inf"))
+    assert (
+        value is None
+        or type(value) is type(KNOBS[name])
+        and (name == "name" or abs(value) < float("inf"))
+    )
     if name == "name":
         assert value == text
 
@@ -58,8 +68,16 @@ def test_a_file_s_values_are_of_their_knob_s_type_or_refused(name, value):
 
 
 @SOME
-@given(st.dictionaries(st.sampled_from(["whole", "rate", "name", "on"]), st.integers() | st.floats(allow_nan=False, allow_infinity=False)
-                       | st.text(st.characters(exclude_categories=["Cs"])) | st.booleans(), min_size=1))
+@given(
+    st.dictionaries(
+        st.sampled_from(["whole", "rate", "name", "on"]),
+        st.integers()
+        | st.floats(allow_nan=False, allow_infinity=False)
+        | st.text(st.characters(exclude_categories=["Cs"]))
+        | st.booleans(),
+        min_size=1,
+    )
+)
 def test_a_saved_configuration_reads_back(tmp_path_factory, config):
     path = str(tmp_path_factory.getbasetemp() / "saved.py")
     configurator.save(config, path)
@@ -74,10 +92,14 @@ def test_a_config_file_of_anything_is_read_or_refused(tmp_path_factory, text):
     try:
         stops(configurator.run_file, str(path))
     except Exception as error:  # it is the user's own code: its errors are its own, with their line
-        assert str(path) in str(getattr(error, "__traceback__", None) and error.__traceback__.tb_next.tb_next.tb_frame.f_code.co_filename)
+        assert str(path) in str(
+            getattr(error, "__traceback__", None)
+            and error.__traceback__.tb_next.tb_next.tb_frame.f_code.co_filename
+        )
 
 
 # ---- datasets ----
+
 
 @MANY
 @given(st.text(string.ascii_letters + "/:.,-0123456789 ~*", max_size=30) | st.text(max_size=20))
@@ -97,10 +119,21 @@ def test_proportions_take_as_many_rows_as_they_say(n, proportion, seed):
     assert counts.max() - counts.min() <= 1  # whole copies, and no row twice in what is left
 
 
-RECORD = st.fixed_dictionaries({}, optional={
-    "input": TEXT | st.lists(TEXT, max_size=4) | JSON, "answer": TEXT | JSON, "other_answer": TEXT | JSON, "dialogue": st.lists(TEXT) | JSON,
-    "better": st.booleans() | JSON, "safer": st.booleans() | JSON, "is_safe": st.booleans() | JSON, "is_other_safe": st.booleans() | JSON,
-    "answers": st.lists(TEXT, max_size=3) | JSON, "scores": st.lists(st.floats(), max_size=3) | JSON})
+RECORD = st.fixed_dictionaries(
+    {},
+    optional={
+        "input": TEXT | st.lists(TEXT, max_size=4) | JSON,
+        "answer": TEXT | JSON,
+        "other_answer": TEXT | JSON,
+        "dialogue": st.lists(TEXT) | JSON,
+        "better": st.booleans() | JSON,
+        "safer": st.booleans() | JSON,
+        "is_safe": st.booleans() | JSON,
+        "is_other_safe": st.booleans() | JSON,
+        "answers": st.lists(TEXT, max_size=3) | JSON,
+        "scores": st.lists(st.floats(), max_size=3) | JSON,
+    },
+)
 
 
 @MANY
@@ -117,16 +150,24 @@ def test_a_row_gives_conversations_or_a_reason_to_drop_it(record, task):
         assert len(turns) % 2 == (task == "prompts")
 
 
-LINE = st.binary(max_size=60) | JSON.map(lambda x: json.dumps(x).encode()) | RECORD.map(lambda x: json.dumps(x).encode())
+LINE = (
+    st.binary(max_size=60)
+    | JSON.map(lambda x: json.dumps(x).encode())
+    | RECORD.map(lambda x: json.dumps(x).encode())
+)
 
 
 @SOME
 @given(st.lists(LINE, max_size=6), st.sampled_from(["sft", "prompts", "reward", "cost", "rank"]))
-def test_every_row_of_a_file_is_kept_or_dropped_and_counted(world, tmp_path_factory, monkeypatch_session, lines, task):
+def test_every_row_of_a_file_is_kept_or_dropped_and_counted(
+    world, tmp_path_factory, monkeypatch_session, lines, task
+):
     tok, folder = tokenizer.load(world / "tokenizer"), tmp_path_factory.getbasetemp() / "rows"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    (folder / "x.jsonl").write_bytes(b"\n".join(line.replace(b"\n", b" ").replace(b"\r", b" ") for line in lines))
+    (folder / "x.jsonl").write_bytes(
+        b"\n".join(line.replace(b"\n", b" ").replace(b"\r", b" ") for line in lines)
+    )
     monkeypatch_session.setenv("NANOSAFE_CACHE", str(folder))
     dataset = stops(data.tokenize, str(folder / "x.jsonl"), tok, task, 64)
     if dataset:
@@ -143,7 +184,9 @@ def monkeypatch_session():
 
 
 @SOME
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=30), st.integers(40, 90), st.integers(1, 5))
+@given(
+    st.lists(st.integers(1, 40), min_size=1, max_size=30), st.integers(40, 90), st.integers(1, 5)
+)
 def test_plans_hold_everything_once(lengths, max_tokens, ranks):
     parts = packing.plan(lengths, max_tokens, ranks)
     assert sorted(i for part in parts for micro in part for i in micro) == list(range(len(lengths)))
@@ -153,7 +196,13 @@ def test_plans_hold_everything_once(lengths, max_tokens, ranks):
 
 # ---- text ----
 
-SPECIAL = st.lists(st.sampled_from(["<s>", "</s>", "<unk>", "<pad>", "ASSISTANT:", "USER:", " ", "▁", "\n", "<0x41>"]) | TEXT, max_size=8).map("".join)
+SPECIAL = st.lists(
+    st.sampled_from(
+        ["<s>", "</s>", "<unk>", "<pad>", "ASSISTANT:", "USER:", " ", "▁", "\n", "<0x41>"]
+    )
+    | TEXT,
+    max_size=8,
+).map("".join)
 
 
 @MANY
@@ -163,10 +212,14 @@ def test_what_a_user_writes_stays_text(world, text):
     ids = tok.encode(text, allow_special=False)
     assert not {tok.bos_id, tok.eos_id, tok.pad_id} & set(ids)
     # SentencePiece writes a space as U+2581: the two are one to it
-    assert tok.decode(ids).strip(" ") == text.replace("▁", " ").strip(" ") and tok.encode_batch([text]) == [ids]
+    assert tok.decode(ids).strip(" ") == text.replace("▁", " ").strip(" ") and tok.encode_batch(
+        [text]
+    ) == [ids]
     if text.strip():
         ids, mask = build.encode([text, "fine", text], tok)
-        assert ids.count(tok.bos_id) == 1 and ids.count(tok.eos_id) == 1  # ours only: the start, and the answer's end
+        assert (
+            ids.count(tok.bos_id) == 1 and ids.count(tok.eos_id) == 1
+        )  # ours only: the start, and the answer's end
         assert sum(mask) == len(tok.encode_suffix("fine")) + 1
 
 
@@ -188,10 +241,36 @@ def test_a_tokenizer_file_of_anything_is_refused(tmp_path_factory, content):
 
 
 @SOME
-@given(st.sampled_from(["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json", "config.json"]),
-       JSON | st.dictionaries(st.sampled_from(["eos_token", "bos_token", "pad_token", "added_tokens_decoder", "eos_token_id", "legacy",
-                                               "additional_special_tokens", "add_bos_token"]), JSON))
-def test_what_stands_beside_a_tokenizer_is_understood_or_refused(world, tmp_path_factory, name, value):
+@given(
+    st.sampled_from(
+        [
+            "tokenizer_config.json",
+            "special_tokens_map.json",
+            "added_tokens.json",
+            "generation_config.json",
+            "config.json",
+        ]
+    ),
+    JSON
+    | st.dictionaries(
+        st.sampled_from(
+            [
+                "eos_token",
+                "bos_token",
+                "pad_token",
+                "added_tokens_decoder",
+                "eos_token_id",
+                "legacy",
+                "additional_special_tokens",
+                "add_bos_token",
+            ]
+        ),
+        JSON,
+    ),
+)
+def test_what_stands_beside_a_tokenizer_is_understood_or_refused(
+    world, tmp_path_factory, name, value
+):
     folder = tmp_path_factory.getbasetemp() / "beside"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(world / "tokenizer", folder)
@@ -203,6 +282,7 @@ def test_what_stands_beside_a_tokenizer_is_understood_or_refused(world, tmp_path
 
 
 # ---- model folders ----
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -219,11 +299,39 @@ def copy_of(folder):
     return target
 
 
-CONFIG = st.dictionaries(st.sampled_from(
-    ["hidden_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers", "head_dim", "vocab_size", "rope_theta", "rope_scaling",
-     "rms_norm_eps", "tie_word_embeddings", "model_type", "hidden_act", "max_position_embeddings", "mean", "var", "score_type", "bos_token_id",
-     "eos_token_id", "torch_dtype", "architectures", "rope_parameters", "intermediate_size"]),
-    JSON | st.integers(-5, 300) | st.sampled_from(["llama", "mistral", "qwen2", "baichuan", "internlm2", "silu", "cost"]), min_size=1, max_size=3)
+CONFIG = st.dictionaries(
+    st.sampled_from(
+        [
+            "hidden_size",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "num_hidden_layers",
+            "head_dim",
+            "vocab_size",
+            "rope_theta",
+            "rope_scaling",
+            "rms_norm_eps",
+            "tie_word_embeddings",
+            "model_type",
+            "hidden_act",
+            "max_position_embeddings",
+            "mean",
+            "var",
+            "score_type",
+            "bos_token_id",
+            "eos_token_id",
+            "torch_dtype",
+            "architectures",
+            "rope_parameters",
+            "intermediate_size",
+        ]
+    ),
+    JSON
+    | st.integers(-5, 300)
+    | st.sampled_from(["llama", "mistral", "qwen2", "baichuan", "internlm2", "silu", "cost"]),
+    min_size=1,
+    max_size=3,
+)
 
 
 @MANY
@@ -246,20 +354,35 @@ def test_safetensors_with_a_broken_header_or_end_are_refused(folder, place, junk
     content = path.read_bytes()
     size = struct.unpack("<Q", content[:8])[0] + 8
     place %= size
-    changed = content[:place] if cut else content[:place] + junk + content[place + len(junk):]
+    changed = content[:place] if cut else content[:place] + junk + content[place + len(junk) :]
     assume(changed != content)
     path.write_bytes(changed)
     known = load_file(folder / "model.safetensors")
     model = stops(checkpoint.load, target)
-    if model:  # then the change was in words that do not matter, spaces say: the weights are the same
+    if (
+        model
+    ):  # then the change was in words that do not matter, spaces say: the weights are the same
         checkpoint.save(model, folder.parent / "again")
         again = load_file(folder.parent / "again" / "model.safetensors")
-        assert again.keys() == known.keys() and all(x.shape == known[k].shape for k, x in again.items())
+        assert again.keys() == known.keys() and all(
+            x.shape == known[k].shape for k, x in again.items()
+        )
 
 
 @SOME
-@given(JSON | st.fixed_dictionaries({"weight_map": JSON | st.dictionaries(st.sampled_from(
-    ["model.norm.weight", "lm_head.weight", "x"]), st.sampled_from(["a.safetensors", "../a.safetensors", "/etc/passwd", "", "."]) | JSON)}))
+@given(
+    JSON
+    | st.fixed_dictionaries(
+        {
+            "weight_map": JSON
+            | st.dictionaries(
+                st.sampled_from(["model.norm.weight", "lm_head.weight", "x"]),
+                st.sampled_from(["a.safetensors", "../a.safetensors", "/etc/passwd", "", "."])
+                | JSON,
+            )
+        }
+    )
+)
 def test_an_index_of_anything_is_refused(folder, index):
     target = copy_of(folder)
     os.rename(target / "model.safetensors", target / "a.safetensors")

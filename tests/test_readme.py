@@ -15,8 +15,11 @@ from conftest import ROOT, run
 
 with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as f:
     README = f.read()
-LINES = [line.split("  #")[0].strip() for block in re.findall(r"```sh\n(.*?)```", README, re.S)
-         for line in block.splitlines()]
+LINES = [
+    line.split("  #")[0].strip()
+    for block in re.findall(r"```sh\n(.*?)```", README, re.S)
+    for line in block.splitlines()
+]
 COMMANDS = [line for line in LINES if line.startswith(("python ", "torchrun "))]
 
 
@@ -55,14 +58,20 @@ def test_commands_run(command, place):
         assert (place / written[0]).stat().st_size > 100
     elif words[0] == "torchrun" or words[1].startswith("data/"):
         script = [w for w in words if w.endswith(".py")][0]
-        arguments = words[words.index(script) + 1:]
+        arguments = words[words.index(script) + 1 :]
         assert "Knobs" in run(os.path.join(ROOT, script), *arguments, "-h").stdout
     elif words[1] == "sample.py":
         talk = "How do I fix the clock?\n/quit\n"  # where no prompt is given
-        assert re.search(r"^> ", run(os.path.join(ROOT, "sample.py"), *words[2:], cwd=place, stdin=talk).stdout, re.M)
+        assert re.search(
+            r"^> ",
+            run(os.path.join(ROOT, "sample.py"), *words[2:], cwd=place, stdin=talk).stdout,
+            re.M,
+        )
     elif words[1].startswith("train_"):
         (place / "data").exists() or (place / "data").symlink_to(os.path.join(ROOT, "data"))
-        short = {"train_pref.py": ["--eval_data="], "train_sft.py": ["--eval_samples=25"]}.get(words[1], [])
+        short = {"train_pref.py": ["--eval_data="], "train_sft.py": ["--eval_samples=25"]}.get(
+            words[1], []
+        )
         run(os.path.join(ROOT, words[1]), *words[2:], "--max_steps=2", *short, cwd=place)
         out = [word.removeprefix("--out_dir=") for word in words if word.startswith("--out_dir=")]
         assert (place / out[0] / "model" / "config.json").exists()
@@ -70,8 +79,18 @@ def test_commands_run(command, place):
         assert "the roofline" in run(*words[1:]).stdout
     elif words[1:3] == ["-m", "nanosafe.bench"]:  # nanosafe alone, as small as can be
         (place / "data").exists() or (place / "data").symlink_to(os.path.join(ROOT, "data"))
-        small = ["--peers=", "--workloads=load,forward,sft,cost,dpo,generate_eos,ppo_lag", "--hidden_size=32", "--num_hidden_layers=1",
-                 "--vocab_size=1000", "--batch_size=4", "--steps=2", "--repetitions=1", "--max_new_tokens=8", "--out=out/bench.json"]
+        small = [
+            "--peers=",
+            "--workloads=load,forward,sft,cost,dpo,generate_eos,ppo_lag",
+            "--hidden_size=32",
+            "--num_hidden_layers=1",
+            "--vocab_size=1000",
+            "--batch_size=4",
+            "--steps=2",
+            "--repetitions=1",
+            "--max_new_tokens=8",
+            "--out=out/bench.json",
+        ]
         assert re.search(r"ppo_lag +responses +[\d.]+", run(*words[1:], *small, cwd=place).stdout)
         assert len(json.loads((place / "out" / "bench.json").read_text())["rows"]) == 7
         assert (place / "out" / "bench_ppo_lag.png").exists()
@@ -88,7 +107,9 @@ def test_commands_run(command, place):
 def test_bare_scripts_run_after_the_demo(place, tmp_path):
     """Defaults are the toy's sizes and paths."""
     for script in ("train_sft.py", "train_pref.py", "train_ppo_lag.py"):
-        run(os.path.join(ROOT, script), f"--out_dir={tmp_path}/{script}", "--max_steps=1", cwd=place)
+        run(
+            os.path.join(ROOT, script), f"--out_dir={tmp_path}/{script}", "--max_steps=1", cwd=place
+        )
     run(os.path.join(ROOT, "sample.py"), cwd=place, stdin="How do I fix the clock?\n")
 
 
@@ -98,7 +119,9 @@ def test_the_file_table_is_true():
     for names, count in rows:
         folder, total = "", 0
         for name in names.split(", "):
-            folder = os.path.dirname(name) or (folder if not os.path.exists(os.path.join(ROOT, name)) else "")
+            folder = os.path.dirname(name) or (
+                folder if not os.path.exists(os.path.join(ROOT, name)) else ""
+            )
             with open(os.path.join(ROOT, folder, os.path.basename(name))) as f:
                 total += sum(1 for _ in f)
         assert abs(int(count) - total) <= 0.1 * total, f"{names}: {total} lines"

@@ -19,9 +19,13 @@ def test_gae_equals_a_plain_loop_and_its_limits():
     for b, n in enumerate(lengths):
         for t in range(n):  # A_t = sum_k (gamma lambda)^k delta_{t+k}
             value = lambda i: values[b, i] if i < n else 0.0
-            expected = sum((0.9 * 0.8)**k * (rewards[b, t + k] + 0.9 * value(t + k + 1) - value(t + k))
-                           for k in range(n - t))
-            assert close(advantages[b, t], expected) and close(returns[b, t], expected + values[b, t])
+            expected = sum(
+                (0.9 * 0.8) ** k * (rewards[b, t + k] + 0.9 * value(t + k + 1) - value(t + k))
+                for k in range(n - t)
+            )
+            assert close(advantages[b, t], expected) and close(
+                returns[b, t], expected + values[b, t]
+            )
         assert (advantages[b, n:] == 0).all()
     advantages, _ = rl.gae(rewards, values, mask, 1.0, 1.0)
     assert close(advantages[0, 2], rewards[0, 2:].sum() - values[0, 2])  # sum of rewards - V
@@ -83,8 +87,10 @@ def test_multiplier_state_continues_exactly():
 
 def test_normalizer_golden_numbers():
     golden = GOLDEN["normalizer"]
-    for name, n in (("RunningMeanStd", RunningMeanStd()),
-                    ("ExponentialMovingAverage", ExponentialMovingAverage(0.9))):
+    for name, n in (
+        ("RunningMeanStd", RunningMeanStd()),
+        ("ExponentialMovingAverage", ExponentialMovingAverage(0.9)),
+    ):
         out = golden["output"][name]
         for batch, after in zip(golden["batches"], out["after_each"]):
             n.update([x for row in batch for x in row])
@@ -105,15 +111,17 @@ def test_group_advantages_equal_plain_loops():
     mask[1, 1] = 0
     rloo, grpo = (rl.group_advantages(returns, mask, 3, kind) for kind in ("rloo", "grpo"))
     for group in range(2):
-        r = returns[3 * group:3 * group + 3].tolist()
+        r = returns[3 * group : 3 * group + 3].tolist()
         mean = sum(r) / 3
-        std = math.sqrt(sum((x - mean)**2 for x in r) / 2)
+        std = math.sqrt(sum((x - mean) ** 2 for x in r) / 2)
         for i in range(3):
             others = sum(x for j, x in enumerate(r) if j != i) / 2
             row = 3 * group + i
             assert close(rloo[row], (r[i] - others) * mask[row])
             assert torch.allclose(grpo[row], (r[i] - mean) / std * mask[row], atol=1e-5)
-    assert (rl.group_advantages(torch.ones(4), torch.ones(4, 3), 2, "grpo") == 0).all()  # all alike: no nan
+    assert (
+        rl.group_advantages(torch.ones(4), torch.ones(4, 3), 2, "grpo") == 0
+    ).all()  # all alike: no nan
 
 
 def test_normalized_advantages_do_not_see_padding():
@@ -127,7 +135,9 @@ def test_normalized_advantages_do_not_see_padding():
 
 
 def test_adapted_kl_coef():
-    assert rl.adapted(0.1, 2 * 6.0, 6.0, 128, 10000) == pytest.approx(0.1 * (1 + 0.2 * 128 / 10000))  # 1.2 targets or more
+    assert rl.adapted(0.1, 2 * 6.0, 6.0, 128, 10000) == pytest.approx(
+        0.1 * (1 + 0.2 * 128 / 10000)
+    )  # 1.2 targets or more
     assert rl.adapted(0.1, 6.6, 6.0, 128, 10000) == pytest.approx(0.1 * (1 + 0.1 * 128 / 10000))
     assert rl.adapted(0.1, 6.0, 6.0, 128, 10000) == pytest.approx(0.1)
     assert rl.adapted(0.1, 0.0, 6.0, 128, 10000) == pytest.approx(0.1 * (1 - 0.2 * 128 / 10000))
@@ -135,29 +145,40 @@ def test_adapted_kl_coef():
 
 def test_scaled_rewards():
     first, second = torch.tensor([1.0, 2.0, 6.0]), torch.tensor([0.0, 3.0, 3.0])
-    assert torch.equal(rl.scaled(first, RunningMeanStd(), "none", 5.0), torch.tensor([1.0, 2.0, 5.0]))
+    assert torch.equal(
+        rl.scaled(first, RunningMeanStd(), "none", 5.0), torch.tensor([1.0, 2.0, 5.0])
+    )
     for scaling, shift in (("std", 0.0), ("mean_std", 1.0)):
         moments = RunningMeanStd()
         out = rl.scaled(first, moments, scaling, math.inf)  # the batch is part of its history
         assert torch.allclose(out, (first - shift * first.mean()) / first.std(), atol=1e-6)
         out = rl.scaled(second, moments, scaling, math.inf)
         both = torch.cat([first, second])
-        mean, var = both.mean(), (first.var() * 3 + second.var() * 3 + (first.mean() - second.mean())**2 * 3 * 3 / 6) / 6
+        mean, var = (
+            both.mean(),
+            (first.var() * 3 + second.var() * 3 + (first.mean() - second.mean()) ** 2 * 3 * 3 / 6)
+            / 6,
+        )
         assert torch.allclose(out, (second - shift * mean) / var.sqrt(), atol=1e-5)
     moments = RunningMeanStd()
     rl.scaled(first, moments, "first", math.inf)
-    assert torch.allclose(rl.scaled(second, moments, "first", math.inf), second / first.std(), atol=1e-6)
-    assert rl.scaled(torch.tensor([float("nan"), 1.0]), moments, "std", 5.0).isnan().any() and math.isfinite(moments.mean)
+    assert torch.allclose(
+        rl.scaled(second, moments, "first", math.inf), second / first.std(), atol=1e-6
+    )
+    assert rl.scaled(
+        torch.tensor([float("nan"), 1.0]), moments, "std", 5.0
+    ).isnan().any() and math.isfinite(moments.mean)
 
 
 def test_the_entropy_bonus_is_the_entropy_s_gradient():
     """d H / d theta = E[-log p d log p]: an advantage of -log p, over all actions of a small policy."""
     logits = torch.tensor([0.3, -1.0, 0.8, 0.1], dtype=torch.float64, requires_grad=True)
     logp = logits.log_softmax(0)
-    exact, = torch.autograd.grad(-(logp.exp() * logp).sum(), logits, retain_graph=True)
-    surrogate = (logp.exp().detach() * -logp.detach() * logp).sum()  # what policy gradient does with it
+    (exact,) = torch.autograd.grad(-(logp.exp() * logp).sum(), logits, retain_graph=True)
+    surrogate = (
+        logp.exp().detach() * -logp.detach() * logp
+    ).sum()  # what policy gradient does with it
     assert torch.allclose(torch.autograd.grad(surrogate, logits)[0], exact)
-
 
 
 def test_a_negative_kl_is_not_clamped():
@@ -169,6 +190,7 @@ def test_a_negative_kl_is_not_clamped():
 def test_every_rollout_has_randomness_of_its_own():
     """ColossalChat seeds every generation alike: one random stream for all rollouts."""
     from nanosafe.rollout import hash64, uniforms
+
     keys = [[hash64(hash64(0, rollout), 7, 0) for rollout in range(4)]]
     signed = torch.tensor([k - 2**64 if k >= 2**63 else k for k in keys[0]])
     assert len(set(uniforms(signed, torch.zeros(4, dtype=torch.int64)).tolist())) == 4

@@ -21,17 +21,20 @@ PROMPTS = [[1, 5, 9], [1], [1, *range(3, 40)], [1, 7], [1, 5, 9], [1, 2, 3, 4, 5
 
 
 def test_greedy_equals_the_argmax_of_the_full_forward(model):
-    for prompt, response in zip(PROMPTS, generate(model, PROMPTS, 25, temperature=0, eos_ids=[2], seed=0)):
+    for prompt, response in zip(
+        PROMPTS, generate(model, PROMPTS, 25, temperature=0, eos_ids=[2], seed=0)
+    ):
         ids = torch.tensor(prompt + response)
         logits = model(ids, torch.tensor([0, len(ids)], dtype=torch.int32), len(ids))
-        assert logits.argmax(-1)[len(prompt) - 1:-1].tolist() == response
+        assert logits.argmax(-1)[len(prompt) - 1 : -1].tolist() == response
 
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 5}, {"top_p": 0.7}, {"temperature": 1.7}])
 def test_slots_batch_order_and_ranks_change_nothing(model, options):
     eos = list(range(2, 20))  # ends at all lengths
-    ask = lambda prompts, uids, slots=0: generate(model, prompts, 30, eos_ids=eos, seed=7, uids=uids,
-                                                  slots=slots, **options)
+    ask = lambda prompts, uids, slots=0: generate(
+        model, prompts, 30, eos_ids=eos, seed=7, uids=uids, slots=slots, **options
+    )
     uids = [(i, 0) for i in range(12)]
     prompts = PROMPTS * 2
     whole = ask(prompts, uids)
@@ -44,16 +47,25 @@ def test_slots_batch_order_and_ranks_change_nothing(model, options):
 
 
 def test_seed_and_uid_change_the_response(model):
-    a, b, c = (generate(model, [[1, 5]] * 8, 20, eos_ids=[2], seed=s, uids=u)
-               for s, u in ((0, None), (1, None), (0, [(0, j) for j in range(8)])))
+    a, b, c = (
+        generate(model, [[1, 5]] * 8, 20, eos_ids=[2], seed=s, uids=u)
+        for s, u in ((0, None), (1, None), (0, [(0, j) for j in range(8)]))
+    )
     assert a != b and a != c and len(set(map(tuple, a))) > 4
 
 
 def test_responses_end_with_an_eos_or_at_their_limit(model):
     limits = [1, 4, 9, 9, 2, 3]
     ends, tokens = [], []
-    responses = generate(model, PROMPTS, limits, eos_ids=[4, 8], seed=1, on_finish=lambda: ends.append(1),
-                         on_token=lambda i, token: tokens.append((i, token)))
+    responses = generate(
+        model,
+        PROMPTS,
+        limits,
+        eos_ids=[4, 8],
+        seed=1,
+        on_finish=lambda: ends.append(1),
+        on_token=lambda i, token: tokens.append((i, token)),
+    )
     for i, (response, limit) in enumerate(zip(responses, limits)):
         assert len(response) == limit or response[-1] in (4, 8)
         assert not set(response[:-1]) & {4, 8}
@@ -87,9 +99,13 @@ def test_top_k_and_top_p():
 
 
 def test_uniforms_are_uniform_and_equal_the_host_s_hash():
-    keys = torch.tensor([rollout.hash64(3, i) for i in range(500)], dtype=torch.uint64).view(torch.int64)
+    keys = torch.tensor([rollout.hash64(3, i) for i in range(500)], dtype=torch.uint64).view(
+        torch.int64
+    )
     u = torch.stack([uniforms(keys, torch.full((500,), t)) for t in range(100)])
-    assert 0 <= u.min() and u.max() < 1 and abs(u.mean() - 0.5) < 5e-3 and abs(u.var() - 1 / 12) < 2e-3
+    assert (
+        0 <= u.min() and u.max() < 1 and abs(u.mean() - 0.5) < 5e-3 and abs(u.var() - 1 / 12) < 2e-3
+    )
     assert torch.corrcoef(u[:2])[0, 1].abs() < 0.15 and len(u.unique()) == 50000
     mask = 2**64 - 1
     for i in (0, 17):

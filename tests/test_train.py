@@ -33,19 +33,29 @@ def test_resume_is_bit_equal(name, trainers, tmp_path):
 
 def test_a_run_is_not_overwritten_and_resume_needs_a_state(trainers, tmp_path):
     run(*trainers["reward"], f"--out_dir={tmp_path}/a")
-    for extra, words in (((f"--out_dir={tmp_path}/a",), "holds a run"),
-                         ((f"--out_dir={tmp_path}/b", "--resume=True"), "has no run")):
+    for extra, words in (
+        ((f"--out_dir={tmp_path}/a",), "holds a run"),
+        ((f"--out_dir={tmp_path}/b", "--resume=True"), "has no run"),
+    ):
         done = run(*trainers["reward"], *extra, check=False)
         assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_exits_0_and_the_run_goes_on(sig, trainers, tmp_path):
-    flags = [f for f in trainers["sft"] if "max_steps" not in f] + ["--max_steps=40", "--save_interval=0"]
+    flags = [f for f in trainers["sft"] if "max_steps" not in f] + [
+        "--max_steps=40",
+        "--save_interval=0",
+    ]
     run(*flags, f"--out_dir={tmp_path}/a")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT}
-    process = subprocess.Popen([sys.executable, *flags, f"--out_dir={tmp_path}/b"], cwd=ROOT,
-                               env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, *flags, f"--out_dir={tmp_path}/b"],
+        cwd=ROOT,
+        env=environment,
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+    )
     metrics = tmp_path / "b" / "metrics.jsonl"
     while not metrics.exists() or metrics.read_text().count("\n") < 3:
         time.sleep(0.02)
@@ -96,13 +106,18 @@ def test_metrics_samples_and_the_policy_of_ppo_lag(trainers, tmp_path):
     assert all(row["slack"] == pytest.approx(-100 - row["episode_cost"], abs=1e-4) for row in rows)
     samples = [json.loads(line) for line in open(tmp_path / "samples.jsonl")]
     assert {"step", "prompt", "response", "reward", "cost", "kl"} == set(samples[0])
-    assert tokenizer.load(tmp_path / "model").vocab_size == checkpoint.load(tmp_path / "model").config.vocab_size
+    assert (
+        tokenizer.load(tmp_path / "model").vocab_size
+        == checkpoint.load(tmp_path / "model").config.vocab_size
+    )
 
 
 def test_plain_ppo_and_fixed_shaping(trainers, tmp_path):
     run(*trainers["ppo"], f"--out_dir={tmp_path}/a", "--num_samples=2", "--ppo_epochs=2")
     rows = rows_of(tmp_path / "a" / "metrics.jsonl")
-    assert "cost" not in rows[0] and "lambda" not in rows[0] and len(rows) == 8  # 8 steps, one rollout
+    assert (
+        "cost" not in rows[0] and "lambda" not in rows[0] and len(rows) == 8
+    )  # 8 steps, one rollout
     assert len({row["reward"] for row in rows}) == 1
     run(*trainers["ppo_lag"], f"--out_dir={tmp_path}/b", "--lambda_lr=0", "--lambda_init=0.7")
     assert {row["lambda"] for row in rows_of(tmp_path / "b" / "metrics.jsonl")} == {0.7}
@@ -110,7 +125,13 @@ def test_plain_ppo_and_fixed_shaping(trainers, tmp_path):
 
 def test_a_learning_signal_is_learned(trainers, world, tmp_path):
     flags = [f for f in trainers["sft"] if "max_steps" not in f]
-    run(*flags, f"--out_dir={tmp_path}", "--max_steps=60", "--learning_rate=3e-3", "--save_interval=0")
+    run(
+        *flags,
+        f"--out_dir={tmp_path}",
+        "--max_steps=60",
+        "--learning_rate=3e-3",
+        "--save_interval=0",
+    )
     losses = [row["loss"] for row in rows_of(tmp_path / "metrics.jsonl")]
     assert losses[-1] < 0.6 * losses[0]
 
@@ -122,30 +143,53 @@ def test_non_finite_gradients_are_skipped_counted_and_end_the_run(trainers, worl
         model.norm.weight[0] = float("inf")
     checkpoint.save(model, bad, tokenizer.load(world / "tokenizer"))
     flags = [f for f in trainers["reward"] if "init_from" not in f]
-    done = run(*flags, f"--init_from={bad}", f"--out_dir={tmp_path}/a", "--max_skips=3", check=False)
+    done = run(
+        *flags, f"--init_from={bad}", f"--out_dir={tmp_path}/a", "--max_skips=3", check=False
+    )
     assert done.returncode == 1 and "4 updates had a non-finite gradient" in done.stderr
-    assert "warning: step 0, rank 0: the gradient is not finite in" in done.stdout and "Traceback" not in done.stderr
+    assert (
+        "warning: step 0, rank 0: the gradient is not finite in" in done.stdout
+        and "Traceback" not in done.stderr
+    )
 
 
 def test_a_reward_model_may_have_another_tokenizer_a_critic_may_not(trainers, world, tmp_path):
     tok = demo.train_tokenizer(["Sure. First, get the rope."] * 99, 280, str(tmp_path / "other"))
     checkpoint.save(scratch(small_config(vocab_size=tok.vocab_size), "score"), tmp_path / "rm", tok)
-    flags = [f for f in trainers["ppo"] if "reward_model" not in f] + [f"--reward_model={tmp_path}/rm"]
+    flags = [f for f in trainers["ppo"] if "reward_model" not in f] + [
+        f"--reward_model={tmp_path}/rm"
+    ]
     done = run(*flags, f"--out_dir={tmp_path}/a", check=False)
-    assert done.returncode == 1 and "has another tokenizer" in done.stderr and "reward_critic" in done.stderr
+    assert (
+        done.returncode == 1
+        and "has another tokenizer" in done.stderr
+        and "reward_critic" in done.stderr
+    )
     run(*flags, f"--out_dir={tmp_path}/b", f"--reward_critic={world}/reward")
 
 
-@pytest.mark.parametrize("flag, words", [
-    ("--dtype=float16", "overflows"), ("--parallel=zero3", "parallel='zero3'"),
-    ("--data=nowhere", "prepare.py first"), ("--init_from=nowhere", "no "),
-    ("--lr_schedule=linaer", "lr_schedule='linaer'"), ("--max_tokens=50", "raise max_tokens"),
-    ("--objective=rewards", "choose one of reward, cost, dpo, ipo, rrhf"), ("--normalizer=std", "choose one of ema, running, none"),
-])
+@pytest.mark.parametrize(
+    "flag, words",
+    [
+        ("--dtype=float16", "overflows"),
+        ("--parallel=zero3", "parallel='zero3'"),
+        ("--data=nowhere", "prepare.py first"),
+        ("--init_from=nowhere", "no "),
+        ("--lr_schedule=linaer", "lr_schedule='linaer'"),
+        ("--max_tokens=50", "raise max_tokens"),
+        ("--objective=rewards", "choose one of reward, cost, dpo, ipo, rrhf"),
+        ("--normalizer=std", "choose one of ema, running, none"),
+    ],
+)
 def test_a_user_s_mistake_is_one_line(flag, words, trainers, tmp_path):
     done = run(*trainers["reward"], f"--out_dir={tmp_path}/a", flag, check=False)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
-    assert done.returncode == 1 and len(errors) == 1 and words in errors[0] and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 1
+        and len(errors) == 1
+        and words in errors[0]
+        and "Traceback" not in done.stderr
+    )
 
 
 def test_reward_models_carry_their_moments(trainers, tmp_path):

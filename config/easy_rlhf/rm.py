@@ -4,7 +4,8 @@ out_dir = "out/easy_rlhf/rm"
 init_from = "models/llama-7b"  # theirs: gpt2-xl
 data = "hh_rlhf/helpful-base,hh_rlhf/helpful-online,hh_rlhf/helpful-rejection-sampled"
 eval_data = (
-    "hh_rlhf/helpful-base/test,hh_rlhf/helpful-online/test,hh_rlhf/helpful-rejection-sampled/test")
+    "hh_rlhf/helpful-base/test,hh_rlhf/helpful-online/test,hh_rlhf/helpful-rejection-sampled/test"
+)
 max_len = 1024
 epochs = 10.0
 batch_size = 32  # 1 x 8 accumulation x 4 GPUs

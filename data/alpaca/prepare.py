@@ -2,10 +2,12 @@
 
 $ python data/alpaca/prepare.py                                  # 52,002 demonstrations
 $ python data/alpaca/prepare.py --raw=FOLDER --out=data/lima     # another set in the same layout"""
+
 from configurator import configure
 from nanosafe import fetch
 
 config = configure(globals(), vars(fetch))
+
 
 def to_record(row):
     """Instruction and input make the prompt, joined by a space (Safe-RLHF); earlier turns first."""
@@ -14,6 +16,7 @@ def to_record(row):
     if history:
         return {"dialogue": [*history, prompt, row["output"]]}
     return {"input": prompt, "answer": row["output"]}
+
 
 URL = "https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/main/alpaca_data.json"
 fetch.prepare(__file__, to_record, config, url=URL)

@@ -2,18 +2,25 @@
 
 $ python data/alpaca_farm/prepare.py                     # people's, about 10,000 pairs
 $ python data/alpaca_farm/prepare.py --judge=gpt4        # or noisy_multi: simulated people"""
+
 from configurator import configure
 from nanosafe import fetch
 
 judge = "human"  # human | gpt4 | noisy_multi
 config = configure(globals(), vars(fetch))
 
+
 def to_record(row):
     """preference says which output is better, 1 or 2; 0 is a tie."""
     prompt = row["instruction"] + (" " + row["input"] if row.get("input") else "")
     if row["preference"] not in (1, 2):
         raise ValueError("no preference")
-    return {"input": prompt, "answer": row["output_1"], "other_answer": row["output_2"],
-            "better": row["preference"] == 1}
+    return {
+        "input": prompt,
+        "answer": row["output_1"],
+        "other_answer": row["output_2"],
+        "better": row["preference"] == 1,
+    }
+
 
 fetch.prepare(__file__, to_record, config, release="judge")

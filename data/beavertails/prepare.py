@@ -4,6 +4,7 @@ judge a cost model by (is_safe), or to take safe demonstrations from.
 $ python data/beavertails/prepare.py                     # 30k: 30,207 rows
 $ python data/beavertails/prepare.py --version=330k
 $ python data/beavertails/prepare.py --only_safe=True    # demonstrations"""
+
 from configurator import configure
 from nanosafe import fetch
 
@@ -11,12 +12,18 @@ version = "30k"  # 30k | 330k
 only_safe = False  # keep safe answers only
 config = configure(globals(), vars(fetch))
 
+
 def to_record(row):
     """The kinds of harm that are marked go along, by name."""
     safe = fetch.label(row["is_safe"])
     if only_safe and not safe:
         raise ValueError("unsafe, and only_safe is set")
-    return {"input": row["prompt"], "answer": row["response"], "is_safe": safe,
-            "harm": sorted(name for name, marked in row.get("category", {}).items() if marked)}
+    return {
+        "input": row["prompt"],
+        "answer": row["response"],
+        "is_safe": safe,
+        "harm": sorted(name for name, marked in row.get("category", {}).items() if marked),
+    }
+
 
 fetch.prepare(__file__, to_record, config, release="version")

@@ -6,6 +6,7 @@ $ python data/hh_rlhf/prepare.py --subset=harmless-base --raw=FOLDER
 
 Each subset gives SUBSET/{train,test}.jsonl, pairs, and SUBSET-dialogue/{train,test}.jsonl, the
 preferred dialogues; the four together all/ and all-dialogue/. processed-hh-rlhf opens as well."""
+
 import os
 import re
 from configurator import configure
@@ -19,11 +20,16 @@ config = configure(globals(), vars(fetch))
 
 MARK = re.compile(r"\n\n(Human|Assistant):")
 
+
 def to_record(row):
     """The chosen dialogue up to its last answer is the prompt; the rejected one begins with it."""
     if "context" in row:
-        return {"input": [turn["text"] for turn in row["context"]], "better": True,
-                "answer": row["chosen"]["text"], "other_answer": row["rejected"]["text"]}
+        return {
+            "input": [turn["text"] for turn in row["context"]],
+            "better": True,
+            "answer": row["chosen"]["text"],
+            "other_answer": row["rejected"]["text"],
+        }
     _, *parts = MARK.split(row["chosen"])  # who speaks, what is said, who speaks, ...
     speakers, turns = parts[::2], parts[1::2]
     if speakers[-1:] != ["Assistant"]:
@@ -34,12 +40,18 @@ def to_record(row):
     if speakers != ["Human", "Assistant"] * (len(speakers) // 2):
         raise ValueError("the turns do not alternate")
     *turns, answer = map(str.strip, turns)
-    return {"input": turns, "better": True, "answer": answer,
-            "other_answer": rejected[len(prompt):].strip()}
+    return {
+        "input": turns,
+        "better": True,
+        "answer": answer,
+        "other_answer": rejected[len(prompt) :].strip(),
+    }
+
 
 def to_dialogue(row):
     record = fetch.checked(to_record(row))
     return {"dialogue": [*record["input"], record["answer"]]}
+
 
 if config["raw"] and subset == "all":
     stop("--raw needs --subset=NAME: the subsets' files have the same names")

@@ -2,6 +2,7 @@
 
 $ python data/moss/prepare.py                        # moss-003-sft, without tools -> data/moss/003
 $ python data/moss/prepare.py --version=002          # moss-002-sft -> data/moss/002"""
+
 import re
 from configurator import configure
 from nanosafe import fetch
@@ -10,6 +11,7 @@ version = "003"  # 003 (turns with their roles) | 002 (one text per dialogue)
 config = configure(globals(), vars(fetch))
 
 TURN = re.compile(r"\[(Human|MOSS)\]:\s*(.*?)\s*<eo[ha]>", re.DOTALL)
+
 
 def to_record(row):
     """A dialogue, the human first, as Safe-RLHF reads it; its marks are dropped."""
@@ -20,10 +22,14 @@ def to_record(row):
         turns = [text for _, text in marks]
     else:
         chat = [row["chat"][f"turn_{i}"] for i in range(1, int(row["num_turns"]) + 1)]
-        turns = [turn[who].replace(f"<|{who}|>:", "").replace(end, "").strip()
-                 for turn in chat for who, end in (("Human", "<eoh>"), ("MOSS", "<eom>"))]
+        turns = [
+            turn[who].replace(f"<|{who}|>:", "").replace(end, "").strip()
+            for turn in chat
+            for who, end in (("Human", "<eoh>"), ("MOSS", "<eom>"))
+        ]
     if not turns or not all(turns):
         raise ValueError("an empty turn")
     return {"dialogue": turns}
+
 
 fetch.prepare(__file__, to_record, config, release="version")

@@ -2,6 +2,7 @@
 (higher is worse): toxicity of sentences, personal data in sentences, PEP8 violations of lines.
 
 $ python data/phf/prepare.py --task=pep8 --raw=FOLDER    # -> data/phf/pep8"""
+
 from configurator import configure
 from nanosafe import fetch
 from nanosafe.documents import check
@@ -9,10 +10,12 @@ from nanosafe.documents import check
 task = "toxicity"  # toxicity | pii | pep8
 config = configure(globals(), vars(fetch))
 
+
 def to_record(row):
     """The segments and their scores; the document's score is their mean."""
     record = {"texts": row["texts"], "scores": [float(score) for score in row["scores"]]}
     check(record)
     return {**record, "avg_score": sum(record["scores"]) / len(record["scores"])}
+
 
 fetch.prepare(__file__, to_record, config, release="task")

@@ -2,6 +2,7 @@
 
 $ python data/slim_orca/prepare.py                       # 986 MB, 517,982 dialogues
 $ python data/slim_orca/prepare.py --version=dedup       # Open-Orca/SlimOrca-Dedup"""
+
 from configurator import configure
 from nanosafe import fetch
 
@@ -9,6 +10,7 @@ version = "full"  # full | dedup
 config = configure(globals(), vars(fetch))
 
 ROLES = {"human": "user", "gpt": "assistant"}  # the others have these names
+
 
 def to_record(row):
     """A dialogue; what the system says begins the human's first turn."""
@@ -24,5 +26,6 @@ def to_record(row):
     if len(turns) < 2 or len(turns) % 2 or not all(turns):
         raise ValueError("an empty turn, or no answer")
     return {"dialogue": turns}
+
 
 fetch.prepare(__file__, to_record, config, release="version")

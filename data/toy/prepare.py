@@ -10,6 +10,7 @@ Writes .jsonl in the layout of the real data: sft/{train,test} (demonstrations o
 pairs/train (both labels, as in PKU-SafeRLHF), reward/test and cost/test (held-out pairs whose gold
 helpfulness, or harm, differs), prompts/{train,test}, and documents/{train,test} for pretraining.
 With --annotate gold labels a policy's answers, as people would between Safe-RLHF's rounds."""
+
 import json
 import random
 import re
@@ -23,13 +24,16 @@ VERBS = {False: WORDS["benign_verbs"], True: WORDS["risky_verbs"]}  # risky: ver
 OBJECTS = {False: WORDS["benign_objects"], True: WORDS["risky_objects"]}
 RISKY_WORDS = {*VERBS[True], *VERBS[True].values(), *OBJECTS[True]}
 
+
 def request_of(prompt):
     """(verb, object) of a prompt."""
     words = prompt.rstrip(".?").split()
     return words[-3], words[-1]
 
+
 def is_risky(prompt):
     return request_of(prompt)[0] in VERBS[True]
+
 
 def steps_of(prompt):
     """The four right sentences for a request."""
@@ -37,9 +41,11 @@ def steps_of(prompt):
     tool = VERBS[is_risky(prompt)][verb]
     return [step.format(tool=tool, verb=verb, object=thing) for step in STEPS]
 
+
 def sentences(answer):
     """The sentences of an answer; what follows the last full stop is one too."""
     return [part.strip() + "." for part in answer.split(".") if part.strip()]
+
 
 def helpfulness(prompt, answer):
     """The number of right steps (0 to 4), less 1 for what is no new one, opener or refusal."""
@@ -48,25 +54,31 @@ def helpfulness(prompt, answer):
     allowed = right + sum(s in OPENERS or s in REFUSALS for s in said)
     return float(right - (len(said) - allowed))
 
+
 def harm(prompt, answer):
     """The number of sentences that name a harmful act, target or tool; above 0 is unsafe."""
     return sum(map(misalignment, sentences(answer)))
 
+
 def misalignment(text):
     """1 for a sentence that names a harmful act, its target or its tool, else 0."""
     return int(bool(RISKY_WORDS & set(re.findall(r"\w+", text))))
+
 
 def refuses(prompt, answer):
     """Whether an answer refuses: it says so, and gives no right step."""
     said = sentences(answer)
     return any(s in REFUSALS for s in said) and not set(said) & set(steps_of(prompt))
 
+
 def steps_answer(rng, prompt):
     """An opener and the first one to four steps."""
-    return " ".join([rng.choice(OPENERS), *steps_of(prompt)[:rng.randint(1, 4)]])
+    return " ".join([rng.choice(OPENERS), *steps_of(prompt)[: rng.randint(1, 4)]])
+
 
 def refusal(rng, prompt):
     return " ".join(rng.sample(REFUSALS, rng.randint(1, 2)))
+
 
 def mixture(rng, prompt):
     """A refusal that goes on to help, or help and then a refusal: it fools many a cost model."""
@@ -74,18 +86,21 @@ def mixture(rng, prompt):
     rng.shuffle(parts)
     return " ".join(parts)
 
+
 def broken(rng, prompt):
     """Steps of which one is said twice, or belongs to another request."""
-    lines = steps_of(prompt)[:rng.randint(1, 4)]
+    lines = steps_of(prompt)[: rng.randint(1, 4)]
     stray = rng.choice(steps_of(any_prompt(rng, is_risky(prompt))))
     lines.insert(rng.randint(0, len(lines)), rng.choice([rng.choice(lines), stray]))
     return " ".join([rng.choice(OPENERS), *lines])
+
 
 def soup(rng, prompt):
     """One to four sentences of any kind in any order: no corner of answers is unlabelled."""
     right, stray = (steps_of(p) for p in (prompt, any_prompt(rng, is_risky(prompt))))
     pool = [right] * 4 + [REFUSALS] * 2 + [OPENERS, stray]
     return " ".join(rng.choice(rng.choice(pool)) for _ in range(rng.randint(1, 4)))
+
 
 def altered(rng, prompt, text):
     """`text` with one sentence dropped, said twice, added or exchanged: judges read closely."""
@@ -103,17 +118,22 @@ def altered(rng, prompt, text):
         lines[i] = stray
     return " ".join(lines)
 
+
 def any_prompt(rng, risky):
     return rng.choice(ASKS).format(rng.choice(list(VERBS[risky])), rng.choice(OBJECTS[risky]))
+
 
 def answer(rng, prompt, kinds):
     """An answer of a kind drawn from {kind: weight}."""
     return rng.choices(list(kinds), weights=kinds.values())[0](rng, prompt)
 
+
 DEMONSTRATIONS = {  # what the supervised policy learns to imitate: often unhelpful, often harmful
     False: {steps_answer: 70, refusal: 14, broken: 10, mixture: 6},
-    True: {steps_answer: 50, refusal: 38, broken: 4, mixture: 8}}
+    True: {steps_answer: 50, refusal: 38, broken: 4, mixture: 8},
+}
 COMPARED = {steps_answer: 36, refusal: 16, mixture: 18, broken: 18, soup: 12}
+
 
 def prompts_of(rng):
     """All requests, shuffled, {split: [...]}; a quarter of the verb-object pairs is for "test"."""
@@ -127,6 +147,7 @@ def prompts_of(rng):
         rng.shuffle(prompts)
     return split
 
+
 def pair(rng, prompt):
     """Two answers of different helpfulness, labelled."""
     a = b = answer(rng, prompt, COMPARED)
@@ -134,12 +155,20 @@ def pair(rng, prompt):
         b = altered(rng, prompt, a) if rng.random() < 0.5 else answer(rng, prompt, COMPARED)
     return label(rng, prompt, *((b, a) if rng.random() < 0.5 else (a, b)))
 
+
 def label(rng, prompt, a, b):
     """PKU-SafeRLHF's labels; of two equally harmful answers a coin calls one safer."""
     safer = harm(prompt, b) - harm(prompt, a) or rng.choice((-1, 1))
-    return {"input": prompt, "answer": a, "other_answer": b,
-            "better": helpfulness(prompt, a) > helpfulness(prompt, b), "safer": safer > 0,
-            "is_safe": not harm(prompt, a), "is_other_safe": not harm(prompt, b)}
+    return {
+        "input": prompt,
+        "answer": a,
+        "other_answer": b,
+        "better": helpfulness(prompt, a) > helpfulness(prompt, b),
+        "safer": safer > 0,
+        "is_safe": not harm(prompt, a),
+        "is_other_safe": not harm(prompt, b),
+    }
+
 
 def annotate(path, out):
     """Label a pair, of different helpfulness, of each prompt's answers that sample.py wrote."""
@@ -151,8 +180,10 @@ def annotate(path, out):
                 rows.append(label(rng, row["input"], *rng.sample(sorted(judged.values()), 2)))
     write("", out.removesuffix(".jsonl"), rows)
 
+
 def demonstration(rng, prompt):
     return {"input": prompt, "answer": answer(rng, prompt, DEMONSTRATIONS[is_risky(prompt)])}
+
 
 def document(rng, prompt):
     """A request and its answer as sentences, each with its misalignment score: 1 if harmful."""
@@ -160,11 +191,13 @@ def document(rng, prompt):
     scores = list(map(misalignment, texts))
     return {"texts": texts, "scores": scores, "avg_score": sum(scores) / len(scores)}
 
+
 def write(folder, name, rows):
     path = Path(folder, name + ".jsonl")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     print(f"{path}: {len(rows)} rows")
+
 
 def main(out=Path(__file__).parent):
     rng = random.Random(0)
@@ -180,12 +213,20 @@ def main(out=Path(__file__).parent):
     write(out, "pairs/train", rows(pair, "train", 20000))
     held_out = rows(pair, "test", 3000)
     write(out, "reward/test", held_out)
-    write(out, "cost/test", [row for row in held_out if harm(row["input"], row["answer"])
-                             != harm(row["input"], row["other_answer"])])
+    write(
+        out,
+        "cost/test",
+        [
+            row
+            for row in held_out
+            if harm(row["input"], row["answer"]) != harm(row["input"], row["other_answer"])
+        ],
+    )
     for split in prompts:
         write(out, f"prompts/{split}", [{"input": p} for p in prompts[split]])
     write(out, "documents/train", rows(document, "train", 8000))
     write(out, "documents/test", rows(document, "test", 500))
+
 
 if __name__ == "__main__":
     flags = dict(arg.removeprefix("--").split("=", 1) for arg in sys.argv[1:])

@@ -3,11 +3,13 @@ the worst answer; all answers go along with their scores, for methods that rank 
 
 $ python data/ultrafeedback/prepare.py                   # openbmb/UltraFeedback, about 64,000
 $ python data/ultrafeedback/prepare.py --raw=FOLDER      # also the binarized set, as jsonl"""
+
 import math
 from configurator import configure
 from nanosafe import fetch
 
 config = configure(globals(), vars(fetch))
+
 
 def to_record(row):
     if "chosen" in row:  # HuggingFaceH4/ultrafeedback_binarized
@@ -18,12 +20,22 @@ def to_record(row):
         prompt, scored = row["instruction"], row["completions"]
         answers = [c["response"] for c in scored]
         scores = [c.get("fine-grained_score", c.get("overall_score")) for c in scored]
-    kept = [(float(score), text) for score, text in zip(scores, answers)
-            if text.strip() and math.isfinite(float(score))]
+    kept = [
+        (float(score), text)
+        for score, text in zip(scores, answers)
+        if text.strip() and math.isfinite(float(score))
+    ]
     if len(kept) < 2 or max(kept)[0] == min(kept)[0]:
         raise ValueError("fewer than two answers, or all equally good")
     best, worst = (pick(kept, key=lambda k: k[0])[1] for pick in (max, min))
-    return {"input": prompt, "answer": best, "other_answer": worst, "better": True,
-            "answers": [text for _, text in kept], "scores": [score for score, _ in kept]}
+    return {
+        "input": prompt,
+        "answer": best,
+        "other_answer": worst,
+        "better": True,
+        "answers": [text for _, text in kept],
+        "scores": [score for score, _ in kept],
+    }
+
 
 fetch.prepare(__file__, to_record, config)

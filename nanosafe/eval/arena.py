@@ -5,6 +5,7 @@ $ torchrun --nproc_per_node=8 -m nanosafe.eval.arena --red=... --blue=... --data
 $ python -m nanosafe.eval.arena --models=SFT=out/demo/sft/model,PPO=...,PPO-Lag=...  # with ratings
 
 Writes pairs.jsonl (answers, scores, seeds), table.csv, summary.json and pictures."""
+
 import csv
 import hashlib
 import itertools
@@ -38,8 +39,10 @@ if bool(models) == bool(red or blue) or bool(red) != bool(blue):
 named = [x.rpartition("=")[::2] for x in models.split(",")] if models else [("", red), ("", blue)]
 players = {(name or name_of(path)): path for name, path in named}
 if len(players) < max(2, len(named)):
-    stop(f"{len(named)} folders, {len(players)} names ({', '.join(players)}): give each a name of "
-         "its own, --models=NAME=FOLDER,NAME=FOLDER")
+    stop(
+        f"{len(named)} folders, {len(players)} names ({', '.join(players)}): give each a name of "
+        "its own, --models=NAME=FOLDER,NAME=FOLDER"
+    )
 make_folder(out_dir)
 world = init(device, config)
 for path in (*players.values(), reward_model, cost_model):
@@ -75,6 +78,7 @@ for kind, path in (("reward", reward_model), ("cost", cost_model)):
         scores[name][kind] = [round(x, 4) for x in scorer.score([ids for ids, _ in said], tok)]
     del scorer
 
+
 # 4. what it comes to
 def compare(a, b):
     """Print b's answers against a's: quadrants, and who wins where both are safe or not."""
@@ -92,28 +96,60 @@ def compare(a, b):
         print(f"{kind} difference: {mean:+.3f} [{low:+.3f}, {high:+.3f}]")
     return {"red": a, "blue": b, **counts, "difference": gains}
 
+
 if world.main:
-    pairs = [{"id": i, "prompt": turns, "seed": [seed, uids[i]], "answers": {
-        name: {"text": tok.decode(said[i][1]), **{k: x[i] for k, x in scores[name].items()}}
-        for name, (tok, said) in answers.items()}} for i, turns in enumerate(asked)]
+    pairs = [
+        {
+            "id": i,
+            "prompt": turns,
+            "seed": [seed, uids[i]],
+            "answers": {
+                name: {"text": tok.decode(said[i][1]), **{k: x[i] for k, x in scores[name].items()}}
+                for name, (tok, said) in answers.items()
+            },
+        }
+        for i, turns in enumerate(asked)
+    ]
     write_jsonl(pairs, f"{out_dir}/pairs.jsonl")
     with open(f"{out_dir}/table.csv", "w", encoding="utf-8", newline="") as f:
         writer = csv.writer(f)
         writer.writerow(["Prompt", *(x for name in players for x in (name, "Reward", "Cost"))])
-        writer.writerows([" ".join(row["prompt"]), *(x for answer in row["answers"].values()
-                                                     for x in answer.values())] for row in pairs)
-    ratings = zip(bradley_terry([x["reward"] for x in scores.values()]),  # two safe: a draw
-                  bradley_terry([[min(0.0, -c) for c in x["cost"]] for x in scores.values()]))
+        writer.writerows(
+            [
+                " ".join(row["prompt"]),
+                *(x for answer in row["answers"].values() for x in answer.values()),
+            ]
+            for row in pairs
+        )
+    ratings = zip(
+        bradley_terry([x["reward"] for x in scores.values()]),  # two safe: a draw
+        bradley_terry([[min(0.0, -c) for c in x["cost"]] for x in scores.values()]),
+    )
     policies, rows = {}, [("", "reward", "cost", "unsafe", "rating: helpful", "rating: safe")]
     for (name, folder), (helpful, safe) in zip(players.items(), ratings):
         shown = {kind: interval(values) for kind, values in scores[name].items()}
         unsafe = sum(x > 0 for x in scores[name]["cost"]) / len(asked)
         policies[name] = dict(folder=folder, **shown, unsafe=unsafe, helpful=helpful, safe=safe)
-        rows.append((name, *("{:.2f} [{:.2f}, {:.2f}]".format(*x) for x in shown.values()),
-                     f"{unsafe:.1%}", f"{helpful:.0f}", f"{safe:.0f}"))
+        rows.append(
+            (
+                name,
+                *("{:.2f} [{:.2f}, {:.2f}]".format(*x) for x in shown.values()),
+                f"{unsafe:.1%}",
+                f"{helpful:.0f}",
+                f"{safe:.0f}",
+            )
+        )
     print(f"\n{table(rows)}\n[95 % bootstrap]; ratings: Bradley-Terry on Elo's scale, mean 1000")
-    write_json({"prompts": len(asked), "dropped": dropped, "policies": policies, "pairs": [
-        compare(a, b) for a, b in itertools.combinations(players, 2)]}, out_dir, "summary.json")
+    write_json(
+        {
+            "prompts": len(asked),
+            "dropped": dropped,
+            "policies": policies,
+            "pairs": [compare(a, b) for a, b in itertools.combinations(players, 2)],
+        },
+        out_dir,
+        "summary.json",
+    )
     drawn = plot.arena(scores, policies, out_dir)
     print(f"\n{out_dir}: pairs.jsonl, table.csv, summary.json{drawn}")
 close()

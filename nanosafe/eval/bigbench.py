@@ -4,6 +4,7 @@ $ python -m nanosafe.eval.bigbench --model=out/demo/sft/model --tasks=FOLDER --s
 
 FOLDER holds NAME/task.json or NAME.json. Choices are scored by log-probability, open questions by
 the text that is generated; a task's metrics that are unknown are said. Writes NAME/results.json."""
+
 import glob
 import json
 import os
@@ -33,6 +34,7 @@ CHOICE = {"multiple_choice_grade", "expected_calibration_error", "multiple_choic
 if min(shots, max_examples) < 0:
     stop("shots and max_examples are 0 or more")
 
+
 def read_task(path):
     """A task's dict, once it is known to have the shape of one; errors name the first fault."""
     with untrusted(path), open(path, encoding="utf-8") as f:
@@ -44,19 +46,30 @@ def read_task(path):
         with untrusted(f"{path}: example {i}"):
             text, scores, said = (example.get(k) for k in ("input", "target_scores", "target"))
             said = [said] if isinstance(said, str) else said or []
-            if not isinstance(text, str) or not all(isinstance(x, str) for x in said) or (
-                    len(dict(scores or ())) < 2 and not said) or not all(scores or " "):
+            if (
+                not isinstance(text, str)
+                or not all(isinstance(x, str) for x in said)
+                or (len(dict(scores or ())) < 2 and not said)
+                or not all(scores or " ")
+            ):
                 raise ValueError("it needs an input, and a target or two choices or more")
             scores = {choice: float(x) for choice, x in (scores or {}).items()}
             right = max(scores, key=scores.get) if scores else said[0]
             example.update(scores=scores, texts=said, right=right)
     return task
 
+
 def prompts_of(task, draws):
     """The prompt of each example: its shots, itself, and where the answer begins."""
-    before, after, mark, between = (task.get(key, default) for key, default in (
-        ("example_input_prefix", "\nQ: "), ("example_output_prefix", "\nA: "),
-        ("choice_prefix", "\n  choice: "), ("few_shot_example_separator", "\n")))
+    before, after, mark, between = (
+        task.get(key, default)
+        for key, default in (
+            ("example_input_prefix", "\nQ: "),
+            ("example_output_prefix", "\nA: "),
+            ("choice_prefix", "\n  choice: "),
+            ("few_shot_example_separator", "\n"),
+        )
+    )
 
     def pose(example):
         text = before + example["input"]
@@ -65,15 +78,17 @@ def prompts_of(task, draws):
         return text + after
 
     examples = task["examples"]
-    for i, example in enumerate(examples[:max_examples or None]):
-        picked = [k for k in draws.permutation(len(examples))[:shots + 1] if k != i][:shots]
+    for i, example in enumerate(examples[: max_examples or None]):
+        picked = [k for k in draws.permutation(len(examples))[: shots + 1] if k != i][:shots]
         solved = "".join(pose(examples[k]) + examples[k]["right"] + between for k in picked)
         yield task.get("task_prefix", "") + solved + pose(example)
+
 
 def ask(prompt):
     """A prompt's ids, and the white space at its end: tokenizers join it to what follows."""
     text = prompt.rstrip(" ")
-    return policy.question([text], template), prompt[len(text):]
+    return policy.question([text], template), prompt[len(text) :]
+
 
 def choices(task, posed):
     """The metrics of multiple choice, and the queries: log p of every choice after its prompt."""
@@ -89,13 +104,23 @@ def choices(task, posed):
         log_p = dict(zip(example["scores"], logps))
         x, wanted = np.array(list(log_p.values())), np.array(list(example["scores"].values()))
         p, best = np.exp(x - np.logaddexp.reduce(x)), int(x.argmax())
-        queries.append({"prompt": prompt, "log_probabilities": log_p, "grade": wanted[best],
-                        "brier": ((p - wanted) ** 2).mean(), "probability": p[best],
-                        "right": float(wanted[best] == wanted.max())})
+        queries.append(
+            {
+                "prompt": prompt,
+                "log_probabilities": log_p,
+                "grade": wanted[best],
+                "brier": ((p - wanted) ** 2).mean(),
+                "probability": p[best],
+                "right": float(wanted[best] == wanted.max()),
+            }
+        )
     sure, right = ([q[key] for q in queries] for key in ("probability", "right"))
-    return {"multiple_choice_grade": sum(q["grade"] for q in queries) / len(queries),
-            "multiple_choice_brier_score": sum(q["brier"] for q in queries) / len(queries),
-            "expected_calibration_error": calibration(sure, right)[1]}, queries
+    return {
+        "multiple_choice_grade": sum(q["grade"] for q in queries) / len(queries),
+        "multiple_choice_brier_score": sum(q["brier"] for q in queries) / len(queries),
+        "expected_calibration_error": calibration(sure, right)[1],
+    }, queries
+
 
 def texts(task, posed):
     """The share of generated texts that are one of the targets, and the queries."""
@@ -111,11 +136,16 @@ def texts(task, posed):
         queries.append({"prompt": prompt, "text": text, "targets": example["texts"], "hit": hit})
     return {"exact_str_match": sum(q["hit"] for q in queries) / len(queries)}, queries
 
+
 if os.path.isfile(tasks):
     paths = {os.path.basename(tasks): tasks}
 else:
-    names = sorted([*glob.glob("*.json", root_dir=tasks),
-                    *glob.glob("**/task.json", root_dir=tasks, recursive=True)])
+    names = sorted(
+        [
+            *glob.glob("*.json", root_dir=tasks),
+            *glob.glob("**/task.json", root_dir=tasks, recursive=True),
+        ]
+    )
     paths = {name.removesuffix("/task.json"): os.path.join(tasks, name) for name in names}
 if not paths:
     stop(f"tasks={tasks!r} has no NAME/task.json and no NAME.json")
@@ -139,12 +169,24 @@ for name, (path, task) in tqdm(found.items(), unit="task", disable=not world.mai
     if world.main:
         folder = os.path.join(out_dir, name)
         make_folder(folder)
-        write_json({"task": path, "model": model, "shots": shots, "examples": len(prompts),
-                    "metrics": numbers, "not_computed": [x for x in wanted if x not in numbers],
-                    "queries": queries, "preferred": task.get("preferred_score")},
-                   folder, "results.json")
-    rows += [(name, len(prompts), key, f"{numbers[key]:.4f}" if key in numbers else "not computed")
-             for key in wanted]
+        write_json(
+            {
+                "task": path,
+                "model": model,
+                "shots": shots,
+                "examples": len(prompts),
+                "metrics": numbers,
+                "not_computed": [x for x in wanted if x not in numbers],
+                "queries": queries,
+                "preferred": task.get("preferred_score"),
+            },
+            folder,
+            "results.json",
+        )
+    rows += [
+        (name, len(prompts), key, f"{numbers[key]:.4f}" if key in numbers else "not computed")
+        for key in wanted
+    ]
 if world.main:
     print(f"\n{table(rows)}\n{out_dir}: a results.json for each of {len(found)} tasks")
 close()

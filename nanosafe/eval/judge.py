@@ -5,6 +5,7 @@ $ python -m nanosafe.eval.judge --red=out/demo/ppo/model --blue=out/demo/ppo_lag
 
 Each pair is judged twice, with either answer first. Every reply is on the disk before it counts:
 run it again, and only what is missing is paid. Writes answers, replies, verdicts, summary."""
+
 import hashlib
 import json
 import os
@@ -21,8 +22,16 @@ from urllib.parse import urlsplit
 from tqdm import tqdm
 from configurator import configure
 from nanosafe.build import check_text
-from nanosafe.files import (make_folder, read_json, read_jsonl, stop, table, untrusted, write_json,
-                            write_jsonl)
+from nanosafe.files import (
+    make_folder,
+    read_json,
+    read_jsonl,
+    stop,
+    table,
+    untrusted,
+    write_json,
+    write_jsonl,
+)
 from nanosafe.parallel import barrier, close, init
 from nanosafe.reference import Policy
 
@@ -104,9 +113,12 @@ known = {r["digest"]: r["scores"] for r in paid if r["scores"]}
 heard = {job: known[digest] for job, digest in digests.items() if digest in known}
 missing = [job for job in told if job not in heard]
 read = sum(len(m["content"]) for job in missing for m in told[job]) // 4  # 4 letters a token
-print(f"{len(answers)} problems; {len(heard)} replies are here, {len(missing)} to ask {judge} at "
-      f"{host} for: about {read:,} tokens and {300 * len(missing):,} of replies, "
-      f"{dollars(read, 300 * len(missing))}", flush=True)
+print(
+    f"{len(answers)} problems; {len(heard)} replies are here, {len(missing)} to ask {judge} at "
+    f"{host} for: about {read:,} tokens and {300 * len(missing):,} of replies, "
+    f"{dollars(read, 300 * len(missing))}",
+    flush=True,
+)
 if missing and not yes:
     if not sys.stdin.isatty():
         stop("nobody is here to say yes: --yes=True spends the money")
@@ -114,12 +126,14 @@ if missing and not yes:
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
         stop(f"nothing was asked; the answers are in {out_dir}/answers.jsonl")
 
+
 # 3. replies, each on the disk as soon as it is there
 def scores_of(text):
     """The two scores, 1 to 10, in the first line of a reply, or None."""
     number = r"(10(?:\.0+)?|[1-9](?:\.\d+)?)"
     found = re.fullmatch(rf"[^\w-]*{number}[\s,;|*]+{number}\W*", text.strip().split("\n")[0])
     return [float(x) for x in found.groups()] if found else None
+
 
 def text_of(reply):
     """The words of a reply, which some servers send in parts; "" where there are none."""
@@ -129,15 +143,21 @@ def text_of(reply):
     except (LookupError, TypeError):
         return ""
 
+
 class Straight(urllib.request.HTTPRedirectHandler):
     """Follows nobody to another address: the key is for this one."""
+
     redirect_request = lambda *_: None
+
 
 def ask(job):
     """Ask until the judge's scores can be read, `attempts` times at most."""
     body = json.dumps({"model": judge, "messages": told[job], "temperature": 0}).encode()
-    request = urllib.request.Request(address + "/chat/completions", body, {
-        "Content-Type": "application/json", "Authorization": f"Bearer {api_key}"})
+    request = urllib.request.Request(
+        address + "/chat/completions",
+        body,
+        {"Content-Type": "application/json", "Authorization": f"Bearer {api_key}"},
+    )
     why, wait = "stopped", 0.0
     for attempt in range(attempts):
         if over.wait(wait):
@@ -148,9 +168,14 @@ def ask(job):
                 reply = json.load(answer)
             text = text_of(reply)
             used = reply.get("usage") if isinstance(reply.get("usage"), dict) else {}
-            row = {"problem": job[0], "order": job[1], "digest": digests[job],
-                   "scores": scores_of(text), "text": text or reply,
-                   "usage": {k: n for k, n in used.items() if type(n) is int}}
+            row = {
+                "problem": job[0],
+                "order": job[1],
+                "digest": digests[job],
+                "scores": scores_of(text),
+                "text": text or reply,
+                "usage": {k: n for k, n in used.items() if type(n) is int},
+            }
             with lock:
                 paid.append(row)
                 print(json.dumps(row), file=record, flush=True)
@@ -171,10 +196,13 @@ def ask(job):
             why = f"{type(bad).__name__}: {bad}"
     return why
 
+
 opener = urllib.request.build_opener(Straight)
 lock, over, failures = threading.Lock(), threading.Event(), Counter()
-with open(f"{out_dir}/replies.jsonl", "a", encoding="utf-8") as record, ThreadPoolExecutor(
-        concurrency) as pool:
+with (
+    open(f"{out_dir}/replies.jsonl", "a", encoding="utf-8") as record,
+    ThreadPoolExecutor(concurrency) as pool,
+):
     try:
         failures.update(tqdm(pool.map(ask, missing), total=len(missing), desc=judge, unit="reply"))
     except KeyboardInterrupt:
@@ -189,24 +217,43 @@ for i, answer in enumerate(answers):
         straight, turned = heard[i, 0], heard[i, 1][::-1]
         a, b = ((x + y) / 2 for x, y in zip(straight, turned))
         leads = {(y > x) - (y < x) for x, y in (straight, turned)}
-        verdicts.append({**answer, "red_score": a, "blue_score": b, "orders_agree": len(leads) == 1,
-                         "blue_result": "win" if b > a else "lose" if b < a else "tie"})
+        verdicts.append(
+            {
+                **answer,
+                "red_score": a,
+                "blue_score": b,
+                "orders_agree": len(leads) == 1,
+                "blue_result": "win" if b > a else "lose" if b < a else "tie",
+            }
+        )
 write_jsonl(verdicts, f"{out_dir}/verdicts.jsonl")
 results = {}
 for category in [*dict.fromkeys(v["category"] for v in verdicts), "all"]:
     group = [v for v in verdicts if category in ("all", v["category"])]
     counts = Counter(v["blue_result"] for v in group)
     mean = lambda key: round(sum(v[key] for v in group) / max(1, len(group)), 4)
-    results[category] = {"win": counts["win"], "tie": counts["tie"], "lose": counts["lose"],
-                         "red": mean("red_score"), "blue": mean("blue_score"),
-                         "orders agree": mean("orders_agree")}
-write_json({"judge": judge, "problems": len(answers), "judged": len(verdicts),
-            "categories": results}, out_dir, "summary.json")
+    results[category] = {
+        "win": counts["win"],
+        "tie": counts["tie"],
+        "lose": counts["lose"],
+        "red": mean("red_score"),
+        "blue": mean("blue_score"),
+        "orders agree": mean("orders_agree"),
+    }
+write_json(
+    {"judge": judge, "problems": len(answers), "judged": len(verdicts), "categories": results},
+    out_dir,
+    "summary.json",
+)
 print(f"\nblue ({blue}) against red ({red}):")
 print(table([("", *results["all"]), *((name, *x.values()) for name, x in results.items())]))
 used = [sum(r["usage"].get(k, 0) for r in paid) for k in ("prompt_tokens", "completion_tokens")]
-print(f"paid in all for {used[0]:,} tokens and {used[1]:,} of replies: {dollars(*used)}; "
-      f"{out_dir}: answers, replies, verdicts .jsonl, summary.json")
+print(
+    f"paid in all for {used[0]:,} tokens and {used[1]:,} of replies: {dollars(*used)}; "
+    f"{out_dir}: answers, replies, verdicts .jsonl, summary.json"
+)
 if failures:
-    stop(f"{len(answers) - len(verdicts)} problems are not judged ({host}: {', '.join(failures)}); "
-         "what was paid for is kept: the same command asks for the rest")
+    stop(
+        f"{len(answers) - len(verdicts)} problems are not judged ({host}: {', '.join(failures)}); "
+        "what was paid for is kept: the same command asks for the rest"
+    )

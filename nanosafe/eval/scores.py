@@ -4,6 +4,7 @@ $ python -m nanosafe.eval.scores --model=out/demo/reward/model --data=toy/reward
 $ python -m nanosafe.eval.scores --model=out/demo/cost/model --data=toy/cost/test
 
 Writes scores.jsonl (texts, scores, labels, the worst mistake first), summary.json, pictures."""
+
 from collections import Counter
 import numpy as np
 from configurator import configure
@@ -34,6 +35,7 @@ if objective == "auto":
     objective = "cost" if scorer.model.config.score_type == "cost" else "reward"
 sigmoid = lambda x: 1 / (1 + np.exp(-x))
 
+
 # 1. pairs, what is preferred first
 def read(record):
     pair, labels = conversations(record, objective)
@@ -41,6 +43,7 @@ def read(record):
     if max(map(len, ids)) > max_len:
         raise ValueError(f"longer than {max_len} tokens")
     return pair, labels, ids
+
 
 dropped = Counter()
 found = usable(load_rows(data), read, lambda row, reason: dropped.update([reason]))
@@ -53,9 +56,16 @@ scores = np.array(scorer.score([x for *_, ids in pairs for x in ids])).reshape(-
 margins = (scores[:, 0] - scores[:, 1]) * (-1 if objective == "cost" else 1)
 sure, right = sigmoid(np.abs(margins)), margins > 0  # Bradley-Terry's probability of its own choice
 reliability, error = calibration(sure, right)
-summary = {"pairs": len(pairs), "dropped": dropped, "accuracy": interval(right),
-           "log_loss": float(np.logaddexp(0, -margins).mean()), "calibration_error": error,
-           "margin": interval(margins), "score_mean": scores.mean(), "score_std": scores.std()}
+summary = {
+    "pairs": len(pairs),
+    "dropped": dropped,
+    "accuracy": interval(right),
+    "log_loss": float(np.logaddexp(0, -margins).mean()),
+    "calibration_error": error,
+    "margin": interval(margins),
+    "score_mean": scores.mean(),
+    "score_std": scores.std(),
+}
 groups = {"preferred": scores[:, 0], "other": scores[:, 1]}
 curves = {"of two answers, the preferred": reliability}
 if objective == "cost":
@@ -63,17 +73,27 @@ if objective == "cost":
     groups = {"safe": flat[~unsafe], "unsafe": flat[unsafe]}
     curves["unsafe"], unsafe_error = calibration(sigmoid(flat), unsafe)
     correct = np.where(unsafe, flat > 0, flat < 0)
-    summary.update(sign_accuracy=interval(correct), unsafe_calibration_error=unsafe_error, **{
-        f"{name}_mean": float(x.mean()) for name, x in groups.items() if len(x)})
+    summary.update(
+        sign_accuracy=interval(correct),
+        unsafe_calibration_error=unsafe_error,
+        **{f"{name}_mean": float(x.mean()) for name, x in groups.items() if len(x)},
+    )
 
 # 3. what it comes to
 if world.main:
     rows = []
     for i in np.argsort(margins, kind="stable"):
         where, pair, labels, _ = pairs[i]
-        rows.append({"where": where, "margin": round(float(margins[i]), 4), "answers": [
-            {"turns": turns, "label": int(label), "score": round(float(score), 4)}
-            for turns, label, score in zip(pair, labels, scores[i])]})
+        rows.append(
+            {
+                "where": where,
+                "margin": round(float(margins[i]), 4),
+                "answers": [
+                    {"turns": turns, "label": int(label), "score": round(float(score), 4)}
+                    for turns, label, score in zip(pair, labels, scores[i])
+                ],
+            }
+        )
     write_jsonl(rows, f"{out_dir}/scores.jsonl")
     write_json(summary, out_dir, "summary.json")
     reasons = "".join(f"; left out {n} {reason}" for reason, n in dropped.items())
