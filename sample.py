@@ -8,14 +8,15 @@ $ python sample.py --model=... --prompt="..." --best_of=8 --reward_model=out/dem
 $ python sample.py --prompts=toy/prompts --num_samples=8 --reward_model=R --write=sft --out=F"""
 
 from configurator import configure
-from nanosafe.build import conversations
+from nanosafe.data.examples import conversations
 from nanosafe.chat import Screen, chat, interruptible
 from nanosafe.data import load
-from nanosafe.files import choose, stop, untrusted, write_jsonl
+from nanosafe.errors import choose, stop, untrusted
+from nanosafe.storage import write_jsonl
 from nanosafe.parallel import close, init
-from nanosafe.reference import Policy, precision
+from nanosafe.inference import Policy, precision
 from nanosafe.rollout import generate
-from nanosafe.scorers import ScoreModel
+from nanosafe.inference import ScoreModel
 
 # models
 model = "out/demo/ppo_lag/model"  # the policy's folder

@@ -18,12 +18,12 @@ import torch
 from tqdm import tqdm
 from configurator import configure, save
 from nanosafe import checkpoint, optim
-from nanosafe import state as run_state
+from nanosafe.checkpoint import run_state
 from nanosafe.data import tokenize
-from nanosafe.files import choose, stop
+from nanosafe.errors import choose, stop
 from nanosafe.losses import actor_loss, critic_loss, masked_mean, mle_loss, sequence_mean
 from nanosafe.monitor import Monitor
-from nanosafe.packing import (
+from nanosafe.data.batching import (
     check_fits,
     collate,
     count_steps,
@@ -244,7 +244,7 @@ def per_token(model, texts, starts, R):
 def end_scores(model, texts, model_tok):
     """A reward or cost model's scores of the last tokens (B,), on every rank, by its own tokens."""
     if model_tok.fingerprint != tok.fingerprint:
-        from nanosafe.build import retokenize
+        from nanosafe.data.template import retokenize
 
         texts = [retokenize(t, tok, model_tok) for t in texts]
     return per_token(model, texts, [len(t) for t in texts], 1)[:, 0]

@@ -15,15 +15,15 @@ import time
 import numpy as np
 import torch
 from configurator import configure, save
-from nanosafe import checkpoint, optim
-from nanosafe import state as run_state
+from nanosafe import checkpoint, optim, printing
+from nanosafe.checkpoint import run_state
 from nanosafe.data import tokenize
-from nanosafe.files import choose, stop
+from nanosafe.errors import choose, stop
 from nanosafe.losses import cost_loss, dpo_loss, ipo_loss, mean, reward_loss, rrhf_loss
 from nanosafe.monitor import Monitor
-from nanosafe.packing import count_steps, examples_at, plan, responses_of, sequence_sums
+from nanosafe.data.batching import count_steps, examples_at, plan, responses_of, sequence_sums
 from nanosafe.parallel import add, backward, init, places
-from nanosafe.reference import Samples, cached_logps
+from nanosafe.inference import Samples, cached_logps
 from nanosafe.rl import ExponentialMovingAverage, RunningMeanStd
 from nanosafe.tokenizer import load as load_tokenizer
 
@@ -133,7 +133,7 @@ if resume:
     state = run_state.load(out_dir, {"model": (model, optimizer)})
     start, skips = state["step"], state["skips"]
     vars(moments).update(state["moments"])
-checkpoint.tell(
+printing.tell(
     f"{size / 1e6:.1f} M parameters, {place.layout}, computing in {place.compute_dtype}; {steps} "
     f"steps of {batch_size} examples over {world.size} ranks, {max_tokens} tokens per forward"
 )

@@ -15,17 +15,19 @@ import os
 import time
 import torch
 from configurator import configure, save
-from nanosafe import checkpoint, optim, scorers
-from nanosafe import state as run_state
+from nanosafe import checkpoint, optim, printing
+from nanosafe.checkpoint import run_state
+from nanosafe.phf import scorers
 from nanosafe.data import load, tokenize
-from nanosafe.documents import ALIGNED, control_ids, scores_of, with_control_tokens
-from nanosafe.files import choose, stop, untrusted
+from nanosafe.tokenizer.special_tokens import ALIGNED, control_ids, with_control_tokens
+from nanosafe.phf.documents import scores_of
+from nanosafe.errors import choose, stop, untrusted
 from nanosafe.losses import awr_loss, mle_loss, unlikelihood_loss
 from nanosafe.model import Config
 from nanosafe.monitor import Monitor
-from nanosafe.packing import count_steps, examples_at, plan
+from nanosafe.data.batching import count_steps, examples_at, plan
 from nanosafe.parallel import add, backward, init, local_rows, places
-from nanosafe.reference import Samples, response_logps
+from nanosafe.inference import Samples, response_logps
 from nanosafe.rollout import sample_all
 from nanosafe.tokenizer import load as load_tokenizer
 
@@ -133,7 +135,7 @@ start = skips = 0
 if resume:
     state = run_state.load(out_dir, {"model": (model, optimizer)})
     start, skips = state["step"], state["skips"]
-checkpoint.tell(
+printing.tell(
     f"{size / 1e6:.1f} M parameters, {place.layout}, computing in {place.compute_dtype}; {steps} "
     f"steps of {batch_size} sequences over {world.size} ranks, {max_tokens} tokens per forward"
 )

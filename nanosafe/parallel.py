@@ -27,7 +27,8 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.distributed.tensor import DTensor, Shard
-from nanosafe.files import choose, stop
+from nanosafe import errors, watchdog
+from nanosafe.errors import choose, stop
 
 MINUTES = float(os.environ.get("NANOSAFE_TIMEOUT") or 0) or 30  # to wait for a rank
 WAIT = timedelta(minutes=MINUTES + 5)  # torch's own, which says less
@@ -58,18 +59,15 @@ def init(device="auto", knobs=None):
     else:  # of the bfloat16 kernels for every length met few are kept: a thousand take a gigabyte
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
     if "RANK" in os.environ and not dist.is_initialized():
-        from nanosafe import trouble
-
         store, *_ = next(dist.rendezvous("env://", timeout=WAIT))
-        store = dist.PrefixStore(trouble.attempt(store, rank, size), store)
+        store = dist.PrefixStore(watchdog.attempt(store, rank, size), store)
         join(device, store=store, rank=rank, world_size=size)
-        trouble.watch(store.clone(), rank, size, calls, MINUTES, dist.is_initialized)
+        watchdog.watch(store.clone(), rank, size, calls, MINUTES, dist.is_initialized)
 
     def leave(kind, error, trace):
-        from nanosafe import trouble
 
         try:
-            if said := trouble.explain(error, knobs or {}, size):
+            if said := errors.explain(error, knobs or {}, size):
                 print(f"error: rank {rank}: {said}", file=sys.stderr, flush=True)
             else:
                 sys.__excepthook__(kind, error, trace)

@@ -10,7 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nanosafe import build, checkpoint, data, demo
+from nanosafe import checkpoint, data
+from nanosafe.data import template
+from nanosafe.tools import demo
 from nanosafe.model import Config
 from nanosafe.checkpoint import scratch
 
@@ -51,7 +53,7 @@ def make_world(toy, folder):
     texts = [
         prompt + answer
         for row in rows
-        for prompt, answer in build.segments([row["input"], row["answer"]])
+        for prompt, answer in template.segments([row["input"], row["answer"]])
     ]
     tok = demo.train_tokenizer(texts, 500, str(folder / "tokenizer"))
     for name, head in (("policy", "lm"), ("reward", "score"), ("cost", "score")):

@@ -8,10 +8,11 @@ import sys
 import torch
 from safetensors.torch import save_file
 
-from nanosafe import checkpoint, optim, parallel, rollout, state
+from nanosafe import checkpoint, optim, parallel, rollout
+from nanosafe.checkpoint import run_state
 from nanosafe.data import tokenize
 from nanosafe.losses import cost_loss, mle_loss
-from nanosafe.packing import plan
+from nanosafe.data.batching import plan
 from nanosafe.tokenizer import load
 
 folder, layout, max_tokens, out = sys.argv[1:]
@@ -78,10 +79,10 @@ with torch.no_grad():
 
 # the state goes through the disk and comes back, whatever its layout
 models = {"policy": (policy, optimizers["policy"]), "cost": (cost, optimizers["cost"])}
-state.save(f"{out}.run", 2, models, {"lambda": 1.5})
+run_state.save(f"{out}.run", 2, models, {"lambda": 1.5})
 fresh = checkpoint.load(f"{folder}/policy", "lm", place=place)
 fresh_optimizer = optim.adamw(fresh, 0.1, 0.9, 0.95)
-assert state.load(f"{out}.run", {"policy": (fresh, fresh_optimizer)})["lambda"] == 1.5
+assert run_state.load(f"{out}.run", {"policy": (fresh, fresh_optimizer)})["lambda"] == 1.5
 for (name, a), b in zip(policy.named_parameters(), fresh.parameters()):
     assert torch.equal(parallel.full(a), parallel.full(b)), name
 checkpoint.save(policy, f"{out}.model")

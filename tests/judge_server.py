@@ -15,7 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from nanosafe.scorers import module_at  # noqa: E402
+from nanosafe.storage import module_at  # noqa: E402
 
 TOY = module_at(
     os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "data", "toy", "prepare.py")

@@ -14,7 +14,8 @@ tokenizers = pytest.importorskip("tokenizers")
 
 import oracles  # noqa: E402
 
-from nanosafe import bpe, tokenizer  # noqa: E402
+from nanosafe import tokenizer
+from nanosafe.tokenizer import bpe
 
 LLAMA = os.path.join(ROOT, "..", "shared", "data", "llama-tokenizer", "tokenizer.model")
 N = 20000

@@ -10,7 +10,8 @@ import torch
 from conftest import small_config
 from safetensors.torch import load_file, save_file
 
-from nanosafe import checkpoint, formats, tokenizer
+from nanosafe import checkpoint, tokenizer
+from nanosafe.checkpoint import folder as folders
 from nanosafe.parallel import Place
 from nanosafe.checkpoint import scratch
 
@@ -119,7 +120,7 @@ def test_broken_and_hostile_folders_stop_with_one_line(folder, tmp_path):
     index = {"weight_map": {"model.norm.weight": "../secret.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(SystemExit, match="not in the folder"):
-        formats.Folder(folder)
+        folders.Folder(folder)
 
 
 def test_a_bin_file_executes_nothing(folder):
@@ -306,7 +307,7 @@ def test_a_folder_that_was_read_is_freed_without_the_garbage_collector(folder):
     """Else its memory-mapped files stay in memory beside the model."""
     gc.disable()
     try:
-        found = formats.Folder(folder)
+        found = folders.Folder(folder)
         refs = [weakref.ref(found), *map(weakref.ref, found.tensors.values())]
         del found
         assert all(ref() is None for ref in refs)

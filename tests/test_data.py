@@ -10,8 +10,11 @@ import pytest
 import torch
 from test_losses import GOLDEN
 
-from nanosafe import build, data, demo, fetch, packing, rows, tokenizer
-from nanosafe.build import conversations, encode, retokenize, segments
+from nanosafe import data, tokenizer
+from nanosafe.data import batching, dataset, reader
+from nanosafe.tools import demo, download
+from nanosafe.data.examples import conversations
+from nanosafe.data.template import encode, retokenize, segments
 
 
 @pytest.fixture
@@ -28,13 +31,13 @@ def test_safe_rlhf_s_sampling_numbers():
     golden = GOLDEN["dataset_sampling"]
     for text, share in (("0.3", 0.3), ("2.5", 2.5), ("7/-1", -7.0), ("25/-1", -25.0)):
         child = np.random.SeedSequence(42).spawn(1)[0]
-        assert rows.sample_indices(10, share, child) == golden[text]
+        assert reader.sample_indices(10, share, child) == golden[text]
     children = np.random.SeedSequence(42).spawn(2)
-    drawn = [rows.sample_indices(10, 0.3, child) for child in children]
+    drawn = [reader.sample_indices(10, 0.3, child) for child in children]
     assert drawn == list(golden["two datasets A:0.3 B:0.3"].values())
-    train, test = fetch.split_train_test(10, 0.2)
+    train, test = download.split_train_test(10, 0.2)
     assert {"train": train, "test": test} == golden["split_train_test(0.2)"]
-    assert fetch.split_train_test(10, 0.0)[1] == []
+    assert download.split_train_test(10, 0.0)[1] == []
 
 
 def test_specifications(tmp_path, monkeypatch):
@@ -181,7 +184,7 @@ def test_prompts_are_deduplicated_the_last_one_stays(tok, tmp_path):
 def test_ids_are_cached_by_content_and_tokenizer(tok, tmp_path, monkeypatch):
     path = write(tmp_path / "s.jsonl", [{"input": "q", "answer": "a"}])
     first = data.tokenize(path, tok, "sft", 100)
-    monkeypatch.setattr(build, "build", lambda *a: pytest.fail("tokenised again"))
+    monkeypatch.setattr(dataset, "build", lambda *a: pytest.fail("tokenised again"))
     again = data.tokenize(path, tok, "sft", 100)
     assert isinstance(again.tokens, np.memmap) and (again.tokens == first.tokens).all()
     write(tmp_path / "s.jsonl", [{"input": "q", "answer": "b"}])
@@ -211,18 +214,18 @@ def test_batches_pack_sequences_and_point_at_the_next_token(tok, tmp_path):
 def test_responses_are_cut_out_of_a_packed_tensor():
     sequences = [np.arange(6), np.arange(10, 14)]
     masks = [np.arange(6) >= 4, np.arange(4) >= 1]  # responses of 2 and 3 tokens
-    batch = packing.collate(sequences, masks, "cpu")
+    batch = batching.collate(sequences, masks, "cpu")
     x = torch.arange(10.0, requires_grad=True)
-    out = packing.responses_of(x, batch, [4, 1], 3)
+    out = batching.responses_of(x, batch, [4, 1], 3)
     assert out[0, :2].tolist() == [3, 4] and out[1].tolist() == [6, 7, 8]
-    shifted = packing.responses_of(batch.targets, batch, [4, 1], 3)
+    shifted = batching.responses_of(batch.targets, batch, [4, 1], 3)
     assert shifted[0, :2].tolist() == [4, 5] and shifted[1].tolist() == [
         11,
         12,
         13,
     ]  # EOS is a target
-    empty = packing.collate([], [], "cpu")
-    assert packing.responses_of(torch.zeros(1), empty, [], 3).shape == (0, 3)
+    empty = batching.collate([], [], "cpu")
+    assert batching.responses_of(torch.zeros(1), empty, [], 3).shape == (0, 3)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
@@ -230,7 +233,7 @@ def test_plans_hold_every_example_once_within_max_tokens(ranks):
     g = np.random.default_rng(0)
     for n in (1, 2, 7, 64):
         lengths = g.integers(1, 200, n).tolist()
-        plan = packing.plan(lengths, 256, ranks)
+        plan = batching.plan(lengths, 256, ranks)
         assert len(plan) == ranks and len({len(micros) for micros in plan}) == 1
         dealt = [i for micros in plan for micro in micros for i in micro]
         assert sorted(dealt) == list(range(n))
@@ -239,15 +242,15 @@ def test_plans_hold_every_example_once_within_max_tokens(ranks):
             loads = [sum(lengths[i] for micro in micros for i in micro) for micros in plan]
             assert max(loads) < 1.5 * min(loads)
     with pytest.raises(SystemExit, match="300 tokens.*max_tokens=256"):
-        packing.plan([300], 256, ranks)
+        batching.plan([300], 256, ranks)
 
 
 def test_order_is_a_function_of_seed_and_step():
-    epochs = [packing.examples_at(s, 10, 4, 0) for s in range(5)]
+    epochs = [batching.examples_at(s, 10, 4, 0) for s in range(5)]
     flat = sum(epochs, [])
     assert sorted(flat[:10]) == sorted(flat[10:]) == list(range(10)) and flat[:10] != flat[10:]
-    assert packing.examples_at(3, 10, 4, 0) == epochs[3] != packing.examples_at(3, 10, 4, 1)
-    assert packing.count_steps(10, 4, 2.0, 0) == 5 and packing.count_steps(10, 4, 2.0, 3) == 3
+    assert batching.examples_at(3, 10, 4, 0) == epochs[3] != batching.examples_at(3, 10, 4, 1)
+    assert batching.count_steps(10, 4, 2.0, 0) == 5 and batching.count_steps(10, 4, 2.0, 3) == 3
 
 
 def test_retokenizing_keeps_the_ends_of_sequence(tok, world, tmp_path):

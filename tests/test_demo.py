@@ -6,7 +6,8 @@ import random
 import pytest
 from conftest import ROOT
 
-from nanosafe import data, demo
+from nanosafe import data
+from nanosafe.tools import demo
 
 
 def test_gold_on_known_answers(toy):

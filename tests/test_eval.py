@@ -12,9 +12,10 @@ import pytest
 import torch
 from conftest import ROOT, run, small_config
 
-from nanosafe import checkpoint, demo, tokenizer
-from nanosafe.build import encode
-from nanosafe.eval.measures import bradley_terry, calibration, interval, quadrants, win_rates
+from nanosafe import checkpoint, tokenizer
+from nanosafe.tools import demo
+from nanosafe.data.template import encode
+from nanosafe.eval.statistics import bradley_terry, calibration, interval, quadrants, win_rates
 
 
 def jsonl(path):

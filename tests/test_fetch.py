@@ -11,7 +11,8 @@ import tracemalloc
 import pytest
 from conftest import ROOT, run
 
-from nanosafe import fetch, raw
+from nanosafe.data import reader
+from nanosafe.tools import download
 
 BODY = b"".join(
     json.dumps({"instruction": f"i{i}", "input": "", "output": f"o{i}"}).encode() + b"\n"
@@ -70,7 +71,7 @@ def server(monkeypatch):
 
 def test_a_broken_download_is_continued(server, tmp_path):
     Handler.breaks = 2
-    path = fetch.download(
+    path = download.download(
         server + "/file", str(tmp_path / "a" / "file"), hashlib.sha256(BODY).hexdigest()
     )
     assert open(path, "rb").read() == BODY and os.listdir(tmp_path / "a") == ["file"]
@@ -78,34 +79,34 @@ def test_a_broken_download_is_continued(server, tmp_path):
         f"bytes={len(BODY) // 2}-",
         f"bytes={len(BODY) * 3 // 4}-",
     ]
-    fetch.download(server + "/file", path)
+    download.download(server + "/file", path)
     assert len(Handler.requests) == 3  # what is there is not fetched again
 
 
 def test_a_server_without_ranges_starts_over(server, tmp_path):
     Handler.breaks, Handler.ranges = 1, False
-    assert open(fetch.download(server + "/file", str(tmp_path / "file")), "rb").read() == BODY
+    assert open(download.download(server + "/file", str(tmp_path / "file")), "rb").read() == BODY
 
 
 def test_damage_and_absence_stop_with_one_line(server, tmp_path):
     with pytest.raises(SystemExit, match="SHA-256 is .*damaged or has changed"):
-        fetch.download(server + "/file", str(tmp_path / "file"), "0" * 64)
+        download.download(server + "/file", str(tmp_path / "file"), "0" * 64)
     assert not os.listdir(tmp_path)
     with pytest.raises(SystemExit, match="404"):
-        fetch.download(server + "/missing", str(tmp_path / "file"))
+        download.download(server + "/missing", str(tmp_path / "file"))
     assert len(Handler.requests) == 2  # a 404 is not tried again
 
 
 def test_files_are_listed_and_picked(server, tmp_path):
-    paths = fetch.raw_files(
+    paths = download.raw_files(
         "", "some/repo", str(tmp_path), lambda name: name.startswith("harmless-base/")
     )
     assert [os.path.relpath(p, tmp_path) for p in paths] == ["raw/main/harmless-base/train.jsonl"]
     assert Handler.requests[1][0] == "/datasets/some/repo/resolve/main/harmless-base/train.jsonl"
     with pytest.raises(SystemExit, match="none of the files expected"):
-        fetch.raw_files("", "some/repo", str(tmp_path), lambda name: False)
+        download.raw_files("", "some/repo", str(tmp_path), lambda name: False)
     with pytest.raises(SystemExit, match="--raw="):
-        fetch.raw_files(str(tmp_path / "empty"), None, None, None)
+        download.raw_files(str(tmp_path / "empty"), None, None, None)
 
 
 def test_conversion_counts_what_it_drops(tmp_path, capsys):
@@ -117,7 +118,7 @@ def test_conversion_counts_what_it_drops(tmp_path, capsys):
             raise ValueError("negative")
         return {"input": str(row["a"])}
 
-    fetch.convert([str(raw)], to_record, str(tmp_path / "out"))
+    download.convert([str(raw)], to_record, str(tmp_path / "out"))
     said = capsys.readouterr().out
     assert (
         tmp_path / "out" / "train.jsonl"
@@ -145,12 +146,12 @@ def test_a_prepare_script_downloads(server, tmp_path):
 
 
 def test_a_repository_with_parquet_only_says_how_to_convert_it(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(fetch, "list_files", lambda *a: ["data/train-00000-of-00001.parquet"])
+    monkeypatch.setattr(download, "list_files", lambda *a: ["data/train-00000-of-00001.parquet"])
     with pytest.raises(SystemExit, match="parquet files only.*read_parquet.*--raw=FOLDER"):
-        fetch.raw_files("", "some/repo", str(tmp_path), lambda name: name.endswith(".jsonl"))
+        download.raw_files("", "some/repo", str(tmp_path), lambda name: name.endswith(".jsonl"))
     (tmp_path / "x.parquet").write_bytes(b"PAR1")
     with pytest.raises(SystemExit, match="parquet is converted with.*read_parquet"):
-        fetch.raw_files(str(tmp_path), None, None, None)
+        download.raw_files(str(tmp_path), None, None, None)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +169,7 @@ def test_a_json_list_is_read_item_by_item(text, size):
         def read(self, n=-1):
             return super().read(min(n, size))
 
-    assert list(raw.json_items(Slow(text), "x")) == json.loads(text)
+    assert list(reader.json_items(Slow(text), "x")) == json.loads(text)
 
 
 @pytest.mark.parametrize(
@@ -182,14 +183,14 @@ def test_a_json_list_is_read_item_by_item(text, size):
 )
 def test_a_broken_json_list_is_refused(text, words):
     with pytest.raises(SystemExit, match=words):
-        list(raw.json_items(io.StringIO(text), "x"))
+        list(reader.json_items(io.StringIO(text), "x"))
 
 
 def test_a_large_json_list_is_not_in_memory_whole(tmp_path):
     path = tmp_path / "large.json"
     path.write_text(json.dumps([{"i": i, "text": "x" * 1000} for i in range(20000)]))
     tracemalloc.start()
-    assert sum(row["i"] for row in raw.json_items(open(path), str(path))) == sum(range(20000))
+    assert sum(row["i"] for row in reader.json_items(open(path), str(path))) == sum(range(20000))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < path.stat().st_size

@@ -14,7 +14,8 @@ import torch
 from conftest import ROOT, run, small_config
 from safetensors.torch import load_file, save_file
 
-from nanosafe import attention, checkpoint, convert, families, tokenizer
+from nanosafe import attention, checkpoint, tokenizer
+from nanosafe.checkpoint import convert, families
 from nanosafe.rollout import generate
 from nanosafe.checkpoint import scratch
 
@@ -478,7 +479,7 @@ def test_meta_s_own_layout(shards, embedding, tmp_path):
 
 
 def test_meta_s_llama_3_2_has_its_rope_scaled(tmp_path):
-    from nanosafe.families import meta
+    from nanosafe.checkpoint.meta import meta
 
     torch.save(meta_state(theirs_with()), tmp_path / "consolidated.00.pth")
     params = {

@@ -13,8 +13,12 @@ from conftest import run, small_config
 from safetensors.torch import load_file, save_file
 from test_tokenizer import sentencepiece_folder
 
-from nanosafe import bpe, build, checkpoint, convert, data, families, fetch, raw, tokenizer
-from nanosafe.files import read_json, write_json
+from nanosafe import checkpoint, data, tokenizer
+from nanosafe.checkpoint import convert, families
+from nanosafe.data import reader, template
+from nanosafe.tokenizer import bpe
+from nanosafe.tools import download
+from nanosafe.storage import read_json, write_json
 from nanosafe.model import Config
 from nanosafe.checkpoint import scratch
 
@@ -255,7 +259,7 @@ def test_convert_says_what_half_precision_loses(folder, tmp_path):
 
 
 def test_meta_s_llama_3_has_its_length_and_all_its_shards(tmp_path):
-    from nanosafe.families import meta
+    from nanosafe.checkpoint.meta import meta
 
     path = tmp_path / "llama[8b]"
     path.mkdir()
@@ -457,7 +461,7 @@ def test_no_normaliser_helps_a_user_to_smuggle(tmp_path, options):
             tok.encode(text, allow_special=False),
             *tok.encode_batch([text]),
             tok.encode_suffix(text),
-            build.encode([text], tok)[0],
+            template.encode([text], tok)[0],
         ):
             assert not own & set(ids), text
     # a learnt piece is none of these
@@ -613,15 +617,15 @@ def test_raw_files_that_break(tmp_path):
         z.writestr("data/", "")
         z.writestr("__MACOSX/a.jsonl", "x")
         z.writestr("data/a.jsonl", '{"a": 1}\n')
-    assert [row.record for row in raw.read(str(tmp_path / "two.jsonl.zip"))] == [{"a": 1}]
+    assert [row.record for row in reader.read(str(tmp_path / "two.jsonl.zip"))] == [{"a": 1}]
     with zipfile.ZipFile(tmp_path / "two.jsonl.zip", "a") as z:
         z.writestr("data/b.jsonl", '{"a": 2}\n')
     zipfile.ZipFile(tmp_path / "none.zip", "w").close()
     with zipfile.ZipFile(tmp_path / "list.zip", "w") as z:
         z.writestr("rows.json", '[{"a": 1}, {"a": 2}]')
-    assert [row.record["a"] for row in raw.read(str(tmp_path / "list.zip"))] == [1, 2]
+    assert [row.record["a"] for row in reader.read(str(tmp_path / "list.zip"))] == [1, 2]
     for name in ("x.jsonl.gz", "deep.json", "two.jsonl.zip", "none.zip"):
-        refuses(lambda: list(fetch.read_rows(str(tmp_path / name))))
+        refuses(lambda: list(download.read_rows(str(tmp_path / name))))
 
 
 def test_half_a_character_costs_one_row(world, tmp_path):

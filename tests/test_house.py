@@ -1,266 +1,220 @@
-"""The house: who imports whom, ceilings, knobs, columns, dependencies."""
+"""The house: formatting, who imports whom, dependencies, knobs, and the names that docs mention."""
 
 import ast
 import glob
 import os
 import re
+import subprocess
 import sys
+from functools import cache
 
 import pytest
-from conftest import ROOT, run
+from conftest import ROOT
 
 import configurator
-from nanosafe import fetch
+from nanosafe.tools import download
 
-TRAINERS = ("train_sft.py", "train_pref.py", "train_ppo_lag.py")
-SCRIPTS = (*TRAINERS, "sample.py")
-ALLOWED = {  # module -> modules of the package that it may import
-    "attention": "",
-    "losses": "",
-    "rl": "",
-    "tokenizer": "files",
-    "parallel": "files",
-    "packing": "files",
-    "rows": "data files",
-    "trouble": "",
-    "files": "",
-    "advice": "",
-    "model": "attention",
-    "rollout": "attention model parallel",
-    "data": "files packing parallel",
-    "raw": "files rows",
-    "fetch": "build files raw rows tokenizer",
-    "bpe": "files tokenizer",
-    "formats": "files",
-    "families": "files formats",
-    "checkpoint": "files formats model parallel",
-    "build": "data files",
-    "reference": "build checkpoint documents files packing parallel rollout tokenizer",
-    "scorers": "build checkpoint files formats packing parallel rows tokenizer",
-    "documents": "build data tokenizer",
-    "convert": "checkpoint files formats model tokenizer",
-    "state": "checkpoint files parallel",
-    "optim": "parallel",
-    "monitor": "advice files parallel",
-    "chat": "",
-}
-LATER = {  # module -> what it imports inside a function, when it meets what needs it: not LLaMA, not asked for, not there
-    "data": "build rows",
-    "parallel": "trouble",
-    "build": "documents",
-    "rows": "raw",
-    "tokenizer": "bpe",
-    "formats": "families",
-    "checkpoint": "convert",
-}
-RUN_TIME = {
-    "torch",
-    "numpy",
-    "sentencepiece",
-    "safetensors",
-    "tqdm",
-    "nanosafe",
-    "configurator",
-    "config",
-}
-EXTRAS = {
-    "wandb",
-    "matplotlib",
-    "pycodestyle",
-    "detoxify",
-}  # imported inside a function, when asked for
+TRAINERS = ("train_sft.py", "train_pref.py", "train_ppo_lag.py", "nanosafe/phf/train.py")
+RUN_TIME = {"torch", "numpy", "sentencepiece", "safetensors", "tqdm"}
+OWN = {"nanosafe", "configurator", "config", *(name[:-3] for name in TRAINERS[:3]), "sample"}
+OPTIONAL = {"wandb", "matplotlib", "pycodestyle", "detoxify", "readline"}  # inside functions only
+MEASURING = {"transformers", "trl", "datasets"}  # what nanosafe.bench measures beside
 
 
-def python_files(*patterns):
-    return sorted(
-        p for pattern in patterns for p in glob.glob(os.path.join(ROOT, pattern), recursive=True)
-    )
+def find_python_files(*patterns):
+    """Paths below the repository's root."""
+    found = set()
+    for pattern in patterns:
+        found.update(glob.glob(pattern, root_dir=ROOT, recursive=True))
+    return sorted(found)
 
 
-PACKAGE_DIR = os.path.join(ROOT, "nanosafe")
-PACKAGE = python_files("nanosafe/**/*.py")
-EVAL = [os.path.relpath(p, ROOT) for p in python_files("nanosafe/eval/*.py")]
-CODE = python_files("*.py", "nanosafe/**/*.py", "data/**/*.py")
-RECIPES = python_files(
-    "config/**/*.py"
-)  # data: assignments, which a test below checks; counted apart
-PRODUCT = CODE + RECIPES
+PACKAGE = find_python_files("nanosafe/**/*.py")
+SCRIPTS = find_python_files("*.py")
+PREPARE = find_python_files("data/*/prepare.py")
+RECIPES = find_python_files("config/**/*.py")
+PRODUCT = [*SCRIPTS, *PACKAGE, *PREPARE, *RECIPES]
 
 
+@cache
 def source(path):
     with open(os.path.join(ROOT, path), encoding="utf-8") as f:
         return f.read()
 
 
-def imports(path, top=False):
-    """Dotted names of what a file imports: anywhere in it, or when it is itself imported."""
-    names, tree = set(), ast.parse(source(path))
-    for node in tree.body if top else ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+@cache
+def parse(path):
+    return ast.parse(source(path))
+
+
+def imported_names(node):
+    """The dotted names that an import statement names."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        return [f"{node.module}.{alias.name}" for alias in node.names]
+    return []
+
+
+def imports_of(path):
+    """Every dotted name that a file imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(parse(path)):
+        names.update(imported_names(node))
     return names
 
 
-def own(path, top=False):
-    """The package's modules that a file imports."""
-    found = {re.match(r"nanosafe\.(\w+)", name) for name in imports(path, top)}
-    return {m[1] for m in found if m}
+def file_of(name):
+    """The file of the package that a dotted name is, or is defined in; None for other packages."""
+    while name:
+        for path in (name.replace(".", "/") + ".py", name.replace(".", "/") + "/__init__.py"):
+            if os.path.isfile(os.path.join(ROOT, path)):
+                return path
+        name = name.rpartition(".")[0]
+    return None
 
 
-@pytest.mark.parametrize("path", PACKAGE, ids=lambda p: os.path.relpath(p, ROOT))
-def test_who_imports_whom(path):
-    name = os.path.splitext(os.path.basename(path))[0]
-    if name in ALLOWED:
-        assert own(path, top=True) <= set(ALLOWED[name].split())
-        assert own(path) - own(path, top=True) <= set(LATER.get(name, "").split())
-    assert not any(n.startswith("train_") for n in imports(path))
-    if (
-        os.path.dirname(path) == PACKAGE_DIR and name != "plan"
-    ):  # eval's are scripts, plan reads a script's knobs as they do
-        assert "configurator" not in imports(path)
-    if name not in (
-        "demo",
-        "bench",
-        "plan",
-        "plot",
-        "checkpoint",
-        "scorers",
-    ):  # those that are commands
-        assert "sys.argv" not in source(path)
+def own_imports(path):
+    """The product's files that a file imports."""
+    files = {file_of(name) for name in imports_of(path) if name.split(".")[0] in OWN}
+    return files - {None, path}
 
 
-def test_no_circles():
-    graph = {name: set(allowed.split()) for name, allowed in ALLOWED.items()}
-    while graph:
-        free = {name for name, needs in graph.items() if not needs & set(graph)}
-        assert free, f"a circle among {sorted(graph)}"
-        graph = {name: needs for name, needs in graph.items() if name not in free}
+# ---- formatting ----
 
 
-def test_only_one_file_knows_kernels_and_one_knows_processes():
+def test_everything_is_formatted_by_ruff():
+    done = subprocess.run(
+        [sys.executable, "-m", "ruff", "format", "--check", "."],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+
+
+def test_lines_have_a_hundred_columns():
+    pages = glob.glob("*.md", root_dir=ROOT) + glob.glob(
+        "d*/**/*.md", root_dir=ROOT, recursive=True
+    )
+    for path in (*PRODUCT, *find_python_files("tests/*.py"), *pages):
+        fenced = False
+        for number, line in enumerate(source(path).splitlines(), start=1):
+            fenced ^= line.startswith("```")
+            table_or_code = path.endswith(".md") and (fenced or line.startswith(("|", "!", "    ")))
+            if not table_or_code and "http" not in line:
+                assert len(line) <= 100, f"{path}:{number}"
+
+
+# ---- imports ----
+
+
+def test_no_file_imports_in_a_circle():
+    waiting = {path: own_imports(path) for path in PRODUCT}
+    while waiting:
+        free = [path for path, needs in waiting.items() if not needs & waiting.keys()]
+        assert free, f"a circle among {sorted(waiting)}"
+        for path in free:
+            del waiting[path]
+
+
+def test_own_modules_are_imported_at_the_top():
+    for path in PRODUCT:
+        at_the_top = set()
+        for node in parse(path).body:
+            at_the_top.update(imported_names(node))
+        for name in imports_of(path) - at_the_top:
+            assert name.split(".")[0] not in OWN, f"{path} imports {name} inside a function"
+
+
+# A room, and the rooms that it may import, besides itself and the small files at the bottom.
+ROOMS = {
+    "nanosafe/tokenizer": "",
+    "nanosafe/data": "tokenizer",
+    "nanosafe/checkpoint": "tokenizer model",
+    "nanosafe/eval": "tokenizer data checkpoint inference model rollout tools",
+    "nanosafe/phf": "tokenizer data checkpoint inference model rollout losses optim monitor",
+}
+BOTTOM = {"errors", "storage", "printing", "parallel", "watchdog"}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_only_what_lies_below_it(room):
+    allowed = BOTTOM | set(ROOMS[room].split()) | {os.path.basename(room)}
+    for path in PACKAGE:
+        if path.startswith(room + "/"):
+            for other in own_imports(path) - {"configurator.py"}:
+                name = other.split("/")[1].removesuffix(".py")
+                assert name in allowed, f"{path} imports {other}"
+
+
+@pytest.mark.parametrize("name", ["losses", "rl", "logprobs", "attention"])
+def test_algebra_and_kernels_need_torch_only(name):
+    roots = {imported.split(".")[0] for imported in imports_of(f"nanosafe/{name}.py")}
+    assert roots <= {"torch", *sys.stdlib_module_names}
+
+
+def test_one_file_knows_processes_and_one_knows_kernels():
     for path in PRODUCT:
         name = os.path.basename(path)
-        if name != "parallel.py":
-            assert not any(n.startswith("torch.distributed") for n in imports(path)), path
+        if name not in ("parallel.py", "dry_run.py"):  # the dry run replaces the process group
+            names = imports_of(path)
+            assert not any(n.startswith("torch.distributed") for n in names), path
         if name != "attention.py":
             assert not re.search(r"scaled_dot_product_attention|varlen_attn", source(path)), path
 
 
-@pytest.mark.parametrize("path", PRODUCT, ids=lambda p: os.path.relpath(p, ROOT))
-def test_run_time_dependencies(path):
-    roots = {name.split(".")[0] for name in imports(path)}
-    assert roots <= RUN_TIME | EXTRAS | set(sys.stdlib_module_names)
-    top = {
-        name.split(".")[0]
-        for node in ast.parse(source(path)).body
-        if isinstance(node, ast.Import)
-        for name in (alias.name for alias in node.names)
-    }
-    assert not top & EXTRAS
-    if os.path.basename(path) == "configurator.py":
+@pytest.mark.parametrize("path", PRODUCT)
+def test_only_the_declared_packages_are_imported(path):
+    known = RUN_TIME | OWN | set(sys.stdlib_module_names)
+    roots = {name.split(".")[0] for name in imports_of(path)}
+    optional = OPTIONAL | (MEASURING if "workload" in path else set())
+    assert roots <= known | optional
+    at_the_top = set()
+    for node in parse(path).body:
+        at_the_top.update(name.split(".")[0] for name in imported_names(node))
+    assert at_the_top <= known
+    if path == "configurator.py":
         assert roots <= set(sys.stdlib_module_names)
 
 
-def lines(path):
-    return source(path).count("\n")
-
-
-def test_ceilings():
-    for path in TRAINERS:
-        assert lines(path) <= 450, path
+def test_scripts_are_imported_by_nobody():
     for path in PACKAGE:
-        assert lines(path) <= 350, path
-    for path in PRODUCT:
-        for node in ast.walk(ast.parse(source(path))):
-            if isinstance(node, ast.FunctionDef):
-                assert node.end_lineno - node.lineno < 60, f"{path}: {node.name}"
-    assert sum(map(lines, CODE)) <= 7000
-    assert max(map(lines, RECIPES)) <= 30
+        assert not any(name.startswith(("train_", "sample")) for name in imports_of(path)), path
 
 
-def test_what_the_ppo_trainer_loads_can_be_read_in_an_evening(world, tmp_path):
-    """Counted by the imports, and found to be so in a run: what else there is costs a LLaMA's reader nothing."""
-    seen, todo = set(), ["train_ppo_lag.py", "configurator.py", "nanosafe/__init__.py"]
-    while todo:
-        path = todo.pop()
-        if path not in seen:
-            seen.add(path)
-            todo += [f"nanosafe/{name}.py" for name in own(path, top=True)]
-    assert sum(map(lines, seen)) <= 3200
-    flags = [
-        f"--prompts={world}/data/prompts/train.jsonl",
-        "--rollout_size=4",
-        "--batch_size=4",
-        "--max_steps=1",
-        "--max_new_tokens=4",
-        "--max_len=64",
-        f"--ptx_data={world}/data/sft/train.jsonl:9/-1",
-    ]
-    flags += [
-        f"--{knob}={world}/{name}"
-        for knob, name in (
-            ("actor_model", "policy"),
-            ("reward_model", "reward"),
-            ("cost_model", "cost"),
-        )
-    ]
-    report = "print('loaded', *(m for m in sys.modules if m.startswith('nanosafe.')))"
-    for attempt in "12":  # the second finds its data tokenised
-        script = (
-            f"import runpy, sys; sys.argv[1:] = {[*flags, f'--out_dir={tmp_path}/{attempt}']};"
-            f"runpy.run_path('train_ppo_lag.py', run_name='__main__'); {report}"
-        )
-        loaded = run("-c", script).stdout.split("loaded ")[1].split()
-    assert {f"nanosafe/{name.split('.')[1]}.py" for name in loaded} == {
-        path for path in seen if "nanosafe/" in path
-    } - {"nanosafe/__init__.py"}
-
-
-@pytest.mark.parametrize(
-    "path", python_files("*.py", "**/*.py"), ids=lambda p: os.path.relpath(p, ROOT)
-)
-def test_a_hundred_columns(path):
-    if "tests" not in path:
-        assert max(map(len, source(path).split("\n"))) <= 100
+# ---- knobs ----
 
 
 def knobs_of(path):
     """{name: default} of a script's knobs, without running it."""
     knobs = {}
-    for node in ast.parse(source(path)).body:
+    for node in parse(path).body:
         if configurator.calls_configure(node):
             return knobs
         if isinstance(node, ast.Assign) and node.targets[0].id == node.targets[0].id.lower():
             knobs[node.targets[0].id] = ast.literal_eval(node.value)
-    raise AssertionError(f"{path} never calls configure()")
+    return {}
 
 
-@pytest.mark.parametrize(
-    "path",
-    (*SCRIPTS, *EVAL, *(os.path.relpath(p, ROOT) for p in python_files("data/*/prepare.py"))),
-)
+CONFIGURED = [path for path in PRODUCT if "configure(globals()" in source(path)]
+CONFIGURED = [path for path in CONFIGURED if path != "configurator.py"]
+
+
+@pytest.mark.parametrize("path", CONFIGURED)
 def test_every_knob_has_a_comment_and_is_read(path):
-    text = source(path)
-    call = re.search(r"^.*configure\(globals\(\)(, vars\(fetch\))?\)$", text, re.M)
-    if not call:
-        assert "configure(" not in text
-        return
-    head, body = text[: call.start()], text[call.end() :]
+    head, call, body = source(path).partition("configure(globals()")
     for name in knobs_of(path):
         assert re.search(rf"^{name} = .*  # \S", head, re.M), f"{path}: {name} has no comment"
         assert re.search(rf"\b{name}\b", body), f"{path}: nothing reads {name}"
-    assert ("/prepare.py" in path) == bool(call[1])
-    if call[1]:
-        assert re.search(r"fetch\.prepare\(__file__, \w+, config\b", body), (
-            f"{path}: nothing reads the shared knobs"
-        )
+    if path in PREPARE:
+        assert body.startswith(", vars(download))")
+        assert re.search(r"download\.prepare\(__file__, \w+, config\b", body)
 
 
-def test_every_shared_knob_has_a_comment_and_is_read():
-    text = source("nanosafe/fetch.py")
-    shared = configurator.read_knobs({**vars(fetch), "__file__": fetch.__file__})
+def test_every_shared_knob_of_the_prepare_scripts_has_a_comment_and_is_read():
+    text = source("nanosafe/tools/download.py")
+    shared = configurator.read_knobs({**vars(download), "__file__": download.__file__})
     assert set(shared) == {"raw", "holdout", "out", "tokenizer"}
     for name in shared:
         assert re.search(rf"^{name} = .*  # \S", text, re.M), f"{name} has no comment"
@@ -268,19 +222,18 @@ def test_every_shared_knob_has_a_comment_and_is_read():
 
 
 def script_of(recipe):
-    name = os.path.splitext(os.path.basename(recipe))[0]
-    if name in ("sft", "rft", "phf") or "/phf/" in recipe:
+    """The script that a recipe is for."""
+    name = os.path.basename(recipe).removesuffix(".py")
+    if name == "phf" or "/phf/" in recipe:
+        return "nanosafe/phf/train.py"
+    if name in ("sft", "rft"):
         return "train_sft.py"
-    return (
-        "train_pref.py"
-        if name in ("reward", "cost", "rm", "dpo", "ipo", "rrhf")
-        else "train_ppo_lag.py"
-    )
+    if name in ("reward", "cost", "rm", "dpo", "ipo", "rrhf"):
+        return "train_pref.py"
+    return "train_ppo_lag.py"
 
 
-@pytest.mark.parametrize(
-    "recipe", [os.path.relpath(p, ROOT) for p in python_files("config/**/*.py")]
-)
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_recipes_set_knobs_that_exist_to_values_of_their_type(recipe):
     knobs = knobs_of(script_of(recipe))
     values = configurator.run_file(os.path.join(ROOT, recipe))
@@ -289,56 +242,52 @@ def test_recipes_set_knobs_that_exist_to_values_of_their_type(recipe):
         configurator.check(name, value, knobs, recipe)
 
 
-def test_common_knobs_have_common_names():
-    for path in TRAINERS:
-        assert {
-            "out_dir",
-            "resume",
-            "seed",
-            "epochs",
-            "max_steps",
-            "batch_size",
-            "max_tokens",
-            "max_len",
-            "grad_clip",
-            "save_interval",
-            "log_interval",
-            "device",
-            "dtype",
-            "parallel",
-            "offload",
-            "use_compile",
-        } <= set(knobs_of(path))
+@pytest.mark.parametrize("path", TRAINERS)
+def test_common_knobs_have_common_names(path):
+    common = """out_dir resume seed epochs max_steps batch_size max_tokens max_len grad_clip
+        save_interval log_interval device dtype parallel offload use_compile"""
+    assert set(common.split()) <= knobs_of(path).keys()
 
 
-def test_public_functions_say_what_they_do():
+# ---- words ----
+
+
+def test_public_modules_and_losses_say_what_they_do():
     for path in PACKAGE:
-        tree = ast.parse(source(path))
-        assert os.path.basename(path) == "__init__.py" or ast.get_docstring(tree), path
-    for path in ("losses", "rl", "rollout", "packing"):
-        for node in ast.parse(source(f"nanosafe/{path}.py")).body:
-            if isinstance(node, ast.FunctionDef) and "loss" in node.name:
-                assert ast.get_docstring(node), node.name
+        assert os.path.basename(path) == "__init__.py" or ast.get_docstring(parse(path)), path
+    for path in ("nanosafe/losses.py", "nanosafe/rl.py"):
+        for node in parse(path).body:
+            if isinstance(node, ast.FunctionDef):
+                assert ast.get_docstring(node), f"{path}: {node.name}"
 
 
-def test_top_level_holds_nothing_more():
-    allowed = {
-        "nanosafe",
-        "train_sft.py",
-        "train_pref.py",
-        "train_ppo_lag.py",
-        "sample.py",
-        "configurator.py",
-        "data",
-        "tests",
-        "README.md",
-        "config",
-        "docs",
-        "pyproject.toml",
-        "LICENSE",
-        ".gitignore",
-        ".ci",
-    }
+def names_in(path):
+    """Every name that a Python file defines or assigns, at any depth, and its knobs."""
+    names = set()
+    for node in ast.walk(parse(path)):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            names.add(node.attr)
+    return names
+
+
+@pytest.mark.parametrize("page", glob.glob("docs/*.md", root_dir=ROOT) + ["README.md"])
+def test_files_and_names_that_a_page_mentions_exist(page):
+    """`rl.py gae` in a page is a file of the product, and a name in it; `rl.py` alone is a file."""
+    for path, name in re.findall(r"`([\w/]+\.py)(?: (\w+))?`", source(page)):
+        ours = [p for p in PRODUCT if p == path or p.endswith("/" + path)]
+        theirs = path.startswith("tests/") and os.path.isfile(os.path.join(ROOT, path))
+        assert ours or theirs, f"{page}: {path} does not exist"
+        if name:
+            assert any(name in names_in(p) for p in ours), f"{page}: no {name} in {path}"
+
+
+def test_the_top_level_holds_nothing_more():
+    allowed = """nanosafe train_sft.py train_pref.py train_ppo_lag.py sample.py configurator.py data
+        tests README.md config docs pyproject.toml LICENSE .gitignore .git-blame-ignore-revs .ci"""
     if os.path.isdir(os.path.join(ROOT, ".git")):
         tracked = os.popen(f"git -C {ROOT} ls-files").read().split()
-        assert {path.split("/")[0] for path in tracked} <= allowed
+        assert {path.split("/")[0] for path in tracked} <= set(allowed.split())

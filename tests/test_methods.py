@@ -12,9 +12,10 @@ from test_house import knobs_of, script_of
 from test_train import same_state
 
 import configurator
-from nanosafe import checkpoint, data, parallel, reference, tokenizer
-from nanosafe.documents import control_ids, scores_of, with_control_tokens
-from nanosafe.packing import sequence_sums
+from nanosafe import checkpoint, data, inference, parallel, tokenizer
+from nanosafe.tokenizer.special_tokens import control_ids, with_control_tokens
+from nanosafe.phf.documents import scores_of
+from nanosafe.data.batching import sequence_sums
 from nanosafe.checkpoint import scratch
 
 WORLD = parallel.World(0, 1, torch.device("cpu"), True)
@@ -177,7 +178,7 @@ def test_reference_log_probabilities_are_what_a_plain_loop_gives_and_are_kept(wo
     tok = tokenizer.load(world / "policy")
     dataset = data.tokenize(f"{world}/data/pairs/train.jsonl:7/-1", tok, "reward", 200)
     model = checkpoint.load(world / "policy")
-    got = reference.cached_logps(model, str(world / "policy"), dataset, 300, WORLD)
+    got = inference.cached_logps(model, str(world / "policy"), dataset, 300, WORLD)
     for i in range(7):
         for part in range(2):
             ids, mask = dataset.sequence(i, part)
@@ -193,7 +194,7 @@ def test_reference_log_probabilities_are_what_a_plain_loop_gives_and_are_kept(wo
     with torch.no_grad():
         model.norm.weight.mul_(2.0)
     assert torch.equal(
-        got, reference.cached_logps(model, str(world / "policy"), dataset, 300, WORLD)
+        got, inference.cached_logps(model, str(world / "policy"), dataset, 300, WORLD)
     )
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from conftest import small_config
 
-from nanosafe import checkpoint, model
-from nanosafe.build import encode  # noqa: F401  (the import graph is part of the room)
+from nanosafe import checkpoint, logprobs, model
+from nanosafe.data.template import encode  # noqa: F401  (the import graph is part of the room)
 from nanosafe.model import Config, LLaMA
 from nanosafe.checkpoint import scratch
 
@@ -131,8 +131,10 @@ def test_even_log_probs_refuse_an_uneven_loss():
 
 def test_prompts_need_no_product_with_the_vocabulary(monkeypatch):
     rows = []
-    real = model.LogProbs.apply
-    monkeypatch.setattr(model.LogProbs, "apply", lambda x, *a: rows.append(len(x)) or real(x, *a))
+    real = logprobs.LogProbs.apply
+    monkeypatch.setattr(
+        logprobs.LogProbs, "apply", lambda x, *a: rows.append(len(x)) or real(x, *a)
+    )
     targets = torch.full((30,), -100)
     targets[25:29] = 3
     scratch(small_config())(*packed([30])[1:], targets)

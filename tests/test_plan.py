@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT, run
 
-from nanosafe import plan
+from nanosafe.tools import plan
 from nanosafe.model import Config, LLaMA
 
 RECIPE = ["train_ppo_lag.py", "config/beaver_7b/ppo_lag.py"]

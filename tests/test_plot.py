@@ -10,8 +10,8 @@ import xml.etree.ElementTree as ET
 import pytest
 from conftest import run
 
-from nanosafe import plot
-from nanosafe.advice import Watch
+from nanosafe.tools import plot
+from nanosafe.monitor import Watch
 
 KNOBS = {"lambda_max": 5.0, "cost_limit": -1.0}
 GOOD = {

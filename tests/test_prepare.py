@@ -12,7 +12,8 @@ import pytest
 from conftest import ROOT, run
 
 from nanosafe import data, tokenizer
-from nanosafe.files import read_json
+from nanosafe.data import spec
+from nanosafe.storage import read_json
 
 lines = lambda records: "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records).encode()
 
@@ -476,7 +477,7 @@ def test_safe_rlhf_s_names_and_the_hub_s_lead_to_folders_that_prepare_fills(tmp_
             (tmp_path / "data" / folder / f"{split}.jsonl").write_text("")
     for name in names:
         split = "test" if name.endswith("/test") else "train"
-        assert data.resolve(name).endswith(f"{split}.jsonl"), name
+        assert spec.resolve(name).endswith(f"{split}.jsonl"), name
 
 
 def test_every_folder_of_data_has_a_readme_with_a_licence():

@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import configurator
-from nanosafe import build, checkpoint, data, packing, rows, tokenizer
-from nanosafe.files import read_jsonl
+from nanosafe import checkpoint, data, tokenizer
+from nanosafe.data import batching, examples, reader, template
+from nanosafe.data.spec import parse_spec
+from nanosafe.storage import read_jsonl
 
 MANY = settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 SOME = settings(MANY, max_examples=120)
@@ -104,7 +106,7 @@ def test_a_config_file_of_anything_is_read_or_refused(tmp_path_factory, text):
 @MANY
 @given(st.text(string.ascii_letters + "/:.,-0123456789 ~*", max_size=30) | st.text(max_size=20))
 def test_specifications_are_understood_or_refused(spec):
-    parts = stops(data.parse_spec, spec)
+    parts = stops(parse_spec, spec)
     for path, proportion in parts or ():
         assert os.path.isfile(path) and isinstance(proportion, float) and proportion == proportion
 
@@ -112,7 +114,7 @@ def test_specifications_are_understood_or_refused(spec):
 @MANY
 @given(st.integers(0, 50), st.floats(0, 4) | st.integers(-100, -1).map(float), st.integers(0, 9))
 def test_proportions_take_as_many_rows_as_they_say(n, proportion, seed):
-    indices = rows.sample_indices(n, proportion, np.random.SeedSequence(seed))
+    indices = reader.sample_indices(n, proportion, np.random.SeedSequence(seed))
     want = (int(-proportion) if proportion < 0 else round(n * proportion)) if n else 0
     assert len(indices) == want and all(0 <= i < n for i in indices)
     counts = np.bincount(indices, minlength=max(n, 1)) if indices else np.zeros(1)
@@ -137,10 +139,10 @@ RECORD = st.fixed_dictionaries(
 
 
 @MANY
-@given(RECORD, st.sampled_from(list(build.TASKS)))
+@given(RECORD, st.sampled_from(list(examples.TASKS)))
 def test_a_row_gives_conversations_or_a_reason_to_drop_it(record, task):
     try:
-        talks, labels = build.conversations(record, task)
+        talks, labels = examples.conversations(record, task)
     except ValueError as error:
         assert str(error) and "\n" not in str(error)
         return
@@ -188,7 +190,7 @@ def monkeypatch_session():
     st.lists(st.integers(1, 40), min_size=1, max_size=30), st.integers(40, 90), st.integers(1, 5)
 )
 def test_plans_hold_everything_once(lengths, max_tokens, ranks):
-    parts = packing.plan(lengths, max_tokens, ranks)
+    parts = batching.plan(lengths, max_tokens, ranks)
     assert sorted(i for part in parts for micro in part for i in micro) == list(range(len(lengths)))
     assert len({len(part) for part in parts}) == 1
     assert all(sum(lengths[i] for i in micro) <= max_tokens for part in parts for micro in part)
@@ -216,7 +218,7 @@ def test_what_a_user_writes_stays_text(world, text):
         [text]
     ) == [ids]
     if text.strip():
-        ids, mask = build.encode([text, "fine", text], tok)
+        ids, mask = template.encode([text, "fine", text], tok)
         assert (
             ids.count(tok.bos_id) == 1 and ids.count(tok.eos_id) == 1
         )  # ours only: the start, and the answer's end

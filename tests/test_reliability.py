@@ -21,7 +21,8 @@ from conftest import ROOT, rows_of, run, same_state, small_config
 from safetensors.torch import load_file, save_file
 from test_house import CODE, source
 
-from nanosafe import checkpoint, files, optim, parallel, rl, state, tokenizer, trouble
+from nanosafe import checkpoint, data, errors, optim, parallel, rl, storage, tokenizer, watchdog
+from nanosafe.checkpoint import run_state
 from nanosafe.monitor import Monitor
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -84,13 +85,13 @@ class Tiny:
 
     def save(self, step, keep=2):
         checkpoint.save(self.model, os.path.join(self.folder, "model"))
-        state.save(self.folder, step, self.trained, {"skips": 0}, keep)
+        run_state.save(self.folder, step, self.trained, {"skips": 0}, keep)
 
     def everything(self):
         moments = [
             self.optimizer.state[p][k]
             for p in self.model.parameters()
-            for k in state.MOMENTS
+            for k in run_state.MOMENTS
             if p in self.optimizer.state
         ]
         return [x.clone() for x in (*self.model.parameters(), *moments)]
@@ -133,7 +134,7 @@ def test_killed_before_any_file_operation_of_a_save_a_run_has_a_whole_state(tmp_
     seen, models = [], 0
     for folder in snapshots:
         other = Tiny(folder)
-        found = state.load(str(folder), other.trained)["step"]
+        found = run_state.load(str(folder), other.trained)["step"]
         assert found in (4, 6) and same(other.everything(), known[found])
         seen.append(found)
         if os.path.exists(
@@ -152,7 +153,7 @@ def test_killed_before_any_file_operation_of_a_save_a_run_has_a_whole_state(tmp_
         other.learn(2)
         other.save(found + 2)  # and goes on, over whatever was left behind
         assert not [n for n in os.listdir(folder / "state") if n.endswith((".tmp", ".old"))]
-        assert len(state.states(str(folder))) == 2 and same(
+        assert len(run_state.states(str(folder))) == 2 and same(
             checkpoint.load(folder / "model").parameters(), other.model.parameters()
         )
     assert seen == sorted(seen) and models >= len(snapshots) - 2
@@ -185,13 +186,13 @@ def test_a_damaged_state_is_passed_over_and_all_damaged_is_one_line(harm, tmp_pa
 
     damage(tmp_path / "state" / "step_000004")
     other = Tiny(tmp_path)
-    assert state.load(str(tmp_path), other.trained)["step"] == 2 and same(
+    assert run_state.load(str(tmp_path), other.trained)["step"] == 2 and same(
         other.everything(), known[2]
     )
     assert "step_000004/" in capsys.readouterr().out
     damage(tmp_path / "state" / "step_000002")
     with pytest.raises(SystemExit, match="error: no state in .* is whole"):
-        state.load(str(tmp_path), other.trained)
+        run_state.load(str(tmp_path), other.trained)
 
 
 def test_a_pointer_that_is_broken_points_nowhere(tmp_path):
@@ -200,18 +201,18 @@ def test_a_pointer_that_is_broken_points_nowhere(tmp_path):
     tiny.save(4)
     for text, step in (("step_000002\n", 2), ("step_9\n", 4), ("", 4), ("\0\0\0", 4)):
         (tmp_path / "state" / "latest").write_text(text)
-        assert state.load(str(tmp_path), tiny.trained)["step"] == step
+        assert run_state.load(str(tmp_path), tiny.trained)["step"] == step
     (tmp_path / "state" / "latest").write_bytes(b"\xff\xfe")
-    assert state.load(str(tmp_path), tiny.trained)["step"] == 4
+    assert run_state.load(str(tmp_path), tiny.trained)["step"] == 4
 
 
 def test_states_are_kept_by_number_and_those_of_a_course_given_up_go(tmp_path):
     tiny = Tiny(tmp_path)
     for step in (999_998, 999_999, 1_000_000):
         tiny.save(step)
-    assert state.states(str(tmp_path)) == ["step_999999", "step_1000000"]
+    assert run_state.states(str(tmp_path)) == ["step_999999", "step_1000000"]
     tiny.save(5, keep=0)  # 0 would keep none: one stays
-    assert state.states(str(tmp_path)) == ["step_000005"]
+    assert run_state.states(str(tmp_path)) == ["step_000005"]
 
 
 @pytest.mark.parametrize("harm", ["flip", "cut"])
@@ -229,7 +230,6 @@ def test_a_damaged_export_is_refused_in_one_line(harm, tmp_path):
 
 
 def test_damaged_token_ids_are_made_again(world, tmp_path, monkeypatch):
-    from nanosafe import data
 
     monkeypatch.setenv("NANOSAFE_CACHE", str(tmp_path))
     tok, spec = tokenizer.load(world / "tokenizer"), f"{world}/data/sft/train.jsonl:50/-1"
@@ -287,7 +287,7 @@ def test_ranks_of_an_attempt_find_each_other_on_a_store_with_dead_ranks_words():
 
     def ranks(size):
         with ThreadPoolExecutor(size) as pool:
-            return set(pool.map(lambda rank: trouble.attempt(store, rank, size), range(size)))
+            return set(pool.map(lambda rank: watchdog.attempt(store, rank, size), range(size)))
 
     (first,) = ranks(3)
     assert store.get("hello_0").decode() == first
@@ -399,7 +399,7 @@ def test_under_torchrun_a_signal_saves_on_all_ranks_alike(sig, to, trainers, tmp
         os.kill(pid, sig)
     said, _ = process.communicate(timeout=120)
     assert to == "all" or process.returncode == 0, said[-2000:]
-    assert 3 <= int(state.states(str(tmp_path / "b"))[-1][5:]) < 60
+    assert 3 <= int(run_state.states(str(tmp_path / "b"))[-1][5:]) < 60
     run(*flags, f"--out_dir={tmp_path}/b", "--resume=True", ranks=2)
     assert same_state(tmp_path / "a", tmp_path / "b")
 
@@ -501,7 +501,7 @@ def test_metrics_on_a_full_disk(tmp_path):
     monitor.metrics = open("/dev/full", "w", buffering=1)
     with pytest.raises(OSError) as caught:
         monitor.log(0, {"loss": 1.0})
-    assert "No space left" in trouble.explain(caught.value, {}) and "resume" in trouble.explain(
+    assert "No space left" in errors.explain(caught.value, {}) and "resume" in errors.explain(
         caught.value, {}
     )
 
@@ -650,7 +650,7 @@ def test_out_of_memory_names_the_knob_to_turn(trainers, tmp_path, world):
     error = torch.OutOfMemoryError(
         "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.25 GiB"
     )
-    said = trouble.explain(
+    said = errors.explain(
         error,
         {"max_tokens": 8192, "activation_checkpointing": False, "offload": "none", "out_dir": "x"},
     )
@@ -659,14 +659,14 @@ def test_out_of_memory_names_the_knob_to_turn(trainers, tmp_path, world):
         and "79.25 GiB" in said
     )
     assert (
-        trouble.explain(MemoryError(), {"max_tokens": 9})
-        and trouble.explain(ValueError("x"), {}) is None
+        errors.explain(MemoryError(), {"max_tokens": 9})
+        and errors.explain(ValueError("x"), {}) is None
     )
-    assert "another rank ended" in trouble.explain(
+    assert "another rank ended" in errors.explain(
         RuntimeError("gloo: Connection closed by peer"), {}, 2
     )
-    assert trouble.explain(BrokenPipeError(32, "Broken pipe"), {}) is None  # of | head
-    assert trouble.explain(KeyboardInterrupt(), {}) == "interrupted"
+    assert errors.explain(BrokenPipeError(32, "Broken pipe"), {}) is None  # of | head
+    assert errors.explain(KeyboardInterrupt(), {}) == "interrupted"
 
 
 def test_ctrl_c_before_the_first_step_is_no_traceback(trainers, tmp_path):
@@ -729,7 +729,7 @@ def test_an_index_cannot_leave_its_folder(tmp_path):
         str(tmp_path / "secret.safetensors"),
         "x/../../secret.safetensors",
     ):
-        files.write_json(
+        storage.write_json(
             {"weight_map": {name: place for name in names}},
             tmp_path / "model",
             "model.safetensors.index.json",
@@ -768,13 +768,13 @@ def test_keys_and_environment_reach_no_log_and_no_folder(trainers, tmp_path):
 
 def test_a_file_that_grows_whole_is_never_half_there(tmp_path):
     path = str(tmp_path / "rows.jsonl")
-    files.write_jsonl([{"a": 1}], path)
+    storage.write_jsonl([{"a": 1}], path)
     with pytest.raises(SystemExit, match="cannot be written"):
-        files.write_jsonl([{"a": object()}], path)
-    assert files.read_jsonl(path) == [{"a": 1}]
+        storage.write_jsonl([{"a": object()}], path)
+    assert storage.read_jsonl(path) == [{"a": 1}]
     save_file({"x": torch.zeros(3)}, tmp_path / "x.safetensors")
     os.mkdir(tmp_path / "new")
     shutil.move(tmp_path / "x.safetensors", tmp_path / "new" / "x.safetensors")
-    files.put_folder(str(tmp_path / "new"), str(tmp_path / "there"))
-    assert files.damage(str(tmp_path / "there")) == "" and not os.path.exists(tmp_path / "new")
+    storage.put_folder(str(tmp_path / "new"), str(tmp_path / "there"))
+    assert storage.damage(str(tmp_path / "there")) == "" and not os.path.exists(tmp_path / "new")
     assert parallel.rank() == 0

@@ -9,7 +9,9 @@ import pytest
 import torch
 from conftest import run
 
-from nanosafe import build, checkpoint, data, parallel, scorers, tokenizer
+from nanosafe import checkpoint, data, parallel, tokenizer
+from nanosafe.data import template
+from nanosafe.phf import scorers
 
 WORLD = parallel.World(0, 1, torch.device("cpu"), True)
 
@@ -165,7 +167,7 @@ def test_answers_with_scores_are_what_rrhf_takes(make, world, tmp_path):
     assert [r["answers"] for r in two] == [r["answers"] for r in rows]  # whoever samples them
     for a, b in zip(rows, two):
         assert a["scores"] == pytest.approx(b["scores"], abs=1e-5)
-    ids = build.encode([rows[0]["input"], rows[0]["answers"][0]], tok)[0]
+    ids = template.encode([rows[0]["input"], rows[0]["answers"][0]], tok)[0]
     forms = [ids, ids[:-1]]  # ended by itself, or cut
     scores = [
         model(torch.tensor(x), torch.tensor([0, len(x)], dtype=torch.int32), len(x))[-1].item()

@@ -6,8 +6,10 @@ import pytest
 import sentencepiece
 from conftest import ROOT
 
-from nanosafe import demo, tokenizer
-from nanosafe.files import read_json, write_json
+from nanosafe import tokenizer
+from nanosafe.tokenizer import special_tokens, spm
+from nanosafe.tools import demo
+from nanosafe.storage import read_json, write_json
 
 LLAMA = os.path.join(ROOT, "..", "shared", "data", "llama-tokenizer", "tokenizer.model")
 needs_llama = pytest.mark.skipif(not os.path.exists(LLAMA), reason="needs LLaMA's tokenizer.model")
@@ -90,8 +92,8 @@ def test_a_missing_or_broken_file_stops_with_one_line(tmp_path):
 )
 def test_llama_s_known_ids(legacy, text, ids):
     with open(LLAMA, "rb") as f:
-        engine = tokenizer.Pieces(f.read(), {"legacy": legacy})
-    assert tokenizer.Tokenizer(engine, engine.added).encode(text) == ids
+        engine = spm.Pieces(f.read(), {"legacy": legacy})
+    assert special_tokens.Tokenizer(engine, engine.added).encode(text) == ids
 
 
 def sentencepiece_folder(

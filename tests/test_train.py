@@ -13,7 +13,8 @@ import pytest
 import torch
 from conftest import ROOT, rows_of, run, same_state, small_config
 
-from nanosafe import checkpoint, demo, tokenizer
+from nanosafe import checkpoint, tokenizer
+from nanosafe.tools import demo
 from nanosafe.checkpoint import scratch
 
 

@@ -4,9 +4,9 @@ $ python data/alpaca/prepare.py                                  # 52,002 demons
 $ python data/alpaca/prepare.py --raw=FOLDER --out=data/lima     # another set in the same layout"""
 
 from configurator import configure
-from nanosafe import fetch
+from nanosafe.tools import download
 
-config = configure(globals(), vars(fetch))
+config = configure(globals(), vars(download))
 
 
 def to_record(row):
@@ -19,4 +19,4 @@ def to_record(row):
 
 
 URL = "https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/main/alpaca_data.json"
-fetch.prepare(__file__, to_record, config, url=URL)
+download.prepare(__file__, to_record, config, url=URL)

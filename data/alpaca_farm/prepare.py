@@ -4,10 +4,10 @@ $ python data/alpaca_farm/prepare.py                     # people's, about 10,00
 $ python data/alpaca_farm/prepare.py --judge=gpt4        # or noisy_multi: simulated people"""
 
 from configurator import configure
-from nanosafe import fetch
+from nanosafe.tools import download
 
 judge = "human"  # human | gpt4 | noisy_multi
-config = configure(globals(), vars(fetch))
+config = configure(globals(), vars(download))
 
 
 def to_record(row):
@@ -23,4 +23,4 @@ def to_record(row):
     }
 
 
-fetch.prepare(__file__, to_record, config, release="judge")
+download.prepare(__file__, to_record, config, release="judge")

@@ -6,16 +6,16 @@ $ python data/beavertails/prepare.py --version=330k
 $ python data/beavertails/prepare.py --only_safe=True    # demonstrations"""
 
 from configurator import configure
-from nanosafe import fetch
+from nanosafe.tools import download
 
 version = "30k"  # 30k | 330k
 only_safe = False  # keep safe answers only
-config = configure(globals(), vars(fetch))
+config = configure(globals(), vars(download))
 
 
 def to_record(row):
     """The kinds of harm that are marked go along, by name."""
-    safe = fetch.label(row["is_safe"])
+    safe = download.label(row["is_safe"])
     if only_safe and not safe:
         raise ValueError("unsafe, and only_safe is set")
     return {
@@ -26,4 +26,4 @@ def to_record(row):
     }
 
 
-fetch.prepare(__file__, to_record, config, release="version")
+download.prepare(__file__, to_record, config, release="version")

@@ -3,13 +3,13 @@
 $ python data/firefly/prepare.py                     # 1.1 GB, about 1.1 million demonstrations"""
 
 from configurator import configure
-from nanosafe import fetch
+from nanosafe.tools import download
 
-config = configure(globals(), vars(fetch))
+config = configure(globals(), vars(download))
 
 
 def to_record(row):
     return {"input": row["input"], "answer": row["target"]}
 
 
-fetch.prepare(__file__, to_record, config)
+download.prepare(__file__, to_record, config)

@@ -10,13 +10,13 @@ preferred dialogues; the four together all/ and all-dialogue/. processed-hh-rlhf
 import os
 import re
 from configurator import configure
-from nanosafe import fetch
-from nanosafe.files import stop
+from nanosafe.tools import download
+from nanosafe.errors import stop
 
 SUBSETS = ("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled", "all")
 
 subset = "all"  # harmless-base | helpful-base | helpful-online | helpful-rejection-sampled | all
-config = configure(globals(), vars(fetch))
+config = configure(globals(), vars(download))
 
 MARK = re.compile(r"\n\n(Human|Assistant):")
 
@@ -49,7 +49,7 @@ def to_record(row):
 
 
 def to_dialogue(row):
-    record = fetch.checked(to_record(row))
+    record = download.checked(to_record(row))
     return {"dialogue": [*record["input"], record["answer"]]}
 
 
@@ -59,4 +59,4 @@ folder = config["out"] or os.path.dirname(os.path.abspath(__file__))
 for name in SUBSETS if subset == "all" else (subset,):
     for make, ending in ((to_record, ""), (to_dialogue, "-dialogue")):
         config.update(subset=name, out=os.path.join(folder, name + ending))
-        fetch.prepare(__file__, make, config, release="subset")
+        download.prepare(__file__, make, config, release="subset")

@@ -5,10 +5,10 @@ $ python data/moss/prepare.py --version=002          # moss-002-sft -> data/moss
 
 import re
 from configurator import configure
-from nanosafe import fetch
+from nanosafe.tools import download
 
 version = "003"  # 003 (turns with their roles) | 002 (one text per dialogue)
-config = configure(globals(), vars(fetch))
+config = configure(globals(), vars(download))
 
 TURN = re.compile(r"\[(Human|MOSS)\]:\s*(.*?)\s*<eo[ha]>", re.DOTALL)
 
@@ -32,4 +32,4 @@ def to_record(row):
     return {"dialogue": turns}
 
 
-fetch.prepare(__file__, to_record, config, release="version")
+download.prepare(__file__, to_record, config, release="version")

@@ -4,11 +4,11 @@
 $ python data/phf/prepare.py --task=pep8 --raw=FOLDER    # -> data/phf/pep8"""
 
 from configurator import configure
-from nanosafe import fetch
-from nanosafe.documents import check
+from nanosafe.tools import download
+from nanosafe.phf.documents import check
 
 task = "toxicity"  # toxicity | pii | pep8
-config = configure(globals(), vars(fetch))
+config = configure(globals(), vars(download))
 
 
 def to_record(row):
@@ -18,4 +18,4 @@ def to_record(row):
     return {**record, "avg_score": sum(record["scores"]) / len(record["scores"])}
 
 
-fetch.prepare(__file__, to_record, config, release="task")
+download.prepare(__file__, to_record, config, release="task")

@@ -4,10 +4,10 @@ $ python data/pku_saferlhf/prepare.py                       # the current releas
 $ python data/pku_saferlhf/prepare.py --version=10k         # 1.7 MB -> data/pku_saferlhf/10k"""
 
 from configurator import configure
-from nanosafe import fetch
+from nanosafe.tools import download
 
 version = "v1"  # v1 (2024) | v0 (2023, what Beaver was trained on) | 10k | 30k
-config = configure(globals(), vars(fetch))
+config = configure(globals(), vars(download))
 
 
 def to_record(row):
@@ -16,13 +16,13 @@ def to_record(row):
         "input": row["prompt"],
         "answer": row["response_0"],
         "other_answer": row["response_1"],
-        "is_safe": fetch.label(row["is_response_0_safe"]),
-        "is_other_safe": fetch.label(row["is_response_1_safe"]),
+        "is_safe": download.label(row["is_response_0_safe"]),
+        "is_other_safe": download.label(row["is_response_1_safe"]),
     }
     for ours, theirs in (("better", "better_response_id"), ("safer", "safer_response_id")):
         if row.get(theirs) is not None:
-            record[ours] = not fetch.label(row[theirs])
+            record[ours] = not download.label(row[theirs])
     return record
 
 
-fetch.prepare(__file__, to_record, config, release="version")
+download.prepare(__file__, to_record, config, release="version")

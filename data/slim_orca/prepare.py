@@ -4,10 +4,10 @@ $ python data/slim_orca/prepare.py                       # 986 MB, 517,982 dialo
 $ python data/slim_orca/prepare.py --version=dedup       # Open-Orca/SlimOrca-Dedup"""
 
 from configurator import configure
-from nanosafe import fetch
+from nanosafe.tools import download
 
 version = "full"  # full | dedup
-config = configure(globals(), vars(fetch))
+config = configure(globals(), vars(download))
 
 ROLES = {"human": "user", "gpt": "assistant"}  # the others have these names
 
@@ -28,4 +28,4 @@ def to_record(row):
     return {"dialogue": turns}
 
 
-fetch.prepare(__file__, to_record, config, release="version")
+download.prepare(__file__, to_record, config, release="version")

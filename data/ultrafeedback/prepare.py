@@ -6,9 +6,9 @@ $ python data/ultrafeedback/prepare.py --raw=FOLDER      # also the binarized se
 
 import math
 from configurator import configure
-from nanosafe import fetch
+from nanosafe.tools import download
 
-config = configure(globals(), vars(fetch))
+config = configure(globals(), vars(download))
 
 
 def to_record(row):
@@ -38,4 +38,4 @@ def to_record(row):
     }
 
 
-fetch.prepare(__file__, to_record, config)
+download.prepare(__file__, to_record, config)

@@ -10,14 +10,16 @@ import csv
 import hashlib
 import itertools
 from configurator import configure
-from nanosafe import plot
-from nanosafe.build import conversations
+from nanosafe.tools import plot
+from nanosafe.data.examples import conversations
 from nanosafe.data import load
-from nanosafe.eval.measures import bradley_terry, interval, quadrants, win_rates
-from nanosafe.files import make_folder, stop, table, write_json, write_jsonl
+from nanosafe.eval.statistics import bradley_terry, interval, quadrants, win_rates
+from nanosafe.storage import make_folder, write_json, write_jsonl
+from nanosafe.errors import stop
+from nanosafe.printing import table
 from nanosafe.parallel import close, init
-from nanosafe.reference import Policy, name_of, precision
-from nanosafe.scorers import ScoreModel
+from nanosafe.inference import Policy, name_of, precision
+from nanosafe.inference import ScoreModel
 from nanosafe.tokenizer import load as load_tokenizer
 
 red = ""  # the policy to beat: a model folder

@@ -12,10 +12,12 @@ import re
 import numpy as np
 from tqdm import tqdm
 from configurator import configure
-from nanosafe.eval.measures import calibration
-from nanosafe.files import make_folder, stop, table, untrusted, write_json
+from nanosafe.eval.statistics import calibration
+from nanosafe.storage import make_folder, write_json
+from nanosafe.errors import stop, untrusted
+from nanosafe.printing import table
 from nanosafe.parallel import close, init
-from nanosafe.reference import Policy, response_logps
+from nanosafe.inference import Policy, response_logps
 
 model = "out/demo/sft/model"  # the policy's folder
 tasks = "data/bigbench"  # a task's .json, or a folder of tasks

@@ -21,19 +21,12 @@ from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from tqdm import tqdm
 from configurator import configure
-from nanosafe.build import check_text
-from nanosafe.files import (
-    make_folder,
-    read_json,
-    read_jsonl,
-    stop,
-    table,
-    untrusted,
-    write_json,
-    write_jsonl,
-)
+from nanosafe.data.examples import check_text
+from nanosafe.storage import make_folder, read_json, read_jsonl, write_json, write_jsonl
+from nanosafe.errors import stop, untrusted
+from nanosafe.printing import table
 from nanosafe.parallel import barrier, close, init
-from nanosafe.reference import Policy
+from nanosafe.inference import Policy
 
 HERE = Path(__file__).parent
 

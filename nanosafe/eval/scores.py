@@ -8,14 +8,16 @@ Writes scores.jsonl (texts, scores, labels, the worst mistake first), summary.js
 from collections import Counter
 import numpy as np
 from configurator import configure
-from nanosafe import plot
-from nanosafe.build import conversations, encode, usable
-from nanosafe.eval.measures import calibration, interval
-from nanosafe.files import choose, make_folder, stop, write_json, write_jsonl
+from nanosafe.tools import plot
+from nanosafe.data.examples import conversations, usable
+from nanosafe.data.template import encode
+from nanosafe.eval.statistics import calibration, interval
+from nanosafe.errors import choose, stop
+from nanosafe.storage import make_folder, write_json, write_jsonl
 from nanosafe.parallel import close, init
-from nanosafe.reference import precision
-from nanosafe.rows import load_rows
-from nanosafe.scorers import ScoreModel
+from nanosafe.inference import precision
+from nanosafe.data.reader import load_rows
+from nanosafe.inference import ScoreModel
 
 model = "out/demo/cost/model"  # the score model's folder
 objective = "auto"  # reward | cost; auto: what its config.json says
