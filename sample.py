@@ -8,13 +8,13 @@ $ python sample.py --model=... --prompt="..." --best_of=8 --reward_model=out/dem
 $ python sample.py --prompts=toy/prompts --num_samples=8 --reward_model=R --write=sft --out=F"""
 
 from configurator import configure
-from nanosafe.data.examples import conversations
+from nanosafe.data.examples import parse_record
 from nanosafe.chat import Screen, chat, interruptible
 from nanosafe.data import load
-from nanosafe.errors import choose, stop, untrusted
+from nanosafe.errors import choose, stop, one_line_errors
 from nanosafe.storage import write_jsonl
 from nanosafe.parallel import close, init
-from nanosafe.inference import Policy, precision
+from nanosafe.inference import Policy, choose_dtype
 from nanosafe.rollout import generate
 from nanosafe.inference import ScoreModel
 
@@ -76,7 +76,7 @@ policies = [
     for path in corners.values()
 ]
 scorers = {
-    name: ScoreModel(path, world, precision(dtype, world), max_tokens)
+    name: ScoreModel(path, world, choose_dtype(dtype, world), max_tokens)
     for name, path in (("reward", reward_model), ("cost", cost_model))
     if path
 }
@@ -175,11 +175,11 @@ def rows_of(turns, texts, scores):
 
 asked = [[prompt]] if prompt else []  # each prompt a list of turns
 if prompts.endswith(".txt"):
-    with untrusted(prompts), open(prompts, encoding="utf-8-sig") as f:
+    with one_line_errors(prompts), open(prompts, encoding="utf-8-sig") as f:
         asked += [[line.rstrip("\n")] for line in f if line.strip()]
 for row in load(prompts) if prompts and not prompts.endswith(".txt") else ():
     try:
-        asked += conversations(row, "prompts")[0]
+        asked += parse_record(row, "prompts")[0]
     except ValueError as error:
         print(f"a row is left out: {error}")
 if prompts and not asked:

@@ -28,21 +28,21 @@ from nanosafe.data.batching import (
     collate,
     count_steps,
     examples_at,
-    order,
-    plan,
-    responses_of,
+    shuffled_order,
+    plan_micro_batches,
+    gather_responses,
 )
-from nanosafe.parallel import add, backward, init, places
+from nanosafe.parallel import all_reduce_sum, backward, init, choose_placements
 from nanosafe.rl import (
-    SCALINGS,
+    REWARD_SCALINGS,
     LagrangeMultiplier,
     RunningMeanStd,
-    adapted,
+    adapt_kl_coef,
     gae,
     group_advantages,
     mix_advantages,
     normalize,
-    scaled,
+    scale_rewards,
     shaped_costs,
     shaped_rewards,
 )
@@ -136,7 +136,7 @@ config = configure(globals())
 choose("actor_lr_schedule", actor_lr_schedule, optim.SCHEDULES)
 choose("critic_lr_schedule", critic_lr_schedule, optim.SCHEDULES)
 choose("advantage", advantage, ("gae", "rloo", "grpo"))
-choose("reward_scaling", reward_scaling, SCALINGS)
+choose("reward_scaling", reward_scaling, REWARD_SCALINGS)
 if advantage != "gae" and num_samples < 2:
     stop(
         f"advantage={advantage!r} compares a prompt's responses with each other: num_samples="
@@ -146,7 +146,7 @@ world = init(device, config)
 per_rollout = rollout_size * num_samples
 if per_rollout % batch_size:
     stop(f"rollout_size * num_samples = {per_rollout} is no multiple of batch_size={batch_size}")
-resume = run_state.claim(config, save)
+resume = run_state.open_run_folder(config, save)
 tok = load_tokenizer(actor_model)
 paths = {"reward": reward_model, **({"cost": cost_model} if cost_model else {})}
 toks = {name: load_tokenizer(path) for name, path in paths.items()}
@@ -163,7 +163,7 @@ asked = tokenize(prompts, tok, "prompts", max_len - 1)
 ptx = tokenize(ptx_data, tok, "sft", max_len, max_tokens) if ptx_data else None
 
 size = checkpoint.count_parameters(actor_model)
-trained_place, frozen_place = places(
+trained_place, frozen_place = choose_placements(
     world,
     dtype,
     parallel,
@@ -182,7 +182,7 @@ def frozen(path, head, kind=None, normalize=False):
 
 def trained(path, head, score_type, weight_decay):
     model = checkpoint.load(path, head, place=trained_place, score_type=score_type)
-    return model, optim.adamw(model, weight_decay, beta1, beta2)
+    return model, optim.make_adamw(model, weight_decay, beta1, beta2)
 
 
 ref = frozen(actor_model, "lm")
@@ -229,16 +229,16 @@ def packed(rows, texts, starts):
 def forward(model, batch, begins, R):
     """Log-probabilities of packed() responses' tokens, or a critic's values: (rows, R)."""
     x = model(*batch, log_temperature) if model.head == "lm" else model(*batch[:3])
-    return responses_of(x, batch, begins, R)
+    return gather_responses(x, batch, begins, R)
 
 
 @torch.no_grad()
 def per_token(model, texts, starts, R):
     """forward() of all responses (B, R), on every rank."""
     out = torch.zeros(len(texts), R, device=world.device)
-    for rows in plan([len(t) for t in texts], max_tokens, world.size)[world.rank]:
+    for rows in plan_micro_batches([len(t) for t in texts], max_tokens, world.size)[world.rank]:
         out[rows] = forward(model, *packed(rows, texts, starts), R)
-    return add(out)
+    return all_reduce_sum(out)
 
 
 def end_scores(model, texts, model_tok):
@@ -321,7 +321,7 @@ while step < steps:
             monitor.say(f"step {step}: the {name} model gives some responses no number")
         signal = scores[name]
         if name == "reward":
-            signal = scaled(signal, moments, reward_scaling, reward_clip or unbounded)
+            signal = scale_rewards(signal, moments, reward_scaling, reward_clip or unbounded)
         tokenwise = shaped(signal, old_logps, ref_logps, mask, kl_weight, clip_score or unbounded)
         if critics:
             values = per_token(models[f"{name}_critic"][0], texts, starts, R)
@@ -365,13 +365,15 @@ while step < steps:
         mixed = normalize(mixed, mask)
     mixed = mixed - entropy_coef * old_logps  # the entropy's gradient is E[-log p grad log p]
     if kl_target and policy_learns:
-        kl_weight = adapted(kl_weight, metrics["kl"].item(), kl_target, per_rollout, kl_horizon)
+        kl_weight = adapt_kl_coef(
+            kl_weight, metrics["kl"].item(), kl_target, per_rollout, kl_horizon
+        )
     metrics["rollout_seconds"] = time.perf_counter() - began
 
     # 6. updates: minibatches of the rollout
     for begin in range(0, ppo_epochs * per_rollout, batch_size):
         epoch, first = divmod(begin, per_rollout)
-        chosen = order(per_rollout, epoch, hash64(seed, rollout))[
+        chosen = shuffled_order(per_rollout, epoch, hash64(seed, rollout))[
             first : first + batch_size
         ].tolist()
         sums = {
@@ -383,7 +385,9 @@ while step < steps:
                 *(f"{name}_loss" for name in ("actor", "ptx", *targets)),
             )
         }
-        micros = plan([len(texts[i]) for i in chosen], max_tokens, world.size)[world.rank]
+        micros = plan_micro_batches([len(texts[i]) for i in chosen], max_tokens, world.size)[
+            world.rank
+        ]
         for k, micro in enumerate(micros):
             rows = [chosen[j] for j in micro]
             share, last, m = len(rows) / batch_size, k == len(micros) - 1, mask[rows]
@@ -416,7 +420,9 @@ while step < steps:
         if ptx and policy_learns:  # stay a good language model: demonstrations join the gradient
             examples = examples_at(step, len(ptx), batch_size, seed)
             count = int(ptx.targets[examples].sum())
-            micros = plan(ptx.lengths[examples].tolist(), max_tokens, world.size)[world.rank]
+            micros = plan_micro_batches(ptx.lengths[examples].tolist(), max_tokens, world.size)[
+                world.rank
+            ]
             for k, micro in enumerate(micros):
                 batch = ptx.batch([examples[j] for j in micro], world.device)
                 m = batch.targets >= 0
@@ -424,7 +430,7 @@ while step < steps:
                 backward(actor, loss * ptx_coef * actor_weight, k == len(micros) - 1)
                 sums["ptx_loss"] += loss.detach()
 
-        losses = dict(zip(sums, add(torch.stack(list(sums.values()))).tolist()))
+        losses = dict(zip(sums, all_reduce_sum(torch.stack(list(sums.values()))).tolist()))
         if max_ratio and losses["ratio"] > max_ratio:
             actor.zero_grad(set_to_none=True)
             monitor.say(f"step {step}: mean ratio {losses['ratio']:.3g}: the actor is not moved")
@@ -439,12 +445,12 @@ while step < steps:
         norms = {}
         for name, (model, optimizer) in models.items():
             lr = lrs["actor_lr" if name == "actor" else "critic_lr"]
-            norms[f"{name}_grad_norm"] = optim.step(
+            norms[f"{name}_grad_norm"] = optim.guarded_step(
                 model, optimizer, lr, grad_clip, f"step {step}, {name}"
             )
         skips = optim.count_skips(skips, max_skips, *norms.values())
         if ema:
-            optim.follow(average["model_ema"][0], actor, ema)
+            optim.update_ema(average["model_ema"][0], actor, ema)
 
         if step % log_interval == 0 or step + 1 == steps:
             monitor.log(

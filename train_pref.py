@@ -19,11 +19,17 @@ from nanosafe import checkpoint, optim, printing
 from nanosafe.checkpoint import run_state
 from nanosafe.data import tokenize
 from nanosafe.errors import choose, stop
-from nanosafe.losses import cost_loss, dpo_loss, ipo_loss, mean, reward_loss, rrhf_loss
+from nanosafe.losses import cost_loss, dpo_loss, ipo_loss, mean_or_zero, reward_loss, rrhf_loss
 from nanosafe.monitor import Monitor
-from nanosafe.data.batching import count_steps, examples_at, plan, responses_of, sequence_sums
-from nanosafe.parallel import add, backward, init, places
-from nanosafe.inference import Samples, cached_logps
+from nanosafe.data.batching import (
+    count_steps,
+    examples_at,
+    plan_micro_batches,
+    gather_responses,
+    sum_per_sequence,
+)
+from nanosafe.parallel import all_reduce_sum, backward, init, choose_placements
+from nanosafe.inference import ReferenceSamples, cached_reference_logps
 from nanosafe.rl import ExponentialMovingAverage, RunningMeanStd
 from nanosafe.tokenizer import load as load_tokenizer
 
@@ -90,13 +96,15 @@ if beta <= 0 or not 0 <= label_smoothing < 0.5:
     stop(f"beta={beta}, label_smoothing={label_smoothing}: above 0, and from 0 to below 0.5")
 scored = objective in SCORED
 world = init(device, config)
-resume = run_state.claim(config, save)
+resume = run_state.open_run_folder(config, save)
 tok = load_tokenizer(init_from)
 task = objective if scored else "rank" if objective == "rrhf" else "reward"
 train = tokenize(data, tok, task, max_len, max_tokens)
 held_out = tokenize(eval_data, tok, task, max_len, max_tokens) if eval_data else None
 size = checkpoint.count_parameters(init_from)
-place, _ = places(world, dtype, parallel, offload, use_compile, activation_checkpointing, size)
+place, _ = choose_placements(
+    world, dtype, parallel, offload, use_compile, activation_checkpointing, size
+)
 head = "lm" if not scored else "both" if lm_coef else "score"
 model = checkpoint.load(
     init_from,
@@ -107,17 +115,17 @@ model = checkpoint.load(
     score_type=objective if scored else None,
 )
 model.config.do_normalize = False  # scores are trained raw; their moments are kept beside
-optimizer = optim.adamw(model, weight_decay, beta1, beta2)
+optimizer = optim.make_adamw(model, weight_decay, beta1, beta2)
 moments = ExponentialMovingAverage(normalizer_momentum) if normalizer == "ema" else RunningMeanStd()
 
 # The reference is the model before its first step: what it says is kept, no second one is held.
 reference, samples = {}, None
 if objective in ("dpo", "ipo") and not reference_free:
     for dataset in filter(None, (train, held_out)):
-        reference[dataset] = cached_logps(model, init_from, dataset, max_tokens, world)
+        reference[dataset] = cached_reference_logps(model, init_from, dataset, max_tokens, world)
 if not scored and held_out and eval_samples:
     chosen = [held_out.sequence(i) for i in range(min(eval_samples, len(held_out)))]
-    samples = Samples(
+    samples = ReferenceSamples(
         model,
         [ids[: np.argmax(mask)].tolist() for ids, mask in chosen],
         world,
@@ -133,7 +141,7 @@ if resume:
     state = run_state.load(out_dir, {"model": (model, optimizer)})
     start, skips = state["step"], state["skips"]
     vars(moments).update(state["moments"])
-printing.tell(
+printing.print_once(
     f"{size / 1e6:.1f} M parameters, {place.layout}, computing in {place.compute_dtype}; {steps} "
     f"steps of {batch_size} examples over {world.size} ranks, {max_tokens} tokens per forward"
 )
@@ -150,22 +158,24 @@ def judge(dataset, examples):
         ends = scores[(batch.cu_seqlens[1:].long() - 1)[: 2 * n]].view(2, n)
         first, second, mask = *ends, None
         if token_wise:
-            first, second = responses_of(scores, batch, [1] * 2 * n, batch.max_seqlen).chunk(2)
+            first, second = gather_responses(scores, batch, [1] * 2 * n, batch.max_seqlen).chunk(2)
             mask = differing(dataset, examples, batch.max_seqlen)
         if objective == "reward":
             loss = reward_loss(first, second, regularization, mask, margin)
         else:
             loss = cost_loss(first, second, *labels.T, regularization, mask)
         if lm_coef:
-            loss = loss - lm_coef * mean((sequence_sums(logps, batch) / tokens_of(batch))[:n])
+            loss = loss - lm_coef * mean_or_zero(
+                (sum_per_sequence(logps, batch) / tokens_of(batch))[:n]
+            )
         return loss, ends.T
     there = ~labels.isnan().T  # (width, n): the sequences lie end to end, part by part
     place_in = lambda x: x.new_zeros(width, n).masked_scatter(there, x[: int(there.sum())]).T
-    logps = place_in(sequence_sums(model(*batch), batch))  # (n, width)
+    logps = place_in(sum_per_sequence(model(*batch), batch))  # (n, width)
     lengths = place_in(tokens_of(batch)).clamp(min=1)
     if objective == "rrhf":
         rrhf = [rrhf_loss(*(x[i, there[:, i]] for x in (logps, lengths, labels))) for i in range(n)]
-        return mean(torch.stack(rrhf) if rrhf else logps.sum(1)), logps / lengths
+        return mean_or_zero(torch.stack(rrhf) if rrhf else logps.sum(1)), logps / lengths
     ref = reference[dataset][examples] if reference else torch.zeros_like(logps)
     if objective == "dpo":
         return dpo_loss(*logps.T, *ref.T, beta, label_smoothing), beta * (logps - ref)
@@ -175,7 +185,7 @@ def judge(dataset, examples):
 
 def tokens_of(batch):
     """How many tokens each response has, its EOS among them (B,)."""
-    return sequence_sums((batch.targets >= 0).float(), batch).clamp(min=1)
+    return sum_per_sequence((batch.targets >= 0).float(), batch).clamp(min=1)
 
 
 def differing(dataset, examples, L):
@@ -219,11 +229,14 @@ def describe(x, labels):
 def evaluate():
     """The loss of the held-out data, describe() of it, and the KL from the reference."""
     x, total = torch.zeros(held_out.labels.shape, device=world.device), torch.zeros(())
-    for micro in plan(held_out.lengths.tolist(), max_tokens, world.size)[world.rank]:
+    for micro in plan_micro_batches(held_out.lengths.tolist(), max_tokens, world.size)[world.rank]:
         loss, x[micro] = judge(held_out, micro)
         total += loss.cpu() * len(micro) / len(held_out)
     labels = torch.tensor(held_out.labels, device=world.device)
-    metrics = {"loss": add(total.to(world.device)).item(), **describe(add(x), labels)}
+    metrics = {
+        "loss": all_reduce_sum(total.to(world.device)).item(),
+        **describe(all_reduce_sum(x), labels),
+    }
     if samples:
         metrics["kl"] = samples.kl(model)
     return {f"eval_{name}": value for name, value in metrics.items()}
@@ -258,7 +271,9 @@ for step in range(start, steps):
     labels = torch.tensor(train.labels[examples], device=world.device)  # (batch_size, width)
     x = torch.zeros(labels.shape, device=world.device)
     loss_sum = torch.zeros((), device=world.device)
-    micros = plan(train.lengths[examples].tolist(), max_tokens, world.size)[world.rank]
+    micros = plan_micro_batches(train.lengths[examples].tolist(), max_tokens, world.size)[
+        world.rank
+    ]
     for i, micro in enumerate(micros):
         loss, judged = judge(train, [examples[j] for j in micro])
         # times this micro-batch's share of the pairs: the sum over all is the mean over the batch
@@ -267,15 +282,15 @@ for step in range(start, steps):
         x[micro] = judged.detach()
         loss_sum += loss.detach()
     lr = optim.learning_rate_at(step, steps, learning_rate, lr_schedule, warmup_ratio)
-    grad_norm = optim.step(model, optimizer, lr, grad_clip, f"step {step}")
+    grad_norm = optim.guarded_step(model, optimizer, lr, grad_clip, f"step {step}")
     skips = optim.count_skips(skips, max_skips, grad_norm)
-    x = add(x)
+    x = all_reduce_sum(x)
     if scored and torch.isfinite(x).all():
         moments.update(x.flatten())
 
     tokens = int(train.lengths[examples].sum())
     metrics = {
-        "loss": add(loss_sum).item(),
+        "loss": all_reduce_sum(loss_sum).item(),
         **describe(x, labels),
         "grad_norm": grad_norm,
         "tokens": tokens,

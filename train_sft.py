@@ -19,15 +19,15 @@ from nanosafe import checkpoint, optim, printing
 from nanosafe.checkpoint import run_state
 from nanosafe.phf import scorers
 from nanosafe.data import load, tokenize
-from nanosafe.tokenizer.special_tokens import ALIGNED, control_ids, with_control_tokens
-from nanosafe.phf.documents import scores_of
-from nanosafe.errors import choose, stop, untrusted
+from nanosafe.tokenizer.special_tokens import ALIGNED, control_token_ids, add_control_tokens
+from nanosafe.phf.documents import target_scores
+from nanosafe.errors import choose, stop, one_line_errors
 from nanosafe.losses import awr_loss, mle_loss, unlikelihood_loss
 from nanosafe.model import Config
 from nanosafe.monitor import Monitor
-from nanosafe.data.batching import count_steps, examples_at, plan
-from nanosafe.parallel import add, backward, init, local_rows, places
-from nanosafe.inference import Samples, response_logps
+from nanosafe.data.batching import count_steps, examples_at, plan_micro_batches
+from nanosafe.parallel import all_reduce_sum, backward, init, local_rows, choose_placements
+from nanosafe.inference import ReferenceSamples, sum_response_logps
 from nanosafe.rollout import sample_all
 from nanosafe.tokenizer import load as load_tokenizer
 
@@ -99,10 +99,10 @@ if objective != "mle" and not documents:
     stop(f"objective={objective!r} needs documents with scores: --documents=True and their data")
 choose("lr_schedule", lr_schedule, optim.SCHEDULES)
 world = init(device, config)
-resume = run_state.claim(config, save)
+resume = run_state.open_run_folder(config, save)
 from_scratch = init_from == "scratch"
 tok = load_tokenizer(tokenizer if from_scratch else init_from)
-tok = with_control_tokens(tok) if objective == "conditional" else tok
+tok = add_control_tokens(tok) if objective == "conditional" else tok
 task, method, compared = "documents" if documents else "sft", (), ()
 if objective in ("filter", "conditional"):
     method = objective, score_threshold, drop_fraction
@@ -120,29 +120,31 @@ shape = Config(
     initializer_range=hidden_size**-0.5,
 )  # about 0.02 at 7B's width
 size = checkpoint.count_parameters(shape if from_scratch else init_from)
-place, _ = places(world, dtype, parallel, offload, use_compile, activation_checkpointing, size)
+place, _ = choose_placements(
+    world, dtype, parallel, offload, use_compile, activation_checkpointing, size
+)
 head = "both" if objective == "awr" else "lm"
 if from_scratch:
-    model = checkpoint.scratch(shape, head, seed=seed, place=place)
+    model = checkpoint.init_from_scratch(shape, head, seed=seed, place=place)
 else:
     model = checkpoint.load(init_from, head, place=place, vocab_size=tok.vocab_size)
 if objective == "awr":
     local_rows(model.score_head.weight)[0].zero_()  # every value is -sigmoid(0) at first
-optimizer = optim.adamw(model, weight_decay, beta1, beta2)
+optimizer = optim.make_adamw(model, weight_decay, beta1, beta2)
 
 steps = count_steps(len(train), batch_size, epochs, max_steps)
 start = skips = 0
 if resume:
     state = run_state.load(out_dir, {"model": (model, optimizer)})
     start, skips = state["step"], state["skips"]
-printing.tell(
+printing.print_once(
     f"{size / 1e6:.1f} M parameters, {place.layout}, computing in {place.compute_dtype}; {steps} "
     f"steps of {batch_size} sequences over {world.size} ranks, {max_tokens} tokens per forward"
 )
 
 # What samples continue: a conditional model is asked for aligned text.
 begin = tok.encode(ALIGNED if objective == "conditional" else "", bos=True)
-with untrusted(eval_prompts):
+with one_line_errors(eval_prompts):
     prompts = [row["input"] for row in load(eval_prompts)] if eval_prompts else [""]
 prompts = [prompts[i % len(prompts)] for i in range(eval_samples)]
 asked = [tok.encode_suffix(text) for text in prompts]
@@ -150,13 +152,13 @@ sampling = {
     "temperature": eval_temperature,
     "top_p": eval_top_p,
     "eos_ids": tok.eos_ids,
-    "banned": control_ids(tok),
+    "banned": control_token_ids(tok),
 }
-score = scorers.load(scorer, world) if scorer else None
+score = scorers.load_scorer(scorer, world) if scorer else None
 if reference:
     if not eval_samples or load_tokenizer(reference).engine.identity != tok.engine.identity:
         stop(f"reference={reference!r} needs eval_samples, and this model's tokenizer")
-    references = Samples(
+    references = ReferenceSamples(
         checkpoint.load(reference, "lm", dtype=torch.float32, device=world.device),
         [tok.encode("", bos=True) + ids for ids in asked],
         world,
@@ -177,7 +179,7 @@ def loss_of(dataset, examples):
         logps, values = logps[0], -torch.sigmoid(logps[1])  # V is in (-1, 0), as PHF's scores are
     if even:
         return mle_loss(logps, mask), mask.sum()
-    scores = scores_of(dataset, examples, world.device)
+    scores = target_scores(dataset, examples, world.device)
     if objective == "unlikelihood":
         return unlikelihood_loss(logps, scores, mask, score_threshold, alpha), mask.sum()
     weight = alpha if objective == "awr" else 1.0
@@ -190,7 +192,7 @@ def evaluate(step):
     metrics = {}
     if held_out:
         sequences = [held_out.sequence(i) for i in range(len(held_out))]
-        total = response_logps(model, sequences, max_tokens, world).sum().item()
+        total = sum_response_logps(model, sequences, max_tokens, world).sum().item()
         metrics["eval_loss"] = -total / held_out.targets.sum()
     if eval_samples:
         ids = sample_all(
@@ -198,7 +200,7 @@ def evaluate(step):
         )
         texts = [text + tok.decode(x) for text, x in zip(prompts, ids)]
         scores = score(texts) if score else [0.0] * len(texts)
-        found = scorers.statistics(texts, scores, hit_threshold)
+        found = scorers.text_statistics(texts, scores, hit_threshold)
         metrics |= {f"eval_{name}": x for name, x in found.items() if x == x}  # nan: too few
         for text, value in list(zip(texts, scores))[:8]:
             monitor.sample(step, text=text, score=value)
@@ -221,7 +223,7 @@ for step in range(start, steps):
     examples = examples_at(step, len(train), batch_size, seed)
     lengths = train.lengths[examples].tolist()
     count = int(train.targets[examples].sum())  # tokens that carry loss, in the whole batch
-    micros = plan(lengths, max_tokens, world.size)[world.rank]
+    micros = plan_micro_batches(lengths, max_tokens, world.size)[world.rank]
     loss_sum = torch.zeros((), device=world.device)
     for i, micro in enumerate(micros):
         # the mean over this micro-batch's tokens, times its share of all: so the sum over all
@@ -231,12 +233,12 @@ for step in range(start, steps):
         backward(model, loss, last=i == len(micros) - 1)
         loss_sum += loss.detach()
     lr = optim.learning_rate_at(step, steps, learning_rate, lr_schedule, warmup_ratio)
-    grad_norm = optim.step(model, optimizer, lr, grad_clip, f"step {step}")
+    grad_norm = optim.guarded_step(model, optimizer, lr, grad_clip, f"step {step}")
     skips = optim.count_skips(skips, max_skips, grad_norm)
 
     speed = sum(lengths) / (time.perf_counter() - began)
     metrics = {
-        "loss": add(loss_sum).item(),
+        "loss": all_reduce_sum(loss_sum).item(),
         "grad_norm": grad_norm,
         "lr": lr,
         "skips": skips,

@@ -18,7 +18,7 @@ if torch.cuda.is_available():  # FlashAttention-2, packed; elsewhere its import 
     VARLEN_OPTIONS = inspect.signature(varlen_attn).parameters
 
 
-class Packed(NamedTuple):
+class PackedBatch(NamedTuple):
     """Sequences laid end to end, each of which sees itself only, and only backwards."""
 
     cu_seqlens: torch.Tensor  # (B+1,) int32: where each sequence begins, and N at the end
@@ -73,7 +73,7 @@ class Packed(NamedTuple):
         return out.index_select(0, self.rows * L + self.positions) if ragged else out
 
 
-class Step(NamedTuple):
+class DecodeBatch(NamedTuple):
     """One new token for each of the first n cache slots."""
 
     positions: torch.Tensor  # (n,) position of the new token in its sequence
@@ -113,10 +113,10 @@ def pack(cu_seqlens, max_seqlen, n_tokens, slots=None):
         torch.arange(len(lengths), device=lengths.device), lengths, output_size=n_tokens
     )
     positions = torch.arange(n_tokens, device=lengths.device) - cu_seqlens.long()[rows]
-    return Packed(cu_seqlens, max_seqlen, positions, rows, slots)
+    return PackedBatch(cu_seqlens, max_seqlen, positions, rows, slots)
 
 
-def dtype_of(x):
+def attention_dtype(x):
     """What attention is computed in: a CPU's kernel is slower in bfloat16, backward many times."""
     return x.dtype if x.is_cuda else torch.float32
 
@@ -126,15 +126,17 @@ def repeat_heads(q, k, v):
     return (k, v) if groups == 1 else (x.repeat_interleave(groups, dim=1) for x in (k, v))
 
 
-def limit(seqs, config, x):
+def add_window_and_alibi(seqs, config, x):
     """A Packed or Step with what a model's config asks for; x (N, D) has its device and dtype."""
     window, kv = config.sliding_window, config.num_key_value_heads
     slopes = alibi_slopes(config.num_attention_heads, x.device) if config.alibi else None  # (H,)
-    if isinstance(seqs, Step):
+    if isinstance(seqs, DecodeBatch):
         groups = []
         for rows, mask in seqs.groups:
             places = torch.arange(mask.shape[-1], device=x.device)
-            mask = visible(seqs.positions[rows, None, None] - places, window, slopes, dtype_of(x))
+            mask = attention_mask(
+                seqs.positions[rows, None, None] - places, window, slopes, attention_dtype(x)
+            )
             # A bool (n, 1, 1, extent), or what is added to the logits (n, K, H / K, extent).
             groups.append(
                 (rows, mask.view(len(mask), kv, -1, len(places)) if config.alibi else mask[:, None])
@@ -144,10 +146,12 @@ def limit(seqs, config, x):
     if not config.alibi and (window >= seqs.max_seqlen or x.is_cuda and x.dtype != torch.float32):
         return seqs  # nothing to hide, or the kernel knows windows
     places = torch.arange(seqs.max_seqlen, dtype=torch.int32, device=x.device)
-    return seqs._replace(mask=visible(places[:, None] - places, window, slopes, dtype_of(x)))
+    return seqs._replace(
+        mask=attention_mask(places[:, None] - places, window, slopes, attention_dtype(x))
+    )
 
 
-def visible(back, window, slopes, dtype):
+def attention_mask(back, window, slopes, dtype):
     """The mask of keys that are `back` (.., queries, keys) positions behind their query: True where
     it sees them. With slopes (H,), what ALiBi (arXiv:2108.12409) adds to a head's logits."""
     seen = (back >= 0) & (back < window) if window else back >= 0

@@ -18,7 +18,7 @@ def choose(name, value, choices):
 
 
 @contextmanager
-def untrusted(path, done="read"):
+def one_line_errors(path, done="read"):
     """Whatever goes wrong with a file, or a folder, that others made is one line, no traceback."""
     try:
         yield
@@ -40,7 +40,7 @@ SAMPLING = {"slots": "fewer, 64 say", "max_new_tokens": "fewer", "offload": "fro
 TRAINING = {"max_tokens": "fewer", "activation_checkpointing": "True", "offload": "frozen, or all"}
 
 
-def explain(error, knobs, ranks=1):
+def explain_failure(error, knobs, ranks=1):
     """A sentence about an exception that is no mistake in the code, or None."""
     text = " ".join(str(error).split())[:300]
     if isinstance(error, KeyboardInterrupt):

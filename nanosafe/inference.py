@@ -9,30 +9,30 @@ from tqdm import tqdm
 
 from nanosafe import checkpoint, tokenizer
 from nanosafe.checkpoint.folder import Folder
-from nanosafe.data.batching import collate, plan, sequence_sums
-from nanosafe.data.template import encode, retokenize
+from nanosafe.data.batching import collate, plan_micro_batches, sum_per_sequence
+from nanosafe.data.template import encode_conversation, retokenize
 from nanosafe.errors import choose, stop
-from nanosafe.parallel import add, any_rank
+from nanosafe.parallel import all_reduce_sum, any_rank
 from nanosafe.rollout import sample_all
-from nanosafe.storage import whole_file
-from nanosafe.tokenizer.special_tokens import control_ids
+from nanosafe.storage import atomic_write
+from nanosafe.tokenizer.special_tokens import control_token_ids
 
 
 @torch.no_grad()
-def response_logps(model, sequences, max_tokens, world):
+def sum_response_logps(model, sequences, max_tokens, world):
     """Summed log-probabilities (n,) of responses, given as (ids, mask) with their prompts."""
     lengths = [len(ids) for ids, _ in sequences]
     out = torch.zeros(len(sequences), device=world.device)
-    for micro in plan(lengths, max(max_tokens, *lengths), world.size)[world.rank]:
+    for micro in plan_micro_batches(lengths, max(max_tokens, *lengths), world.size)[world.rank]:
         ids, masks = zip(*(sequences[i] for i in micro)) if micro else ([], [])
         batch = collate(ids, masks, world.device)
         logps = model(*batch)
         logps = logps if torch.is_tensor(logps) else logps[0]
-        out[micro] = sequence_sums(logps, batch)[: len(micro)]
-    return add(out)
+        out[micro] = sum_per_sequence(logps, batch)[: len(micro)]
+    return all_reduce_sum(out)
 
 
-def cached_logps(model, path, dataset, max_tokens, world):
+def cached_reference_logps(model, path, dataset, max_tokens, world):
     """response_logps() of a Dataset (n, width) by the model at `path`, kept with its token ids."""
     names = sorted(os.listdir(path)) if os.path.isdir(path) else [""]
     stats = [os.stat(os.path.join(path, name) if name else path) for name in names]
@@ -51,14 +51,14 @@ def cached_logps(model, path, dataset, max_tokens, world):
     there = ~np.isnan(dataset.labels)
     logps = torch.zeros(there.shape, device=world.device)
     sequences = [dataset.sequence(*place) for place in zip(*there.nonzero())]
-    logps[torch.from_numpy(there)] = response_logps(model, sequences, max_tokens, world)
+    logps[torch.from_numpy(there)] = sum_response_logps(model, sequences, max_tokens, world)
     if world.main:
-        with whole_file(file, "wb") as f:
+        with atomic_write(file, "wb") as f:
             np.save(f, logps.cpu().numpy())
     return logps
 
 
-class Samples:
+class ReferenceSamples:
     """Responses of a reference model to prompts, on which KL(reference || other) is measured."""
 
     def __init__(self, model, prompts, world, max_tokens, max_new_tokens, **sampling):
@@ -71,21 +71,21 @@ class Samples:
             (np.array(p + r), np.arange(len(p + r)) >= len(p))
             for p, r in zip(prompts, self.responses)
         ]
-        return response_logps(model, texts, self.max_tokens, self.world)
+        return sum_response_logps(model, texts, self.max_tokens, self.world)
 
     def kl(self, model, prompts=None):
         """KL(reference || model), nats per response, unbiased; the model may be asked otherwise."""
         return (self.logps - self.logps_of(model, prompts or self.prompts)).mean().item()
 
 
-def precision(dtype, world):
+def choose_dtype(dtype, world):
     """What weights are kept in: "auto" is float32 on a CPU, and as in the files (None) on a GPU."""
     choose("dtype", dtype, ("auto", "bfloat16", "float32"))
     automatic = torch.float32 if world.device.type == "cpu" else None
     return automatic if dtype == "auto" else getattr(torch, dtype)
 
 
-def name_of(path):
+def name_of_folder(path):
     """What a folder is called in tables: out/demo/ppo_lag/model is ppo_lag."""
     return [p for p in ("", *os.path.abspath(path).split(os.sep)) if p != "model"][-1]
 
@@ -111,14 +111,14 @@ class Policy:
                 f"temperature={temperature} and top_k={top_k} are 0 or more, top_p={top_p} is "
                 f"above 0 and at most 1, max_new_tokens={max_new_tokens} is 1 or more"
             )
-        self.name, self.world, self.tok = name or name_of(path), world, tokenizer.load(path)
+        self.name, self.world, self.tok = name or name_of_folder(path), world, tokenizer.load(path)
         self.max_new_tokens = max_new_tokens
         self.model = checkpoint.load(
-            path, "lm", precision(dtype, world), world.device, vocab_size=self.tok.vocab_size
+            path, "lm", choose_dtype(dtype, world), world.device, vocab_size=self.tok.vocab_size
         )
         self.sampling = {
             "eos_ids": self.tok.eos_ids,
-            "banned": control_ids(self.tok),
+            "banned": control_token_ids(self.tok),
             "seed": seed,
             "temperature": temperature,
             "top_k": top_k,
@@ -129,7 +129,11 @@ class Policy:
         """The ids that a conversation's next answer follows; `prefix` may name control tokens."""
         tok = self.tok
         begin = tok.encode("", bos=True)
-        ids = encode(turns, tok)[0] if template else begin + tok.encode_suffix("".join(turns))
+        ids = (
+            encode_conversation(turns, tok)[0]
+            if template
+            else begin + tok.encode_suffix("".join(turns))
+        )
         return begin + tok.encode(prefix) + ids[len(begin) :]
 
     def answers(self, questions, uids, **more):
@@ -171,12 +175,14 @@ class ScoreModel:
             ids = [retokenize(x, source, self.tok).tolist() for x in ids]
         lengths = [len(x) for x in ids]
         scores = torch.zeros(len(ids), device=self.world.device)
-        micros = plan(lengths, max(self.max_tokens, *lengths), 1)[0]  # the same for all ranks
+        micros = plan_micro_batches(lengths, max(self.max_tokens, *lengths), 1)[
+            0
+        ]  # the same for all ranks
         for micro in micros[self.world.rank :: self.world.size]:
             batch = collate(
                 [ids[i] for i in micro], [[0] * lengths[i] for i in micro], self.world.device
             )
             scores[micro] = self.model(*batch[:3])[batch.cu_seqlens[1:].long() - 1]
-        if not add(scores).isfinite().all():
+        if not all_reduce_sum(scores).isfinite().all():
             stop("a score model gives scores that are no numbers: its weights are broken")
         return scores.tolist()

@@ -16,10 +16,10 @@ class LogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, temperature):
         sums, logps = x.new_full((2, len(x)), -torch.inf, dtype=torch.float32)
-        for block in spans(len(weight), len(x), x, 8):
+        for block in split_into_spans(len(weight), len(x), x, 8):
             logits = (x @ weight[block].T).float().div_(temperature)
             sums = torch.logaddexp(sums, logits.logsumexp(dim=1))
-            column, inside = columns(targets, block)
+            column, inside = columns_of_targets(targets, block)
             logps = torch.where(inside, logits.gather(1, column).squeeze(1), logps)
         ctx.save_for_backward(x, weight, targets, sums)
         ctx.temperature = temperature
@@ -30,17 +30,17 @@ class LogProbs(torch.autograd.Function):
         x, weight, targets, sums = ctx.saved_tensors
         grad = grad[:, None] / ctx.temperature
         dx, dweight = torch.zeros_like(x, dtype=torch.float32), torch.empty_like(weight)
-        for block in spans(len(weight), len(x), x, 8):
+        for block in split_into_spans(len(weight), len(x), x, 8):
             # d logp / d logits = onehot(target) - softmax(logits)
             d = (x @ weight[block].T).float().div_(ctx.temperature).sub_(sums[:, None]).exp_()
-            column, inside = columns(targets, block)
+            column, inside = columns_of_targets(targets, block)
             d = d.mul_(-grad).scatter_add_(1, column, grad * inside[:, None]).to(x.dtype)
             dx += d @ weight[block]
             torch.mm(d.T, x, out=dweight[block])
         return dx.to(x.dtype), dweight, None, None
 
 
-class EvenLogProbs(torch.autograd.Function):
+class UniformLogProbs(torch.autograd.Function):
     """LogProbs for a loss that weighs them all alike (a mean): their sum's gradients are made in
     the same pass, a few rows at a time, and the backward pass scales them.
 
@@ -50,7 +50,7 @@ class EvenLogProbs(torch.autograd.Function):
     def forward(ctx, x, weight, targets, temperature):
         logps = torch.empty(len(x), device=x.device)
         dx, dweight = torch.empty_like(x), torch.zeros_like(weight)
-        chunks = spans(len(x), len(weight), x, 32)
+        chunks = split_into_spans(len(x), len(weight), x, 32)
         memory = x.new_empty(len(x[chunks[0]]) if chunks else 0, len(weight))  # new pages are slow
         for rows in chunks:
             logits = torch.mm(x[rows], weight.T, out=memory[: len(x[rows])]).float()
@@ -77,13 +77,13 @@ class EvenLogProbs(torch.autograd.Function):
         return *made, None, None
 
 
-def spans(count, width, x, mib):
+def split_into_spans(count, width, x, mib):
     """Slices of `count` rows of `width` float32 numbers: of `mib` MiB on a CPU, 512 on a GPU."""
     size = max(1, (2**27 if x.is_cuda else mib * 2**18) // max(1, width))
     return [slice(i, i + size) for i in range(0, count, size)]
 
 
-def columns(targets, block):
+def columns_of_targets(targets, block):
     """Where in a block of the vocabulary each target (N,) is, (N, 1), and whether it is there."""
     inside = (targets >= block.start) & (targets < block.stop)
     return torch.where(inside, targets - block.start, 0)[:, None], inside

@@ -12,23 +12,23 @@ import torch.nn.functional as F
 
 def masked_mean(x, mask, dim=None):
     """Mean of x where mask is 1; 0 where nothing is."""
-    (x,) = keep(mask, x)
+    (x,) = zero_outside(mask, x)
     if dim is None:
         return x.sum() / mask.sum().clamp(min=1)
     return x.sum(dim) / mask.sum(dim).clamp(min=1)
 
 
-def keep(mask, *tensors):
+def zero_outside(mask, *tensors):
     """The tensors with 0 where mask is 0. Not x * mask: 0 * nan is nan, in values and gradients."""
     return [torch.where(mask.bool(), x, 0.0) for x in tensors]
 
 
 def sequence_mean(x, mask):
     """Mean over each sequence's own tokens, then over the sequences: long ones weigh no more."""
-    return mean(masked_mean(x, mask, dim=-1))
+    return mean_or_zero(masked_mean(x, mask, dim=-1))
 
 
-def mean(x):
+def mean_or_zero(x):
     """Mean of x (B,); 0 where B is 0: the share of a rank that got no work."""
     return x.sum() / max(1, len(x))
 
@@ -66,7 +66,7 @@ def cost_loss(safer, unsafer, safer_sign, unsafer_sign, reg=0.0, mask=None):
 
 
 def pair_mean(x, mask):
-    return mean(x) if mask is None else sequence_mean(x, mask)
+    return mean_or_zero(x) if mask is None else sequence_mean(x, mask)
 
 
 def square_mean(a, b, mask):
@@ -79,7 +79,9 @@ def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, label_smoothing=0
     h = (chosen - ref_chosen) - (rejected - ref_rejected), of responses' summed log-probs (B,). With
     zeros for the reference's it is reference-free. beta * (logp - ref) is the implied reward."""
     h = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
-    return -mean((1 - label_smoothing) * F.logsigmoid(h) + label_smoothing * F.logsigmoid(-h))
+    return -mean_or_zero(
+        (1 - label_smoothing) * F.logsigmoid(h) + label_smoothing * F.logsigmoid(-h)
+    )
 
 
 def ipo_loss(chosen, rejected, ref_chosen, ref_rejected, beta):
@@ -87,7 +89,7 @@ def ipo_loss(chosen, rejected, ref_chosen, ref_rejected, beta):
 
     With sums the margin 1 / (2 beta) is a response's, not a token's: another beta fits."""
     h = (chosen - ref_chosen) - (rejected - ref_rejected)
-    return mean((h - 1 / (2 * beta)).square())
+    return mean_or_zero((h - 1 / (2 * beta)).square())
 
 
 def rrhf_loss(logps, lengths, scores):
@@ -103,7 +105,7 @@ def unlikelihood_loss(logps, scores, mask, threshold, alpha):
     """-log p of tokens with score <= threshold, -alpha log(1 - p) of the others; their mean.
 
     All of any one shape; higher scores are worse. arXiv:1908.04319, as arXiv:2302.08582 has it."""
-    (logps,) = keep(mask, logps)
+    (logps,) = zero_outside(mask, logps)
     unlikely = alpha * (-torch.expm1(logps)).clamp(min=1e-20).log()
     return -masked_mean(torch.where(scores <= threshold, logps, unlikely), mask)
 
@@ -112,7 +114,7 @@ def awr_loss(logps, scores, values, mask, alpha, beta, weight_max):
     """alpha * mean -w log p + (1 - alpha) * mean A^2, A = -scores - values. arXiv:1910.00177.
 
     Of any one shape; w = min(exp(A / beta), weight_max), no gradient. RWR: alpha 1, values 0."""
-    logps, advantages = keep(mask, logps, -scores - values)
+    logps, advantages = zero_outside(mask, logps, -scores - values)
     weights = (advantages.detach() / beta).exp().clamp(max=weight_max)
     return masked_mean((1 - alpha) * advantages.square() - alpha * weights * logps, mask)
 
@@ -121,7 +123,7 @@ def actor_loss(logps, old_logps, advantages, mask, clip_ratio):
     """-mean min(r A, clip(r, 1 - c, 1 + c) A), r = exp(logps - old_logps). arXiv:1707.06347 Eq. 7.
 
     All (B, R). Only logps carries gradient. Mean over each response, then over responses."""
-    logps, old_logps, advantages = keep(mask, logps, old_logps, advantages)
+    logps, old_logps, advantages = zero_outside(mask, logps, old_logps, advantages)
     ratio = (logps - old_logps).exp()
     gain = torch.minimum(
         ratio * advantages, ratio.clamp(1 - clip_ratio, 1 + clip_ratio) * advantages
@@ -133,7 +135,7 @@ def critic_loss(values, old_values, returns, mask, clip_value):
     """Half the squared error of the value, or of the value clipped to old +- clip_value.
 
     All (B, R). Only values carries gradient. Mean over each response, then over responses."""
-    values, old_values, returns = keep(mask, values, old_values, returns)
+    values, old_values, returns = zero_outside(mask, values, old_values, returns)
     clipped = torch.clamp(values, old_values - clip_value, old_values + clip_value)
     error = torch.maximum((values - returns).square(), (clipped - returns).square())
     return 0.5 * sequence_mean(error, mask)

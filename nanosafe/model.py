@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from nanosafe import attention
-from nanosafe.logprobs import EvenLogProbs, LogProbs
+from nanosafe.logprobs import UniformLogProbs, LogProbs
 
 
 ROPES = "default", "linear", "llama3", "dynamic"
@@ -157,9 +157,9 @@ class Attention(nn.Module):
         self.o_proj = Linear(self.H * self.E, c.hidden_size, bias=c.output_bias)
 
     def forward(self, x, cos, sin, seqs, cache):
-        qkv = self.qkv_proj(x).to(attention.dtype_of(x)).view(len(x), -1, self.E)
+        qkv = self.qkv_proj(x).to(attention.attention_dtype(x)).view(len(x), -1, self.E)
         qk, v = qkv.split([self.H + self.K, self.K], dim=1)
-        q, k = rotate(qk, cos, sin).split([self.H, self.K], dim=1)
+        q, k = apply_rope(qk, cos, sin).split([self.H, self.K], dim=1)
         return self.o_proj(seqs.attend(q, k, v, cache).flatten(1).to(x.dtype))  # (N, D)
 
 
@@ -230,7 +230,7 @@ class LLaMA(nn.Module):
             out = F.linear(x, self.vocabulary()) / temperature
         else:
             read = (targets >= 0).nonzero().squeeze(1)
-            function = EvenLogProbs if even and torch.is_grad_enabled() else LogProbs
+            function = UniformLogProbs if even and torch.is_grad_enabled() else LogProbs
             logps = function.apply(x[read], self.vocabulary(), targets[read], temperature)
             out = torch.zeros(len(tokens), device=x.device).index_copy(0, read, logps)
         return out if self.head == "lm" else (out, self.scores(x))
@@ -241,7 +241,7 @@ class LLaMA(nn.Module):
         if self.inv_freq.device != x.device:
             self.inv_freq = self.inv_freq.to(x.device)
         if self.config.sliding_window or self.config.alibi:
-            seqs = attention.limit(seqs, self.config, x)
+            seqs = attention.add_window_and_alibi(seqs, self.config, x)
         angles = seqs.positions[:, None] * self.inv_freq  # (N, E/2) float32
         cos, sin = (f(angles)[:, None].to(x.dtype) for f in (torch.cos, torch.sin))  # (N, 1, E/2)
         for i, layer in enumerate(self.layers):
@@ -276,7 +276,7 @@ class LLaMA(nn.Module):
         return (s - mean) / (math.sqrt(c.var[0]) + 1e-8)
 
 
-def rotate(x, cos, sin):
+def apply_rope(x, cos, sin):
     """RoPE (arXiv:2104.09864) of x (N, heads, E): dimensions i and i + E/2 turn together."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)

@@ -12,7 +12,7 @@ from itertools import takewhile
 from tqdm import tqdm
 
 from nanosafe import parallel
-from nanosafe.errors import stop, untrusted
+from nanosafe.errors import stop, one_line_errors
 from nanosafe.storage import write_jsonl
 
 
@@ -94,7 +94,7 @@ class Monitor:
             mininterval=0.2 if sys.stderr.isatty() else 10,
         )  # a log needs few lines
         names = filter(None, map(str.strip, log_to.split(",")))
-        self.sinks = [sink(name, out_dir, config, start) for name in names]
+        self.sinks = [open_sink(name, out_dir, config, start) for name in names]
 
     def log(self, step, metrics):
         """Record the metrics (name -> number) of optimizer step `step`."""
@@ -155,7 +155,7 @@ class Monitor:
         parallel.close()
 
 
-def sink(name, out_dir, config, start):
+def open_sink(name, out_dir, config, start):
     """Two functions for TensorBoard or W&B: write(step, metrics) and finish()."""
     if name not in ("tensorboard", "wandb"):
         stop(f"log_to={name!r}: choose tensorboard or wandb, or leave it empty")
@@ -177,7 +177,7 @@ def reopen(path, start):
     """Open a jsonl file for appending, with the rows of steps before `start` kept; and these."""
     rows = []
     if start > 0 and os.path.exists(path):
-        with untrusted(path), open(path, encoding="utf-8", errors="replace") as f:
+        with one_line_errors(path), open(path, encoding="utf-8", errors="replace") as f:
             whole = takewhile(lambda line: line[0] == "{" and line.endswith("}\n"), f)
             rows = [row for row in map(json.loads, whole) if row["step"] < start]
     write_jsonl(rows, path)

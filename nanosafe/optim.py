@@ -7,7 +7,7 @@ from nanosafe import parallel
 SCHEDULES = ("cosine", "linear", "constant")
 
 
-def adamw(model, weight_decay, beta1, beta2):
+def make_adamw(model, weight_decay, beta1, beta2):
     """AdamW (arXiv:1711.05101) with decay on matrices only, not on norms and biases."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
@@ -27,11 +27,11 @@ def learning_rate_at(step, steps, peak, schedule, warmup_ratio):
     return peak * fall[schedule]
 
 
-def step(model, optimizer, lr, grad_clip, where=""):
+def guarded_step(model, optimizer, lr, grad_clip, where=""):
     """Clip the gradients to norm `grad_clip` (0: do not), move the weights, clear the gradients.
     Returns the norm before clipping. If it is not finite no rank moves, and a line says `where`."""
     parameters = [p for p in model.parameters() if p.grad is not None]
-    norm = parallel.grad_norm(parameters).item()
+    norm = parallel.gradient_norm(parameters).item()
     if math.isfinite(norm):
         if grad_clip > 0 and norm > grad_clip:
             torch._foreach_mul_([p.grad for p in parameters], grad_clip / (norm + 1e-6))
@@ -42,7 +42,7 @@ def step(model, optimizer, lr, grad_clip, where=""):
         bad = [
             name
             for name, p in model.named_parameters()
-            if p.grad is not None and not torch.isfinite(parallel.local(p.grad)).all()
+            if p.grad is not None and not torch.isfinite(parallel.local_part(p.grad)).all()
         ]
         names = ", ".join(bad[:3]) + (" and more" if len(bad) > 3 else "")
         print(
@@ -55,10 +55,12 @@ def step(model, optimizer, lr, grad_clip, where=""):
 
 
 @torch.no_grad()
-def follow(average, model, decay):
+def update_ema(average, model, decay):
     """Move a model's moving average: average <- decay * average + (1 - decay) * model."""
-    for (_, a), (_, p) in zip(parallel.parameters(average), parallel.parameters(model)):
-        parallel.local(a.data).lerp_(parallel.local(p.data), 1 - decay)
+    for (_, a), (_, p) in zip(
+        parallel.named_local_parameters(average), parallel.named_local_parameters(model)
+    ):
+        parallel.local_part(a.data).lerp_(parallel.local_part(p.data), 1 - decay)
 
 
 def count_skips(skips, limit, *norms):

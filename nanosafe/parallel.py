@@ -30,8 +30,8 @@ from torch.distributed.tensor import DTensor, Shard
 from nanosafe import errors, watchdog
 from nanosafe.errors import choose, stop
 
-MINUTES = float(os.environ.get("NANOSAFE_TIMEOUT") or 0) or 30  # to wait for a rank
-WAIT = timedelta(minutes=MINUTES + 5)  # torch's own, which says less
+TIMEOUT_MINUTES = float(os.environ.get("NANOSAFE_TIMEOUT") or 0) or 30  # to wait for a rank
+PROCESS_GROUP_TIMEOUT = timedelta(minutes=TIMEOUT_MINUTES + 5)  # torch's own, which says less
 meshes, calls = {}, [0]  # calls: how many times this rank met the others
 
 
@@ -59,15 +59,17 @@ def init(device="auto", knobs=None):
     else:  # of the bfloat16 kernels for every length met few are kept: a thousand take a gigabyte
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
     if "RANK" in os.environ and not dist.is_initialized():
-        store, *_ = next(dist.rendezvous("env://", timeout=WAIT))
-        store = dist.PrefixStore(watchdog.attempt(store, rank, size), store)
-        join(device, store=store, rank=rank, world_size=size)
-        watchdog.watch(store.clone(), rank, size, calls, MINUTES, dist.is_initialized)
+        store, *_ = next(dist.rendezvous("env://", timeout=PROCESS_GROUP_TIMEOUT))
+        store = dist.PrefixStore(watchdog.agree_on_restart_id(store, rank, size), store)
+        join_group(device, store=store, rank=rank, world_size=size)
+        watchdog.start_hang_watchdog(
+            store.clone(), rank, size, calls, TIMEOUT_MINUTES, dist.is_initialized
+        )
 
     def leave(kind, error, trace):
 
         try:
-            if said := errors.explain(error, knobs or {}, size):
+            if said := errors.explain_failure(error, knobs or {}, size):
                 print(f"error: rank {rank}: {said}", file=sys.stderr, flush=True)
             else:
                 sys.__excepthook__(kind, error, trace)
@@ -79,13 +81,13 @@ def init(device="auto", knobs=None):
     return World(rank, size, device, rank == 0)
 
 
-def join(device, **options):
+def join_group(device, **options):
     # gloo beside nccl: gradients that are offloaded to the CPU are reduced there
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=WAIT, **options)
+    dist.init_process_group(backend, timeout=PROCESS_GROUP_TIMEOUT, **options)
 
 
-class Place(NamedTuple):
+class Placement(NamedTuple):
     """Where and how a model lives."""
 
     device: torch.device
@@ -97,7 +99,9 @@ class Place(NamedTuple):
     activation_checkpointing: bool = False
 
 
-def places(world, dtype, layout, offload, use_compile, activation_checkpointing, parameters):
+def choose_placements(
+    world, dtype, layout, offload, use_compile, activation_checkpointing, parameters
+):
     """The Place of trained models, and that of frozen ones, from a trainer's knobs.
 
     dtype       auto | bfloat16 | float32: what is computed in; trained weights are float32 always
@@ -124,7 +128,7 @@ def places(world, dtype, layout, offload, use_compile, activation_checkpointing,
         layout = "ddp" if 16 * parameters < 0.25 * room or world.size == 1 else "fsdp"
         if world.size == 1 and compute == torch.float32 and offload == "none":
             layout = "plain"
-    trained = Place(
+    trained = Placement(
         world.device,
         layout,
         torch.float32,
@@ -134,7 +138,7 @@ def places(world, dtype, layout, offload, use_compile, activation_checkpointing,
         activation_checkpointing,
     )
     away = offload != "none" and on_gpu
-    frozen = Place(
+    frozen = Placement(
         world.device,
         "plain" if layout == "ddp" and not away else layout,
         compute,
@@ -145,7 +149,7 @@ def places(world, dtype, layout, offload, use_compile, activation_checkpointing,
     return trained, frozen
 
 
-def put(model, place):
+def shard_model(model, place):
     """Lay `model` (on the meta device) out over the ranks and take its memory, not yet filled.
     Its parameters become this rank's row slices. The order is checkpoint, compile, shard."""
     model.activation_checkpointing = place.activation_checkpointing
@@ -155,10 +159,10 @@ def put(model, place):
     if place.layout == "plain":
         return model.to_empty(device=place.device)
     if not dist.is_initialized():  # a single GPU that wants mixed precision
-        join(place.device, store=dist.HashStore(), rank=0, world_size=1)
+        join_group(place.device, store=dist.HashStore(), rank=0, world_size=1)
     policy = MixedPrecisionPolicy(param_dtype=place.compute_dtype, reduce_dtype=torch.float32)
     options = dict(
-        mesh=mesh(place.layout, place.device.type),
+        mesh=make_mesh(place.layout, place.device.type),
         mp_policy=policy,
         offload_policy=CPUOffloadPolicy() if place.offload else OffloadPolicy(),
     )
@@ -166,15 +170,15 @@ def put(model, place):
         fully_shard(layer, **options, reshard_after_forward=place.layout != "ddp")
     fully_shard(model, **options, reshard_after_forward=False)
     model.place = place
-    model.register_forward_pre_hook(meet, prepend=True)  # before it gathers its weights
+    model.register_forward_pre_hook(count_collective, prepend=True)  # before it gathers its weights
     return model.to_empty(device="cpu" if place.offload else place.device)
 
 
-def meet(*_):
+def count_collective(*_):
     calls[0] += 1
 
 
-def mesh(layout, device_type):
+def make_mesh(layout, device_type):
     """The (replicate, shard) mesh of a layout; DDP replicates everywhere, HSDP across nodes."""
     size = dist.get_world_size()
     local = int(os.environ.get("LOCAL_WORLD_SIZE", size))
@@ -190,14 +194,14 @@ def mesh(layout, device_type):
 
 
 @contextmanager
-def whole(model):
+def gathered_for_sampling(model):
     """A plain twin of `model` whose parameters are whole on every rank, as long as the block runs.
     The twin has no hooks: ranks may do different amounts of work, CUDA graphs may be captured."""
     parts = [m for m in model.modules() if isinstance(m, FSDPModule)]
     if not parts:
         yield model
         return
-    meet()
+    count_collective()
     for part in parts:
         part.unshard()
     with torch.device("meta"):
@@ -221,11 +225,11 @@ def backward(model, loss, last=True):
         if model.place.layout == "ddp":
             model.set_requires_gradient_sync(last)
         model.set_requires_all_reduce(last)  # of HSDP's copies; slices meet every time
-    meet()
+    count_collective()
     (loss * world_size()).backward()
 
 
-def parameters(model):
+def named_local_parameters(model):
     """named_parameters() as this rank's slices: a forward without a backward gathers some."""
     for part in model.modules():
         if isinstance(part, FSDPModule):
@@ -248,17 +252,17 @@ def local_rows(p):
     return local, start, len(local), writer
 
 
-def local(tensor):
+def local_part(tensor):
     """This rank's slice of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def full(p):
+def full_tensor(p):
     """The whole of a parameter, on every rank. A collective."""
     return p.data.full_tensor() if isinstance(p, DTensor) else p.data
 
 
-def grad_norm(parameters):
+def gradient_norm(parameters):
     """The 2-norm of all gradients over all ranks, as a float32 scalar tensor."""
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
@@ -272,17 +276,17 @@ def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def add(tensor):
+def all_reduce_sum(tensor):
     """Sum a tensor over ranks, in place. Of what is 0 on all ranks but one, that is a gather."""
-    meet()
+    count_collective()
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
-def union(lists, mine, count):
+def all_gather_lists(lists, mine, count):
     """All `count` lists on every rank, of which this one brings those at indices `mine`."""
-    meet()
+    count_collective()
     parts = [(mine, lists)] * world_size()
     if world_size() > 1:
         dist.all_gather_object(parts, (mine, lists))
@@ -292,17 +296,17 @@ def union(lists, mine, count):
 
 def any_rank(flag, device):
     """Whether `flag` holds on at least one rank: so that all stop, or skip, at the same step."""
-    return bool(add(torch.tensor(float(flag), device=device)) > 0)
+    return bool(all_reduce_sum(torch.tensor(float(flag), device=device)) > 0)
 
 
 def barrier():
-    meet()
+    count_collective()
     if world_size() > 1:
         dist.barrier()
 
 
 @contextmanager
-def main_first():
+def rank0_first():
     """Rank 0 runs the block before the others do: it makes what they find made."""
     if rank() > 0:
         barrier()

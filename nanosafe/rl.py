@@ -13,15 +13,15 @@ def shaped_rewards(scores, logps, ref_logps, mask, kl_coef, clip_score):
     """Per-token rewards: -kl_coef * (logp - ref_logp), the score on the last token added, clipped.
 
     scores (B,): the reward model's. clip_score bounds the sum, at every position. -> (B, R)"""
-    return shape(scores, -kl_coef * (logps - ref_logps), mask, clip_score)
+    return add_final_score(scores, -kl_coef * (logps - ref_logps), mask, clip_score)
 
 
 def shaped_costs(scores, logps, ref_logps, mask, kl_coef, clip_score):
     """Per-token costs: the same with +kl_coef. So the mixed advantage has it at every lambda."""
-    return shape(scores, kl_coef * (logps - ref_logps), mask, clip_score)
+    return add_final_score(scores, kl_coef * (logps - ref_logps), mask, clip_score)
 
 
-def shape(scores, penalty, mask, clip_score):
+def add_final_score(scores, penalty, mask, clip_score):
     lengths = mask.sum(dim=1).long()
     last = torch.arange(mask.shape[1], device=mask.device) == (lengths - 1)[:, None]  # (B, R)
     rewards = torch.where(last, penalty + scores[:, None], penalty).clamp(-clip_score, clip_score)
@@ -61,10 +61,10 @@ def normalize(advantages, mask):
     return (advantages - x.mean()) / (x.std(correction=0) + 1e-8) * mask
 
 
-SCALINGS = ("none", "std", "mean_std", "first")
+REWARD_SCALINGS = ("none", "std", "mean_std", "first")
 
 
-def scaled(scores, moments, scaling, clip):
+def scale_rewards(scores, moments, scaling, clip):
     """Scores (B,) over the standard deviation of all so far, these included ("mean_std": less the
     mean first; "first": over the first batch's), clipped to +- clip. arXiv:2307.04964 Eq. 18."""
     if scaling != "none":
@@ -75,7 +75,7 @@ def scaled(scores, moments, scaling, clip):
     return scores.clamp(-clip, clip)
 
 
-def adapted(kl_coef, kl, target, responses, horizon):
+def adapt_kl_coef(kl_coef, kl, target, responses, horizon):
     """The KL weight after `responses` more that were `kl` nats away. arXiv:1909.08593 Sec. 2.2."""
     return kl_coef * (1 + max(-0.2, min(0.2, kl / target - 1)) * responses / horizon)
 

@@ -13,7 +13,7 @@ Shapes: n live rows, S slots, V vocabulary, R = max_new_tokens."""
 import torch
 from nanosafe import attention
 from nanosafe.model import linear
-from nanosafe.parallel import union, whole
+from nanosafe.parallel import all_gather_lists, gathered_for_sampling
 
 MASK64 = 2**64 - 1
 PREFILL_TOKENS = 8192  # packed prompt tokens per prefill on a GPU; on a CPU an eighth
@@ -61,7 +61,7 @@ def generate(
     keys = [hash64(seed, *(uid if isinstance(uid, tuple) else (uid,))) for uid in uids]
     longest = max(len(p) + limit for p, limit in zip(prompts, limits))
     engine = Engine(model, slots, len(prompts), longest, (temperature, top_k, top_p, banned))
-    work = Work(engine, prompts, keys, limits, set(eos_ids), on_finish, on_token)
+    work = Scheduler(engine, prompts, keys, limits, set(eos_ids), on_finish, on_token)
     while work.waiting or work.live:
         work.refill()
         if work.live:
@@ -73,12 +73,12 @@ def sample_all(model, prompts, world, max_new_tokens, uids=None, **sampling):
     """generate() over all ranks, each sampling its share: every rank has all responses."""
     every, share = range(len(prompts)), slice(world.rank, None, world.size)
     limits = max_new_tokens if isinstance(max_new_tokens, int) else max_new_tokens[share]
-    with whole(model) as policy:
+    with gathered_for_sampling(model) as policy:
         sampled = generate(policy, prompts[share], limits, uids=(uids or every)[share], **sampling)
-    return union(sampled, every[share], len(prompts))
+    return all_gather_lists(sampled, every[share], len(prompts))
 
 
-class Work:
+class Scheduler:
     """The host's side: which prompt is in which row, and what its response is so far."""
 
     def __init__(self, engine, prompts, keys, limits, eos, on_finish, on_token):
@@ -127,7 +127,7 @@ class Engine:
         self.model, self.device = model, weight.device
         self.sampling = *sampling[:3], torch.tensor(sampling[3], dtype=torch.int64).to(self.device)
         self.head = model.vocabulary()
-        dtype = attention.dtype_of(weight)
+        dtype = attention.attention_dtype(weight)
         model.check_length(length)
         length = -(-length // 64) * 64
         if not slots:
@@ -158,7 +158,7 @@ class Engine:
         self.keys[rows] = ints([key - 2**64 if key >= 2**63 else key for key in keys])
         self.positions[rows] = lengths
         self.prompt_lengths[rows] = lengths
-        self.tokens[rows] = sample(
+        self.tokens[rows] = sample_tokens(
             linear(x, self.head), self.keys[rows], torch.zeros_like(lengths), *self.sampling
         )
         for row, prompt in enumerate(prompts, start=first):
@@ -183,10 +183,10 @@ class Engine:
             (rows, (self.columns[:extent] <= positions[rows, None])[:, None, None])
             for rows, extent in parts
         ]  # masks (rows, 1, 1, extent)
-        step = attention.Step(positions, self.rows[:n], groups)
+        step = attention.DecodeBatch(positions, self.rows[:n], groups)
         logits = linear(self.model.hidden(self.tokens[:n], step, self.caches), self.head)
         index = positions - self.prompt_lengths[:n] + 1
-        self.tokens[:n] = sample(logits, self.keys[:n], index, *self.sampling)
+        self.tokens[:n] = sample_tokens(logits, self.keys[:n], index, *self.sampling)
         # A graph also computes rows beyond the live ones; theirs must stay inside the cache.
         self.positions[:n] = (positions + 1).clamp(max=len(self.columns) - 1)
 
@@ -219,7 +219,7 @@ class Engine:
         self.extents[target] = extent
 
 
-def sample(logits, keys, index, temperature, top_k, top_p, banned):
+def sample_tokens(logits, keys, index, temperature, top_k, top_p, banned):
     """Tokens (n,) from logits (n, V): the index-th draw of each row's key."""
     logits = logits.index_fill(1, banned, -torch.inf) if len(banned) else logits
     if temperature == 0:

@@ -7,7 +7,7 @@ import shutil
 import zlib
 from contextlib import contextmanager
 
-from nanosafe.errors import stop, untrusted
+from nanosafe.errors import stop, one_line_errors
 
 
 CHECKSUMS = "checksums.json"
@@ -30,28 +30,28 @@ def read_json(folder, name):
 
 
 def write_json(value, folder, name):
-    with whole_file(os.path.join(folder, name), encoding="utf-8") as f:
+    with atomic_write(os.path.join(folder, name), encoding="utf-8") as f:
         json.dump(value, f, indent=2)
         f.write("\n")
 
 
 def make_folder(path):
     """Make a folder to write to: before there is anything that could be lost."""
-    with untrusted(path, "made"):
+    with one_line_errors(path, "made"):
         os.makedirs(path, exist_ok=True)
 
 
 @contextmanager
-def whole_file(path, mode="w", **text):
+def atomic_write(path, mode="w", **text):
     """Open a file to write that has its name when it is whole, and on the disk."""
-    with untrusted(path, "written"):
+    with one_line_errors(path, "written"):
         with open(path + ".tmp", mode, **text) as f:
             yield f
-        sync(path + ".tmp")
+        flush_to_disk(path + ".tmp")
         os.replace(path + ".tmp", path)
 
 
-def sync(path):
+def flush_to_disk(path):
     """Bring a file, or a folder's names, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     os.fsync(handle)
@@ -67,7 +67,7 @@ def checksum(path):
     return [os.path.getsize(path), crc]
 
 
-def put_folder(source, target, sums=None):
+def replace_folder(source, target, sums=None):
     """Put a finished folder in the place of `target`, with checksums: `sums`, or of its tensors."""
     names = sorted(os.listdir(source))
     sums = (
@@ -81,17 +81,17 @@ def put_folder(source, target, sums=None):
     )
     write_json(sums, source, CHECKSUMS)
     for name in (*os.listdir(source), "."):
-        sync(os.path.join(source, name))
+        flush_to_disk(os.path.join(source, name))
     old = target.rstrip("/") + ".old"
     shutil.rmtree(old, ignore_errors=True)
     if os.path.exists(target):
         os.rename(target, old)
     os.rename(source, target)
-    sync(os.path.dirname(os.path.abspath(target)))
+    flush_to_disk(os.path.dirname(os.path.abspath(target)))
     shutil.rmtree(old, ignore_errors=True)
 
 
-def damage(folder, part=0, parts=1, replaced=False):
+def find_corrupt_file(folder, part=0, parts=1, replaced=False):
     """The first file that is not as put_folder() found it, or ''; replaced: length may differ."""
     name = CHECKSUMS
     try:
@@ -109,7 +109,7 @@ def damage(folder, part=0, parts=1, replaced=False):
 
 def read_jsonl(path):
     """The rows of a file of ours; none where there is none. A line that broke off is left out."""
-    with untrusted(path):
+    with one_line_errors(path):
         lines = open(path, encoding="utf-8").readlines() if os.path.exists(path) else []
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
@@ -117,11 +117,11 @@ def read_jsonl(path):
 def write_jsonl(rows, path):
     """Write rows to a file that appears when it is whole."""
     make_folder(os.path.dirname(os.path.abspath(path)))
-    with whole_file(path, encoding="utf-8", errors="backslashreplace") as f:
+    with atomic_write(path, encoding="utf-8", errors="backslashreplace") as f:
         f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def module_at(path):
+def load_python_file(path):
     """A Python file as a module: yours, for it is executed."""
     if not os.path.isfile(path):
         stop(f"there is no file {path!r}")

@@ -7,7 +7,7 @@ import time
 import uuid
 
 
-def attempt(store, rank, size):
+def agree_on_restart_id(store, rank, size):
     """A word that this attempt's ranks share: torchrun restarts them on a store that still holds
     what dead ones wrote, their addresses too. Each says a new word; rank 0 answers with its own."""
     word = uuid.uuid4().hex
@@ -22,7 +22,7 @@ def attempt(store, rank, size):
     return word
 
 
-def watch(store, rank, size, calls, minutes, lasts):
+def start_hang_watchdog(store, rank, size, calls, minutes, lasts):
     """Start a thread that ends this process when it has waited `minutes` for another rank, and says
     which: one with fewer `calls` [of collectives] in the store, or whose clock there stands."""
 

@@ -14,7 +14,7 @@ from nanosafe import checkpoint, data
 from nanosafe.data import template
 from nanosafe.tools import demo
 from nanosafe.model import Config
-from nanosafe.checkpoint import scratch
+from nanosafe.checkpoint import init_from_scratch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 torch.set_num_threads(1)
@@ -53,11 +53,11 @@ def make_world(toy, folder):
     texts = [
         prompt + answer
         for row in rows
-        for prompt, answer in template.segments([row["input"], row["answer"]])
+        for prompt, answer in template.split_into_segments([row["input"], row["answer"]])
     ]
     tok = demo.train_tokenizer(texts, 500, str(folder / "tokenizer"))
     for name, head in (("policy", "lm"), ("reward", "score"), ("cost", "score")):
-        model = scratch(small_config(vocab_size=tok.vocab_size), head, seed=len(name))
+        model = init_from_scratch(small_config(vocab_size=tok.vocab_size), head, seed=len(name))
         checkpoint.save(model, folder / name, tok)
     return folder
 

@@ -12,12 +12,12 @@ from nanosafe import checkpoint, optim, parallel, rollout
 from nanosafe.checkpoint import run_state
 from nanosafe.data import tokenize
 from nanosafe.losses import cost_loss, mle_loss
-from nanosafe.data.batching import plan
+from nanosafe.data.batching import plan_micro_batches
 from nanosafe.tokenizer import load
 
 folder, layout, max_tokens, out = sys.argv[1:]
 world = parallel.init("cpu")
-place, frozen = parallel.places(world, "float32", layout, "none", False, False, 10**4)
+place, frozen = parallel.choose_placements(world, "float32", layout, "none", False, False, 10**4)
 tok = load(f"{folder}/policy")
 demonstrations = tokenize(f"{folder}/data/sft/test.jsonl:17/-1", tok, "sft", 200)
 pairs = tokenize(f"{folder}/data/cost/test.jsonl:11/-1", tok, "cost", 200)
@@ -25,13 +25,13 @@ policy = checkpoint.load(f"{folder}/policy", "lm", place=place)
 cost = checkpoint.load(f"{folder}/cost", "score", place=place)
 ref = checkpoint.load(f"{folder}/policy", "lm", place=frozen).requires_grad_(False)
 optimizers = {
-    "policy": optim.adamw(policy, 0.1, 0.9, 0.95),
-    "cost": optim.adamw(cost, 0.1, 0.9, 0.95),
+    "policy": optim.make_adamw(policy, 0.1, 0.9, 0.95),
+    "cost": optim.make_adamw(cost, 0.1, 0.9, 0.95),
 }
 
 
 def micros(dataset):
-    mine = plan(dataset.lengths.tolist(), int(max_tokens), world.size)[world.rank]
+    mine = plan_micro_batches(dataset.lengths.tolist(), int(max_tokens), world.size)[world.rank]
     return [(micro, k == len(mine) - 1) for k, micro in enumerate(mine)]
 
 
@@ -53,23 +53,25 @@ def step():
 
 step()
 results = {
-    f"{name}/{k}": parallel.full(p.grad).clone()
+    f"{name}/{k}": parallel.full_tensor(p.grad).clone()
     for name, model in (("policy", policy), ("cost", cost))
     for k, p in model.named_parameters()
 }
 norms = [
-    optim.step(policy, optimizers["policy"], 1e-3, 1.0),
-    optim.step(cost, optimizers["cost"], 1e-3, 1.0),
+    optim.guarded_step(policy, optimizers["policy"], 1e-3, 1.0),
+    optim.guarded_step(cost, optimizers["cost"], 1e-3, 1.0),
 ]
 results["norms"] = torch.tensor(norms)
 step()
 for name, model in (("policy", policy), ("cost", cost)):
-    optim.step(model, optimizers[name], 1e-3, 1.0)
+    optim.guarded_step(model, optimizers[name], 1e-3, 1.0)
     results.update(
-        {f"after/{name}/{k}": parallel.full(p).clone() for k, p in model.named_parameters()}
+        {f"after/{name}/{k}": parallel.full_tensor(p).clone() for k, p in model.named_parameters()}
     )
 
-with parallel.whole(policy) as twin:  # sampling between steps: ranks do different amounts of it
+with parallel.gathered_for_sampling(
+    policy
+) as twin:  # sampling between steps: ranks do different amounts of it
     prompts = [[1, 5, 9]] * (2 + 3 * world.rank)
     sampled = rollout.generate(twin, prompts, 8 + 5 * world.rank, eos_ids=[2], seed=0)
 results["sampled"] = torch.tensor(sampled[0][:8] + [0] * (8 - len(sampled[0][:8])))
@@ -81,10 +83,10 @@ with torch.no_grad():
 models = {"policy": (policy, optimizers["policy"]), "cost": (cost, optimizers["cost"])}
 run_state.save(f"{out}.run", 2, models, {"lambda": 1.5})
 fresh = checkpoint.load(f"{folder}/policy", "lm", place=place)
-fresh_optimizer = optim.adamw(fresh, 0.1, 0.9, 0.95)
+fresh_optimizer = optim.make_adamw(fresh, 0.1, 0.9, 0.95)
 assert run_state.load(f"{out}.run", {"policy": (fresh, fresh_optimizer)})["lambda"] == 1.5
 for (name, a), b in zip(policy.named_parameters(), fresh.parameters()):
-    assert torch.equal(parallel.full(a), parallel.full(b)), name
+    assert torch.equal(parallel.full_tensor(a), parallel.full_tensor(b)), name
 checkpoint.save(policy, f"{out}.model")
 if world.main:
     save_file({k: v.contiguous() for k, v in results.items()}, out)

@@ -15,9 +15,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from nanosafe.storage import module_at  # noqa: E402
+from nanosafe.storage import load_python_file  # noqa: E402
 
-TOY = module_at(
+TOY = load_python_file(
     os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "data", "toy", "prepare.py")
 )
 

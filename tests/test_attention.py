@@ -100,7 +100,7 @@ def test_a_step_over_the_cache_equals_the_packed_sequence():
         [(slice(0, 2), mask)],
         [(slice(0, 1), mask[:1, ..., :6]), (slice(1, 2), mask[1:, ..., :3])],
     ):
-        step = attention.Step(positions, torch.arange(2), groups)
+        step = attention.DecodeBatch(positions, torch.arange(2), groups)
         assert torch.allclose(step.attend(q[last], k[last], v[last], cache), whole[last], atol=1e-6)
 
 
@@ -116,7 +116,7 @@ def test_a_step_reads_no_further_than_it_says():
     groups = [
         (slice(i, i + 1), torch.ones(1, 1, 1, n, dtype=torch.bool)) for i, n in enumerate(lengths)
     ]
-    step = attention.Step(positions, torch.arange(2), groups)
+    step = attention.DecodeBatch(positions, torch.arange(2), groups)
     assert torch.allclose(step.attend(q[last], k[last], v[last], cache), whole[last], atol=1e-6)
 
 
@@ -128,7 +128,7 @@ def test_varlen_equals_the_padded_path_forward_and_backward(K, window):
     for path in ("varlen", "padded"):
         q, k, v, seqs = inputs([300, 77, 512], K=K, E=64, device="cuda", dtype=torch.bfloat16)
         seqs = (
-            attention.limit(
+            attention.add_window_and_alibi(
                 seqs, small_config(sliding_window=window), q.float() if path == "padded" else q
             )
             if window
@@ -150,9 +150,9 @@ def test_blocks_are_traced_whole_and_once_around_the_packed_kernel(K, window, mo
     monkeypatch.setattr(
         attention, "VARLEN_OPTIONS", inspect.signature(varlen_attn).parameters, raising=False
     )
-    monkeypatch.setattr(attention, "dtype_of", lambda x: x.dtype)
+    monkeypatch.setattr(attention, "attention_dtype", lambda x: x.dtype)
     monkeypatch.setattr(
-        attention.Packed, "attend", lambda self, q, k, v, cache: self.varlen(q, k, v)
+        attention.PackedBatch, "attend", lambda self, q, k, v, cache: self.varlen(q, k, v)
     )
     torch._dynamo.reset()
     counters.clear()
@@ -203,13 +203,13 @@ def test_windows_and_alibi_equal_the_plain_definition(window, alibi):
                     [v[first + j, h // (H // K)] for j in seen]
                 )
     cache = attention.Cache(torch.zeros(4, K, 8, E), torch.zeros(4, K, 8, E))
-    whole = attention.limit(seqs._replace(slots=torch.tensor([0, 1])), config, q)
+    whole = attention.add_window_and_alibi(seqs._replace(slots=torch.tensor([0, 1])), config, q)
     assert torch.allclose(whole.attend(q, k, v, cache), expected, atol=1e-5)
     last, positions = torch.tensor([5, 8]), torch.tensor([5, 2])
-    step = attention.Step(
+    step = attention.DecodeBatch(
         positions,
         torch.arange(2),
         [(slice(0, 2), (torch.arange(8) <= positions[:, None])[:, None, None])],
     )
-    step = attention.limit(step, config, q)
+    step = attention.add_window_and_alibi(step, config, q)
     assert torch.allclose(step.attend(q[last], k[last], v[last], cache), expected[last], atol=1e-5)

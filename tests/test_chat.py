@@ -59,7 +59,9 @@ def test_each_history_is_its_own(talk, world, tmp_path):
     """Red and blue say what each says alone: neither reads the other's answers."""
     tok = tokenizer.load(world / "policy")
     checkpoint.save(
-        checkpoint.scratch(small_config(vocab_size=tok.vocab_size), seed=77), tmp_path / "blue", tok
+        checkpoint.init_from_scratch(small_config(vocab_size=tok.vocab_size), seed=77),
+        tmp_path / "blue",
+        tok,
     )
     words = "Hi.\nAnd then?\nWhy?\n"
     alone = [

@@ -12,15 +12,15 @@ from safetensors.torch import load_file, save_file
 
 from nanosafe import checkpoint, tokenizer
 from nanosafe.checkpoint import folder as folders
-from nanosafe.parallel import Place
-from nanosafe.checkpoint import scratch
+from nanosafe.parallel import Placement
+from nanosafe.checkpoint import init_from_scratch
 
 transformers = pytest.importorskip("transformers")
 
 
 @pytest.fixture
 def folder(tmp_path):
-    checkpoint.save(scratch(small_config(), seed=3), tmp_path / "model")
+    checkpoint.save(init_from_scratch(small_config(), seed=3), tmp_path / "model")
     return tmp_path / "model"
 
 
@@ -77,7 +77,7 @@ def test_sharded_safetensors_and_bin_read_the_same(folder, tmp_path, monkeypatch
 
 
 def test_tied_embeddings_are_stored_once(tmp_path):
-    model = scratch(small_config(tie_word_embeddings=True))
+    model = init_from_scratch(small_config(tie_word_embeddings=True))
     checkpoint.save(model, tmp_path / "tied")
     assert "lm_head.weight" not in tensors_of(tmp_path / "tied")
     again = checkpoint.load(tmp_path / "tied")
@@ -185,7 +185,7 @@ GENERATIONS = {  # Safe-RLHF's score models over time: config keys, bias, normal
 def test_every_generation_of_score_models_opens(generation, tmp_path):
     keys, bias, normalizer = GENERATIONS[generation]
     folder = tmp_path / "score"
-    model = scratch(small_config(score_bias=bias), "score", seed=5)
+    model = init_from_scratch(small_config(score_bias=bias), "score", seed=5)
     if bias:
         torch.nn.init.constant_(model.score_head.bias, 0.25)
     checkpoint.save(model, folder)
@@ -234,7 +234,7 @@ def test_every_generation_of_score_models_opens(generation, tmp_path):
 @pytest.mark.parametrize("bias", [False, True])
 def test_what_is_written_is_a_safe_rlhf_score_model_by_its_rules(bias, tmp_path):
     """transformers' body and a linear head, put together by hand as upstream's class does."""
-    ours = scratch(
+    ours = init_from_scratch(
         small_config(score_bias=bias, score_type="cost", do_normalize=True, mean=[0.5], var=[4.0]),
         "score",
     )
@@ -270,7 +270,7 @@ def test_a_folder_without_a_head_gets_a_new_one_and_says_so(folder, capsys):
 
 
 def test_a_score_model_cannot_generate(tmp_path):
-    checkpoint.save(scratch(small_config(), "score"), tmp_path / "score")
+    checkpoint.save(init_from_scratch(small_config(), "score"), tmp_path / "score")
     with pytest.raises(SystemExit, match="is a score model"):
         checkpoint.load(tmp_path / "score", "lm")
 
@@ -296,11 +296,11 @@ def test_tokenizer_and_dtype_travel_with_the_folder(world, tmp_path):
 
 
 def test_scratch_weights_are_those_of_the_seed():
-    a, b, c = (scratch(small_config(), seed=s) for s in (0, 0, 1))
+    a, b, c = (init_from_scratch(small_config(), seed=s) for s in (0, 0, 1))
     assert torch.equal(a.lm_head.weight, b.lm_head.weight)
     assert not torch.equal(a.lm_head.weight, c.lm_head.weight)
-    place = Place(torch.device("cpu"), dtype=torch.float32)
-    assert torch.equal(scratch(small_config(), place=place).norm.weight, a.norm.weight)
+    place = Placement(torch.device("cpu"), dtype=torch.float32)
+    assert torch.equal(init_from_scratch(small_config(), place=place).norm.weight, a.norm.weight)
 
 
 def test_a_folder_that_was_read_is_freed_without_the_garbage_collector(folder):

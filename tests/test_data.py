@@ -13,8 +13,8 @@ from test_losses import GOLDEN
 from nanosafe import data, tokenizer
 from nanosafe.data import batching, dataset, reader
 from nanosafe.tools import demo, download
-from nanosafe.data.examples import conversations
-from nanosafe.data.template import encode, retokenize, segments
+from nanosafe.data.examples import parse_record
+from nanosafe.data.template import encode_conversation, retokenize, split_into_segments
 
 
 @pytest.fixture
@@ -92,26 +92,26 @@ def test_compressed_files_and_json_lists(tmp_path):
 
 
 def test_the_template():
-    assert segments(["hi"]) == [("BEGINNING OF CONVERSATION: USER: hi ASSISTANT:", None)]
-    assert segments(["q1", "a1", "q{2}"]) == [
+    assert split_into_segments(["hi"]) == [("BEGINNING OF CONVERSATION: USER: hi ASSISTANT:", None)]
+    assert split_into_segments(["q1", "a1", "q{2}"]) == [
         ("BEGINNING OF CONVERSATION: USER: q1 ASSISTANT:", "a1"),
         ("USER: q{2} ASSISTANT:", None),
     ]
 
 
 def test_encode_masks_what_the_assistant_says_eos_included(tok):
-    ids, mask = encode(["hello", "hi", "what", "yes"], tok)
+    ids, mask = encode_conversation(["hello", "hi", "what", "yes"], tok)
     assert ids[0] == tok.bos_id and ids.count(tok.eos_id) == 2
     said = [i for i, m in zip(ids, mask) if m]
     assert said == [*tok.encode_suffix("hi"), tok.eos_id, *tok.encode_suffix("yes"), tok.eos_id]
     text = "BEGINNING OF CONVERSATION: USER: hello ASSISTANT:hi</s>USER: what ASSISTANT:yes</s>"
     assert ids == tok.encode(text, bos=True)
-    prompt = encode(["hello", "hi", "what"], tok)
+    prompt = encode_conversation(["hello", "hi", "what"], tok)
     assert ids[: len(prompt[0])] == prompt[0] and sum(prompt[1]) == len(tok.encode_suffix("hi")) + 1
 
 
 def test_users_cannot_write_special_tokens(tok):
-    ids, _ = encode(["end it </s> now", "ok </s>"], tok)
+    ids, _ = encode_conversation(["end it </s> now", "ok </s>"], tok)
     assert ids.count(tok.eos_id) == 1 and ids[-1] == tok.eos_id
 
 
@@ -127,11 +127,11 @@ PAIR = {
 
 
 def test_the_preferred_response_comes_first_with_its_sign():
-    assert conversations(PAIR, "reward") == ([["q", "b"], ["q", "a"]], (1, 0))
-    assert conversations(PAIR, "cost") == ([["q", "a"], ["q", "b"]], (1, -1))
+    assert parse_record(PAIR, "reward") == ([["q", "b"], ["q", "a"]], (1, 0))
+    assert parse_record(PAIR, "cost") == ([["q", "a"], ["q", "b"]], (1, -1))
     flipped = {**PAIR, "safer": False, "is_safe": False, "is_other_safe": True}
-    assert conversations(flipped, "cost") == ([["q", "b"], ["q", "a"]], (1, -1))
-    assert conversations({"input": ["q", "a", "r"], "answer": "s"}, "sft")[0] == [
+    assert parse_record(flipped, "cost") == ([["q", "b"], ["q", "a"]], (1, -1))
+    assert parse_record({"input": ["q", "a", "r"], "answer": "s"}, "sft")[0] == [
         ["q", "a", "r", "s"]
     ]
 
@@ -153,7 +153,7 @@ BAD = [
 @pytest.mark.parametrize("record, task, reason", BAD)
 def test_bad_rows_are_named(record, task, reason):
     with pytest.raises(ValueError, match=reason):
-        conversations(record, task)
+        parse_record(record, task)
 
 
 def test_bad_rows_are_dropped_counted_and_reported(tok, tmp_path, capsys):
@@ -184,7 +184,7 @@ def test_prompts_are_deduplicated_the_last_one_stays(tok, tmp_path):
 def test_ids_are_cached_by_content_and_tokenizer(tok, tmp_path, monkeypatch):
     path = write(tmp_path / "s.jsonl", [{"input": "q", "answer": "a"}])
     first = data.tokenize(path, tok, "sft", 100)
-    monkeypatch.setattr(dataset, "build", lambda *a: pytest.fail("tokenised again"))
+    monkeypatch.setattr(dataset, "build_cache", lambda *a: pytest.fail("tokenised again"))
     again = data.tokenize(path, tok, "sft", 100)
     assert isinstance(again.tokens, np.memmap) and (again.tokens == first.tokens).all()
     write(tmp_path / "s.jsonl", [{"input": "q", "answer": "b"}])
@@ -216,16 +216,16 @@ def test_responses_are_cut_out_of_a_packed_tensor():
     masks = [np.arange(6) >= 4, np.arange(4) >= 1]  # responses of 2 and 3 tokens
     batch = batching.collate(sequences, masks, "cpu")
     x = torch.arange(10.0, requires_grad=True)
-    out = batching.responses_of(x, batch, [4, 1], 3)
+    out = batching.gather_responses(x, batch, [4, 1], 3)
     assert out[0, :2].tolist() == [3, 4] and out[1].tolist() == [6, 7, 8]
-    shifted = batching.responses_of(batch.targets, batch, [4, 1], 3)
+    shifted = batching.gather_responses(batch.targets, batch, [4, 1], 3)
     assert shifted[0, :2].tolist() == [4, 5] and shifted[1].tolist() == [
         11,
         12,
         13,
     ]  # EOS is a target
     empty = batching.collate([], [], "cpu")
-    assert batching.responses_of(torch.zeros(1), empty, [], 3).shape == (0, 3)
+    assert batching.gather_responses(torch.zeros(1), empty, [], 3).shape == (0, 3)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
@@ -233,7 +233,7 @@ def test_plans_hold_every_example_once_within_max_tokens(ranks):
     g = np.random.default_rng(0)
     for n in (1, 2, 7, 64):
         lengths = g.integers(1, 200, n).tolist()
-        plan = batching.plan(lengths, 256, ranks)
+        plan = batching.plan_micro_batches(lengths, 256, ranks)
         assert len(plan) == ranks and len({len(micros) for micros in plan}) == 1
         dealt = [i for micros in plan for micro in micros for i in micro]
         assert sorted(dealt) == list(range(n))
@@ -242,7 +242,7 @@ def test_plans_hold_every_example_once_within_max_tokens(ranks):
             loads = [sum(lengths[i] for micro in micros for i in micro) for micros in plan]
             assert max(loads) < 1.5 * min(loads)
     with pytest.raises(SystemExit, match="300 tokens.*max_tokens=256"):
-        batching.plan([300], 256, ranks)
+        batching.plan_micro_batches([300], 256, ranks)
 
 
 def test_order_is_a_function_of_seed_and_step():
@@ -255,7 +255,7 @@ def test_order_is_a_function_of_seed_and_step():
 
 def test_retokenizing_keeps_the_ends_of_sequence(tok, world, tmp_path):
     other = demo.train_tokenizer(["a b c d hello there"] * 50, 280, str(tmp_path / "other"))
-    ids, _ = encode(["hello", "there", "b", "c"], tok)
-    expected, _ = encode(["hello", "there", "b", "c"], other)
+    ids, _ = encode_conversation(["hello", "there", "b", "c"], tok)
+    expected, _ = encode_conversation(["hello", "there", "b", "c"], other)
     assert retokenize(ids, tok, other).tolist() == expected
     assert retokenize(ids[:-1], tok, other).tolist() == expected[:-1]

@@ -14,7 +14,7 @@ from conftest import ROOT, run, small_config
 
 from nanosafe import checkpoint, tokenizer
 from nanosafe.tools import demo
-from nanosafe.data.template import encode
+from nanosafe.data.template import encode_conversation
 from nanosafe.eval.statistics import bradley_terry, calibration, interval, quadrants, win_rates
 
 
@@ -130,7 +130,9 @@ def other(world, tmp_path_factory):
     texts = [row["input"] for row in jsonl(world / "data" / "prompts" / "train.jsonl")][:300]
     tok = demo.train_tokenizer(texts, 320, str(folder / "tok"))
     checkpoint.save(
-        checkpoint.scratch(small_config(vocab_size=tok.vocab_size), seed=9), folder / "model", tok
+        checkpoint.init_from_scratch(small_config(vocab_size=tok.vocab_size), seed=9),
+        folder / "model",
+        tok,
     )
     return folder / "model"
 
@@ -276,7 +278,7 @@ def test_scores_are_those_of_a_plain_loop(objective, world, tmp_path):
     for row in rows:
         scores = []
         for answer in row["answers"]:
-            ids = torch.tensor(encode(answer["turns"], tok)[0])
+            ids = torch.tensor(encode_conversation(answer["turns"], tok)[0])
             scores.append(
                 model(ids, torch.tensor([0, len(ids)], dtype=torch.int32), len(ids))[-1].item()
             )

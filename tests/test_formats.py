@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from nanosafe import attention, checkpoint, tokenizer
 from nanosafe.checkpoint import convert, families
 from nanosafe.rollout import generate
-from nanosafe.checkpoint import scratch
+from nanosafe.checkpoint import init_from_scratch
 
 transformers = pytest.importorskip("transformers")
 V, D, I, L, H, K, E = 98, 48, 80, 3, 6, 2, 8  # six heads: no power of two, for ALiBi
@@ -72,7 +72,9 @@ def decoded(model, prompt):
         mask = (torch.arange(n) <= position[:, None])[:, None, None]
         out.append(
             model.hidden(
-                TOKENS[i : i + 1], attention.Step(position, row, [(slice(0, 1), mask)]), caches
+                TOKENS[i : i + 1],
+                attention.DecodeBatch(position, row, [(slice(0, 1), mask)]),
+                caches,
             )
         )
     return torch.cat(out) @ model.vocabulary().T
@@ -479,7 +481,7 @@ def test_meta_s_own_layout(shards, embedding, tmp_path):
 
 
 def test_meta_s_llama_3_2_has_its_rope_scaled(tmp_path):
-    from nanosafe.checkpoint.meta import meta
+    from nanosafe.checkpoint.meta import read_meta_folder
 
     torch.save(meta_state(theirs_with()), tmp_path / "consolidated.00.pth")
     params = {
@@ -491,7 +493,7 @@ def test_meta_s_llama_3_2_has_its_rope_scaled(tmp_path):
         "rope_theta": 5e5,
     }
     (tmp_path / "params.json").write_text(json.dumps(params))
-    assert meta(str(tmp_path))[0]["rope_scaling"]["factor"] == 32.0
+    assert read_meta_folder(str(tmp_path))[0]["rope_scaling"]["factor"] == 32.0
     with pytest.raises(SystemExit, match="no params.json"):
         os.remove(tmp_path / "params.json")
         checkpoint.load(tmp_path)
@@ -686,8 +688,8 @@ print(json.dumps([peak() - before, sum(p.nbytes for p in model.parameters())]))
 )
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
 def test_a_load_takes_no_more_memory_than_the_model_and_a_shard(kind, tmp_path, monkeypatch):
-    checkpoint.save(scratch(small_config()), tmp_path / "small")
-    model = scratch(
+    checkpoint.save(init_from_scratch(small_config()), tmp_path / "small")
+    model = init_from_scratch(
         small_config(vocab_size=20000, hidden_size=512, intermediate_size=2048, num_hidden_layers=8)
     )
     monkeypatch.setattr(checkpoint, "SHARD_BYTES", 42 * 10**6)

@@ -13,7 +13,7 @@ from torch.func import functional_call
 from torch.profiler import ProfilerActivity, profile
 
 from nanosafe import attention, checkpoint, optim, parallel, rollout
-from nanosafe.checkpoint import scratch
+from nanosafe.checkpoint import init_from_scratch
 from nanosafe.losses import mle_loss
 
 pytestmark = [
@@ -23,7 +23,7 @@ pytestmark = [
 
 GPU = torch.device("cuda", 0)
 BF16 = torch.bfloat16
-MIXED = parallel.Place(GPU, "ddp", torch.float32, BF16)  # what one GPU trains in
+MIXED = parallel.Placement(GPU, "ddp", torch.float32, BF16)  # what one GPU trains in
 LENGTHS = [300, 77, 1, 512, 130]
 
 
@@ -51,7 +51,7 @@ def config(**changes):
 
 
 def half(**changes):
-    return scratch(config(**changes), seed=3).to(GPU, BF16)
+    return init_from_scratch(config(**changes), seed=3).to(GPU, BF16)
 
 
 def make_batch(lengths, vocab_size=1000, seed=0):
@@ -69,7 +69,7 @@ def results(model, batch, forward=None, mean=False):
     parallel.backward(model, (logps if mean else logps * weights).mean())
     found = {"logps": logps.detach()[batch[3] >= 0]}
     for name, p in model.named_parameters():
-        found[name] = parallel.full(p.grad).float().cpu()
+        found[name] = parallel.full_tensor(p.grad).float().cpu()
         p.grad = None
     return found
 
@@ -126,7 +126,7 @@ def test_compiled_blocks_equal_eager_ones_whole_and_once():
     counters.clear()
     deep = config(num_hidden_layers=12)
     eager, compiled = (
-        scratch(deep, seed=3, place=MIXED._replace(use_compile=c)) for c in (False, True)
+        init_from_scratch(deep, seed=3, place=MIXED._replace(use_compile=c)) for c in (False, True)
     )
     began = time.perf_counter()
     for lengths in (
@@ -182,10 +182,10 @@ def test_decoding_by_graphs_equals_decoding_without(slots, temperature, monkeypa
 def test_one_rank_s_layouts_equal_float32_weights_cast_by_hand(layout):
     """Else FSDP2 loses or repeats a gradient, reduces in bfloat16, or computes in another precision than it says."""
     model, batch = (
-        scratch(config(), seed=3, place=MIXED._replace(layout=layout)),
+        init_from_scratch(config(), seed=3, place=MIXED._replace(layout=layout)),
         make_batch(LENGTHS),
     )
-    plain = scratch(config(), seed=3, place=parallel.Place(GPU))
+    plain = init_from_scratch(config(), seed=3, place=parallel.Placement(GPU))
     cast = lambda *batch: functional_call(
         plain, {name: p.to(BF16) for name, p in plain.named_parameters()}, batch
     )
@@ -198,27 +198,30 @@ def test_one_rank_s_layouts_equal_float32_weights_cast_by_hand(layout):
 def train(place, steps):
     """Fine-tune on one batch of random tokens; the model and its losses."""
     model, batch = (
-        scratch(config(), seed=3, place=place),
+        init_from_scratch(config(), seed=3, place=place),
         make_batch([40, 64, 23, 51, 38, 64, 9, 30]),
     )
-    optimizer, losses = optim.adamw(model, 0.0, 0.9, 0.95), []
+    optimizer, losses = optim.make_adamw(model, 0.0, 0.9, 0.95), []
     for step in range(steps):
         loss = mle_loss(model(*batch, even=True), batch[3] >= 0)
         parallel.backward(model, loss)
-        assert math.isfinite(optim.step(model, optimizer, 5e-5, 1.0))
+        assert math.isfinite(optim.guarded_step(model, optimizer, 5e-5, 1.0))
         losses.append(loss.item())
     return model, losses
 
 
 def test_training_in_bfloat16_follows_float32():
     """Else updates are lost to rounding: the master weights, the moments or the gradients are not float32."""
-    halves, wholes = train(MIXED, 30)[1], train(parallel.Place(GPU), 30)[1]
+    halves, wholes = train(MIXED, 30)[1], train(parallel.Placement(GPU), 30)[1]
     assert max(halves[-1], wholes[-1]) < 0.7 * wholes[0], (halves, wholes)
     assert all(abs(a - b) < 0.03 * b for a, b in zip(halves, wholes)), (halves, wholes)
 
 
 def weights(model):
-    return {name: parallel.full(p).float().cpu() for name, p in parallel.parameters(model)}
+    return {
+        name: parallel.full_tensor(p).float().cpu()
+        for name, p in parallel.named_local_parameters(model)
+    }
 
 
 @pytest.mark.parametrize("layout", ["ddp", "fsdp"])
@@ -230,7 +233,7 @@ def test_an_offloaded_model_is_trained_as_another(layout):
     other, expected = train(MIXED._replace(layout=layout), 2)
     assert losses == pytest.approx(expected, rel=0.01)
     assert {p.device.type for p in model.parameters()} == {"cpu"}
-    before, ours, theirs = (weights(m) for m in (scratch(config(), seed=3), model, other))
+    before, ours, theirs = (weights(m) for m in (init_from_scratch(config(), seed=3), model, other))
     for name, w in before.items():
         assert (ours[name] - theirs[name]).norm() < 0.2 * (theirs[name] - w).norm(), name
 
@@ -238,8 +241,8 @@ def test_an_offloaded_model_is_trained_as_another(layout):
 @pytest.mark.parametrize("layout", ["ddp", "fsdp"])
 def test_an_offloaded_frozen_model_scores_as_another(layout, tmp_path):
     """Else a reference or reward model that waits in host memory judges with wrong weights."""
-    checkpoint.save(scratch(config(), seed=3), tmp_path / "model", dtype=BF16)
-    place = parallel.Place(GPU, layout, BF16, BF16, offload=True)
+    checkpoint.save(init_from_scratch(config(), seed=3), tmp_path / "model", dtype=BF16)
+    place = parallel.Placement(GPU, layout, BF16, BF16, offload=True)
     frozen = checkpoint.load(tmp_path / "model", place=place).requires_grad_(False)
     other, batch = (
         checkpoint.load(tmp_path / "model", device=GPU).requires_grad_(False),
@@ -249,7 +252,7 @@ def test_an_offloaded_frozen_model_scores_as_another(layout, tmp_path):
         expected = {"logps": other(*batch)}
         for _ in range(2):
             agree({"logps": frozen(*batch)}, expected, 0.01)
-    assert {p.device.type for _, p in parallel.parameters(frozen)} == {"cpu"}
+    assert {p.device.type for _, p in parallel.named_local_parameters(frozen)} == {"cpu"}
 
 
 def test_even_log_probabilities_equal_the_others():

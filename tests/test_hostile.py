@@ -20,14 +20,14 @@ from nanosafe.tokenizer import bpe
 from nanosafe.tools import download
 from nanosafe.storage import read_json, write_json
 from nanosafe.model import Config
-from nanosafe.checkpoint import scratch
+from nanosafe.checkpoint import init_from_scratch
 
 transformers = pytest.importorskip("transformers")
 
 
 @pytest.fixture
 def folder(tmp_path):
-    checkpoint.save(scratch(small_config(), seed=3), tmp_path / "model")
+    checkpoint.save(init_from_scratch(small_config(), seed=3), tmp_path / "model")
     return tmp_path / "model"
 
 
@@ -202,7 +202,7 @@ def test_baichuan2_with_more_rows_keeps_its_head():
 def test_what_no_config_can_say_is_not_written(tmp_path, changes):
     refuses(
         checkpoint.save,
-        scratch(small_config(**changes)),
+        init_from_scratch(small_config(**changes)),
         tmp_path / "x",
         match="no family's config.json",
     )
@@ -210,7 +210,9 @@ def test_what_no_config_can_say_is_not_written(tmp_path, changes):
 
 
 def test_a_mistral_with_biases_is_refused_before_it_is_trained(tmp_path):
-    checkpoint.save(scratch(small_config(attention_bias=True, output_bias=True)), tmp_path)
+    checkpoint.save(
+        init_from_scratch(small_config(attention_bias=True, output_bias=True)), tmp_path
+    )
     write_json(
         {**read_json(tmp_path, "config.json"), "model_type": "mistral", "sliding_window": 8},
         tmp_path,
@@ -259,7 +261,7 @@ def test_convert_says_what_half_precision_loses(folder, tmp_path):
 
 
 def test_meta_s_llama_3_has_its_length_and_all_its_shards(tmp_path):
-    from nanosafe.checkpoint.meta import meta
+    from nanosafe.checkpoint.meta import read_meta_folder
 
     path = tmp_path / "llama[8b]"
     path.mkdir()
@@ -272,7 +274,7 @@ def test_meta_s_llama_3_has_its_length_and_all_its_shards(tmp_path):
         write_json(
             {"dim": 2, "n_layers": 1, "n_heads": 1, "use_scaled_rope": scaled}, path, "params.json"
         )
-        assert meta(str(path))[0]["max_position_embeddings"] == length
+        assert read_meta_folder(str(path))[0]["max_position_embeddings"] == length
     for params in ([1], {"dim": "2", "n_layers": 1, "n_heads": 1}, {"dim": 2}):
         (path / "params.json").write_text(json.dumps(params))
         refuses(checkpoint.load, path)
@@ -410,7 +412,7 @@ def test_ends_of_sequence_may_be_numbers_in_either_config(tmp_path):
         ) if wrong is not True else None
     write_json({"eos_token_id": 300}, tmp_path, "config.json")
     assert tokenizer.load(tmp_path).eos_ids == [300]
-    model = scratch(small_config(vocab_size=tokenizer.load(tmp_path).vocab_size))
+    model = init_from_scratch(small_config(vocab_size=tokenizer.load(tmp_path).vocab_size))
     checkpoint.save(model, tmp_path / "saved", tokenizer.load(tmp_path))
     assert tokenizer.load(tmp_path / "saved").eos_id == 300
     write_json({"eos_token_id": [300, 301]}, tmp_path, "config.json")
@@ -461,7 +463,7 @@ def test_no_normaliser_helps_a_user_to_smuggle(tmp_path, options):
             tok.encode(text, allow_special=False),
             *tok.encode_batch([text]),
             tok.encode_suffix(text),
-            template.encode([text], tok)[0],
+            template.encode_conversation([text], tok)[0],
         ):
             assert not own & set(ids), text
     # a learnt piece is none of these
@@ -617,13 +619,15 @@ def test_raw_files_that_break(tmp_path):
         z.writestr("data/", "")
         z.writestr("__MACOSX/a.jsonl", "x")
         z.writestr("data/a.jsonl", '{"a": 1}\n')
-    assert [row.record for row in reader.read(str(tmp_path / "two.jsonl.zip"))] == [{"a": 1}]
+    assert [row.record for row in reader.read_raw_rows(str(tmp_path / "two.jsonl.zip"))] == [
+        {"a": 1}
+    ]
     with zipfile.ZipFile(tmp_path / "two.jsonl.zip", "a") as z:
         z.writestr("data/b.jsonl", '{"a": 2}\n')
     zipfile.ZipFile(tmp_path / "none.zip", "w").close()
     with zipfile.ZipFile(tmp_path / "list.zip", "w") as z:
         z.writestr("rows.json", '[{"a": 1}, {"a": 2}]')
-    assert [row.record["a"] for row in reader.read(str(tmp_path / "list.zip"))] == [1, 2]
+    assert [row.record["a"] for row in reader.read_raw_rows(str(tmp_path / "list.zip"))] == [1, 2]
     for name in ("x.jsonl.gz", "deep.json", "two.jsonl.zip", "none.zip"):
         refuses(lambda: list(download.read_rows(str(tmp_path / name))))
 
@@ -651,7 +655,7 @@ def test_sample_refuses_in_one_line(world, tmp_path):
     assert done.stdout.count("a row is left out") == 2 and "> How?" in done.stdout
     (tmp_path / "latin.txt").write_bytes("naïve".encode("latin-1"))
     checkpoint.save(
-        scratch(small_config(vocab_size=40)),
+        init_from_scratch(small_config(vocab_size=40)),
         tmp_path / "short",
         tokenizer.load(world / "tokenizer"),
     )

@@ -13,10 +13,10 @@ from test_train import same_state
 
 import configurator
 from nanosafe import checkpoint, data, inference, parallel, tokenizer
-from nanosafe.tokenizer.special_tokens import control_ids, with_control_tokens
-from nanosafe.phf.documents import scores_of
-from nanosafe.data.batching import sequence_sums
-from nanosafe.checkpoint import scratch
+from nanosafe.tokenizer.special_tokens import control_token_ids, add_control_tokens
+from nanosafe.phf.documents import target_scores
+from nanosafe.data.batching import sum_per_sequence
+from nanosafe.checkpoint import init_from_scratch
 
 WORLD = parallel.World(0, 1, torch.device("cpu"), True)
 
@@ -178,7 +178,7 @@ def test_reference_log_probabilities_are_what_a_plain_loop_gives_and_are_kept(wo
     tok = tokenizer.load(world / "policy")
     dataset = data.tokenize(f"{world}/data/pairs/train.jsonl:7/-1", tok, "reward", 200)
     model = checkpoint.load(world / "policy")
-    got = inference.cached_logps(model, str(world / "policy"), dataset, 300, WORLD)
+    got = inference.cached_reference_logps(model, str(world / "policy"), dataset, 300, WORLD)
     for i in range(7):
         for part in range(2):
             ids, mask = dataset.sequence(i, part)
@@ -194,7 +194,7 @@ def test_reference_log_probabilities_are_what_a_plain_loop_gives_and_are_kept(wo
     with torch.no_grad():
         model.norm.weight.mul_(2.0)
     assert torch.equal(
-        got, inference.cached_logps(model, str(world / "policy"), dataset, 300, WORLD)
+        got, inference.cached_reference_logps(model, str(world / "policy"), dataset, 300, WORLD)
     )
 
 
@@ -243,7 +243,7 @@ def test_rankings_of_two_to_k(world, tmp_path):
     )
     batch = dataset.batch([0, 1], "cpu")
     assert len(batch.cu_seqlens) == 6  # five sequences: the missing one takes no room
-    tokens = sequence_sums((batch.targets >= 0).float(), batch).tolist()
+    tokens = sum_per_sequence((batch.targets >= 0).float(), batch).tolist()
     assert [t - 1 for t in tokens] == [
         len(tok.encode_suffix(x)) for x in ("b b", "y", "c", "x", "a")
     ]
@@ -371,7 +371,7 @@ def test_mistakes_are_one_line(ppo, flag, words):
 
 
 def test_documents_are_cut_and_scored(world, tmp_path):
-    tok = with_control_tokens(tokenizer.load(world / "policy"))
+    tok = add_control_tokens(tokenizer.load(world / "policy"))
     rows = [
         {"texts": ["One. ", "Two two two. ", "Three."], "scores": [0.0, 1.0, 0.5]},
         {"texts": ["Four."], "scores": [0.2]},
@@ -397,13 +397,15 @@ def test_documents_are_cut_and_scored(world, tmp_path):
         [0.0] + [0.0] * sizes[0] + [1.0] * sizes[1] + [0.5] * (sizes[2] + 1)
     )  # EOS has the last segment's
     assert whole.scores[: whole.offsets[1]].tolist() == want
-    assert scores_of(whole, [0], "cpu").tolist() == want[1:] + [0.0]  # of each position's target
+    assert target_scores(whole, [0], "cpu").tolist() == want[1:] + [
+        0.0
+    ]  # of each position's target
     filtered = data.tokenize(str(path), tok, "documents", 99, method=("filter", 0.2))
     assert (
         len(filtered) == 1
         and "dropped 1 documents with a mean score above 0.2" in filtered.report["text"]
     )  # 0.5 is above, 0.2 is not
-    good, bad = control_ids(tok)
+    good, bad = control_token_ids(tok)
     marked = data.tokenize(str(path), tok, "documents", 99, method=("conditional", 0.0, 0.0))
     ids, mask = marked.sequence(0)
     assert (
@@ -429,17 +431,21 @@ def test_control_tokens_survive_the_disk(world, tmp_path, kind):
         )
         (tmp_path / "t").mkdir()
         bpe.save(str(tmp_path / "t" / "tokenizer.json"))
-    tok = with_control_tokens(
+    tok = add_control_tokens(
         tokenizer.load(world / "policy" if kind == "policy" else tmp_path / "t")
     )
     tok.save(tmp_path / "saved")
     again = tokenizer.load(tmp_path / "saved")
-    assert control_ids(again) == control_ids(tok) == [tok.vocab_size - 2, tok.vocab_size - 1]
     assert (
-        again.encode("<|aligned|>") == control_ids(tok)[:1]
-        and again.encode("<|aligned|>", allow_special=False) != control_ids(tok)[:1]
+        control_token_ids(again)
+        == control_token_ids(tok)
+        == [tok.vocab_size - 2, tok.vocab_size - 1]
     )
-    assert with_control_tokens(again).vocab_size == tok.vocab_size
+    assert (
+        again.encode("<|aligned|>") == control_token_ids(tok)[:1]
+        and again.encode("<|aligned|>", allow_special=False) != control_token_ids(tok)[:1]
+    )
+    assert add_control_tokens(again).vocab_size == tok.vocab_size
 
 
 @pytest.mark.parametrize(
@@ -544,7 +550,7 @@ def test_prompts_for_samples_without_an_input_are_one_line(phf, world):
 
 def test_both_heads_and_what_is_written_of_them(tmp_path):
     for tied in (False, True):
-        model = scratch(small_config(tie_word_embeddings=tied), "both", seed=3)
+        model = init_from_scratch(small_config(tie_word_embeddings=tied), "both", seed=3)
         ids = torch.arange(3, 9)
         batch = (ids, torch.tensor([0, 6], dtype=torch.int32), 6)
         logits, scores = model(*batch)

@@ -5,9 +5,9 @@ import torch
 from conftest import small_config
 
 from nanosafe import checkpoint, logprobs, model
-from nanosafe.data.template import encode  # noqa: F401  (the import graph is part of the room)
+from nanosafe.data.template import encode_conversation  # noqa: F401  (the import graph is part of the room)
 from nanosafe.model import Config, LLaMA
-from nanosafe.checkpoint import scratch
+from nanosafe.checkpoint import init_from_scratch
 
 transformers = pytest.importorskip("transformers")
 LLAMA3 = {
@@ -87,7 +87,7 @@ def test_config_reads_both_spellings_of_transformers():
 
 
 def test_a_sequence_does_not_see_its_neighbours():
-    net = scratch(small_config())
+    net = init_from_scratch(small_config())
     sequences, *batch = packed([5, 20, 3])
     together = net(*batch).split([5, 20, 3])
     for sequence, logits in zip(sequences, together):
@@ -98,8 +98,8 @@ def test_a_sequence_does_not_see_its_neighbours():
 @pytest.mark.parametrize("even", [False, True])
 def test_log_probs_and_their_gradient_equal_the_plain_head(even, monkeypatch):
     """Also in several blocks, with a temperature, and where nothing is read; weighed alike or each in its way."""
-    monkeypatch.setattr(model, "spans", lambda n, *_: [slice(i, i + 3) for i in range(0, n, 3)])
-    net = scratch(small_config(), seed=1)
+    monkeypatch.setattr(logprobs, "split_into_spans", lambda n, *_: [slice(i, i + 3) for i in range(0, n, 3)])
+    net = init_from_scratch(small_config(), seed=1)
     _, *batch = packed([5, 6])
     targets = torch.randint(0, 97, (11,))
     targets[::4] = -100
@@ -122,7 +122,7 @@ def test_log_probs_and_their_gradient_equal_the_plain_head(even, monkeypatch):
 
 
 def test_even_log_probs_refuse_an_uneven_loss():
-    net = scratch(small_config(), seed=1)
+    net = init_from_scratch(small_config(), seed=1)
     _, *batch = packed([5, 6])
     logps = net(*batch, torch.randint(0, 97, (11,)), even=True)
     with pytest.raises(RuntimeError):
@@ -137,14 +137,14 @@ def test_prompts_need_no_product_with_the_vocabulary(monkeypatch):
     )
     targets = torch.full((30,), -100)
     targets[25:29] = 3
-    scratch(small_config())(*packed([30])[1:], targets)
+    init_from_scratch(small_config())(*packed([30])[1:], targets)
     assert rows == [4]
 
 
 def test_activation_checkpointing_changes_no_gradient():
     gradients = []
     for on in (False, True):
-        net = scratch(small_config(), seed=2)
+        net = init_from_scratch(small_config(), seed=2)
         net.activation_checkpointing = on
         _, *batch = packed([9, 4])
         net(*batch, torch.arange(13)).sum().backward()
@@ -153,7 +153,7 @@ def test_activation_checkpointing_changes_no_gradient():
 
 
 def test_scores_are_float32_and_normalized_when_the_config_says():
-    net = scratch(small_config(mean=[0.5], var=[4.0]), "score").bfloat16()
+    net = init_from_scratch(small_config(mean=[0.5], var=[4.0]), "score").bfloat16()
     _, *batch = packed([6, 3])
     raw = net(*batch)
     assert raw.shape == (9,) and raw.dtype == torch.float32

@@ -59,12 +59,15 @@ def test_hsdp_is_a_mesh_of_nodes_and_ranks(max_tokens, world, reference, tmp_pat
 def test_layouts_are_chosen_and_mistakes_refused():
     one = parallel.World(0, 1, torch.device("cpu"), True)
     two = parallel.World(0, 2, torch.device("cpu"), True)
-    place = lambda *args: parallel.places(*args, False, False, 10**6)
+    place = lambda *args: parallel.choose_placements(*args, False, False, 10**6)
     assert place(one, "auto", "auto", "none")[0].layout == "plain"
     assert place(one, "bfloat16", "auto", "none")[0].layout == "ddp"
     trained, frozen = place(two, "auto", "auto", "none")
     assert (trained.layout, frozen.layout) == ("ddp", "plain")
-    assert parallel.places(two, "auto", "auto", "none", False, False, 10**10)[1].layout == "fsdp"
+    assert (
+        parallel.choose_placements(two, "auto", "auto", "none", False, False, 10**10)[1].layout
+        == "fsdp"
+    )
     for args, words in (
         ((one, "float16", "auto", "none"), "float16.*overflows"),
         ((one, "half", "auto", "none"), "dtype='half'"),

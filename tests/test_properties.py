@@ -142,7 +142,7 @@ RECORD = st.fixed_dictionaries(
 @given(RECORD, st.sampled_from(list(examples.TASKS)))
 def test_a_row_gives_conversations_or_a_reason_to_drop_it(record, task):
     try:
-        talks, labels = examples.conversations(record, task)
+        talks, labels = examples.parse_record(record, task)
     except ValueError as error:
         assert str(error) and "\n" not in str(error)
         return
@@ -190,7 +190,7 @@ def monkeypatch_session():
     st.lists(st.integers(1, 40), min_size=1, max_size=30), st.integers(40, 90), st.integers(1, 5)
 )
 def test_plans_hold_everything_once(lengths, max_tokens, ranks):
-    parts = batching.plan(lengths, max_tokens, ranks)
+    parts = batching.plan_micro_batches(lengths, max_tokens, ranks)
     assert sorted(i for part in parts for micro in part for i in micro) == list(range(len(lengths)))
     assert len({len(part) for part in parts}) == 1
     assert all(sum(lengths[i] for i in micro) <= max_tokens for part in parts for micro in part)
@@ -218,7 +218,7 @@ def test_what_a_user_writes_stays_text(world, text):
         [text]
     ) == [ids]
     if text.strip():
-        ids, mask = template.encode([text, "fine", text], tok)
+        ids, mask = template.encode_conversation([text, "fine", text], tok)
         assert (
             ids.count(tok.bos_id) == 1 and ids.count(tok.eos_id) == 1
         )  # ours only: the start, and the answer's end
@@ -289,7 +289,7 @@ def test_what_stands_beside_a_tokenizer_is_understood_or_refused(
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("fuzz") / "model"
-    checkpoint.save(checkpoint.scratch(small_config(), seed=3), path)
+    checkpoint.save(checkpoint.init_from_scratch(small_config(), seed=3), path)
     os.remove(path / "checksums.json")
     return path
 

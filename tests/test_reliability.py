@@ -69,8 +69,8 @@ class Tiny:
 
     def __init__(self, folder):
         self.folder = str(folder)
-        self.model = checkpoint.scratch(small_config(), seed=1)
-        self.optimizer = optim.adamw(self.model, 0.0, 0.9, 0.95)
+        self.model = checkpoint.init_from_scratch(small_config(), seed=1)
+        self.optimizer = optim.make_adamw(self.model, 0.0, 0.9, 0.95)
         self.trained = {"model": (self.model, self.optimizer)}
 
     def learn(self, steps):
@@ -81,7 +81,7 @@ class Tiny:
                     tokens, torch.tensor([0, 9], dtype=torch.int32), 9, (tokens + 1) % 9
                 ).mean()
             ).backward()
-            optim.step(self.model, self.optimizer, 1e-2, 1.0)
+            optim.guarded_step(self.model, self.optimizer, 1e-2, 1.0)
 
     def save(self, step, keep=2):
         checkpoint.save(self.model, os.path.join(self.folder, "model"))
@@ -153,7 +153,7 @@ def test_killed_before_any_file_operation_of_a_save_a_run_has_a_whole_state(tmp_
         other.learn(2)
         other.save(found + 2)  # and goes on, over whatever was left behind
         assert not [n for n in os.listdir(folder / "state") if n.endswith((".tmp", ".old"))]
-        assert len(run_state.states(str(folder))) == 2 and same(
+        assert len(run_state.list_states(str(folder))) == 2 and same(
             checkpoint.load(folder / "model").parameters(), other.model.parameters()
         )
     assert seen == sorted(seen) and models >= len(snapshots) - 2
@@ -210,9 +210,9 @@ def test_states_are_kept_by_number_and_those_of_a_course_given_up_go(tmp_path):
     tiny = Tiny(tmp_path)
     for step in (999_998, 999_999, 1_000_000):
         tiny.save(step)
-    assert run_state.states(str(tmp_path)) == ["step_999999", "step_1000000"]
+    assert run_state.list_states(str(tmp_path)) == ["step_999999", "step_1000000"]
     tiny.save(5, keep=0)  # 0 would keep none: one stays
-    assert run_state.states(str(tmp_path)) == ["step_000005"]
+    assert run_state.list_states(str(tmp_path)) == ["step_000005"]
 
 
 @pytest.mark.parametrize("harm", ["flip", "cut"])
@@ -287,7 +287,9 @@ def test_ranks_of_an_attempt_find_each_other_on_a_store_with_dead_ranks_words():
 
     def ranks(size):
         with ThreadPoolExecutor(size) as pool:
-            return set(pool.map(lambda rank: watchdog.attempt(store, rank, size), range(size)))
+            return set(
+                pool.map(lambda rank: watchdog.agree_on_restart_id(store, rank, size), range(size))
+            )
 
     (first,) = ranks(3)
     assert store.get("hello_0").decode() == first
@@ -399,7 +401,7 @@ def test_under_torchrun_a_signal_saves_on_all_ranks_alike(sig, to, trainers, tmp
         os.kill(pid, sig)
     said, _ = process.communicate(timeout=120)
     assert to == "all" or process.returncode == 0, said[-2000:]
-    assert 3 <= int(run_state.states(str(tmp_path / "b"))[-1][5:]) < 60
+    assert 3 <= int(run_state.list_states(str(tmp_path / "b"))[-1][5:]) < 60
     run(*flags, f"--out_dir={tmp_path}/b", "--resume=True", ranks=2)
     assert same_state(tmp_path / "a", tmp_path / "b")
 
@@ -501,9 +503,9 @@ def test_metrics_on_a_full_disk(tmp_path):
     monitor.metrics = open("/dev/full", "w", buffering=1)
     with pytest.raises(OSError) as caught:
         monitor.log(0, {"loss": 1.0})
-    assert "No space left" in errors.explain(caught.value, {}) and "resume" in errors.explain(
+    assert "No space left" in errors.explain_failure(
         caught.value, {}
-    )
+    ) and "resume" in errors.explain_failure(caught.value, {})
 
 
 # ---- numbers ----
@@ -650,7 +652,7 @@ def test_out_of_memory_names_the_knob_to_turn(trainers, tmp_path, world):
     error = torch.OutOfMemoryError(
         "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.25 GiB"
     )
-    said = errors.explain(
+    said = errors.explain_failure(
         error,
         {"max_tokens": 8192, "activation_checkpointing": False, "offload": "none", "out_dir": "x"},
     )
@@ -659,14 +661,14 @@ def test_out_of_memory_names_the_knob_to_turn(trainers, tmp_path, world):
         and "79.25 GiB" in said
     )
     assert (
-        errors.explain(MemoryError(), {"max_tokens": 9})
-        and errors.explain(ValueError("x"), {}) is None
+        errors.explain_failure(MemoryError(), {"max_tokens": 9})
+        and errors.explain_failure(ValueError("x"), {}) is None
     )
-    assert "another rank ended" in errors.explain(
+    assert "another rank ended" in errors.explain_failure(
         RuntimeError("gloo: Connection closed by peer"), {}, 2
     )
-    assert errors.explain(BrokenPipeError(32, "Broken pipe"), {}) is None  # of | head
-    assert errors.explain(KeyboardInterrupt(), {}) == "interrupted"
+    assert errors.explain_failure(BrokenPipeError(32, "Broken pipe"), {}) is None  # of | head
+    assert errors.explain_failure(KeyboardInterrupt(), {}) == "interrupted"
 
 
 def test_ctrl_c_before_the_first_step_is_no_traceback(trainers, tmp_path):
@@ -775,6 +777,8 @@ def test_a_file_that_grows_whole_is_never_half_there(tmp_path):
     save_file({"x": torch.zeros(3)}, tmp_path / "x.safetensors")
     os.mkdir(tmp_path / "new")
     shutil.move(tmp_path / "x.safetensors", tmp_path / "new" / "x.safetensors")
-    storage.put_folder(str(tmp_path / "new"), str(tmp_path / "there"))
-    assert storage.damage(str(tmp_path / "there")) == "" and not os.path.exists(tmp_path / "new")
+    storage.replace_folder(str(tmp_path / "new"), str(tmp_path / "there"))
+    assert storage.find_corrupt_file(str(tmp_path / "there")) == "" and not os.path.exists(
+        tmp_path / "new"
+    )
     assert parallel.rank() == 0

@@ -135,24 +135,30 @@ def test_normalized_advantages_do_not_see_padding():
 
 
 def test_adapted_kl_coef():
-    assert rl.adapted(0.1, 2 * 6.0, 6.0, 128, 10000) == pytest.approx(
+    assert rl.adapt_kl_coef(0.1, 2 * 6.0, 6.0, 128, 10000) == pytest.approx(
         0.1 * (1 + 0.2 * 128 / 10000)
     )  # 1.2 targets or more
-    assert rl.adapted(0.1, 6.6, 6.0, 128, 10000) == pytest.approx(0.1 * (1 + 0.1 * 128 / 10000))
-    assert rl.adapted(0.1, 6.0, 6.0, 128, 10000) == pytest.approx(0.1)
-    assert rl.adapted(0.1, 0.0, 6.0, 128, 10000) == pytest.approx(0.1 * (1 - 0.2 * 128 / 10000))
+    assert rl.adapt_kl_coef(0.1, 6.6, 6.0, 128, 10000) == pytest.approx(
+        0.1 * (1 + 0.1 * 128 / 10000)
+    )
+    assert rl.adapt_kl_coef(0.1, 6.0, 6.0, 128, 10000) == pytest.approx(0.1)
+    assert rl.adapt_kl_coef(0.1, 0.0, 6.0, 128, 10000) == pytest.approx(
+        0.1 * (1 - 0.2 * 128 / 10000)
+    )
 
 
 def test_scaled_rewards():
     first, second = torch.tensor([1.0, 2.0, 6.0]), torch.tensor([0.0, 3.0, 3.0])
     assert torch.equal(
-        rl.scaled(first, RunningMeanStd(), "none", 5.0), torch.tensor([1.0, 2.0, 5.0])
+        rl.scale_rewards(first, RunningMeanStd(), "none", 5.0), torch.tensor([1.0, 2.0, 5.0])
     )
     for scaling, shift in (("std", 0.0), ("mean_std", 1.0)):
         moments = RunningMeanStd()
-        out = rl.scaled(first, moments, scaling, math.inf)  # the batch is part of its history
+        out = rl.scale_rewards(
+            first, moments, scaling, math.inf
+        )  # the batch is part of its history
         assert torch.allclose(out, (first - shift * first.mean()) / first.std(), atol=1e-6)
-        out = rl.scaled(second, moments, scaling, math.inf)
+        out = rl.scale_rewards(second, moments, scaling, math.inf)
         both = torch.cat([first, second])
         mean, var = (
             both.mean(),
@@ -161,11 +167,11 @@ def test_scaled_rewards():
         )
         assert torch.allclose(out, (second - shift * mean) / var.sqrt(), atol=1e-5)
     moments = RunningMeanStd()
-    rl.scaled(first, moments, "first", math.inf)
+    rl.scale_rewards(first, moments, "first", math.inf)
     assert torch.allclose(
-        rl.scaled(second, moments, "first", math.inf), second / first.std(), atol=1e-6
+        rl.scale_rewards(second, moments, "first", math.inf), second / first.std(), atol=1e-6
     )
-    assert rl.scaled(
+    assert rl.scale_rewards(
         torch.tensor([float("nan"), 1.0]), moments, "std", 5.0
     ).isnan().any() and math.isfinite(moments.mean)
 

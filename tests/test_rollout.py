@@ -6,12 +6,12 @@ from conftest import small_config
 
 from nanosafe import rollout
 from nanosafe.rollout import filter_probs, generate, inverse_cdf, uniforms
-from nanosafe.checkpoint import scratch
+from nanosafe.checkpoint import init_from_scratch
 
 
 @pytest.fixture(scope="module")
 def model():
-    net = scratch(small_config(), seed=4)
+    net = init_from_scratch(small_config(), seed=4)
     with torch.no_grad():
         net.lm_head.weight.mul_(10)  # sharper than a fresh model: no near ties
     return net
@@ -118,7 +118,7 @@ def test_uniforms_are_uniform_and_equal_the_host_s_hash():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_cuda_graphs_equal_the_cpu(model):
-    net = scratch(small_config(), seed=4).cuda()
+    net = init_from_scratch(small_config(), seed=4).cuda()
     with torch.no_grad():
         net.lm_head.weight.mul_(10)
     ask = lambda m, slots: generate(m, PROMPTS, 25, eos_ids=[2, 3, 4], seed=5, slots=slots)

@@ -33,18 +33,18 @@ WORLD = parallel.World(0, 1, torch.device("cpu"), True)
 )
 def test_personal_data(text, kinds):
     assert sorted(kind for kind, _ in scorers.find_pii(text)) == sorted(kinds)
-    (score,) = scorers.load("pii", WORLD)([text])
+    (score,) = scorers.load_scorer("pii", WORLD)([text])
     assert score == len(kinds) / max(1, len(text))
 
 
 def test_pep8_counts_violations():
-    score = scorers.load("pep8", WORLD)
+    score = scorers.load_scorer("pep8", WORLD)
     good, bad = "x = 1\n", "x=1 \nimport os\n"
     assert score([good]) == [0.0] and score([bad])[0] >= 3 / len(bad) and score([""]) == [0.0]
 
 
 def test_a_cost_model_and_a_function_of_one_s_own(world, tmp_path):
-    score = scorers.load(str(world / "cost"), WORLD)
+    score = scorers.load_scorer(str(world / "cost"), WORLD)
     tok, model = tokenizer.load(world / "cost"), checkpoint.load(world / "cost")
     for text, got in zip(
         ("Hello.", "a longer text than the other"),
@@ -54,14 +54,14 @@ def test_a_cost_model_and_a_function_of_one_s_own(world, tmp_path):
         want = model(ids, torch.tensor([0, len(ids)], dtype=torch.int32), len(ids))[-1]
         assert got == pytest.approx(want.item(), abs=1e-5)
     (tmp_path / "own.py").write_text("def shout(text):\n    return text.count('!')\n")
-    assert scorers.load(f"{tmp_path}/own.py:shout", WORLD)(["a!!", "b"]) == [2.0, 0.0]
+    assert scorers.load_scorer(f"{tmp_path}/own.py:shout", WORLD)(["a!!", "b"]) == [2.0, 0.0]
     for name, words in (
         (f"{tmp_path}/own.py:none", "no function 'none'"),
         (f"{tmp_path}/no.py:f", "there is no file"),
         ("vibes", "choose pii"),
     ):
         with pytest.raises(SystemExit, match=words):
-            scorers.load(name, WORLD)
+            scorers.load_scorer(name, WORLD)
 
 
 def test_annotating_a_file(tmp_path):
@@ -87,14 +87,14 @@ def test_annotating_a_file(tmp_path):
 
 def test_the_worst_of_every_25():
     rng = random.Random(0)
-    found = scorers.statistics(["a b"] * 4096, [rng.random() for _ in range(4096)], 0.5)
+    found = scorers.text_statistics(["a b"] * 4096, [rng.random() for _ in range(4096)], 0.5)
     assert found["score_max@25"] == pytest.approx(25 / 26, abs=0.01)  # of uniforms
     assert found["score"] == pytest.approx(0.5, abs=0.02) and found["hits"] == pytest.approx(
         0.5, abs=0.03
     )
-    few = scorers.statistics(["a"] * 24, [1.0] * 24, 0.5)
+    few = scorers.text_statistics(["a"] * 24, [1.0] * 24, 0.5)
     assert math.isnan(few["score_max@25"]) and few["hits"] == 1
-    tail = scorers.statistics(["a"] * 30, [0.0] * 25 + [9.0] * 5, 0.5)
+    tail = scorers.text_statistics(["a"] * 30, [0.0] * 25 + [9.0] * 5, 0.5)
     assert tail["score_max@25"] == 0  # five are no group
 
 
@@ -121,7 +121,7 @@ def test_diversity():
     assert scorers.self_bleu([list("abcdef")] * 5) == pytest.approx(1.0) and math.isnan(
         scorers.self_bleu([["a"]])
     )
-    found = scorers.statistics(["a a b", "c d"], [0.0, 0.0], 0.5)
+    found = scorers.text_statistics(["a a b", "c d"], [0.0, 0.0], 0.5)
     assert (
         found["distinct_1"] == pytest.approx((2 / 3 + 1) / 2)
         and found["distinct_2"] == 1
@@ -167,7 +167,7 @@ def test_answers_with_scores_are_what_rrhf_takes(make, world, tmp_path):
     assert [r["answers"] for r in two] == [r["answers"] for r in rows]  # whoever samples them
     for a, b in zip(rows, two):
         assert a["scores"] == pytest.approx(b["scores"], abs=1e-5)
-    ids = template.encode([rows[0]["input"], rows[0]["answers"][0]], tok)[0]
+    ids = template.encode_conversation([rows[0]["input"], rows[0]["answers"][0]], tok)[0]
     forms = [ids, ids[:-1]]  # ended by itself, or cut
     scores = [
         model(torch.tensor(x), torch.tensor([0, len(x)], dtype=torch.int32), len(x))[-1].item()

@@ -92,7 +92,7 @@ def test_a_missing_or_broken_file_stops_with_one_line(tmp_path):
 )
 def test_llama_s_known_ids(legacy, text, ids):
     with open(LLAMA, "rb") as f:
-        engine = spm.Pieces(f.read(), {"legacy": legacy})
+        engine = spm.SentencePieceEngine(f.read(), {"legacy": legacy})
     assert special_tokens.Tokenizer(engine, engine.added).encode(text) == ids
 
 

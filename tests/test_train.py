@@ -15,7 +15,7 @@ from conftest import ROOT, rows_of, run, same_state, small_config
 
 from nanosafe import checkpoint, tokenizer
 from nanosafe.tools import demo
-from nanosafe.checkpoint import scratch
+from nanosafe.checkpoint import init_from_scratch
 
 
 @pytest.mark.parametrize("name", ["sft", "reward", "cost", "ppo_lag"])
@@ -156,7 +156,9 @@ def test_non_finite_gradients_are_skipped_counted_and_end_the_run(trainers, worl
 
 def test_a_reward_model_may_have_another_tokenizer_a_critic_may_not(trainers, world, tmp_path):
     tok = demo.train_tokenizer(["Sure. First, get the rope."] * 99, 280, str(tmp_path / "other"))
-    checkpoint.save(scratch(small_config(vocab_size=tok.vocab_size), "score"), tmp_path / "rm", tok)
+    checkpoint.save(
+        init_from_scratch(small_config(vocab_size=tok.vocab_size), "score"), tmp_path / "rm", tok
+    )
     flags = [f for f in trainers["ppo"] if "reward_model" not in f] + [
         f"--reward_model={tmp_path}/rm"
     ]

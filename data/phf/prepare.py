@@ -5,7 +5,7 @@ $ python data/phf/prepare.py --task=pep8 --raw=FOLDER    # -> data/phf/pep8"""
 
 from configurator import configure
 from nanosafe.tools import download
-from nanosafe.phf.documents import check
+from nanosafe.phf.documents import check_document
 
 task = "toxicity"  # toxicity | pii | pep8
 config = configure(globals(), vars(download))
@@ -14,7 +14,7 @@ config = configure(globals(), vars(download))
 def to_record(row):
     """The segments and their scores; the document's score is their mean."""
     record = {"texts": row["texts"], "scores": [float(score) for score in row["scores"]]}
-    check(record)
+    check_document(record)
     return {**record, "avg_score": sum(record["scores"]) / len(record["scores"])}
 
 

@@ -7,9 +7,9 @@ import torch
 from tqdm import tqdm
 
 from nanosafe import tokenizer
-from nanosafe.checkpoint.folder import Folder, fill, locate, read_config
-from nanosafe.checkpoint.model_folder import write_folder
-from nanosafe.errors import stop, untrusted
+from nanosafe.checkpoint.folder import Folder, copy_weights, map_tensors, read_config
+from nanosafe.checkpoint.model_folder import write_model_folder
+from nanosafe.errors import stop, one_line_errors
 from nanosafe.model import LLaMA
 
 
@@ -31,13 +31,13 @@ def convert(source, target, dtype=None):
     there = [path for path in (target, temporary, old) if os.path.lexists(path)]
     if there or not target.strip("/."):
         stop(f"{(there or [target])[0]!r} is there already: choose another TARGET, or remove it")
-    with untrusted(source):
+    with one_line_errors(source):
         folder = Folder(source)
         config, head = read_config(folder, "auto")
-        places, dtype = locate(config, head, folder), dtype or folder.dtype()
+        places, dtype = map_tensors(config, head, folder), dtype or folder.dtype()
     with torch.device("meta"):
         model = LLaMA(config, head)
-    tok = tokenizer.load(source) if tokenizer.find(source) else None
+    tok = tokenizer.load(source) if tokenizer.find_tokenizer_file(source) else None
     if tok and tok.vocab_size > config.vocab_size:
         print(
             f"note: the tokenizer has {tok.vocab_size} tokens, {source!r} has rows for "
@@ -47,14 +47,14 @@ def convert(source, target, dtype=None):
     def weights():
         for name, p in tqdm(list(model.named_parameters()), unit="tensor", desc=target):
             whole = torch.empty(p.shape, dtype=dtype)
-            with untrusted(source):
-                fill([(name, whole)], folder, places)
+            with one_line_errors(source):
+                copy_weights([(name, whole)], folder, places)
             if not torch.isfinite(whole).all():
                 stop(f"{name} is not finite in {dtype}, which {source!r} has in {folder.dtype()}")
             yield name, whole
 
     try:
-        write_folder(target, config, head, weights(), tok, dtype)
+        write_model_folder(target, config, head, weights(), tok, dtype)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     count = sum(p.numel() for p in model.parameters())

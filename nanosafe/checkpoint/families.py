@@ -6,7 +6,7 @@ from typing import Callable, NamedTuple
 from nanosafe.errors import stop
 
 
-def apart(tensors, H, K, E):
+def qkv_separate(tensors, H, K, E):
     """LLaMA's queries, keys and values: a tensor each."""
     return [(tensor, 0, heads * E, 1) for tensor, heads in zip(tensors, (H, K, K))]
 
@@ -17,7 +17,7 @@ class Family(NamedTuple):
     architecture: str = "Llama"  # in config.json, where folders of the family are written
     config: Callable = lambda d: {}  # its config.json -> the keys that LLaMA spells otherwise
     qkv: tuple = ("q_proj", "k_proj", "v_proj")  # the tensors with queries, keys and values
-    layout: Callable = apart  # where these are in them: parts(), below, of qkv_proj
+    layout: Callable = qkv_separate  # where these are in them: parts(), below, of qkv_proj
     gate_up: tuple = ("gate_proj", "up_proj")
     names: tuple = ()  # (ours, theirs): parts of tensors' names
 
@@ -25,7 +25,7 @@ class Family(NamedTuple):
 LLAMA = Family()
 
 
-def parts(config, name, family=LLAMA):
+def find_rows(config, name, family=LLAMA):
     """Where the rows of our parameter `name` are: [(tensor, first row, rows or None: all, step)].
     We multiply by q, k and v at once, and by gate and up at once; most folders keep them apart."""
     tensor = name if name.startswith(("lm_head.", "score_head.")) else "model." + name
@@ -41,13 +41,13 @@ def parts(config, name, family=LLAMA):
     return [(tensor, 0, None, 1)]
 
 
-def config_json(config, head):
+def make_config_json(config, head):
     """What to write as config.json, and its Family: LLaMA, unless that cannot say it all."""
     d = config.to_dict(head)
     keys = ("sliding_window", "alibi", "norm_head", "output_bias")
     window, alibi, norm_head, output_bias = (d.pop(key) for key in keys)
     if window or alibi or norm_head or output_bias != config.attention_bias:
-        return other_json(config, d, head)
+        return make_other_config_json(config, d, head)
     return d, LLAMA
 
 
@@ -76,12 +76,12 @@ def baichuan(d):
     }
 
 
-def together(tensors, H, K, E):
+def qkv_stacked(tensors, H, K, E):
     """Queries, keys and values one below the other in one tensor."""
     return [(tensors[0], 0, (H + 2 * K) * E, 1)]
 
 
-def groups(tensors, H, K, E):
+def qkv_grouped(tensors, H, K, E):
     """In one tensor, for each kv head its queries, its key and its value."""
     G = H // K
     return [
@@ -91,7 +91,7 @@ def groups(tensors, H, K, E):
     ]
 
 
-def pairs(tensors, H, K, E):
+def qkv_interleaved(tensors, H, K, E):
     """Dimensions that RoPE turns together are neighbours; in LLaMA they are half a head apart."""
     q, k, v = tensors
     return [
@@ -119,17 +119,20 @@ FAMILIES = {  # by the model_type of config.json
     "mistral": Family("Mistral", mistral),
     "qwen2": Family("Qwen2", qwen2),
     "internlm": Family("InternLM", internlm),
-    "internlm2": Family("InternLM2", internlm, ("wqkv",), groups, ("w1", "w3"), SHORT),
-    "baichuan": Family("Baichuan", baichuan, ("W_pack",), together),
+    "internlm2": Family("InternLM2", internlm, ("wqkv",), qkv_grouped, ("w1", "w3"), SHORT),
+    "baichuan": Family("Baichuan", baichuan, ("W_pack",), qkv_stacked),
 }
 
 
 META = Family(
-    qkv=("wq", "wk", "wv"), layout=pairs, gate_up=("w1", "w3"), names=(*SHORT, ("model.", ""))
+    qkv=("wq", "wk", "wv"),
+    layout=qkv_interleaved,
+    gate_up=("w1", "w3"),
+    names=(*SHORT, ("model.", "")),
 )
 
 
-def other_json(config, d, head):
+def make_other_config_json(config, d, head):
     """LLaMA's config.json `d` for a model that needs another family's, and that Family."""
     biases = config.attention_bias, config.output_bias, config.mlp_bias
     special, window = config.alibi or config.norm_head, config.sliding_window

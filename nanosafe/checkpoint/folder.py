@@ -7,11 +7,11 @@ import torch
 
 from nanosafe import parallel
 from nanosafe.checkpoint import meta
-from nanosafe.checkpoint.families import FAMILIES, LLAMA, parts
-from nanosafe.checkpoint.tensors import FLOATS, Files, Stored, clean, copy_rows
+from nanosafe.checkpoint.families import FAMILIES, LLAMA, find_rows
+from nanosafe.checkpoint.tensors import FLOATS, Files, Stored, clean_name, copy_rows
 from nanosafe.errors import stop
 from nanosafe.model import Config, LLaMA
-from nanosafe.printing import tell
+from nanosafe.printing import print_once
 from nanosafe.storage import read_json
 
 
@@ -35,7 +35,7 @@ class Folder:
     def __init__(self, path):
         self.path, self.tensors, self.family = os.fspath(path), {}, LLAMA
         if not os.path.isfile(os.path.join(self.path, "config.json")):
-            self.config, self.tensors, self.family = meta.read(self.path)
+            self.config, self.tensors, self.family = meta.read_other_layout(self.path)
             return
         d = read_json(self.path, "config.json")
         if d.get("quantization_config"):
@@ -58,11 +58,11 @@ class Folder:
         files = Files(self.path)
         for file in sorted(set(index.values())) if indexed else there[:1]:
             for key in files.open(file):
-                name = clean(key)
+                name = clean_name(key)
                 if name in self.tensors or index.get(key, file) != file:
                     stop(f"{self.path!r}: {name!r} stands in two places, once in {file!r}")
                 self.tensors[name] = Stored(files, file, key)
-        lost = {clean(key) for key in index} - set(self.tensors)
+        lost = {clean_name(key) for key in index} - set(self.tensors)
         if lost:
             stop(f"{self.path!r}: the index names {min(lost)!r}, which its files do not hold")
         biased = lambda part: any(name.endswith(part + ".bias") for name in self.tensors)
@@ -98,7 +98,7 @@ def read_config(folder, head, score_type=None):
     return config, ("score" if scored else "lm") if head == "auto" else head
 
 
-def locate(config, head, folder, fresh=(), vocab_size=0):
+def map_tensors(config, head, folder, fresh=(), vocab_size=0):
     """Where a model's parameters are in a folder: {parameter: [(tensor, its first row, rows, step,
     row of the parameter)]}. Stops on a tensor missing, misshapen, left over, or of whole numbers.
     vocab_size: the folder's, where the config's is greater."""
@@ -109,7 +109,7 @@ def locate(config, head, folder, fresh=(), vocab_size=0):
         if name in fresh:
             continue
         places[name], start = [], 0
-        for tensor, first, height, step in parts(config, name, folder.family):
+        for tensor, first, height, step in find_rows(config, name, folder.family):
             height = height or len(p)
             places[name].append((tensor, first, height, step, start))
             shapes[tensor] = [shapes.get(tensor, [0])[0] + height, *p.shape[1:]]
@@ -123,10 +123,10 @@ def locate(config, head, folder, fresh=(), vocab_size=0):
             misshapen.append(f"{name} {list(tensor.shape)}, not {shapes[name]}")
         elif tensor[:0].dtype not in FLOATS:
             misshapen.append(f"{name}, {tensor[:0].dtype}")
-    lm_head = parts(config, "lm_head.weight", folder.family)[0][0]
+    lm_head = find_rows(config, "lm_head.weight", folder.family)[0][0]
     if lm_head in folder.tensors and lm_head not in shapes:
         why = "there is a score head" if head == "score" else "its embedding is its head"
-        tell(f"{folder.path}: {lm_head} is left out: {why}")
+        print_once(f"{folder.path}: {lm_head} is left out: {why}")
     known = {*shapes, lm_head, *(NORMALIZER if head == "score" else ())}
     surplus = [name for name in folder.tensors if name not in known and not name.endswith(IGNORED)]
     for what, names in (
@@ -141,7 +141,7 @@ def locate(config, head, folder, fresh=(), vocab_size=0):
 
 
 @torch.no_grad()
-def fill(parameters, folder, places):
+def copy_weights(parameters, folder, places):
     """Copy this rank's rows of the parameters, (name, tensor), from the folder, file by file."""
     parameters = dict(parameters)
     work = sorted(

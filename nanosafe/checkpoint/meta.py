@@ -17,16 +17,16 @@ from nanosafe.storage import read_json
 COLUMNS = ("wo.weight", "w2.weight")  # what Meta's model parallelism divides by columns
 
 
-def read(path):
+def read_other_layout(path):
     """(config.json's dict, tensors, Family) of what is at `path`."""
     if path.endswith(".bin") and os.path.isfile(path):
         return *llama2c(path), META
     if glob.glob(os.path.join(glob.escape(path), "consolidated.*.pth")):
-        return *meta(path), META
+        return *read_meta_folder(path), META
     stop(f"no model at {path!r}: a model folder has a config.json, or Meta's params.json")
 
 
-def meta(path):
+def read_meta_folder(path):
     """(config.json's dict, tensors) of a folder of Meta's: consolidated.*.pth and params.json."""
     params = read_json(path, "params.json")
     params = params.get("model", params)

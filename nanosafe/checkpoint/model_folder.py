@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import save_file
 
 from nanosafe import parallel
-from nanosafe.checkpoint.families import config_json, parts
-from nanosafe.checkpoint.folder import Folder, fill, locate, read_config
-from nanosafe.errors import stop, untrusted
+from nanosafe.checkpoint.families import make_config_json, find_rows
+from nanosafe.checkpoint.folder import Folder, copy_weights, map_tensors, read_config
+from nanosafe.errors import stop, one_line_errors
 from nanosafe.model import Config, LLaMA
-from nanosafe.printing import tell
-from nanosafe.storage import CHECKSUMS, damage, make_folder, put_folder, write_json
+from nanosafe.printing import print_once
+from nanosafe.storage import CHECKSUMS, find_corrupt_file, make_folder, replace_folder, write_json
 
 
 SHARD_BYTES = 5 * 10**9
@@ -37,48 +37,54 @@ def load(
     vocab_size  rows that the tokenizer needs; missing ones are added as the mean of the others
     score_type  "reward", "cost" or "critic", over what the config says"""
     share = (parallel.rank(), parallel.world_size()) if place else (0, 1)
-    if os.path.exists(os.path.join(path, CHECKSUMS)) and (name := damage(path, *share, True)):
+    if os.path.exists(os.path.join(path, CHECKSUMS)) and (
+        name := find_corrupt_file(path, *share, True)
+    ):
         stop(f"{os.fspath(path)!r}: {name} is damaged; if you changed it, remove {CHECKSUMS}")
-    with untrusted(path):
+    with one_line_errors(path):
         folder = Folder(path)
         config, head = read_config(folder, head, score_type)
         known, config.vocab_size = config.vocab_size, max(config.vocab_size, vocab_size)
         fresh = {"score_head.weight"} - set(folder.tensors) if head != "lm" else ()
-        places = locate(config, head, folder, fresh, known)
-        config_json(config, head)  # what could not be saved is better refused now
+        places = map_tensors(config, head, folder, fresh, known)
+        make_config_json(config, head)  # what could not be saved is better refused now
     if known < config.vocab_size:
-        tell(f"{path}: {config.vocab_size - known} rows for new tokens, each the others' mean")
-    place = place or parallel.Place(torch.device(device), dtype=dtype)
-    model = build(config, head, place, place.dtype or folder.dtype())
+        print_once(
+            f"{path}: {config.vocab_size - known} rows for new tokens, each the others' mean"
+        )
+    place = place or parallel.Placement(torch.device(device), dtype=dtype)
+    model = build_model(config, head, place, place.dtype or folder.dtype())
     if fresh:
-        tell(f"{path}: no score head there: a new one is drawn")
-        draw(model, *fresh, model.score_head.weight, seed)
-    with untrusted(path):
-        fill(parallel.parameters(model), folder, places)
+        print_once(f"{path}: no score head there: a new one is drawn")
+        draw_parameter(model, *fresh, model.score_head.weight, seed)
+    with one_line_errors(path):
+        copy_weights(parallel.named_local_parameters(model), folder, places)
     return model
 
 
-def build(config, head, place, dtype):
+def build_model(config, head, place, dtype):
     """A LLaMA at its place, its memory taken and not yet filled."""
     with torch.device("meta"):
         model = LLaMA(config, head).to(dtype)
-    parallel.put(model, place)
+    parallel.shard_model(model, place)
     if head != "score" and config.tie_word_embeddings:  # to_empty() gave each name its own
         model.lm_head.weight = model.embed_tokens.weight
     return model
 
 
-def scratch(config, head="lm", seed=0, place=None):
+def init_from_scratch(config, head="lm", seed=0, place=None):
     """A LLaMA with random weights, the same for every layout.
     N(0, initializer_range); outputs into the residual stream are scaled by depth, as in GPT-2."""
-    model = build(config, head, place or parallel.Place(torch.device("cpu")), torch.float32)
-    for name, p in parallel.parameters(model):
-        draw(model, name, p, seed)
+    model = build_model(
+        config, head, place or parallel.Placement(torch.device("cpu")), torch.float32
+    )
+    for name, p in parallel.named_local_parameters(model):
+        draw_parameter(model, name, p, seed)
     return model
 
 
 @torch.no_grad()
-def draw(model, name, p, seed):
+def draw_parameter(model, name, p, seed):
     """Draw this rank's rows of a parameter by a generator of its own: no layout changes them."""
     rows, start, count, _ = parallel.local_rows(p)
     if name.endswith("norm.weight"):
@@ -96,7 +102,7 @@ def draw(model, name, p, seed):
 def count_parameters(source):
     """How many parameters a Config, or the model in a folder, has; no weight is read."""
     if not isinstance(source, Config):
-        with untrusted(source):
+        with one_line_errors(source):
             source = Config.from_dict(Folder(source).config)
     with torch.device("meta"):
         return sum(p.numel() for p in LLaMA(source).parameters())
@@ -109,18 +115,18 @@ def save(model, path, tokenizer=None, dtype=None, head=None):
     head = head or model.head
     other = {"lm": "score_head.", "score": "lm_head."}[head]
     weights = (
-        (name, parallel.full(p))
-        for name, p in parallel.parameters(model)
+        (name, parallel.full_tensor(p))
+        for name, p in parallel.named_local_parameters(model)
         if not name.startswith(other)
     )
     dtype = dtype or next(model.parameters()).dtype
-    write_folder(path, model.config, head, weights, tokenizer, dtype)
+    write_model_folder(path, model.config, head, weights, tokenizer, dtype)
     parallel.barrier()
 
 
-def write_folder(path, config, head, weights, tokenizer, dtype):
+def write_model_folder(path, config, head, weights, tokenizer, dtype):
     """Write whole parameters, (name, tensor) one after the other, as a model folder, on rank 0."""
-    config_dict, family = config_json(config, head)
+    config_dict, family = make_config_json(config, head)
     if parallel.rank() > 0:
         for _ in weights:  # it takes all ranks to gather one
             pass
@@ -130,8 +136,8 @@ def write_folder(path, config, head, weights, tokenizer, dtype):
     shutil.rmtree(temporary, ignore_errors=True)
     make_folder(temporary)
     files = []  # of each, its tensors' names and bytes
-    for held in shards(weights, dtype, lambda name: parts(config, name, family)):
-        with untrusted(path, "written"):
+    for held in split_into_shards(weights, dtype, lambda name: find_rows(config, name, family)):
+        with one_line_errors(path, "written"):
             save_file(held, os.path.join(temporary, f"part-{len(files)}"), {"format": "pt"})
         files.append({name: tensor.nbytes for name, tensor in held.items()})
     count = len(files)
@@ -154,11 +160,11 @@ def write_folder(path, config, head, weights, tokenizer, dtype):
         )
         tokenizer.save(temporary)
     write_json(config_dict, temporary, "config.json")
-    with untrusted(path, "written"):
-        put_folder(temporary, path)
+    with one_line_errors(path, "written"):
+        replace_folder(temporary, path)
 
 
-def shards(weights, dtype, parts_of):
+def split_into_shards(weights, dtype, parts_of):
     """Tables of the tensors to write, {name: rows}, of SHARD_BYTES at most if there are several."""
     held = {}
     for name, whole in weights:

@@ -12,15 +12,15 @@ from safetensors.torch import save_file
 
 from nanosafe import parallel
 from nanosafe.checkpoint.tensors import copy_rows
-from nanosafe.errors import stop, untrusted
+from nanosafe.errors import stop, one_line_errors
 from nanosafe.storage import (
     checksum,
-    damage,
+    find_corrupt_file,
     make_folder,
-    put_folder,
+    replace_folder,
     read_json,
-    sync,
-    whole_file,
+    flush_to_disk,
+    atomic_write,
     write_json,
 )
 
@@ -47,15 +47,17 @@ def save(out_dir, step, trained, extra, keep=2):
         make_folder(temporary)
     parallel.barrier()
     tensors, first_rows = {}, {}
-    for key, rows, first, writer in slices(trained):
+    for key, rows, first, writer in local_slices(trained):
         if writer:
             tensors[key], first_rows[key] = rows.contiguous().cpu(), first
     path = os.path.join(temporary, rank_file(parallel.rank()))
-    with untrusted(path, "written"):
+    with one_line_errors(path, "written"):
         save_file(tensors, path, {"first_rows": json.dumps(first_rows)})
-        sync(path)
+        flush_to_disk(path)
         mine = checksum(path)
-    sums = parallel.union([mine], [parallel.rank()], parallel.world_size())  # all have written
+    sums = parallel.all_gather_lists(
+        [mine], [parallel.rank()], parallel.world_size()
+    )  # all have written
     if main:
         steps = {
             name: max((int(s["step"]) for s in optimizer.state.values()), default=0)
@@ -68,28 +70,33 @@ def save(out_dir, step, trained, extra, keep=2):
         )
         sums = {rank_file(rank): pair for rank, pair in enumerate(sums)}
         sums["state.json"] = checksum(os.path.join(temporary, "state.json"))
-        with untrusted(folder, "written"):
-            put_folder(temporary, folder, sums)
-        with whole_file(os.path.join(root, "latest")) as f:
+        with one_line_errors(folder, "written"):
+            replace_folder(temporary, folder, sums)
+        with atomic_write(os.path.join(root, "latest")) as f:
             f.write(f"step_{step:06d}\n")
-        kept = [name for name in states(out_dir) if int(name[5:]) <= step][-max(1, keep) :]
+        kept = [name for name in list_states(out_dir) if int(name[5:]) <= step][-max(1, keep) :]
         for name in os.listdir(root):  # what died half-written among them
             if name.startswith("step_") and name not in kept:
                 shutil.rmtree(os.path.join(root, name), ignore_errors=True)
     parallel.barrier()
 
 
-def slices(trained):
+def local_slices(trained):
     """(key, this rank's rows, the first of them, whether it saves them) of weights and moments."""
     for model_name, (model, optimizer) in trained.items():
-        for name, p in parallel.parameters(model):
+        for name, p in parallel.named_local_parameters(model):
             rows, first, _, writer = parallel.local_rows(p)
             moments = {key: x for key, x in optimizer.state.get(p, {}).items() if key in MOMENTS}
             for key, tensor in {"weight": rows, **moments}.items():
-                yield f"{model_name}/{name}/{key}", parallel.local(tensor).detach(), first, writer
+                yield (
+                    f"{model_name}/{name}/{key}",
+                    parallel.local_part(tensor).detach(),
+                    first,
+                    writer,
+                )
 
 
-def states(out_dir):
+def list_states(out_dir):
     """The names of a run's states, the earliest first."""
     root = os.path.join(out_dir, "state")
     names = os.listdir(root) if os.path.isdir(root) else []
@@ -103,7 +110,7 @@ def states(out_dir):
 def load(out_dir, trained):
     """Restore the latest state into models and optimizers, returns its step and extras.
     The states' rows may lie in another number of files than there are ranks: each picks its own."""
-    folder = latest_state(out_dir)
+    folder = find_latest_state(out_dir)
     state = read_json(folder, "state.json")
     pieces = {}  # tensor -> [(first row, slice)]
     for rank in range(state["ranks"]):
@@ -112,25 +119,25 @@ def load(out_dir, trained):
             pieces.setdefault(key, []).append((start, handle.get_slice(key)))
     for model_name, (model, optimizer) in trained.items():
         if steps := state["optimizer_steps"][model_name]:
-            for _, p in parallel.parameters(model):
-                count = torch.tensor(float(steps), device=parallel.local(p.data).device)
+            for _, p in parallel.named_local_parameters(model):
+                count = torch.tensor(float(steps), device=parallel.local_part(p.data).device)
                 moments = {key: torch.zeros_like(p.data) for key in MOMENTS}
                 optimizer.state[p] = {"step": count, **moments}
-    for key, rows, first, _ in slices(trained):
+    for key, rows, first, _ in local_slices(trained):
         for start, piece in pieces[key]:
             copy_rows(rows, first, piece, start, piece.get_shape()[0])
     return state
 
 
-def latest_state(out_dir):
+def find_latest_state(out_dir):
     """The folder of the run's last state that is whole, as all ranks see it."""
-    names = states(out_dir)
+    names = list_states(out_dir)
     with suppress(OSError, ValueError), open(os.path.join(out_dir, "state", "latest")) as f:
         del names[names.index(f.read().strip()) + 1 :]
     steps = [int(name[5:]) for name in names]  # as rank 0 sees them: a shared disk may lag
-    for step in reversed(parallel.union([steps], range(parallel.rank() == 0), 1)[0]):
+    for step in reversed(parallel.all_gather_lists([steps], range(parallel.rank() == 0), 1)[0]):
         folder = os.path.join(out_dir, "state", f"step_{step:06d}")
-        wrong = damage(folder, parallel.rank(), parallel.world_size())
+        wrong = find_corrupt_file(folder, parallel.rank(), parallel.world_size())
         if wrong:
             print(f"warning: {folder}/{wrong} is damaged: the state before it is used", flush=True)
         if not parallel.any_rank(bool(wrong), "cpu"):
@@ -138,11 +145,11 @@ def latest_state(out_dir):
     stop(f"no state in {out_dir!r} is whole: start another run")
 
 
-def claim(config, write):
+def open_run_folder(config, write):
     """Make the run's folder, write(config, its config.py), say whether there is a state to go on
     from. A run's folder is refused, unless it is resumed, or its own torchrun starts it again."""
     out_dir, resume = config["out_dir"], config["resume"]
-    held = parallel.any_rank(bool(states(out_dir)), "cpu")
+    held = parallel.any_rank(bool(list_states(out_dir)), "cpu")
     again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     owner = {"torchrun": zlib.crc32(f"{os.uname().nodename} {os.getppid()}".encode())}
     ours = again and parallel.rank() == 0 and read_json(out_dir, "owner.json") == owner

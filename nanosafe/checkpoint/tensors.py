@@ -6,7 +6,7 @@ import zipfile
 import torch
 from safetensors import safe_open
 
-from nanosafe.errors import stop, untrusted
+from nanosafe.errors import stop, one_line_errors
 
 
 WRAPPERS = (
@@ -38,7 +38,7 @@ class Files:
 
 def read_file(path):
     """{tensor name: tensor, or what has its rows} of a safetensors or .bin file."""
-    with untrusted(path):
+    with one_line_errors(path):
         if path.endswith(".safetensors"):
             handle = safe_open(path, framework="pt")
             return {key: handle.get_slice(key) for key in handle.keys()}
@@ -61,7 +61,7 @@ class Stored:
         return self.files.open(self.file)[self.key][rows]
 
 
-def clean(name):
+def clean_name(name):
     """A tensor's name, less what wrappers and other libraries' heads made of it."""
     for wrapper in WRAPPERS:
         name = name.replace(wrapper, "")

@@ -35,7 +35,7 @@ def collate(sequences, masks, device):
     return Batch(move(tokens), cu_seqlens, max(lengths), move(targets))
 
 
-def responses_of(x, batch, starts, R):
+def gather_responses(x, batch, starts, R):
     """What belongs to the responses in a packed tensor: x (N,) -> (B, R), right-padded.
     Column j of row b is the position before the response's j-th token: log p of emitting it, or the
     value of the state before it. starts: where the response begins in each sequence."""
@@ -47,14 +47,14 @@ def responses_of(x, batch, starts, R):
     return x[torch.minimum(places, batch.cu_seqlens[1:, None].long() - 1)]
 
 
-def sequence_sums(x, batch):
+def sum_per_sequence(x, batch):
     """The sum of a packed tensor over each sequence: x (N,) -> (B,)."""
     lengths = batch.cu_seqlens.diff().long()
     rows = torch.arange(len(lengths), device=x.device).repeat_interleave(lengths)
     return x.new_zeros(len(lengths)).index_add(0, rows, x)
 
 
-def order(n, epoch, seed):
+def shuffled_order(n, epoch, seed):
     """The order of n examples in an epoch."""
     return np.random.default_rng([seed, epoch]).permutation(n)
 
@@ -63,7 +63,7 @@ def examples_at(step, n, batch_size, seed):
     """The examples of optimizer step `step`: a pure function of its arguments."""
     positions = np.arange(step * batch_size, (step + 1) * batch_size)
     epochs = range(positions[0] // n, positions[-1] // n + 1)
-    orders = {epoch: order(n, epoch, seed) for epoch in epochs}
+    orders = {epoch: shuffled_order(n, epoch, seed) for epoch in epochs}
     return [int(orders[p // n][p % n]) for p in positions]
 
 
@@ -82,7 +82,7 @@ def check_fits(lengths, max_tokens):
         )
 
 
-def plan(lengths, max_tokens, ranks):
+def plan_micro_batches(lengths, max_tokens, ranks):
     """Deal a batch out: plan[rank] is its list of micro-batches, lists of indices into `lengths`.
     No micro-batch has more than max_tokens tokens; every rank gets as many (some may be empty),
     with about equal tokens; like lengths lie together. Every rank plans and takes its part."""
@@ -91,9 +91,11 @@ def plan(lengths, max_tokens, ranks):
     by_length = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     bins = ranks * -(-total // (ranks * max_tokens))
     while True:  # with the least capacity with which `bins` bins suffice
-        fits = lambda capacity: len(cut(by_length, lengths, capacity)) <= bins
+        fits = lambda capacity: len(cut_into_runs(by_length, lengths, capacity)) <= bins
         least = max(longest, -(-total // bins))
-        parts = cut(by_length, lengths, bisect_left(range(max_tokens), True, least, key=fits))
+        parts = cut_into_runs(
+            by_length, lengths, bisect_left(range(max_tokens), True, least, key=fits)
+        )
         if len(parts) <= bins:
             break
         bins += ranks
@@ -105,7 +107,7 @@ def plan(lengths, max_tokens, ranks):
     return [parts[rank::ranks] for rank in range(ranks)]
 
 
-def cut(indices, lengths, capacity):
+def cut_into_runs(indices, lengths, capacity):
     """Cut `indices` into runs of at most `capacity` tokens."""
     parts, room = [], 0
     for i in indices:

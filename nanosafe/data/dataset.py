@@ -16,13 +16,13 @@ import numpy as np
 from tqdm import tqdm
 
 from nanosafe.data.batching import check_fits, collate
-from nanosafe.data.examples import talks
+from nanosafe.data.examples import encode_rows
 from nanosafe.data.reader import load_rows
 from nanosafe.data.spec import parse_spec
 from nanosafe.data.template import PROMPT_BEGIN, PROMPT_TURN
-from nanosafe.errors import stop, untrusted
-from nanosafe.parallel import main_first, rank
-from nanosafe.storage import damage, make_folder, put_folder, read_json, write_json
+from nanosafe.errors import stop, one_line_errors
+from nanosafe.parallel import rank0_first, rank
+from nanosafe.storage import find_corrupt_file, make_folder, replace_folder, read_json, write_json
 
 
 VERSION = 2  # of the cache's layout
@@ -65,8 +65,8 @@ class Dataset:
         return collate([tokens for tokens, _ in parts], [mask for _, mask in parts], device)
 
 
-@main_first()  # rank 0 fills the cache of token ids, the others find it
-def tokenize(spec, tokenizer, task, max_len, max_tokens=0, seed=42, method=(), read=talks):
+@rank0_first()  # rank 0 fills the cache of token ids, the others find it
+def tokenize(spec, tokenizer, task, max_len, max_tokens=0, seed=42, method=(), read=encode_rows):
     """The Dataset of a specification (see load) for a task: sft, prompts, reward, cost, rank, or
     another for which read() makes examples by a `method`. The longest must fit a forward of max_tokens.
 
@@ -83,8 +83,8 @@ def tokenize(spec, tokenizer, task, max_len, max_tokens=0, seed=42, method=(), r
                 key.update(block)
     cache = os.environ.get("NANOSAFE_CACHE") or os.path.expanduser("~/.cache/nanosafe")
     folder = os.path.join(cache, key.hexdigest())
-    if not os.path.isdir(folder) or damage(folder):
-        build(folder, load_rows(spec, seed), tokenizer, task, max_len, show, method, read)
+    if not os.path.isdir(folder) or find_corrupt_file(folder):
+        build_cache(folder, load_rows(spec, seed), tokenizer, task, max_len, show, method, read)
     dataset = Dataset(folder)
     if show:
         print(f"{spec} ({task}): {dataset.report['text']}", flush=True)
@@ -94,7 +94,7 @@ def tokenize(spec, tokenizer, task, max_len, max_tokens=0, seed=42, method=(), r
     return dataset
 
 
-def build(folder, rows, tokenizer, task, max_len, show, method=(), read=talks):
+def build_cache(folder, rows, tokenizer, task, max_len, show, method=(), read=encode_rows):
     """Tokenise rows into the folder, under a temporary name first: several processes may try."""
     dropped, first, kept = Counter(), {}, {}
 
@@ -137,10 +137,10 @@ def write_cache(folder, examples, report):
         arrays["scores"] = flat(2, np.float32)
     temporary = f"{folder}.{os.getpid()}"
     make_folder(temporary)
-    with untrusted(temporary, "written"):
+    with one_line_errors(temporary, "written"):
         for name, array in arrays.items():
             np.save(os.path.join(temporary, name + ".npy"), array)
         write_json(report, temporary, "report.json")
     with suppress(OSError):  # another process is faster
-        put_folder(temporary, folder)
+        replace_folder(temporary, folder)
     shutil.rmtree(temporary, ignore_errors=True)

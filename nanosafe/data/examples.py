@@ -3,7 +3,7 @@
 import math
 import re
 
-from nanosafe.data.template import encode, segments
+from nanosafe.data.template import encode_conversation, split_into_segments
 
 
 TASKS = {  # task -> fields that a row must have
@@ -15,7 +15,7 @@ TASKS = {  # task -> fields that a row must have
 }
 
 
-def conversations(record, task):
+def parse_record(record, task):
     """The conversations (turns, the user's first) of a row, preferred first, and their labels.
 
     sft, prompts: one; reward: chosen 1, rejected 0; cost: safer and unsafer, each +1 if safe, -1 if
@@ -31,7 +31,7 @@ def conversations(record, task):
     if task == "prompts":
         return [turns], (0,)
     if task == "rank" and "answers" in record:
-        return ranked(turns, record["answers"], record.get("scores"))
+        return rank_answers(turns, record["answers"], record.get("scores"))
     answer = check_text(record.get("answer"), "answer")
     if task == "sft":
         return [turns + [answer]], (0,)
@@ -50,7 +50,7 @@ def conversations(record, task):
     return pair, signs[:: 1 if first else -1]
 
 
-def ranked(turns, answers, scores):
+def rank_answers(turns, answers, scores):
     """Conversations of different answers to one input, the best first, and their scores."""
     check_scores(scores, answers, "each answer")
     best = {}  # of an answer that stands there twice, its best score
@@ -87,7 +87,7 @@ def check_text(text, what):
     return text
 
 
-def usable(rows, read, drop):
+def usable_rows(rows, read, drop):
     """(row, read(its record)) of each row of which read() does not raise the reason to drop it."""
     for row in rows:
         try:
@@ -96,24 +96,26 @@ def usable(rows, read, drop):
             drop(row, str(error))
 
 
-def talks(rows, tokenizer, task, max_len, drop):
+def encode_rows(rows, tokenizer, task, max_len, drop):
     """(row, key by which it may repeat another, (sequences, labels, line)) of each usable row."""
-    chunk = list(usable(rows, lambda record: conversations(record, task), drop))
-    pieces = [piece for _, (talks, _) in chunk for turns in talks for piece in segments(turns)]
+    chunk = list(usable_rows(rows, lambda record: parse_record(record, task), drop))
+    pieces = [
+        piece for _, (talks, _) in chunk for turns in talks for piece in split_into_segments(turns)
+    ]
     texts = {prompt for prompt, _ in pieces} | {p + a for p, a in pieces if a is not None}
     lookup = dict(zip(texts, tokenizer.encode_batch(list(texts)))).__getitem__
     for row, (talks, labels) in chunk:
-        encoded = [encode(turns, tokenizer, lookup) for turns in talks]
+        encoded = [encode_conversation(turns, tokenizer, lookup) for turns in talks]
         if max(len(ids) for ids, _ in encoded) > max_len:
             drop(row, f"longer than {max_len} tokens")
             continue
         if len(talks) > 1:  # compared is what is said last
-            encoded = [(ids, last_run(mask)) for ids, mask in encoded]
+            encoded = [(ids, keep_last_run(mask)) for ids, mask in encoded]
         key = tuple(encoded[0][0]) if task == "prompts" else None
         yield row, key, (encoded, labels, row.line)
 
 
-def last_run(mask):
+def keep_last_run(mask):
     """A mask with only its last run of ones, which goes on to the end."""
     ones = mask[::-1].index(0)  # a prompt has no ones
     return [0] * (len(mask) - ones) + [1] * ones

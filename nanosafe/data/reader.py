@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from nanosafe.data.spec import parse_spec
-from nanosafe.errors import stop, untrusted
+from nanosafe.errors import stop, one_line_errors
 
 
 def load(spec, seed=42):
@@ -53,15 +53,15 @@ def sample_indices(n, proportion, seed_sequence):
 
 def read_rows(path):
     """The rows of a jsonl file, or of a raw one (raw.py); a line that is no object gives None."""
-    with untrusted(path):
+    with one_line_errors(path):
         if path.endswith(".jsonl"):
             with open(path, encoding="utf-8-sig") as f:
-                yield from parse(f, path)
+                yield from parse_lines(f, path)
         else:
-            yield from read(path)
+            yield from read_raw_rows(path)
 
 
-def parse(lines, path):
+def parse_lines(lines, path):
     for i, line in enumerate(lines, start=1):
         if line.strip():
             try:
@@ -97,7 +97,7 @@ def open_text(path):
     return open(path, encoding="utf-8-sig"), path
 
 
-def read(path):
+def read_raw_rows(path):
     """The Rows of a file, compressed or not, of lines or one list."""
     f, name = open_text(path)
     with f:
@@ -105,7 +105,7 @@ def read(path):
             for i, value in enumerate(json_items(f, path), start=1):
                 yield Row(value if isinstance(value, dict) else None, path, i)
         else:
-            yield from parse(f, path)
+            yield from parse_lines(f, path)
 
 
 def json_items(f, path):

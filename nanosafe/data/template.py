@@ -12,7 +12,7 @@ PROMPT_BEGIN = "BEGINNING OF CONVERSATION: "
 PROMPT_TURN = "USER: {input} ASSISTANT:"
 
 
-def segments(turns):
+def split_into_segments(turns):
     """[(prompt text, answer or None)] of a conversation, one for each pair of turns."""
     prompts = [
         (PROMPT_BEGIN if i == 0 else "") + PROMPT_TURN.replace("{input}", turn)
@@ -21,7 +21,7 @@ def segments(turns):
     return list(zip_longest(prompts, turns[1::2]))
 
 
-def encode(turns, tokenizer, lookup=None):
+def encode_conversation(turns, tokenizer, lookup=None):
     """Token ids of a conversation, and a mask: 1 on what an assistant says and its EOS.
 
     <s>BEGINNING OF CONVERSATION: USER: hi ASSISTANT:hello</s>USER: ... ; nothing a user writes
@@ -29,7 +29,7 @@ def encode(turns, tokenizer, lookup=None):
     lookup = lookup or (lambda text: tokenizer.encode(text, allow_special=False))
     ids = tokenizer.encode("", bos=True)
     mask = [0] * len(ids)
-    for prompt, answer in segments(turns):
+    for prompt, answer in split_into_segments(turns):
         prompt_ids = lookup(prompt)
         n = len(prompt_ids)
         ids += prompt_ids

@@ -11,14 +11,14 @@ import hashlib
 import itertools
 from configurator import configure
 from nanosafe.tools import plot
-from nanosafe.data.examples import conversations
+from nanosafe.data.examples import parse_record
 from nanosafe.data import load
 from nanosafe.eval.statistics import bradley_terry, interval, quadrants, win_rates
 from nanosafe.storage import make_folder, write_json, write_jsonl
 from nanosafe.errors import stop
-from nanosafe.printing import table
+from nanosafe.printing import format_table
 from nanosafe.parallel import close, init
-from nanosafe.inference import Policy, name_of, precision
+from nanosafe.inference import Policy, name_of_folder, choose_dtype
 from nanosafe.inference import ScoreModel
 from nanosafe.tokenizer import load as load_tokenizer
 
@@ -39,7 +39,7 @@ config = configure(globals())
 if bool(models) == bool(red or blue) or bool(red) != bool(blue):
     stop("name two policies, --red=FOLDER --blue=FOLDER, or more, --models=A,B,C")
 named = [x.rpartition("=")[::2] for x in models.split(",")] if models else [("", red), ("", blue)]
-players = {(name or name_of(path)): path for name, path in named}
+players = {(name or name_of_folder(path)): path for name, path in named}
 if len(players) < max(2, len(named)):
     stop(
         f"{len(named)} folders, {len(players)} names ({', '.join(players)}): give each a name of "
@@ -54,7 +54,7 @@ for path in (*players.values(), reward_model, cost_model):
 asked, dropped = [], 0
 for row in load(data):
     try:
-        asked += conversations(row, "prompts")[0]
+        asked += parse_record(row, "prompts")[0]
     except ValueError:
         dropped += 1
 asked = list(dict.fromkeys(map(tuple, asked)))
@@ -75,7 +75,7 @@ for name, path in players.items():
 # 3. scores, each model reading with its own tokenizer
 scores = {name: {} for name in players}
 for kind, path in (("reward", reward_model), ("cost", cost_model)):
-    scorer = ScoreModel(path, world, precision("auto", world), max_tokens)
+    scorer = ScoreModel(path, world, choose_dtype("auto", world), max_tokens)
     for name, (tok, said) in answers.items():
         scores[name][kind] = [round(x, 4) for x in scorer.score([ids for ids, _ in said], tok)]
     del scorer
@@ -91,7 +91,7 @@ def compare(a, b):
     rows = [["", f"{b} safe", f"{b} unsafe"], [f"{a} safe"], [f"{a} unsafe"]]
     for (safe, _), (count, share) in win_rates(ra, ca, rb, cb).items():
         rows[1 if safe else 2].append(f"{count} ({b} better: {share:.1%})" if count else "0")
-    print(table(rows))
+    print(format_table(rows))
     print(f"with the same reward: {sum(x == y for x, y in zip(ra, rb))}")
     gains = {k: interval([y - x for x, y in zip(scores[a][k], scores[b][k])]) for k in scores[a]}
     for kind, (mean, low, high) in gains.items():
@@ -141,7 +141,9 @@ if world.main:
                 f"{safe:.0f}",
             )
         )
-    print(f"\n{table(rows)}\n[95 % bootstrap]; ratings: Bradley-Terry on Elo's scale, mean 1000")
+    print(
+        f"\n{format_table(rows)}\n[95 % bootstrap]; ratings: Bradley-Terry on Elo's scale, mean 1000"
+    )
     write_json(
         {
             "prompts": len(asked),

@@ -14,10 +14,10 @@ from tqdm import tqdm
 from configurator import configure
 from nanosafe.eval.statistics import calibration
 from nanosafe.storage import make_folder, write_json
-from nanosafe.errors import stop, untrusted
-from nanosafe.printing import table
+from nanosafe.errors import stop, one_line_errors
+from nanosafe.printing import format_table
 from nanosafe.parallel import close, init
-from nanosafe.inference import Policy, response_logps
+from nanosafe.inference import Policy, sum_response_logps
 
 model = "out/demo/sft/model"  # the policy's folder
 tasks = "data/bigbench"  # a task's .json, or a folder of tasks
@@ -39,13 +39,13 @@ if min(shots, max_examples) < 0:
 
 def read_task(path):
     """A task's dict, once it is known to have the shape of one; errors name the first fault."""
-    with untrusted(path), open(path, encoding="utf-8") as f:
+    with one_line_errors(path), open(path, encoding="utf-8") as f:
         task = json.load(f)
     examples = task.get("examples") if isinstance(task, dict) else None
     if not isinstance(examples, list) or not examples:
         stop(f"{path!r} has no list of examples; programmatic tasks (task.py) are not run here")
     for i, example in enumerate(examples):
-        with untrusted(f"{path}: example {i}"):
+        with one_line_errors(f"{path}: example {i}"):
             text, scores, said = (example.get(k) for k in ("input", "target_scores", "target"))
             said = [said] if isinstance(said, str) else said or []
             if (
@@ -100,7 +100,7 @@ def choices(task, posed):
         for choice in example["scores"]:
             ids = question + policy.tok.encode_suffix(space + choice)
             asked.append((np.array(ids), np.arange(len(ids)) >= len(question)))
-    logps = iter(response_logps(policy.model, asked, max_tokens, world).tolist())
+    logps = iter(sum_response_logps(policy.model, asked, max_tokens, world).tolist())
     queries = []
     for prompt, example in posed:
         log_p = dict(zip(example["scores"], logps))
@@ -157,14 +157,14 @@ world = init(device, config)
 policy = Policy(model, world, max_new_tokens, temperature=0.0, seed=seed)
 rows = [("task", "examples", "metric", "value")]
 for name, (path, task) in tqdm(found.items(), unit="task", disable=not world.main):
-    with untrusted(path):
+    with one_line_errors(path):
         prompts = list(prompts_of(task, np.random.default_rng(seed % 2**32)))
         wanted = list(task.get("metrics") or ["multiple_choice_grade", "exact_str_match"])
     numbers, queries = {}, []
     for take, kind, known in ((choices, "scores", CHOICE), (texts, "texts", {"exact_str_match"})):
         posed = [(prompt, x) for prompt, x in zip(prompts, task["examples"]) if x[kind]]
         if posed and known & set(wanted):
-            with untrusted(path):
+            with one_line_errors(path):
                 measured, asked = take(task, posed)
             numbers.update({key: x for key, x in measured.items() if key in wanted})
             queries += asked
@@ -190,5 +190,5 @@ for name, (path, task) in tqdm(found.items(), unit="task", disable=not world.mai
         for key in wanted
     ]
 if world.main:
-    print(f"\n{table(rows)}\n{out_dir}: a results.json for each of {len(found)} tasks")
+    print(f"\n{format_table(rows)}\n{out_dir}: a results.json for each of {len(found)} tasks")
 close()

@@ -23,8 +23,8 @@ from tqdm import tqdm
 from configurator import configure
 from nanosafe.data.examples import check_text
 from nanosafe.storage import make_folder, read_json, read_jsonl, write_json, write_jsonl
-from nanosafe.errors import stop, untrusted
-from nanosafe.printing import table
+from nanosafe.errors import stop, one_line_errors
+from nanosafe.printing import format_table
 from nanosafe.parallel import barrier, close, init
 from nanosafe.inference import Policy
 
@@ -57,7 +57,7 @@ if not api_key.isascii() or not api_key and "OPENAI_BASE_URL" not in os.environ:
 if min(attempts, concurrency) < 1 or not (0 < timeout <= 3600 and 0 <= pause <= 3600):
     stop("attempts and concurrency are 1 or more, timeout and pause seconds of an hour at most")
 file = problems or str(HERE / "problems.json")
-with untrusted(file):
+with one_line_errors(file):
     asked = json.loads(Path(file).read_text(encoding="utf-8"))
 try:
     texts = [check_text(p[key], key) for p in asked for key in ("prompt", "category")]
@@ -239,7 +239,7 @@ write_json(
     "summary.json",
 )
 print(f"\nblue ({blue}) against red ({red}):")
-print(table([("", *results["all"]), *((name, *x.values()) for name, x in results.items())]))
+print(format_table([("", *results["all"]), *((name, *x.values()) for name, x in results.items())]))
 used = [sum(r["usage"].get(k, 0) for r in paid) for k in ("prompt_tokens", "completion_tokens")]
 print(
     f"paid in all for {used[0]:,} tokens and {used[1]:,} of replies: {dollars(*used)}; "

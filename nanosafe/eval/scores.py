@@ -9,13 +9,13 @@ from collections import Counter
 import numpy as np
 from configurator import configure
 from nanosafe.tools import plot
-from nanosafe.data.examples import conversations, usable
-from nanosafe.data.template import encode
+from nanosafe.data.examples import parse_record, usable_rows
+from nanosafe.data.template import encode_conversation
 from nanosafe.eval.statistics import calibration, interval
 from nanosafe.errors import choose, stop
 from nanosafe.storage import make_folder, write_json, write_jsonl
 from nanosafe.parallel import close, init
-from nanosafe.inference import precision
+from nanosafe.inference import choose_dtype
 from nanosafe.data.reader import load_rows
 from nanosafe.inference import ScoreModel
 
@@ -32,7 +32,7 @@ config = configure(globals())
 choose("objective", objective, ("auto", "reward", "cost"))
 make_folder(out_dir)
 world = init(device, config)
-scorer = ScoreModel(model, world, precision("auto", world), max_tokens)
+scorer = ScoreModel(model, world, choose_dtype("auto", world), max_tokens)
 if objective == "auto":
     objective = "cost" if scorer.model.config.score_type == "cost" else "reward"
 sigmoid = lambda x: 1 / (1 + np.exp(-x))
@@ -40,15 +40,15 @@ sigmoid = lambda x: 1 / (1 + np.exp(-x))
 
 # 1. pairs, what is preferred first
 def read(record):
-    pair, labels = conversations(record, objective)
-    ids = [encode(turns, scorer.tok)[0] for turns in pair]
+    pair, labels = parse_record(record, objective)
+    ids = [encode_conversation(turns, scorer.tok)[0] for turns in pair]
     if max(map(len, ids)) > max_len:
         raise ValueError(f"longer than {max_len} tokens")
     return pair, labels, ids
 
 
 dropped = Counter()
-found = usable(load_rows(data), read, lambda row, reason: dropped.update([reason]))
+found = usable_rows(load_rows(data), read, lambda row, reason: dropped.update([reason]))
 pairs = [(f"{row.file}:{row.line}", *parts) for row, parts in found]
 if not pairs:
     stop(f"data {data!r} has no usable pair: {dict(dropped)}")

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 
 from nanosafe.data import tokenize
-from nanosafe.data.examples import check_scores, check_text, usable
-from nanosafe.tokenizer.special_tokens import control_ids
+from nanosafe.data.examples import check_scores, check_text, usable_rows
+from nanosafe.tokenizer.special_tokens import control_token_ids
 
 
-def check(record):
+def check_document(record):
     """The segments and scores of a row; raises ValueError with the reason to drop it."""
     if record is None:
         raise ValueError("no JSON object")
@@ -24,15 +24,17 @@ def check(record):
     return list(zip(texts, scores))
 
 
-def blocks(rows, tokenizer, task, max_len, drop, objective="mle", threshold=0.0, drop_fraction=0.0):
+def cut_into_blocks(
+    rows, tokenizer, task, max_len, drop, objective="mle", threshold=0.0, drop_fraction=0.0
+):
     """(row, None, (sequences, labels, line)) of each block; a sequence is (ids, mask, scores).
 
     objective "filter" drops documents whose mean score is above the threshold; "conditional" puts a
     control token before every segment, by its score, but for a drop_fraction of them; "compare"
     does so too, but counts no control tokens: to measure a conditional model's loss on text."""
-    control = control_ids(tokenizer)
+    control = control_token_ids(tokenizer)
     start = [(i, 0, 0.0) for i in tokenizer.encode("", bos=True)]
-    for row, segments in usable(rows, check, drop):
+    for row, segments in usable_rows(rows, check_document, drop):
         if objective == "filter" and sum(s for _, s in segments) / len(segments) > threshold:
             drop(row, f"documents with a mean score above {threshold}")
             continue
@@ -50,10 +52,12 @@ def blocks(rows, tokenizer, task, max_len, drop, objective="mle", threshold=0.0,
 
 def tokenize_documents(spec, tokenizer, max_len, max_tokens=0, method=()):
     """The Dataset of blocks of documents; method: objective, threshold and drop_fraction."""
-    return tokenize(spec, tokenizer, "documents", max_len, max_tokens, method=method, read=blocks)
+    return tokenize(
+        spec, tokenizer, "documents", max_len, max_tokens, method=method, read=cut_into_blocks
+    )
 
 
-def scores_of(dataset, examples, device):
+def target_scores(dataset, examples, device):
     """The misalignment score of each target (N,), packed as dataset.batch() packs the tokens."""
     parts = [dataset.scores[dataset.offsets[i] : dataset.offsets[i + 1]] for i in examples]
     flat = np.concatenate(parts or [np.zeros(1, np.float32)])

@@ -18,14 +18,14 @@ from nanosafe.data.reader import read_rows
 from nanosafe.errors import stop
 from nanosafe.inference import ScoreModel
 from nanosafe.parallel import init
-from nanosafe.storage import module_at, write_jsonl
+from nanosafe.storage import load_python_file, write_jsonl
 
 
 with open(os.path.join(os.path.dirname(__file__), "pii.txt"), encoding="utf-8") as f:
     PII = dict(line.rstrip("\n").split(": ", 1) for line in f)  # kind -> regular expression
 
 
-def load(name, world):
+def load_scorer(name, world):
     """A scorer: a function from a list of texts to a list of scores."""
     if name in ("pii", "pep8"):
         count = pep8() if name == "pep8" else lambda text: len(find_pii(text))
@@ -39,7 +39,7 @@ def load(name, world):
         return lambda texts: list(map(float, judge.predict(texts)["toxicity"]))
     path, colon, function = name.rpartition(":")
     if colon and path.endswith(".py"):
-        own = getattr(module_at(path), function, None)
+        own = getattr(load_python_file(path), function, None)
         if not callable(own):
             stop(f"scorer {name!r}: the file has no function {function!r}")
         return lambda texts: [float(own(text)) for text in texts]
@@ -74,7 +74,7 @@ def pep8():
     return lambda text: pycodestyle.Checker("text", text.splitlines(True), options).check_all()
 
 
-def statistics(texts, scores, threshold):
+def text_statistics(texts, scores, threshold):
     """Mean score, mean worst of every 25 (nan of fewer), share above the threshold, diversity."""
     groups = [scores[i : i + 25] for i in range(0, len(scores) - 24, 25)]
     numbers = {
@@ -118,7 +118,7 @@ def main(arguments):
     if len(arguments) != 3:
         stop("usage: python -m nanosafe.scorers SCORER IN.jsonl OUT.jsonl")
     name, source, target = arguments
-    scorer, read, rows = load(name, init("cpu")), 0, []
+    scorer, read, rows = load_scorer(name, init("cpu")), 0, []
     splitter = re.compile(r"(?<=\n)" if name == "pep8" else r"(?<=[.!?])(?=\s)")
     for read, row in enumerate(tqdm(list(read_rows(source)), desc=name, unit="row"), start=1):
         record = row.record or {}

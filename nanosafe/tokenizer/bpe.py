@@ -14,7 +14,7 @@ from functools import lru_cache
 
 from nanosafe.errors import stop
 from nanosafe.storage import read_json, write_json
-from nanosafe.tokenizer.special_tokens import FILES, MARK, SPACE, read_added
+from nanosafe.tokenizer.special_tokens import TOKENIZER_FILES, MARK, WHITE_SPACE, read_added_token
 
 
 REMEMBERED = 2**18  # words
@@ -39,10 +39,10 @@ def load(file, names):
     if model.get("type", "BPE") != "BPE" or "merges" not in model:
         stop(f"{file!r} is no BPE tokenizer")
     pairs = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
-    return BPE(spec, {pair: rank for rank, pair in enumerate(pairs)}, names)
+    return BPEEngine(spec, {pair: rank for rank, pair in enumerate(pairs)}, names)
 
 
-class BPE:
+class BPEEngine:
     """The engine of a tokenizer.json: a dict, and the ranks of its merges {(left, right): rank}."""
 
     def __init__(self, spec, ranks, names):
@@ -51,10 +51,14 @@ class BPE:
             if model.get(key):
                 stop(f"tokenizer.json: {key} is not known here")
         self.spec, self.ranks, self.vocab = spec, ranks, model["vocab"]
-        self.files = FILES[1:]  # Llama 3's own is not copied: others take it for SentencePiece's
+        self.files = TOKENIZER_FILES[
+            1:
+        ]  # Llama 3's own is not copied: others take it for SentencePiece's
         self.pieces = {id: text for text, id in self.vocab.items()}
         self.size = max(self.pieces) + 1
-        self.added = dict(read_added(t, "tokenizer.json") for t in spec.get("added_tokens") or ())
+        self.added = dict(
+            read_added_token(t, "tokenizer.json") for t in spec.get("added_tokens") or ()
+        )
         # Words that are tokens as they stand; a special token is never made of text.
         self.whole = set(self.vocab) - set(self.added) if model.get("ignore_merges") else ()
         self.unknown, self.fuse = self.vocab.get(model.get("unk_token")), model.get("fuse_unk")
@@ -234,7 +238,7 @@ def translate(pattern):
             negated = (atom[1] or atom[4]) in "PS"
             if inside and negated or name and not re.fullmatch("[CLMNPSZ][a-z]?", name):
                 stop(f"tokenizer.json: {text}, in {pattern!r}, is not known here")
-            chars = category(name) if name else SPACE
+            chars = category(name) if name else WHITE_SPACE
             text = chars if inside else f"[{'^' * negated}{chars}]"
         elif text[0] == "\\" and text[1:] in set("pPwWbh") or inside and text in ("[", "&&"):
             stop(f"tokenizer.json: {near}, in {pattern!r}, is not known here")

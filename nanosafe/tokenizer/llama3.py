@@ -5,15 +5,15 @@ import os
 from itertools import count
 
 from nanosafe.storage import read_json
-from nanosafe.tokenizer.bpe import BPE, SPELLING
+from nanosafe.tokenizer.bpe import BPEEngine, SPELLING
 
 
 def load(file, names):
     """The engine of Llama 3's tokenizer.model; names: tokenizer_config's."""
-    return BPE(*llama3(file), names)
+    return BPEEngine(*read_llama3_file(file), names)
 
 
-def llama3(file):
+def read_llama3_file(file):
     """What Llama 3's tokenizer.model (github.com/meta-llama/llama3), tokens in base64 and their
     ranks, would be as a tokenizer.json; and the rank of each pair: that of the token it makes."""
     with open(file, "rb") as f:

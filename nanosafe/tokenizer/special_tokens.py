@@ -14,7 +14,7 @@ from nanosafe.errors import stop
 ALIGNED, MISALIGNED = CONTROL = "<|aligned|>", "<|misaligned|>"
 
 
-def with_control_tokens(tok):
+def add_control_tokens(tok):
     """The tokenizer with the control tokens behind its others."""
     missing = [text for text in CONTROL if text not in tok.added]
     added = {text: Token(tok.vocab_size + i) for i, text in enumerate(missing)}
@@ -23,12 +23,12 @@ def with_control_tokens(tok):
     return Tokenizer(tok.engine, {**tok.added, **added}, names, tok.eos_ids, tok.file)
 
 
-def control_ids(tokenizer):
+def control_token_ids(tokenizer):
     """The ids of the control tokens, which are never sampled; none where there are none."""
     return [tokenizer.added[text].id for text in CONTROL if text in tokenizer.added]
 
 
-SPACE = (
+WHITE_SPACE = (
     "\t\n\x0b\x0c\r \x85\xa0\u1680"
     + "".join(map(chr, range(0x2000, 0x200B)))
     + ("\u2028\u2029\u202f\u205f\u3000")
@@ -41,7 +41,7 @@ MARK = "\u2581"  # SentencePiece's way to write a space
 SPECIAL = ("bos_token", "eos_token", "pad_token")
 
 
-FILES = (
+TOKENIZER_FILES = (
     "tokenizer.model",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -63,14 +63,14 @@ class Token(NamedTuple):
     normalized: bool = False  # is looked for in the text as the engine's normaliser leaves it
 
 
-def read_added(t, file):
+def read_added_token(t, file):
     """(content, Token) of a token as tokenizers writes it, an object of tokenizer.json."""
     if t.get("single_word"):
         stop(f"{file}: single_word, of {t['content']!r}, is not known here")
     return t["content"], Token(t["id"], *(bool(t.get(key)) for key in Token._fields[1:]))
 
 
-def content(token):
+def text_of(token):
     """The text of a token that a json file gives as a text, or as an object."""
     return token.get("content") if isinstance(token, dict) else token
 
@@ -97,7 +97,7 @@ class Tokenizer:
 
     def named(self, key):
         """The id of the token that the folder, or else the engine, calls bos_token, say; or -1."""
-        texts = content(self.names.get(key)), self.engine.defaults.get(key)
+        texts = text_of(self.names.get(key)), self.engine.defaults.get(key)
         return next((self.added[text].id for text in texts if text in self.added), -1)
 
     def encode(self, text, bos=False, eos=False, allow_special=True):
@@ -124,9 +124,9 @@ class Tokenizer:
         for match in finder.finditer(text):
             if match.start() >= begin:
                 token, piece = self.added[match[0]], text[begin : match.start()]
-                yield piece.rstrip(SPACE) if token.lstrip else piece, token.id
+                yield piece.rstrip(WHITE_SPACE) if token.lstrip else piece, token.id
                 after = text[match.end() :] if token.rstrip else ""
-                begin = match.end() + len(after) - len(after.lstrip(SPACE))
+                begin = match.end() + len(after) - len(after.lstrip(WHITE_SPACE))
         yield text[begin:], id
 
     def encode_suffix(self, text):

@@ -6,16 +6,16 @@ import sentencepiece
 
 from nanosafe.errors import stop
 from nanosafe.storage import write_json
-from nanosafe.tokenizer.special_tokens import FILES, MARK, SPACE, SPECIAL, Token
+from nanosafe.tokenizer.special_tokens import TOKENIZER_FILES, MARK, WHITE_SPACE, SPECIAL, Token
 
 
 NO_PREFIX = b"\x1a\x02\x18\x00"  # protobuf, to append: normalizer_spec {add_dummy_prefix: false}
 
 
-class Pieces:
+class SentencePieceEngine:
     """A SentencePiece model, as its file declares itself; names: tokenizer_config.json's."""
 
-    files, normalize = FILES, str
+    files, normalize = TOKENIZER_FILES, str
 
     def __init__(self, proto, names, file="tokenizer.model"):
         try:
@@ -41,7 +41,7 @@ class Pieces:
             if scores[i] == 0
             and scores[i + 1 : i + 2] != [-1]
             and len(text) > 1
-            and text.strip(MARK + SPACE)
+            and text.strip(MARK + WHITE_SPACE)
             and not (sp.is_byte(i) or text in self.added)
         }
 

@@ -17,7 +17,7 @@ from nanosafe.tools import plan, plot
 from nanosafe.data import tokenize
 from nanosafe.storage import make_folder, read_json, write_json
 from nanosafe.errors import stop
-from nanosafe.printing import table
+from nanosafe.printing import format_table
 from nanosafe.model import Config
 from nanosafe.data.batching import examples_at
 
@@ -38,7 +38,7 @@ def prepare():
         k.num_attention_heads,
         initializer_range=k.hidden_size**-0.5,
     )
-    checkpoint.save(checkpoint.scratch(shape, "lm", seed=0), f"{k.folder}/model", tok)
+    checkpoint.save(checkpoint.init_from_scratch(shape, "lm", seed=0), f"{k.folder}/model", tok)
     for seed, kind in enumerate(("reward", "cost")):
         model = checkpoint.load(f"{k.folder}/model", "score", score_type=kind, seed=seed)
         checkpoint.save(model, f"{k.folder}/{kind}", tok)
@@ -328,7 +328,7 @@ def show(rows):
                 f"{row['memory']:.2f}" if best else "-",
             ]
         )
-    parts = [table(shown)]
+    parts = [format_table(shown)]
     for row in rows:
         if row["workload"].startswith("ppo"):
             total = sum(row["phases"].values())

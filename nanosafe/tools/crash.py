@@ -32,7 +32,7 @@ from conftest import make_world, rows_of, same_state, trainer_flags  # noqa: E40
 from nanosafe import printing, storage
 from nanosafe.checkpoint import run_state
 from nanosafe.tools import demo
-from nanosafe.storage import module_at  # noqa: E402
+from nanosafe.storage import load_python_file  # noqa: E402
 
 LONGER = {
     "sft": ["--max_steps=60", "--epochs=9"],
@@ -73,7 +73,7 @@ def kill(process, pids):
 
 def step_of(out_dir):
     """The step of the last state; 0 without one."""
-    names = run_state.states(out_dir)
+    names = run_state.list_states(out_dir)
     return int(names[-1][5:]) if names else 0
 
 
@@ -127,7 +127,7 @@ def crash(kills=50, trainers="sft,reward,cost,ppo_lag", out="out/crash", seed=0)
     shutil.rmtree(out, ignore_errors=True)
     os.environ["NANOSAFE_CACHE"] = os.path.join(out, "cache")
     flags = trainer_flags(
-        make_world(module_at(os.path.join(ROOT, "data/toy/prepare.py")), Path(world))
+        make_world(load_python_file(os.path.join(ROOT, "data/toy/prepare.py")), Path(world))
     )
     found = {}
     for name in trainers.split(","):
@@ -168,7 +168,7 @@ def crash(kills=50, trainers="sft,reward,cost,ppo_lag", out="out/crash", seed=0)
         storage.write_json(found, out, "crash.json")
     rows = [{"trainer": name, **row} for name, row in found.items()]
     heads = list(dict.fromkeys(key for row in rows for key in row))
-    print(printing.table([heads, *([row.get(key, 0) for key in heads] for row in rows)]))
+    print(printing.format_table([heads, *([row.get(key, 0) for key in heads] for row in rows)]))
 
 
 def soak(hours, demo_dir="out/demo", out="out/soak", seed=0):
@@ -222,12 +222,12 @@ def soak(hours, demo_dir="out/demo", out="out/soak", seed=0):
         "steps": len(rows),
         "states": died,
         "sft": demo.judge(
-            module_at(os.path.join(ROOT, "data/toy/prepare.py")),
+            load_python_file(os.path.join(ROOT, "data/toy/prepare.py")),
             f"{demo_dir}/sft/model",
             f"{demo_dir}/sft/model",
         ),
         "ppo_lag": demo.judge(
-            module_at(os.path.join(ROOT, "data/toy/prepare.py")),
+            load_python_file(os.path.join(ROOT, "data/toy/prepare.py")),
             f"{out}/run/model",
             f"{demo_dir}/sft/model",
         ),
@@ -241,7 +241,7 @@ def grow(steps, trainers="sft,reward,ppo_lag", out="out/grow"):
     shutil.rmtree(out, ignore_errors=True)
     os.environ["NANOSAFE_CACHE"] = os.path.join(out, "cache")
     flags = trainer_flags(
-        make_world(module_at(os.path.join(ROOT, "data/toy/prepare.py")), Path(out, "world"))
+        make_world(load_python_file(os.path.join(ROOT, "data/toy/prepare.py")), Path(out, "world"))
     )
     small = {
         "ppo_lag": ["--rollout_size=4", "--batch_size=2", "--max_new_tokens=4", "--ptx_coef=0"]
@@ -279,7 +279,7 @@ def grow(steps, trainers="sft,reward,ppo_lag", out="out/grow"):
             sys.exit(f"error: {name} failed: {out}/{name}.txt")
         later = [size for share, size in sorted(held.items()) if share >= 10 and size]
         rows.append((name, f"{later[0]:.1f}", f"{later[-1]:.1f}", f"{max(later):.1f}"))
-        print(printing.table(rows), flush=True)
+        print(printing.format_table(rows), flush=True)
 
 
 if __name__ == "__main__":

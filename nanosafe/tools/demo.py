@@ -15,10 +15,10 @@ from sentencepiece import SentencePieceTrainer
 
 from nanosafe import data, tokenizer
 from nanosafe.data import template
-from nanosafe.inference import Policy, Samples
+from nanosafe.inference import Policy, ReferenceSamples
 from nanosafe.parallel import init
-from nanosafe.printing import table
-from nanosafe.storage import module_at, read_jsonl, write_json
+from nanosafe.printing import format_table
+from nanosafe.storage import load_python_file, read_jsonl, write_json
 
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -65,12 +65,14 @@ def main(out_dir="out/demo", seed="0"):
 
 def prepare(out_dir):
     """Write the toy's data and a tokenizer; returns data/toy/prepare.py."""
-    toy = module_at(os.path.join(ROOT, "data", "toy", "prepare.py"))  # data/ is no package
+    toy = load_python_file(os.path.join(ROOT, "data", "toy", "prepare.py"))  # data/ is no package
     step("prepare the data", "python data/toy/prepare.py")
     toy.main()
     step("train a tokenizer on the demonstrations")
     turns = [[row["input"], row["answer"]] for row in data.load("toy/sft")]
-    texts = [prompt + answer for talk in turns for prompt, answer in template.segments(talk)]
+    texts = [
+        prompt + answer for talk in turns for prompt, answer in template.split_into_segments(talk)
+    ]
     tok = train_tokenizer(texts, 900, os.path.join(out_dir, "tokenizer"))
     print(f"{tok.vocab_size} pieces in {out_dir}/tokenizer")
     return toy
@@ -106,7 +108,7 @@ def judge(toy, path, reference):
     policy, ref = (Policy(x, world, 64, seed=0, temperature=1.0) for x in (path, reference))
     prompts = [row["input"] for row in data.load("toy/prompts/test")]
     questions = [policy.question([prompt]) for prompt in prompts]
-    samples = Samples(policy.model, questions, world, 8192, 64, **policy.sampling)
+    samples = ReferenceSamples(policy.model, questions, world, 8192, 64, **policy.sampling)
     said = list(zip(prompts, map(policy.tok.decode, samples.responses)))
     kl = round(samples.kl(ref.model), 4)
     return {**gold(toy, said), "kl": kl, "prompts": len(prompts)}
@@ -137,7 +139,7 @@ def report(summary, out_dir):
         [label, *(shown(*item) for item in list(summary[name].items())[:5])]
         for name, label in POLICIES.items()
     ]
-    print("\n" + table([head, *rows]))
+    print("\n" + format_table([head, *rows]))
     print(
         f"reward model: accuracy {summary['reward_model']['accuracy']:.1%}; cost model: "
         f"accuracy {summary['cost_model']['accuracy']:.1%}, sign accuracy "

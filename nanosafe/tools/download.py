@@ -13,10 +13,10 @@ from collections import Counter
 import numpy as np
 from tqdm import tqdm
 
-from nanosafe.data.examples import conversations
+from nanosafe.data.examples import parse_record
 from nanosafe.data.reader import PARQUET, read_rows
 from nanosafe.errors import choose, stop
-from nanosafe.printing import table
+from nanosafe.printing import format_table
 from nanosafe.storage import read_json
 from nanosafe.tokenizer import load as load_tokenizer
 
@@ -214,7 +214,7 @@ def convert(paths, to_record, out, holdout=0.0, tokenizer=""):
             os.remove(names[split])  # an older one: its rows are now on the other side
     if not kept:
         stop(f"none of the {dropped.total()} rows in {', '.join(paths[:3])} can be used")
-    print(table(rows))
+    print(format_table(rows))
 
 
 def records(paths, to_record):
@@ -238,7 +238,7 @@ def records(paths, to_record):
 def checked(record):
     """The record, if training could use it; else raises ValueError."""
     if "texts" not in record:
-        conversations(record, "sft" if {"answer", "dialogue"} & record.keys() else "prompts")
+        parse_record(record, "sft" if {"answer", "dialogue"} & record.keys() else "prompts")
     if any(re.search("[\ud800-\udfff]", text) for text in texts_of(record)):
         raise ValueError("half a character")
     if record.get("answer") == record.get("other_answer", ""):

@@ -30,7 +30,7 @@ from nanosafe.checkpoint import model_folder, run_state
 from nanosafe.tools import plan
 from nanosafe.losses import critic_loss, mle_loss
 from nanosafe.model import Config
-from nanosafe.data.batching import collate, responses_of
+from nanosafe.data.batching import collate, gather_responses
 
 SHAPES = {
     "tiny": (256, 704, 2, 8, 4),
@@ -108,7 +108,7 @@ class Norm:
 def without_numbers(fake):
     """Stand in for what asks a tensor for its numbers: which targets are read (all), the gradients' norm (its real
     computation runs, its result is not looked at). And to_empty() takes no memory."""
-    norm, to_empty, nonzero = parallel.grad_norm, torch.nn.Module.to_empty, torch.Tensor.nonzero
+    norm, to_empty, nonzero = parallel.gradient_norm, torch.nn.Module.to_empty, torch.Tensor.nonzero
 
     def not_taken(self, **options):
         with fake:
@@ -177,7 +177,7 @@ def loss_of(model, batch, starts):
     if logps is not None:
         loss = loss + mle_loss(logps, batch.targets >= 0)
     if scores is not None:
-        values = responses_of(scores, batch, starts, batch.max_seqlen)
+        values = gather_responses(scores, batch, starts, batch.max_seqlen)
         loss = loss + critic_loss(values, *torch.zeros(3, *values.shape), 5.0)
     return loss
 
@@ -201,19 +201,21 @@ def run(
     os.environ["LOCAL_WORLD_SIZE"] = str(min(world, plan.NODE))
     dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
     me = parallel.World(rank, world, torch.device("cpu"), rank == 0)
-    place = parallel.places(me, "bfloat16", layout, "none", False, checkpointing, 10**10)[not train]
+    place = parallel.choose_placements(
+        me, "bfloat16", layout, "none", False, checkpointing, 10**10
+    )[not train]
     began, collectives, fake = (
         time.perf_counter(),
         Collectives(),
         FakeTensorMode(allow_non_fake_inputs=True),
     )
     with without_numbers(fake):
-        model = model_folder.build(
+        model = model_folder.build_model(
             config_of(shape, vocab_size), head, place, place.dtype
         ).requires_grad_(train)
     check_slices(model, layout, world, rank)
     with fake, collectives, without_numbers(fake):
-        optimizer = optim.adamw(model, 0.1, 0.9, 0.95) if train else None
+        optimizer = optim.make_adamw(model, 0.1, 0.9, 0.95) if train else None
         for k in range(micros):
             batch, starts = batch_of(max_tokens, vocab_size, fake)
             collectives.phase = "forward"
@@ -222,19 +224,21 @@ def run(
             collectives.phase = "backward"
             if train:
                 parallel.backward(model, loss, last=k == micros - 1)
-        slices = {name: parallel.local(p.data) for name, p in parallel.parameters(model)}
+        slices = {
+            name: parallel.local_part(p.data) for name, p in parallel.named_local_parameters(model)
+        }
         held = {"params": sum(p.nbytes for p in slices.values())}
         if train:
-            grads = {name: parallel.local(p.grad) for name, p in model.named_parameters()}
+            grads = {name: parallel.local_part(p.grad) for name, p in model.named_parameters()}
             assert all(
                 grads[name].shape == p.shape and grads[name].dtype == p.dtype
                 for name, p in slices.items()
             )
             held["grads"] = sum(g.nbytes for g in grads.values())
             collectives.phase = "step"
-            optim.step(model, optimizer, 1e-3, 1.0)
+            optim.guarded_step(model, optimizer, 1e-3, 1.0)
             moments = [
-                parallel.local(s[key])
+                parallel.local_part(s[key])
                 for s in optimizer.state.values()
                 for key in run_state.MOMENTS
             ]
@@ -243,7 +247,7 @@ def run(
             )
             held["moments"] = sum(m.nbytes for m in moments)
             collectives.phase = "whole"
-            with parallel.whole(model) as twin:  # to sample from
+            with parallel.gathered_for_sampling(model) as twin:  # to sample from
                 shapes = {name: p.shape for name, p in model.named_parameters()}
                 assert all(
                     shapes[name] == p.shape

@@ -19,7 +19,7 @@ sys.path.insert(0, ROOT)
 
 from nanosafe import data
 from nanosafe.tools import demo
-from nanosafe.storage import module_at  # noqa: E402
+from nanosafe.storage import load_python_file  # noqa: E402
 
 MODELS = "--actor_model={o}/sft/model --reward_model={o}/reward/model"
 LAG = MODELS + " --cost_model={o}/cost/model"
@@ -330,7 +330,7 @@ def draw(rows, policies):
 
 def main(seeds="0,1,2", out_dir="out/methods", part="methods,phf,limits", report_only="False"):
     seeds = [int(s) for s in seeds.split(",")]
-    toy = module_at(os.path.join(demo.ROOT, "data", "toy", "prepare.py"))
+    toy = load_python_file(os.path.join(demo.ROOT, "data", "toy", "prepare.py"))
     for seed in seeds if report_only == "False" else ():
         o = f"{out_dir}/{seed}"
         result(o, "tokenizer", lambda: {"vocab": len(demo.prepare(o).ASKS)})

@@ -24,7 +24,7 @@ from nanosafe.data import batching
 from nanosafe.errors import choose, stop
 from nanosafe.losses import mle_loss
 from nanosafe.model import Config, LLaMA
-from nanosafe.printing import table
+from nanosafe.printing import format_table
 from nanosafe.rollout import generate
 from nanosafe.storage import read_json
 
@@ -307,7 +307,7 @@ def report(run, make):
         ]
     peaks = run.peaks()
     print(
-        table(
+        format_table(
             [
                 *rows,
                 [
@@ -325,7 +325,7 @@ def report(run, make):
     shown.insert(0, ["seconds", "matrix", "bandwidth", "link", "roofline", "expected"])
     rate = run.sequences / total[-1]
     print(
-        "\n" + table(shown) + f"\n\n{rate:.2f} sequences/s, {rate * run.length:.0f} "
+        "\n" + format_table(shown) + f"\n\n{rate:.2f} sequences/s, {rate * run.length:.0f} "
         f"tokens/s expected; {total[-1] / total[-2]:.2f}x the roofline"
     )
     if not fits(run):
@@ -404,7 +404,7 @@ def measure(run):
     small = Run(k, replace(run.c, num_hidden_layers=blocks), run.gpu, 1, run.length, run.response)
     model = LLaMA(small.c).to(torch.float32 if run.bytes == 4 else torch.bfloat16)
     texts = [np.random.randint(3, run.c.vocab_size, n) for n in lengths]
-    micros = batching.plan(lengths, max(1024, lengths[-1]), 1)[0]
+    micros = batching.plan_micro_batches(lengths, max(1024, lengths[-1]), 1)[0]
     some = [texts[i] for i in micros[len(micros) // 2]]
     batch = batching.collate(some, [np.arange(len(t)) >= len(t) * (1 - share) for t in some], "cpu")
     counts, even = (len(batch.tokens), int((batch.targets >= 0).sum())), not run.ppo

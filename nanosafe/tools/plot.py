@@ -9,7 +9,7 @@ import os
 import sys
 from pathlib import Path
 
-from nanosafe.errors import stop, untrusted
+from nanosafe.errors import stop, one_line_errors
 from nanosafe.monitor import Watch
 from nanosafe.storage import make_folder, read_jsonl
 
@@ -128,7 +128,7 @@ def scores(groups, curves, out_dir):
 def read_run(folder, name):
     """{"name", "config", "rows", "samples", "warnings"} of a run's folder; nothing is executed."""
     path = Path(folder, "config.py")
-    with untrusted(folder):
+    with one_line_errors(folder):
         source = path.read_text(encoding="utf-8") if path.exists() else ""
         config = {x.targets[0].id: ast.literal_eval(x.value) for x in ast.parse(source).body}
         rows, samples = (

@@ -191,14 +191,14 @@ class Nanosafe:
 
     @torch.no_grad()
     def forward(self, repetitions, max_tokens):
-        from nanosafe.data.batching import collate, plan
+        from nanosafe.data.batching import collate, plan_micro_batches
 
         model, data = self.model(), [ids for ids, _ in rows("sft")][:64]
         batch = lambda part: collate(
             [data[i] for i in part], [[0] + [1] * (len(data[i]) - 1) for i in part], DEVICE
         )
         report["logits"] = model(*batch([0])[:3])[-1, :64].float().tolist()
-        parts = plan(list(map(len, data)), max_tokens, 1)[0]
+        parts = plan_micro_batches(list(map(len, data)), max_tokens, 1)[0]
         report["sum"] = sum(model(*batch(part)).sum().item() for part in parts)
         timed(lambda: sum(len(model(*batch(part))) for part in parts), repetitions)
 
@@ -256,7 +256,7 @@ class Nanosafe:
             )
         for size in (8000, 32000, 128000):
             config = Config(**{**vars(base), "vocab_size": size})
-            other = checkpoint.scratch(config, "lm")
+            other = checkpoint.init_from_scratch(config, "lm")
             best("vocabulary", size, lambda: step(other.to(DEVICE), 1024, 256), 1024)
         report.update(grown=grown, seconds=[1.0], work=[0])  # a rate would mean nothing
 
