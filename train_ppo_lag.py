@@ -163,7 +163,7 @@ asked = tokenize(prompts, tok, "prompts", max_len - 1)
 ptx = tokenize(ptx_data, tok, "sft", max_len, max_tokens) if ptx_data else None
 
 size = checkpoint.count_parameters(actor_model)
-trained_place, frozen_place = choose_placements(
+trained_placement, frozen_placement = choose_placements(
     world,
     dtype,
     parallel,
@@ -175,13 +175,15 @@ trained_place, frozen_place = choose_placements(
 
 
 def frozen(path, head, kind=None, normalize=False):
-    model = checkpoint.load(path, head, place=frozen_place, score_type=kind).requires_grad_(False)
+    model = checkpoint.load(path, head, placement=frozen_placement, score_type=kind).requires_grad_(
+        False
+    )
     model.config.do_normalize = normalize
     return model
 
 
 def trained(path, head, score_type, weight_decay):
-    model = checkpoint.load(path, head, place=trained_place, score_type=score_type)
+    model = checkpoint.load(path, head, placement=trained_placement, score_type=score_type)
     return model, optim.make_adamw(model, weight_decay, beta1, beta2)
 
 
@@ -195,6 +197,12 @@ for name in critics:
 actor = models["actor"][0]
 average = {"model_ema": trained(actor_model, "lm", None, 0.0)} if ema else {}
 
+
+def split_trained():
+    every = {**models, **average}
+    return {k: m for k, (m, _) in every.items()}, {k: o for k, (_, o) in every.items()}
+
+
 multiplier = LagrangeMultiplier(lambda_init, lambda_lr, lambda_max, cost_window, lambda_delay)
 moments = RunningMeanStd()  # of the rewards, for reward_scaling
 kl_weight = kl_coef  # what kl_coef has come to
@@ -206,14 +214,14 @@ actor_weight = 0.5 if ptx and ptx_average else 1.0
 steps = count_steps(len(asked), rollout_size, epochs, -(-max_steps // updates)) * updates
 step = skips = 0
 if resume:
-    state = run_state.load(out_dir, {**models, **average})
+    state = run_state.load(out_dir, *split_trained())
     step, skips, kl_weight = state["step"], state["skips"], state["kl_coef"]
     multiplier.load_state_dict(state["multiplier"])
     vars(moments).update(state["moments"])
 if world.main:
     print(
-        f"{len(models)} x {size / 1e6:.1f} M parameters trained, {trained_place.layout}, "
-        f"computing in {trained_place.compute_dtype}; {steps // updates} rollouts of "
+        f"{len(models)} x {size / 1e6:.1f} M parameters trained, {trained_placement.layout}, "
+        f"computing in {trained_placement.compute_dtype}; {steps // updates} rollouts of "
         f"{rollout_size} prompts x {num_samples}, {updates} steps of {batch_size} responses "
         f"each over {world.size} ranks, {max_tokens} tokens per forward",
         flush=True,
@@ -228,7 +236,7 @@ def packed(rows, texts, starts):
 
 def forward(model, batch, begins, R):
     """Log-probabilities of packed() responses' tokens, or a critic's values: (rows, R)."""
-    x = model(*batch, log_temperature) if model.head == "lm" else model(*batch[:3])
+    x = model.log_probs(batch, log_temperature) if model.head == "lm" else model.scores(batch)
     return gather_responses(x, batch, begins, R)
 
 
@@ -260,8 +268,8 @@ def checkpoint_run(step):
         "moments": vars(moments),
     }
     for folder, (model, _) in {"model": models["actor"], **average}.items():
-        checkpoint.save(model, os.path.join(out_dir, folder), tok, trained_place.compute_dtype)
-    run_state.save(out_dir, step, {**models, **average}, extra, keep)
+        checkpoint.save(model, os.path.join(out_dir, folder), tok, trained_placement.compute_dtype)
+    run_state.save(out_dir, step, *split_trained(), extra, keep)
 
 
 # ---- loop ----
@@ -426,7 +434,7 @@ while step < steps:
             for k, micro in enumerate(micros):
                 batch = ptx.batch([examples[j] for j in micro], world.device)
                 m = batch.targets >= 0
-                loss = mle_loss(actor(*batch, even=True), m) * (m.sum() / count)
+                loss = mle_loss(actor.log_probs(batch, uniform_weights=True), m) * (m.sum() / count)
                 backward(actor, loss * ptx_coef * actor_weight, k == len(micros) - 1)
                 sums["ptx_loss"] += loss.detach()
 

@@ -102,14 +102,14 @@ task = objective if scored else "rank" if objective == "rrhf" else "reward"
 train = tokenize(data, tok, task, max_len, max_tokens)
 held_out = tokenize(eval_data, tok, task, max_len, max_tokens) if eval_data else None
 size = checkpoint.count_parameters(init_from)
-place, _ = choose_placements(
+placement, _ = choose_placements(
     world, dtype, parallel, offload, use_compile, activation_checkpointing, size
 )
 head = "lm" if not scored else "both" if lm_coef else "score"
 model = checkpoint.load(
     init_from,
     head,
-    place=place,
+    placement=placement,
     vocab_size=tok.vocab_size,
     seed=seed,
     score_type=objective if scored else None,
@@ -138,11 +138,11 @@ if not scored and held_out and eval_samples:
 steps = count_steps(len(train), batch_size, epochs, max_steps)
 start = skips = 0
 if resume:
-    state = run_state.load(out_dir, {"model": (model, optimizer)})
+    state = run_state.load(out_dir, {"model": model}, {"model": optimizer})
     start, skips = state["step"], state["skips"]
     vars(moments).update(state["moments"])
 printing.print_once(
-    f"{size / 1e6:.1f} M parameters, {place.layout}, computing in {place.compute_dtype}; {steps} "
+    f"{size / 1e6:.1f} M parameters, {placement.layout}, computing in {placement.compute_dtype}; {steps} "
     f"steps of {batch_size} examples over {world.size} ranks, {max_tokens} tokens per forward"
 )
 
@@ -153,7 +153,7 @@ def judge(dataset, examples):
     labels = torch.tensor(dataset.labels[examples], device=world.device)  # (n, width)
     n, width = labels.shape
     if scored:
-        out = model(*batch) if lm_coef else model(*batch[:3])
+        out = model.log_probs_and_scores(batch) if lm_coef else model.scores(batch)
         logps, scores = out if lm_coef else (None, out)
         ends = scores[(batch.cu_seqlens[1:].long() - 1)[: 2 * n]].view(2, n)
         first, second, mask = *ends, None
@@ -171,7 +171,7 @@ def judge(dataset, examples):
         return loss, ends.T
     there = ~labels.isnan().T  # (width, n): the sequences lie end to end, part by part
     place_in = lambda x: x.new_zeros(width, n).masked_scatter(there, x[: int(there.sum())]).T
-    logps = place_in(sum_per_sequence(model(*batch), batch))  # (n, width)
+    logps = place_in(sum_per_sequence(model.log_probs(batch), batch))  # (n, width)
     lengths = place_in(tokens_of(batch)).clamp(min=1)
     if objective == "rrhf":
         rrhf = [rrhf_loss(*(x[i, there[:, i]] for x in (logps, lengths, labels))) for i in range(n)]
@@ -256,11 +256,11 @@ def checkpoint_run(step):
         model,
         os.path.join(out_dir, "model"),
         tok,
-        dtype=place.compute_dtype,
+        dtype=placement.compute_dtype,
         head="score" if scored else "lm",
     )
     extra = {"skips": skips, "moments": vars(moments)}
-    run_state.save(out_dir, step, {"model": (model, optimizer)}, extra, keep)
+    run_state.save(out_dir, step, {"model": model}, {"model": optimizer}, extra, keep)
 
 
 # ---- loop ----

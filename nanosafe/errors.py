@@ -1,56 +1,98 @@
-"""Files: others', refused in one line, and ours, which appear whole. Words in tables."""
+"""Errors for users: one line that says what is wrong, what was given, and what to do.
+
+A mistake of the user's, a bad file, a full disk or too little memory end a script with one line. A
+defect of nanosafe's own keeps its traceback."""
 
 import errno
 import os
+import pickle
 import re
+import struct
 import traceback
+import zipfile
 from contextlib import contextmanager
 
+from safetensors import SafetensorError
 
-def stop(message):
-    raise SystemExit("error: " + " ".join(message.splitlines()))
+from configurator import stop
+
+__all__ = ["choose", "explain_failure", "one_line_errors", "stop"]
+
+# What reading a broken file raises: in the libraries that parse it, or where a parser of ours looks
+# for a key that the file does not have.
+READ_ERRORS = (
+    OSError,
+    EOFError,
+    ValueError,  # json.JSONDecodeError and UnicodeDecodeError are ValueErrors
+    KeyError,
+    SafetensorError,
+    pickle.UnpicklingError,
+    struct.error,
+    zipfile.BadZipFile,
+)
+WRITE_ERRORS = (OSError, SafetensorError)
+DISK_ERRORS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EIO,
+    errno.EACCES,
+    errno.EPERM,
+}
+# The knobs that lower the peak of memory, and where to turn each.
+SAMPLING_KNOBS = {
+    "slots": "fewer, for example 64",
+    "max_new_tokens": "fewer",
+    "offload": "frozen, or all",
+}
+TRAINING_KNOBS = {
+    "max_tokens": "fewer",
+    "activation_checkpointing": "True",
+    "offload": "frozen, or all",
+}
 
 
 def choose(name, value, choices):
-    """Stop unless the knob `name` has one of the values there are."""
+    """Stop unless the knob `name` has one of the values that it may have."""
     if value not in choices:
         stop(f"{name}={value!r}: choose one of {', '.join(choices)}")
 
 
 @contextmanager
-def one_line_errors(path, done="read"):
-    """Whatever goes wrong with a file, or a folder, that others made is one line, no traceback."""
+def one_line_errors(path, action="read"):
+    """Stop with one line where a file or a folder cannot be read, written or made.
+
+    Wrap only the calls that touch the file: any other error in the block is a defect of ours, and
+    keeps its traceback."""
+    expected = READ_ERRORS if action == "read" else WRITE_ERRORS
     try:
         yield
-    except (AssertionError, MemoryError):
-        raise
-    except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":
-            raise
+    except expected as error:
         words = " ".join(str(error).split()) or "it breaks off"
-        stop(f"{os.fspath(path)!r} cannot be {done}: {type(error).__name__}: {words[:300]}")
-
-
-DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}
-
-
-SAMPLING = {"slots": "fewer, 64 say", "max_new_tokens": "fewer", "offload": "frozen, or all"}
-
-
-TRAINING = {"max_tokens": "fewer", "activation_checkpointing": "True", "offload": "frozen, or all"}
+        stop(f"{os.fspath(path)!r} cannot be {action}: {type(error).__name__}: {words[:300]}")
 
 
 def explain_failure(error, knobs, ranks=1):
-    """A sentence about an exception that is no mistake in the code, or None."""
+    """A sentence about an exception that is no defect of the code's; None about any other.
+
+    knobs  the script's configuration: those that would help are named with their values"""
     text = " ".join(str(error).split())[:300]
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
-    if type(error).__name__ in ("OutOfMemoryError", "MemoryError") or "allocate memory" in text:
-        sampling = "rollout.py" in "".join(traceback.format_tb(error.__traceback__))
-        where, turns = ("sampling", SAMPLING) if sampling else ("a forward or backward", TRAINING)
-        turn = [f"{name}={knobs[name]!r} ({to})" for name, to in turns.items() if name in knobs]
-        return f"out of memory in {where}: {', '.join(turn) or 'take fewer'}. {text}"
+    out_of_memory = type(error).__name__ in ("OutOfMemoryError", "MemoryError")
+    if out_of_memory or "allocate memory" in text:
+        return explain_memory(error, text, knobs)
     if ranks > 1 and re.search("(closed|reset) by peer|Timed out|process exited", text):
         return f"another rank ended, and this one with it ({text[:80]})"
-    if getattr(error, "errno", None) in DISK:
+    if getattr(error, "errno", None) in DISK_ERRORS:
         return f"{text}; mend this: a run goes on from its last state with --resume=True"
+    return None
+
+
+def explain_memory(error, text, knobs):
+    was_sampling = "rollout.py" in "".join(traceback.format_tb(error.__traceback__))
+    where = "sampling" if was_sampling else "a forward or backward"
+    helpful = SAMPLING_KNOBS if was_sampling else TRAINING_KNOBS
+    hints = [f"{name}={knobs[name]!r} ({hint})" for name, hint in helpful.items() if name in knobs]
+    return f"out of memory in {where}: {', '.join(hints) or 'take fewer'}. {text}"

@@ -26,7 +26,7 @@ def sum_response_logps(model, sequences, max_tokens, world):
     for micro in plan_micro_batches(lengths, max(max_tokens, *lengths), world.size)[world.rank]:
         ids, masks = zip(*(sequences[i] for i in micro)) if micro else ([], [])
         batch = collate(ids, masks, world.device)
-        logps = model(*batch)
+        logps = model.log_probs(batch)
         logps = logps if torch.is_tensor(logps) else logps[0]
         out[micro] = sum_per_sequence(logps, batch)[: len(micro)]
     return all_reduce_sum(out)
@@ -36,11 +36,11 @@ def cached_reference_logps(model, path, dataset, max_tokens, world):
     """response_logps() of a Dataset (n, width) by the model at `path`, kept with its token ids."""
     names = sorted(os.listdir(path)) if os.path.isdir(path) else [""]
     stats = [os.stat(os.path.join(path, name) if name else path) for name in names]
-    place = getattr(model, "place", None)
+    placement = getattr(model, "placement", None)
     known = [
         os.path.realpath(path),
         world.device.type,
-        str(place and place.compute_dtype),
+        str(placement and placement.compute_dtype),
         *((name, s.st_size, s.st_mtime_ns) for name, s in zip(names, stats)),
     ]
     key = hashlib.blake2b(repr(known).encode(), digest_size=16).hexdigest()
@@ -182,7 +182,7 @@ class ScoreModel:
             batch = collate(
                 [ids[i] for i in micro], [[0] * lengths[i] for i in micro], self.world.device
             )
-            scores[micro] = self.model(*batch[:3])[batch.cu_seqlens[1:].long() - 1]
+            scores[micro] = self.model.scores(batch)[batch.cu_seqlens[1:].long() - 1]
         if not all_reduce_sum(scores).isfinite().all():
             stop("a score model gives scores that are no numbers: its weights are broken")
         return scores.tolist()

@@ -1,89 +1,105 @@
-"""LLaMA (arXiv:2302.13971), and its two heads: the next token's distribution, or a score per token.
+"""Log-probabilities of target tokens without ever storing the (N, V) logits.
 
-Everything downstream is arithmetic on what forward() returns for each token of packed sequences.
+For N tokens and a vocabulary of V, the logits of a micro-batch would be the largest tensor of a
+training step. Both functions here compute them piece by piece and keep only what is needed.
 
-Shapes: N packed tokens, B sequences, V vocabulary, D width, H heads, K kv heads, E head width."""
+LogProbs cuts the vocabulary into blocks. Its backward pass computes each block's logits again,
+which costs one more matrix product and saves 6 N V bytes.
+
+UniformLogProbs is for losses that are a mean, so that every log-probability has the same weight.
+Then the gradients can be made in the forward pass, a few rows at a time, up to one factor that the
+backward pass applies. It needs three matrix products with the vocabulary instead of four.
+
+Shapes: N tokens that are read, D width, V vocabulary. x (N, D) are the hidden states after the last
+norm, weight (V, D) is the output embedding, targets (N,) int64 are the tokens that follow.
+"""
 
 import torch
 
+BLOCK_MIB = 8  # logits of LogProbs at a time on a CPU: they should stay in its cache
+CHUNK_MIB = 32  # logits of UniformLogProbs at a time on a CPU
+GPU_MIB = 512  # both, on a GPU
+
 
 class LogProbs(torch.autograd.Function):
-    """log softmax(x @ weight.T / temperature)[targets] in blocks of the vocabulary: (N, V) logits
-    never exist, those of a block stay in a CPU's cache, dweight is written once.
-
-    The backward pass computes each block's logits again: one matrix product, 6 N V bytes less."""
+    """log softmax(x @ weight.T / temperature)[targets]  -> (N,) float32."""
 
     @staticmethod
     def forward(ctx, x, weight, targets, temperature):
-        sums, logps = x.new_full((2, len(x)), -torch.inf, dtype=torch.float32)
-        for block in split_into_spans(len(weight), len(x), x, 8):
+        log_sums, target_logits = x.new_full((2, len(x)), -torch.inf, dtype=torch.float32)
+        for block in split_into_spans(len(weight), len(x), x, BLOCK_MIB):
             logits = (x @ weight[block].T).float().div_(temperature)
-            sums = torch.logaddexp(sums, logits.logsumexp(dim=1))
+            log_sums = torch.logaddexp(log_sums, logits.logsumexp(dim=1))
             column, inside = columns_of_targets(targets, block)
-            logps = torch.where(inside, logits.gather(1, column).squeeze(1), logps)
-        ctx.save_for_backward(x, weight, targets, sums)
+            target_logits = torch.where(inside, logits.gather(1, column).squeeze(1), target_logits)
+        ctx.save_for_backward(x, weight, targets, log_sums)
         ctx.temperature = temperature
-        return logps - sums
+        return target_logits - log_sums
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight, targets, sums = ctx.saved_tensors
+        x, weight, targets, log_sums = ctx.saved_tensors
         grad = grad[:, None] / ctx.temperature
-        dx, dweight = torch.zeros_like(x, dtype=torch.float32), torch.empty_like(weight)
-        for block in split_into_spans(len(weight), len(x), x, 8):
-            # d logp / d logits = onehot(target) - softmax(logits)
-            d = (x @ weight[block].T).float().div_(ctx.temperature).sub_(sums[:, None]).exp_()
+        dx = torch.zeros_like(x, dtype=torch.float32)
+        dweight = torch.empty_like(weight)
+        for block in split_into_spans(len(weight), len(x), x, BLOCK_MIB):
+            logits = (x @ weight[block].T).float().div_(ctx.temperature)
+            probs = logits.sub_(log_sums[:, None]).exp_()
+            # d logp / d logits = onehot(target) - probs
             column, inside = columns_of_targets(targets, block)
-            d = d.mul_(-grad).scatter_add_(1, column, grad * inside[:, None]).to(x.dtype)
-            dx += d @ weight[block]
-            torch.mm(d.T, x, out=dweight[block])
+            dlogits = probs.mul_(-grad).scatter_add_(1, column, grad * inside[:, None]).to(x.dtype)
+            dx += dlogits @ weight[block]
+            torch.mm(dlogits.T, x, out=dweight[block])
         return dx.to(x.dtype), dweight, None, None
 
 
 class UniformLogProbs(torch.autograd.Function):
-    """LogProbs for a loss that weighs them all alike (a mean): their sum's gradients are made in
-    the same pass, a few rows at a time, and the backward pass scales them.
-
-    Three matrix products with the vocabulary instead of four, and half the exponentials."""
+    """The same numbers, for a loss that weighs all of them alike."""
 
     @staticmethod
     def forward(ctx, x, weight, targets, temperature):
         logps = torch.empty(len(x), device=x.device)
-        dx, dweight = torch.empty_like(x), torch.zeros_like(weight)
-        chunks = split_into_spans(len(x), len(weight), x, 32)
-        memory = x.new_empty(len(x[chunks[0]]) if chunks else 0, len(weight))  # new pages are slow
+        dx = torch.empty_like(x)
+        dweight = torch.zeros_like(weight)
+        chunks = split_into_spans(len(x), len(weight), x, CHUNK_MIB)
+        longest = len(x[chunks[0]]) if chunks else 0
+        buffer = x.new_empty(longest, len(weight))  # reused: fresh memory pages are slow
         for rows in chunks:
-            logits = torch.mm(x[rows], weight.T, out=memory[: len(x[rows])]).float()
+            logits = torch.mm(x[rows], weight.T, out=buffer[: len(x[rows])]).float()
             if temperature != 1:
                 logits /= temperature
-            target, most = targets[rows, None], logits.amax(dim=1)
-            logps[rows] = logits.gather(1, target).squeeze(1) - most
-            p = torch.softmax(logits, dim=1, out=logits)
-            logps[rows] += p.amax(dim=1).log()  # the likeliest's log p is most - log sum exp
-            # d logp / d logits = onehot(target) - p
-            d = p.scatter_add_(1, target, -torch.ones_like(most)[:, None]).to(x.dtype)
-            torch.mm(d, weight, out=dx[rows]).div_(-temperature)
-            dweight.addmm_(d.T, x[rows], alpha=-1 / temperature)
-        ctx.made = dx, dweight
+            target = targets[rows, None]
+            largest = logits.amax(dim=1)
+            logps[rows] = logits.gather(1, target).squeeze(1) - largest
+            probs = torch.softmax(logits, dim=1, out=logits)
+            # The likeliest token's log-probability is largest - log(sum(exp(logits))).
+            logps[rows] += probs.amax(dim=1).log()
+            # d logp / d logits = onehot(target) - probs, here with the sign turned
+            dlogits = probs.scatter_add_(1, target, -torch.ones_like(largest)[:, None]).to(x.dtype)
+            torch.mm(dlogits, weight, out=dx[rows]).div_(-temperature)
+            dweight.addmm_(dlogits.T, x[rows], alpha=-1 / temperature)
+        ctx.gradients = dx, dweight
         return logps
 
     @staticmethod
     def backward(ctx, grad):
-        made, ctx.made = ctx.made, None  # scaled in place: a gradient is used once
+        gradients, ctx.gradients = ctx.gradients, None  # scaled in place, so used only once
         if len(grad):
-            torch._assert_async((grad == grad[0]).all())  # what even=True promised
-            for x in made:
-                x.mul_(grad[0])
-        return *made, None, None
+            torch._assert_async((grad == grad[0]).all())  # what uniform_weights=True promises
+            for gradient in gradients:
+                gradient.mul_(grad[0])
+        return *gradients, None, None
 
 
-def split_into_spans(count, width, x, mib):
-    """Slices of `count` rows of `width` float32 numbers: of `mib` MiB on a CPU, 512 on a GPU."""
-    size = max(1, (2**27 if x.is_cuda else mib * 2**18) // max(1, width))
-    return [slice(i, i + size) for i in range(0, count, size)]
+def split_into_spans(count, width, x, cpu_mib):
+    """Slices of range(count), so that a slice's rows of `width` float32 numbers fit the budget."""
+    mib = GPU_MIB if x.is_cuda else cpu_mib
+    numbers = mib * 2**20 // 4
+    size = max(1, numbers // max(1, width))
+    return [slice(begin, begin + size) for begin in range(0, count, size)]
 
 
 def columns_of_targets(targets, block):
-    """Where in a block of the vocabulary each target (N,) is, (N, 1), and whether it is there."""
+    """Each target's column in a block of the vocabulary (N, 1), and whether it lies there (N,)."""
     inside = (targets >= block.start) & (targets < block.stop)
     return torch.where(inside, targets - block.start, 0)[:, None], inside

@@ -1,21 +1,26 @@
 """The only file that imports torch.distributed.
 
-    world = parallel.init(device)              # one process, or one of many under torchrun
-    trained, frozen = parallel.places(world, ...)
-    model = parallel.put(model, trained)       # inside checkpoint.load(), before any weight is read
-    parallel.backward(model, loss)             # gradients add up over ranks and calls
-    with parallel.whole(model): ...            # parameters whole on every rank, to sample from
+    world = parallel.init(device)                    # one process, or one of many under torchrun
+    trained, frozen = parallel.choose_placements(world, ...)
+    model = parallel.shard_model(model, trained)     # in checkpoint.load(), before weights are read
+    parallel.backward(model, loss)                   # gradients add up over ranks and calls
+    with parallel.gathered_for_sampling(model): ...  # whole parameters on every rank
 
-One mechanism serves every layout: FSDP2 over a mesh (replicate, shard). DDP is (N, 1): whole copies
-whose gradients are averaged. FSDP is (1, N): every tensor cut into N row slices. HSDP is (nodes, N
-/ nodes): slices inside a node, copies across. A single GPU that trains in bfloat16, with float32
-master weights and reduction, is (1, 1); a process that computes in float32 is left plain."""
+One mechanism serves every layout: FSDP2 over a mesh of (replicate, shard). With N ranks,
+
+    DDP    is (N, 1): every rank has whole copies, whose gradients are averaged
+    FSDP   is (1, N): every tensor is cut into N slices of rows
+    HSDP   is (nodes, N / nodes): slices inside a node, copies across nodes
+
+A single GPU that trains in bfloat16, with float32 master weights and reduction, is (1, 1). A
+process that computes in float32 is left plain."""
 
 import os
 import sys
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -27,68 +32,120 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.distributed.tensor import DTensor, Shard
-from nanosafe import errors, watchdog
-from nanosafe.errors import choose, stop
+
+from nanosafe.errors import choose, explain_failure, stop
+from nanosafe.watchdog import agree_on_restart_id, start_hang_watchdog
 
 TIMEOUT_MINUTES = float(os.environ.get("NANOSAFE_TIMEOUT") or 0) or 30  # to wait for a rank
-PROCESS_GROUP_TIMEOUT = timedelta(minutes=TIMEOUT_MINUTES + 5)  # torch's own, which says less
-meshes, calls = {}, [0]  # calls: how many times this rank met the others
+# torch's own limit is longer than ours, because our message names the rank that hangs.
+PROCESS_GROUP_TIMEOUT = timedelta(minutes=TIMEOUT_MINUTES + 5)
+# oneDNN keeps a bfloat16 kernel for every length that it meets: a thousand take a gigabyte.
+ONEDNN_KERNELS = "32"
+CPU_MEMORY = 16 * 2**30  # bytes that "auto" assumes for a rank on a CPU
+BYTES_PER_PARAMETER = 16  # of AdamW in float32: weight, gradient and two moments
+
+
+class Collectives:
+    """How many collectives this rank has begun: what the watchdog compares between ranks."""
+
+    count = 0
+
+
+collectives = Collectives()
+meshes = {}  # (device type, copies, slices) -> DeviceMesh
+
+
+# ---- the group ----
 
 
 class World(NamedTuple):
     rank: int
     size: int
     device: torch.device
-    main: bool  # the rank that prints and writes
+    main: bool  # whether this is the rank that prints and writes
 
 
 def init(device="auto", knobs=None):
     """Join the processes that torchrun started, or be alone. device: auto | cpu | cuda.
-    From here on memory, the disk or a lost rank end a script in one line, with `knobs` to turn."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        stop("device='cuda', but torch sees no GPU: use --device=cpu")
-    choose("device", device, ("cpu", "cuda"))
+
+    From here on a full memory, a full disk or a lost rank ends the script with one line; `knobs`,
+    the script's configuration, lets that line name the ones that help."""
+    device = pick_device(device)
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device(device)
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
-    else:  # of the bfloat16 kernels for every length met few are kept: a thousand take a gigabyte
-        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
     if "RANK" in os.environ and not dist.is_initialized():
-        store, *_ = next(dist.rendezvous("env://", timeout=PROCESS_GROUP_TIMEOUT))
-        store = dist.PrefixStore(watchdog.agree_on_restart_id(store, rank, size), store)
-        join_group(device, store=store, rank=rank, world_size=size)
-        watchdog.start_hang_watchdog(
-            store.clone(), rank, size, calls, TIMEOUT_MINUTES, dist.is_initialized
-        )
-
-    def leave(kind, error, trace):
-
-        try:
-            if said := errors.explain_failure(error, knobs or {}, size):
-                print(f"error: rank {rank}: {said}", file=sys.stderr, flush=True)
-            else:
-                sys.__excepthook__(kind, error, trace)
-        finally:  # be it that nobody listens any more
-            if dist.is_initialized():
-                os._exit(1)
-
-    sys.excepthook = leave
+        join_torchrun_group(device, rank, size)
+    install_excepthook(rank, size, knobs or {})
     return World(rank, size, device, rank == 0)
 
 
+def pick_device(name):
+    """The torch.device of this process, set up for matrix products."""
+    choose("device", name, ("auto", "cpu", "cuda"))
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", ONEDNN_KERNELS)
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        stop("device='cuda', but torch sees no GPU: use --device=cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    torch.set_float32_matmul_precision("high")
+    return device
+
+
+def join_torchrun_group(device, rank, size):
+    """Meet the other ranks under this attempt's own key prefix, and watch them."""
+    store, *_ = next(dist.rendezvous("env://", timeout=PROCESS_GROUP_TIMEOUT))
+    prefix = agree_on_restart_id(store, rank, size)
+    store = dist.PrefixStore(prefix, store)
+    join_group(device, store=store, rank=rank, world_size=size)
+    start_hang_watchdog(
+        store.clone(), rank, size, collectives, TIMEOUT_MINUTES, dist.is_initialized
+    )
+
+
 def join_group(device, **options):
-    # gloo beside nccl: gradients that are offloaded to the CPU are reduced there
+    # gloo beside nccl, because gradients that are offloaded to the CPU are reduced there
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=PROCESS_GROUP_TIMEOUT, **options)
 
 
+def install_excepthook(rank, size, knobs):
+    """Turn failures that are no defects into one line, and end a failed rank at once."""
+
+    def report_and_leave(kind, error, trace):
+        try:
+            sentence = explain_failure(error, knobs, size)
+            if sentence:
+                print(f"error: rank {rank}: {sentence}", file=sys.stderr, flush=True)
+            else:
+                sys.__excepthook__(kind, error, trace)
+        finally:  # even if nobody reads what is printed
+            if dist.is_initialized():
+                os._exit(1)
+
+    sys.excepthook = report_and_leave
+
+
+def close(leave=True):
+    """Leave the group and end the process: what a script does last.
+
+    leave=False goes on without the group."""
+    if dist.is_initialized():
+        barrier()
+        dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if leave:
+            os._exit(0)  # a background thread of FSDP2 on gloo sometimes aborts an ordinary exit
+
+
+# ---- layouts ----
+
+
 class Placement(NamedTuple):
-    """Where and how a model lives."""
+    """Where a model lives, how it is laid out over the ranks, and what it computes in."""
 
     device: torch.device
     layout: str = "plain"  # plain | ddp | fsdp | hsdp
@@ -99,157 +156,185 @@ class Placement(NamedTuple):
     activation_checkpointing: bool = False
 
 
+class Placements(NamedTuple):
+    trained: Placement
+    frozen: Placement
+
+
 def choose_placements(
     world, dtype, layout, offload, use_compile, activation_checkpointing, parameters
 ):
-    """The Place of trained models, and that of frozen ones, from a trainer's knobs.
+    """The Placements of trained and of frozen models, from a trainer's knobs.
 
-    dtype       auto | bfloat16 | float32: what is computed in; trained weights are float32 always
+    dtype       auto | bfloat16 | float32: computed in; trained weights are always float32
     layout      auto | plain | ddp | fsdp | hsdp
-    offload     none | frozen | all: which models wait in host memory (GPU only)
-    parameters  how many are trained, over all models: decides what "auto" is"""
+    offload     none | frozen | all: which models wait in host memory (on a GPU only)
+    parameters  how many are trained, over all models; "auto" depends on it"""
     on_gpu = world.device.type == "cuda"
-    known = {
+    compute_dtypes = {
         "auto": torch.bfloat16 if on_gpu else torch.float32,
         "bfloat16": torch.bfloat16,
         "float32": torch.float32,
     }
     if dtype == "float16":
         stop("dtype='float16' overflows in RLHF training and is not supported: use bfloat16")
-    choose("dtype", dtype, known)
+    choose("dtype", dtype, compute_dtypes)
     choose("parallel", layout, ("auto", "plain", "ddp", "fsdp", "hsdp"))
     choose("offload", offload, ("none", "frozen", "all"))
     if layout == "plain" and world.size > 1:
         stop(f"parallel='plain' is for one process, this is one of {world.size}: use auto")
-    compute = known[dtype]
+    compute_dtype = compute_dtypes[dtype]
     if layout in ("auto", "plain"):
-        # AdamW in float32 holds weights, gradients and two moments: 16 bytes per parameter
-        room = torch.cuda.mem_get_info(world.device)[1] if on_gpu else 16 * 2**30
-        layout = "ddp" if 16 * parameters < 0.25 * room or world.size == 1 else "fsdp"
-        if world.size == 1 and compute == torch.float32 and offload == "none":
-            layout = "plain"
+        layout = choose_layout(world, compute_dtype, offload, parameters)
+    offload_frozen = offload != "none" and on_gpu
     trained = Placement(
         world.device,
         layout,
-        torch.float32,
-        compute,
-        offload == "all" and on_gpu,
-        use_compile and on_gpu,
-        activation_checkpointing,
+        dtype=torch.float32,
+        compute_dtype=compute_dtype,
+        offload=offload == "all" and on_gpu,
+        use_compile=use_compile and on_gpu,
+        activation_checkpointing=activation_checkpointing,
     )
-    away = offload != "none" and on_gpu
     frozen = Placement(
         world.device,
-        "plain" if layout == "ddp" and not away else layout,
-        compute,
-        compute,
-        away,
-        use_compile and on_gpu,
+        "plain" if layout == "ddp" and not offload_frozen else layout,
+        dtype=compute_dtype,
+        compute_dtype=compute_dtype,
+        offload=offload_frozen,
+        use_compile=use_compile and on_gpu,
     )
-    return trained, frozen
+    return Placements(trained, frozen)
 
 
-def shard_model(model, place):
-    """Lay `model` (on the meta device) out over the ranks and take its memory, not yet filled.
-    Its parameters become this rank's row slices. The order is checkpoint, compile, shard."""
-    model.activation_checkpointing = place.activation_checkpointing
-    if place.use_compile:
+def choose_layout(world, compute_dtype, offload, parameters):
+    """Whole copies where they take less than a quarter of the memory, slices where they do not."""
+    if world.size == 1:
+        in_float32 = compute_dtype == torch.float32 and offload == "none"
+        return "plain" if in_float32 else "ddp"
+    on_gpu = world.device.type == "cuda"
+    memory = torch.cuda.mem_get_info(world.device)[1] if on_gpu else CPU_MEMORY
+    return "ddp" if BYTES_PER_PARAMETER * parameters < 0.25 * memory else "fsdp"
+
+
+def shard_model(model, placement):
+    """Lay `model`, which is on the meta device, out over the ranks, and take its memory.
+
+    Its parameters become this rank's slices of rows; they are not filled yet. Activation
+    checkpointing comes first, then compile, then sharding."""
+    model.activation_checkpointing = placement.activation_checkpointing
+    if placement.use_compile:
         for layer in model.layers:
             layer.compile()
-    if place.layout == "plain":
-        return model.to_empty(device=place.device)
+    if placement.layout == "plain":
+        return model.to_empty(device=placement.device)
     if not dist.is_initialized():  # a single GPU that wants mixed precision
-        join_group(place.device, store=dist.HashStore(), rank=0, world_size=1)
-    policy = MixedPrecisionPolicy(param_dtype=place.compute_dtype, reduce_dtype=torch.float32)
-    options = dict(
-        mesh=make_mesh(place.layout, place.device.type),
-        mp_policy=policy,
-        offload_policy=CPUOffloadPolicy() if place.offload else OffloadPolicy(),
-    )
+        join_group(placement.device, store=dist.HashStore(), rank=0, world_size=1)
+    options = {
+        "mesh": make_mesh(placement.layout, placement.device.type),
+        "mp_policy": MixedPrecisionPolicy(placement.compute_dtype, reduce_dtype=torch.float32),
+        "offload_policy": CPUOffloadPolicy() if placement.offload else OffloadPolicy(),
+    }
     for layer in model.layers:  # a layer is gathered when it is needed, and dropped after it
-        fully_shard(layer, **options, reshard_after_forward=place.layout != "ddp")
+        fully_shard(layer, **options, reshard_after_forward=placement.layout != "ddp")
     fully_shard(model, **options, reshard_after_forward=False)
-    model.place = place
-    model.register_forward_pre_hook(count_collective, prepend=True)  # before it gathers its weights
-    return model.to_empty(device="cpu" if place.offload else place.device)
-
-
-def count_collective(*_):
-    calls[0] += 1
+    model.placement = placement
+    # A forward gathers weights, which is a collective. It is counted before it begins.
+    model.register_forward_pre_hook(lambda *_: count_collective(), prepend=True)
+    return model.to_empty(device="cpu" if placement.offload else placement.device)
 
 
 def make_mesh(layout, device_type):
-    """The (replicate, shard) mesh of a layout; DDP replicates everywhere, HSDP across nodes."""
+    """The (replicate, shard) mesh of a layout: DDP copies everywhere, HSDP across nodes."""
     size = dist.get_world_size()
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", size))
-    sharded = {"ddp": 1, "fsdp": size, "hsdp": local}[layout]
-    key = device_type, size // sharded, sharded
+    ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    slices = {"ddp": 1, "fsdp": size, "hsdp": ranks_per_node}[layout]
+    if size % slices:
+        stop(f"parallel='hsdp': {size} ranks are no multiple of the {slices} in a node")
+    copies = size // slices
+    key = device_type, copies, slices
     if key not in meshes:
-        if size % sharded:
-            stop(f"parallel='hsdp': {size} ranks are no multiple of the {sharded} in a node")
-        sizes, names = (size // sharded, sharded), ("replicate", "shard")
-        flat = sharded == size  # there are no copies
-        meshes[key] = init_device_mesh(device_type, sizes[flat:], mesh_dim_names=names[flat:])
+        if slices == size:
+            meshes[key] = init_device_mesh(device_type, (slices,), mesh_dim_names=("shard",))
+        else:
+            names = ("replicate", "shard")
+            meshes[key] = init_device_mesh(device_type, (copies, slices), mesh_dim_names=names)
     return meshes[key]
 
 
 @contextmanager
 def gathered_for_sampling(model):
-    """A plain twin of `model` whose parameters are whole on every rank, as long as the block runs.
-    The twin has no hooks: ranks may do different amounts of work, CUDA graphs may be captured."""
-    parts = [m for m in model.modules() if isinstance(m, FSDPModule)]
-    if not parts:
+    """A plain twin of `model` whose parameters are whole on every rank, while the block runs.
+
+    The twin has no hooks: ranks may do different amounts of work with it, and CUDA graphs may be
+    captured."""
+    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    if not sharded:
         yield model
         return
     count_collective()
-    for part in parts:
-        part.unshard()
+    for module in sharded:
+        module.unshard()
     with torch.device("meta"):
         twin = type(model)(model.config, model.head)
-    for name, p in model.named_parameters(remove_duplicate=False):
+    for name, parameter in model.named_parameters(remove_duplicate=False):
         owner, _, leaf = name.rpartition(".")
-        twin.get_submodule(owner)._parameters[leaf] = p
+        twin.get_submodule(owner)._parameters[leaf] = parameter
     try:
         yield twin
     finally:
         del twin
-        for part in parts:
-            part.reshard()
+        for module in sharded:
+            module.reshard()
+
+
+# ---- gradients and parameters ----
 
 
 def backward(model, loss, last=True):
-    """Back-propagate; over all ranks and calls gradients add up (FSDP takes the mean: the factor).
+    """Back-propagate. Over all ranks and calls, gradients add up.
+
+    FSDP takes the mean over ranks, so the loss is multiplied by their number first.
 
     last  whether this is the step's last call for `model`: copies exchange gradients only then"""
     if isinstance(model, FSDPModule):
-        if model.place.layout == "ddp":
+        if model.placement.layout == "ddp":
             model.set_requires_gradient_sync(last)
-        model.set_requires_all_reduce(last)  # of HSDP's copies; slices meet every time
+        model.set_requires_all_reduce(last)  # between HSDP's copies; slices always exchange
     count_collective()
     (loss * world_size()).backward()
 
 
 def named_local_parameters(model):
-    """named_parameters() as this rank's slices: a forward without a backward gathers some."""
-    for part in model.modules():
-        if isinstance(part, FSDPModule):
-            part.reshard()
+    """named_parameters() as this rank's slices, also where a forward has left some gathered."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
     return model.named_parameters()
 
 
-def local_rows(p):
-    """(tensor, first row, row count, writer): this rank's part of `p`, and whether it saves it."""
-    if not isinstance(p, DTensor):
-        return p.data, 0, len(p), rank() == 0
-    start, writer = 0, True
-    coordinate = p.device_mesh.get_coordinate()
-    for dim, placement in enumerate(p.placements):
-        if isinstance(placement, Shard):  # torch.chunk's rule: ceil(rows / ranks), the last short
-            start = min(len(p), coordinate[dim] * -(-len(p) // p.device_mesh.size(dim)))
-        else:
-            writer = writer and coordinate[dim] == 0
-    local = p.data.to_local()
-    return local, start, len(local), writer
+class LocalRows(NamedTuple):
+    """This rank's part of a parameter."""
+
+    rows: torch.Tensor
+    first: int  # the row of the parameter that they begin at
+    count: int
+    is_writer: bool  # whether this rank saves them: of copies, only one does
+
+
+def local_rows(parameter):
+    if not isinstance(parameter, DTensor):
+        return LocalRows(parameter.data, 0, len(parameter), rank() == 0)
+    first, is_writer = 0, True
+    coordinate = parameter.device_mesh.get_coordinate()
+    for dim, placement in enumerate(parameter.placements):
+        if isinstance(placement, Shard):  # as torch.chunk cuts: ceil(rows / ranks), the last short
+            height = -(-len(parameter) // parameter.device_mesh.size(dim))
+            first = min(len(parameter), coordinate[dim] * height)
+        elif coordinate[dim] != 0:
+            is_writer = False
+    rows = parameter.data.to_local()
+    return LocalRows(rows, first, len(rows), is_writer)
 
 
 def local_part(tensor):
@@ -257,15 +342,19 @@ def local_part(tensor):
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def full_tensor(p):
+def full_tensor(parameter):
     """The whole of a parameter, on every rank. A collective."""
-    return p.data.full_tensor() if isinstance(p, DTensor) else p.data
+    return parameter.data.full_tensor() if isinstance(parameter, DTensor) else parameter.data
 
 
 def gradient_norm(parameters):
-    """The 2-norm of all gradients over all ranks, as a float32 scalar tensor."""
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    """The 2-norm of all gradients over all ranks, a float32 scalar tensor."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+# ---- collectives ----
 
 
 def rank():
@@ -276,22 +365,29 @@ def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def count_collective():
+    """Note that this rank begins a collective."""
+    collectives.count += 1
+
+
 def all_reduce_sum(tensor):
-    """Sum a tensor over ranks, in place. Of what is 0 on all ranks but one, that is a gather."""
+    """Sum a tensor over ranks, in place. Where all ranks but one have zeros, that is a gather."""
     count_collective()
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
-def all_gather_lists(lists, mine, count):
-    """All `count` lists on every rank, of which this one brings those at indices `mine`."""
+def all_gather_lists(lists, indices, count):
+    """All `count` lists on every rank, of which this rank brings those at `indices`."""
     count_collective()
-    parts = [(mine, lists)] * world_size()
+    parts = [(indices, lists)] * world_size()
     if world_size() > 1:
-        dist.all_gather_object(parts, (mine, lists))
-    whose = dict(pair for part in parts for pair in zip(*part))
-    return [whose[i] for i in range(count)]
+        dist.all_gather_object(parts, (indices, lists))
+    gathered = {}
+    for part_indices, part_lists in parts:
+        gathered.update(zip(part_indices, part_lists))
+    return [gathered[i] for i in range(count)]
 
 
 def any_rank(flag, device):
@@ -307,20 +403,9 @@ def barrier():
 
 @contextmanager
 def rank0_first():
-    """Rank 0 runs the block before the others do: it makes what they find made."""
+    """Rank 0 runs the block before the others do, so that they find what it has made."""
     if rank() > 0:
         barrier()
     yield
     if rank() == 0:
         barrier()
-
-
-def close(leave=True):
-    """Leave the group, and the process, which else goes on alone: what a script does last."""
-    if dist.is_initialized():
-        barrier()
-        dist.destroy_process_group()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        if leave:
-            os._exit(0)  # a background thread of FSDP2 on gloo now and then aborts an ordinary exit

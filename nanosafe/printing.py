@@ -1,15 +1,25 @@
-"""TODO."""
+"""How nanosafe prints: once for all ranks, past progress bars, and numbers in tables."""
 
-from nanosafe import parallel
+import sys
+
+from tqdm import tqdm
+
+from nanosafe.parallel import rank
+
+
+def print_once(text, file=None):
+    """Print a line on rank 0, above a progress bar if there is one. file: stdout by default."""
+    if rank() == 0:
+        file = file or sys.stdout
+        tqdm.write(text, file=file)
+        file.flush()
 
 
 def format_table(rows):
-    """Lines of a table: rows of cells, the first row being the head."""
-    widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
-    lines = ("  ".join(str(x).ljust(width) for x, width in zip(row, widths)) for row in rows)
-    return "\n".join(map(str.rstrip, lines))
-
-
-def print_once(text):
-    if parallel.rank() == 0:
-        print(text, flush=True)
+    """Lines of a table from rows of cells, the first of which are the heads."""
+    widths = [max(len(str(cell)) for cell in column) for column in zip(*rows)]
+    lines = []
+    for row in rows:
+        cells = [str(cell).ljust(width) for cell, width in zip(row, widths)]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)

@@ -126,7 +126,7 @@ class Engine:
         c, weight = model.config, model.embed_tokens.weight
         self.model, self.device = model, weight.device
         self.sampling = *sampling[:3], torch.tensor(sampling[3], dtype=torch.int64).to(self.device)
-        self.head = model.vocabulary()
+        self.head = model.output_embedding()
         dtype = attention.attention_dtype(weight)
         model.check_length(length)
         length = -(-length // 64) * 64
@@ -154,7 +154,7 @@ class Engine:
         cu_seqlens = torch.cat((ends.new_zeros(1), ends)).int()
         flat = ints([token for p in prompts for token in p])
         seqs = attention.pack(cu_seqlens, max(map(len, prompts)), len(flat), slots=self.rows[rows])
-        x = self.model.hidden(flat, seqs, self.caches)[ends - 1]
+        x = self.model.hidden_states(flat, seqs, self.caches)[ends - 1]
         self.keys[rows] = ints([key - 2**64 if key >= 2**63 else key for key in keys])
         self.positions[rows] = lengths
         self.prompt_lengths[rows] = lengths
@@ -184,7 +184,7 @@ class Engine:
             for rows, extent in parts
         ]  # masks (rows, 1, 1, extent)
         step = attention.DecodeBatch(positions, self.rows[:n], groups)
-        logits = linear(self.model.hidden(self.tokens[:n], step, self.caches), self.head)
+        logits = linear(self.model.hidden_states(self.tokens[:n], step, self.caches), self.head)
         index = positions - self.prompt_lengths[:n] + 1
         self.tokens[:n] = sample_tokens(logits, self.keys[:n], index, *self.sampling)
         # A graph also computes rows beyond the live ones; theirs must stay inside the cache.

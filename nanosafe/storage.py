@@ -1,4 +1,7 @@
-"""Files: others', refused in one line, and ours, which appear whole. Words in tables."""
+"""Files on disk: JSON that may be broken, and files and folders of ours that are always whole.
+
+What nanosafe writes goes to a temporary name first, is flushed to the disk, and is then renamed.
+Folders get checksums, so that a damaged one is found when it is read."""
 
 import importlib.util
 import json
@@ -7,16 +10,18 @@ import shutil
 import zlib
 from contextlib import contextmanager
 
-from nanosafe.errors import stop, one_line_errors
+from nanosafe.errors import one_line_errors, stop
 
-
+REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # scripts, config, data
 CHECKSUMS = "checksums.json"
+CHECKED_ENDINGS = (".safetensors", ".npy", "report.json")  # what replace_folder() sums by default
 
 
 def read_json(folder, name):
-    """The object in a json file; {} where there is no file."""
+    """The object in a JSON file, or {} where there is no file. Stops with one line on another."""
+    path = os.path.join(folder, name)
     try:
-        with open(os.path.join(folder, name), encoding="utf-8") as f:
+        with open(path, encoding="utf-8") as f:
             value = json.load(f)
     except FileNotFoundError:
         return {}
@@ -24,9 +29,9 @@ def read_json(folder, name):
         value = None
     if isinstance(value, dict):
         return value
-    if name == "generation_config.json":  # Llama-3.2 was published with one that is no JSON
+    if name == "generation_config.json":  # Llama-3.2 was published with one that is not JSON
         return {}
-    stop(f"{os.path.join(folder, name)!r} is no JSON object")
+    stop(f"{path!r} is no JSON object")
 
 
 def write_json(value, folder, name):
@@ -35,31 +40,50 @@ def write_json(value, folder, name):
         f.write("\n")
 
 
+def read_jsonl(path):
+    """The rows of a jsonl file that nanosafe wrote; [] where there is none.
+
+    A last line without its line end is one that a dying process left, and is dropped."""
+    if not os.path.exists(path):
+        return []
+    with one_line_errors(path), open(path, encoding="utf-8") as f:
+        return [json.loads(line) for line in f if line.endswith("\n")]
+
+
+def write_jsonl(rows, path):
+    """Write rows, one JSON object a line, to a file that appears when it is whole."""
+    make_folder(os.path.dirname(os.path.abspath(path)))
+    with atomic_write(path, encoding="utf-8", errors="backslashreplace") as f:
+        for row in rows:
+            f.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
 def make_folder(path):
-    """Make a folder to write to: before there is anything that could be lost."""
+    """Make a folder, and those above it, or stop with one line."""
     with one_line_errors(path, "made"):
         os.makedirs(path, exist_ok=True)
 
 
 @contextmanager
-def atomic_write(path, mode="w", **text):
-    """Open a file to write that has its name when it is whole, and on the disk."""
+def atomic_write(path, mode="w", **options):
+    """Open a file for writing. It gets its name when the block has ended and it is on the disk."""
+    temporary = path + ".tmp"
     with one_line_errors(path, "written"):
-        with open(path + ".tmp", mode, **text) as f:
+        with open(temporary, mode, **options) as f:
             yield f
-        flush_to_disk(path + ".tmp")
-        os.replace(path + ".tmp", path)
+        flush_to_disk(temporary)
+        os.replace(temporary, path)
 
 
 def flush_to_disk(path):
-    """Bring a file, or a folder's names, to the disk."""
+    """fsync a file's contents, or the names in a folder."""
     handle = os.open(path, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)
 
 
 def checksum(path):
-    """[a file's bytes, its CRC-32], which finds damage, not ill will, as fast as a disk reads."""
+    """[a file's size in bytes, its CRC-32]: finds damage, not forgery, at the speed of the disk."""
     crc = 0
     with open(path, "rb") as f:
         while block := f.read(2**22):
@@ -68,17 +92,14 @@ def checksum(path):
 
 
 def replace_folder(source, target, sums=None):
-    """Put a finished folder in the place of `target`, with checksums: `sums`, or of its tensors."""
-    names = sorted(os.listdir(source))
-    sums = (
-        {
-            name: checksum(os.path.join(source, name))
-            for name in names
-            if name.endswith((".safetensors", ".npy", "report.json"))
-        }
-        if sums is None
-        else sums
-    )
+    """Move a finished folder to `target`, in place of what is there, with checksums beside it.
+
+    sums  {file name: checksum()} where they are known; by default those of tensors and reports"""
+    if sums is None:
+        sums = {}
+        for name in sorted(os.listdir(source)):
+            if name.endswith(CHECKED_ENDINGS):
+                sums[name] = checksum(os.path.join(source, name))
     write_json(sums, source, CHECKSUMS)
     for name in (*os.listdir(source), "."):
         flush_to_disk(os.path.join(source, name))
@@ -91,38 +112,33 @@ def replace_folder(source, target, sums=None):
     shutil.rmtree(old, ignore_errors=True)
 
 
-def find_corrupt_file(folder, part=0, parts=1, replaced=False):
-    """The first file that is not as put_folder() found it, or ''; replaced: length may differ."""
-    name = CHECKSUMS
+def find_corrupt_file(folder, part=0, parts=1, may_be_replaced=False):
+    """The name of a file that is not as replace_folder() left it, or "" where all are.
+
+    part, parts      check this share of the files only: each rank takes its own
+    may_be_replaced  a file of another length is the user's own doing, not damage"""
     try:
-        with open(os.path.join(folder, name), encoding="utf-8") as f:
+        with open(os.path.join(folder, CHECKSUMS), encoding="utf-8") as f:
             sums = sorted(json.load(f).items())
-        for name, (size, crc) in sums[part::parts]:
-            path = os.path.join(folder, name)
-            other = replaced and not (os.path.exists(path) and os.path.getsize(path) == size)
-            if os.path.basename(name) != name or not other and checksum(path) != [size, crc]:
-                return name
     except (OSError, ValueError, AttributeError, TypeError, RecursionError):
-        return name
+        return CHECKSUMS
+    for name, expected in sums[part::parts]:
+        path = os.path.join(folder, name)
+        if os.path.basename(name) != name:
+            return name
+        try:
+            size, _ = expected
+            if may_be_replaced and not (os.path.exists(path) and os.path.getsize(path) == size):
+                continue
+            if checksum(path) != expected:
+                return name
+        except (OSError, ValueError, TypeError):
+            return name
     return ""
 
 
-def read_jsonl(path):
-    """The rows of a file of ours; none where there is none. A line that broke off is left out."""
-    with one_line_errors(path):
-        lines = open(path, encoding="utf-8").readlines() if os.path.exists(path) else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def write_jsonl(rows, path):
-    """Write rows to a file that appears when it is whole."""
-    make_folder(os.path.dirname(os.path.abspath(path)))
-    with atomic_write(path, encoding="utf-8", errors="backslashreplace") as f:
-        f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
 def load_python_file(path):
-    """A Python file as a module: yours, for it is executed."""
+    """Execute a Python file of the user's own, and return it as a module."""
     if not os.path.isfile(path):
         stop(f"there is no file {path!r}")
     spec = importlib.util.spec_from_file_location("module", path)

@@ -17,13 +17,15 @@ from nanosafe.tokenizer import load
 
 folder, layout, max_tokens, out = sys.argv[1:]
 world = parallel.init("cpu")
-place, frozen = parallel.choose_placements(world, "float32", layout, "none", False, False, 10**4)
+placement, frozen = parallel.choose_placements(
+    world, "float32", layout, "none", False, False, 10**4
+)
 tok = load(f"{folder}/policy")
 demonstrations = tokenize(f"{folder}/data/sft/test.jsonl:17/-1", tok, "sft", 200)
 pairs = tokenize(f"{folder}/data/cost/test.jsonl:11/-1", tok, "cost", 200)
-policy = checkpoint.load(f"{folder}/policy", "lm", place=place)
-cost = checkpoint.load(f"{folder}/cost", "score", place=place)
-ref = checkpoint.load(f"{folder}/policy", "lm", place=frozen).requires_grad_(False)
+policy = checkpoint.load(f"{folder}/policy", "lm", placement=placement)
+cost = checkpoint.load(f"{folder}/cost", "score", placement=placement)
+ref = checkpoint.load(f"{folder}/policy", "lm", placement=frozen).requires_grad_(False)
 optimizers = {
     "policy": optim.make_adamw(policy, 0.1, 0.9, 0.95),
     "cost": optim.make_adamw(cost, 0.1, 0.9, 0.95),
@@ -41,11 +43,11 @@ def step():
         batch = demonstrations.batch(micro, "cpu")
         mask = batch.targets >= 0
         share = mask.sum() / int(demonstrations.targets.sum())
-        parallel.backward(policy, mle_loss(policy(*batch), mask) * share, last)
+        parallel.backward(policy, mle_loss(policy.log_probs(batch), mask) * share, last)
     signs = torch.tensor(pairs.labels).float()
     for micro, last in micros(pairs):
         batch = pairs.batch(micro, "cpu")
-        scores = cost(*batch[:3])
+        scores = cost.scores(batch)
         a, b = scores[(batch.cu_seqlens[1:].long() - 1)[: 2 * len(micro)]].view(2, len(micro))
         loss = cost_loss(a, b, signs[micro, 0], signs[micro, 1], 0.1) * len(micro) / len(pairs)
         parallel.backward(cost, loss, last)
@@ -77,14 +79,13 @@ with parallel.gathered_for_sampling(
 results["sampled"] = torch.tensor(sampled[0][:8] + [0] * (8 - len(sampled[0][:8])))
 batch = demonstrations.batch(range(4), "cpu")
 with torch.no_grad():
-    results["ref"], results["new"] = ref(*batch), policy(*batch)
+    results["ref"], results["new"] = ref.log_probs(batch), policy.log_probs(batch)
 
 # the state goes through the disk and comes back, whatever its layout
-models = {"policy": (policy, optimizers["policy"]), "cost": (cost, optimizers["cost"])}
-run_state.save(f"{out}.run", 2, models, {"lambda": 1.5})
-fresh = checkpoint.load(f"{folder}/policy", "lm", place=place)
+run_state.save(f"{out}.run", 2, {"policy": policy, "cost": cost}, optimizers, {"lambda": 1.5})
+fresh = checkpoint.load(f"{folder}/policy", "lm", placement=placement)
 fresh_optimizer = optim.make_adamw(fresh, 0.1, 0.9, 0.95)
-assert run_state.load(f"{out}.run", {"policy": (fresh, fresh_optimizer)})["lambda"] == 1.5
+assert run_state.load(f"{out}.run", {"policy": fresh}, {"policy": fresh_optimizer})["lambda"] == 1.5
 for (name, a), b in zip(policy.named_parameters(), fresh.parameters()):
     assert torch.equal(parallel.full_tensor(a), parallel.full_tensor(b)), name
 checkpoint.save(policy, f"{out}.model")

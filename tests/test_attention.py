@@ -166,7 +166,7 @@ def test_blocks_are_traced_whole_and_once_around_the_packed_kernel(K, window, mo
             seqs = attention.pack(
                 torch.zeros(len(lengths) + 1, dtype=torch.int32), max(lengths), N
             )._replace(window=window)
-            x = model.hidden(torch.zeros(N, dtype=torch.int64), seqs)
+            x = model.hidden_states(torch.zeros(N, dtype=torch.int64), seqs)
             assert x.shape == (N, 32) and x.dtype == torch.bfloat16 and x.requires_grad
 
         for lengths in (

@@ -299,8 +299,10 @@ def test_scratch_weights_are_those_of_the_seed():
     a, b, c = (init_from_scratch(small_config(), seed=s) for s in (0, 0, 1))
     assert torch.equal(a.lm_head.weight, b.lm_head.weight)
     assert not torch.equal(a.lm_head.weight, c.lm_head.weight)
-    place = Placement(torch.device("cpu"), dtype=torch.float32)
-    assert torch.equal(init_from_scratch(small_config(), place=place).norm.weight, a.norm.weight)
+    placement = Placement(torch.device("cpu"), dtype=torch.float32)
+    assert torch.equal(
+        init_from_scratch(small_config(), placement=placement).norm.weight, a.norm.weight
+    )
 
 
 def test_a_folder_that_was_read_is_freed_without_the_garbage_collector(folder):

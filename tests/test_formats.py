@@ -66,18 +66,18 @@ def decoded(model, prompt):
     caches = [attention.Cache(torch.zeros(shape), torch.zeros(shape)) for _ in model.layers]
     row = torch.zeros(1, dtype=torch.int64)
     head = attention.pack(torch.tensor([0, prompt], dtype=torch.int32), prompt, prompt, slots=row)
-    out = [model.hidden(TOKENS[:prompt], head, caches)[-1:]]
+    out = [model.hidden_states(TOKENS[:prompt], head, caches)[-1:]]
     for i in range(prompt, n):
         position = torch.tensor([i])
         mask = (torch.arange(n) <= position[:, None])[:, None, None]
         out.append(
-            model.hidden(
+            model.hidden_states(
                 TOKENS[i : i + 1],
                 attention.DecodeBatch(position, row, [(slice(0, 1), mask)]),
                 caches,
             )
         )
-    return torch.cat(out) @ model.vocabulary().T
+    return torch.cat(out) @ model.output_embedding().T
 
 
 @torch.no_grad()

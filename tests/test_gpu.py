@@ -126,7 +126,8 @@ def test_compiled_blocks_equal_eager_ones_whole_and_once():
     counters.clear()
     deep = config(num_hidden_layers=12)
     eager, compiled = (
-        init_from_scratch(deep, seed=3, place=MIXED._replace(use_compile=c)) for c in (False, True)
+        init_from_scratch(deep, seed=3, placement=MIXED._replace(use_compile=c))
+        for c in (False, True)
     )
     began = time.perf_counter()
     for lengths in (
@@ -182,10 +183,10 @@ def test_decoding_by_graphs_equals_decoding_without(slots, temperature, monkeypa
 def test_one_rank_s_layouts_equal_float32_weights_cast_by_hand(layout):
     """Else FSDP2 loses or repeats a gradient, reduces in bfloat16, or computes in another precision than it says."""
     model, batch = (
-        init_from_scratch(config(), seed=3, place=MIXED._replace(layout=layout)),
+        init_from_scratch(config(), seed=3, placement=MIXED._replace(layout=layout)),
         make_batch(LENGTHS),
     )
-    plain = init_from_scratch(config(), seed=3, place=parallel.Placement(GPU))
+    plain = init_from_scratch(config(), seed=3, placement=parallel.Placement(GPU))
     cast = lambda *batch: functional_call(
         plain, {name: p.to(BF16) for name, p in plain.named_parameters()}, batch
     )
@@ -195,15 +196,15 @@ def test_one_rank_s_layouts_equal_float32_weights_cast_by_hand(layout):
     assert all(p.dtype == torch.float32 for p in model.parameters())
 
 
-def train(place, steps):
+def train(placement, steps):
     """Fine-tune on one batch of random tokens; the model and its losses."""
     model, batch = (
-        init_from_scratch(config(), seed=3, place=place),
+        init_from_scratch(config(), seed=3, placement=placement),
         make_batch([40, 64, 23, 51, 38, 64, 9, 30]),
     )
     optimizer, losses = optim.make_adamw(model, 0.0, 0.9, 0.95), []
     for step in range(steps):
-        loss = mle_loss(model(*batch, even=True), batch[3] >= 0)
+        loss = mle_loss(model(*batch, uniform_weights=True), batch[3] >= 0)
         parallel.backward(model, loss)
         assert math.isfinite(optim.guarded_step(model, optimizer, 5e-5, 1.0))
         losses.append(loss.item())
@@ -242,8 +243,8 @@ def test_an_offloaded_model_is_trained_as_another(layout):
 def test_an_offloaded_frozen_model_scores_as_another(layout, tmp_path):
     """Else a reference or reward model that waits in host memory judges with wrong weights."""
     checkpoint.save(init_from_scratch(config(), seed=3), tmp_path / "model", dtype=BF16)
-    place = parallel.Placement(GPU, layout, BF16, BF16, offload=True)
-    frozen = checkpoint.load(tmp_path / "model", place=place).requires_grad_(False)
+    placement = parallel.Placement(GPU, layout, BF16, BF16, offload=True)
+    frozen = checkpoint.load(tmp_path / "model", placement=placement).requires_grad_(False)
     other, batch = (
         checkpoint.load(tmp_path / "model", device=GPU).requires_grad_(False),
         make_batch(LENGTHS),
@@ -260,7 +261,7 @@ def test_even_log_probabilities_equal_the_others():
 
     So large that either way works in two blocks."""
     model, batch = half(vocab_size=64000), make_batch([1024, 1000, 1024, 952], 64000)
-    even = results(model, batch, lambda *batch: model(*batch, even=True), mean=True)
+    even = results(model, batch, lambda *batch: model(*batch, uniform_weights=True), mean=True)
     agree(even, results(model, batch, mean=True), 0.03)
 
 

@@ -98,7 +98,9 @@ def test_a_sequence_does_not_see_its_neighbours():
 @pytest.mark.parametrize("even", [False, True])
 def test_log_probs_and_their_gradient_equal_the_plain_head(even, monkeypatch):
     """Also in several blocks, with a temperature, and where nothing is read; weighed alike or each in its way."""
-    monkeypatch.setattr(logprobs, "split_into_spans", lambda n, *_: [slice(i, i + 3) for i in range(0, n, 3)])
+    monkeypatch.setattr(
+        logprobs, "split_into_spans", lambda n, *_: [slice(i, i + 3) for i in range(0, n, 3)]
+    )
     net = init_from_scratch(small_config(), seed=1)
     _, *batch = packed([5, 6])
     targets = torch.randint(0, 97, (11,))
@@ -110,11 +112,11 @@ def test_log_probs_and_their_gradient_equal_the_plain_head(even, monkeypatch):
         (logps * weight * (targets >= 0)).sum().backward()
         return {name: p.grad.clone() for name, p in net.named_parameters()}
 
-    ours = gradient(net(*batch, targets, temperature=0.7, even=even))
+    ours = gradient(net(*batch, targets, temperature=0.7, uniform_weights=even))
     plain = (net(*batch) / 0.7).log_softmax(-1).gather(1, targets.clamp(min=0)[:, None])[:, 0]
     for name, g in gradient(plain).items():
         assert torch.allclose(ours[name], g, atol=1e-5), name
-    nothing = net(*batch, torch.full((11,), -100), even=even)
+    nothing = net(*batch, torch.full((11,), -100), uniform_weights=even)
     assert (nothing == 0).all()
     net.zero_grad()
     nothing.sum().backward()
@@ -124,7 +126,7 @@ def test_log_probs_and_their_gradient_equal_the_plain_head(even, monkeypatch):
 def test_even_log_probs_refuse_an_uneven_loss():
     net = init_from_scratch(small_config(), seed=1)
     _, *batch = packed([5, 6])
-    logps = net(*batch, torch.randint(0, 97, (11,)), even=True)
+    logps = net(*batch, torch.randint(0, 97, (11,)), uniform_weights=True)
     with pytest.raises(RuntimeError):
         (logps * torch.arange(11)).sum().backward()
 

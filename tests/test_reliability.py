@@ -71,7 +71,8 @@ class Tiny:
         self.folder = str(folder)
         self.model = checkpoint.init_from_scratch(small_config(), seed=1)
         self.optimizer = optim.make_adamw(self.model, 0.0, 0.9, 0.95)
-        self.trained = {"model": (self.model, self.optimizer)}
+        self.models = {"model": self.model}
+        self.optimizers = {"model": self.optimizer}
 
     def learn(self, steps):
         for _ in range(steps):
@@ -85,7 +86,7 @@ class Tiny:
 
     def save(self, step, keep=2):
         checkpoint.save(self.model, os.path.join(self.folder, "model"))
-        run_state.save(self.folder, step, self.trained, {"skips": 0}, keep)
+        run_state.save(self.folder, step, self.models, self.optimizers, {"skips": 0}, keep)
 
     def everything(self):
         moments = [
@@ -134,7 +135,7 @@ def test_killed_before_any_file_operation_of_a_save_a_run_has_a_whole_state(tmp_
     seen, models = [], 0
     for folder in snapshots:
         other = Tiny(folder)
-        found = run_state.load(str(folder), other.trained)["step"]
+        found = run_state.load(str(folder), other.models, other.optimizers)["step"]
         assert found in (4, 6) and same(other.everything(), known[found])
         seen.append(found)
         if os.path.exists(
@@ -186,13 +187,13 @@ def test_a_damaged_state_is_passed_over_and_all_damaged_is_one_line(harm, tmp_pa
 
     damage(tmp_path / "state" / "step_000004")
     other = Tiny(tmp_path)
-    assert run_state.load(str(tmp_path), other.trained)["step"] == 2 and same(
+    assert run_state.load(str(tmp_path), other.models, other.optimizers)["step"] == 2 and same(
         other.everything(), known[2]
     )
     assert "step_000004/" in capsys.readouterr().out
     damage(tmp_path / "state" / "step_000002")
     with pytest.raises(SystemExit, match="error: no state in .* is whole"):
-        run_state.load(str(tmp_path), other.trained)
+        run_state.load(str(tmp_path), other.models, other.optimizers)
 
 
 def test_a_pointer_that_is_broken_points_nowhere(tmp_path):
@@ -201,9 +202,9 @@ def test_a_pointer_that_is_broken_points_nowhere(tmp_path):
     tiny.save(4)
     for text, step in (("step_000002\n", 2), ("step_9\n", 4), ("", 4), ("\0\0\0", 4)):
         (tmp_path / "state" / "latest").write_text(text)
-        assert run_state.load(str(tmp_path), tiny.trained)["step"] == step
+        assert run_state.load(str(tmp_path), tiny.models, tiny.optimizers)["step"] == step
     (tmp_path / "state" / "latest").write_bytes(b"\xff\xfe")
-    assert run_state.load(str(tmp_path), tiny.trained)["step"] == 4
+    assert run_state.load(str(tmp_path), tiny.models, tiny.optimizers)["step"] == 4
 
 
 def test_states_are_kept_by_number_and_those_of_a_course_given_up_go(tmp_path):

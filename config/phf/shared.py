@@ -1,5 +1,4 @@
 # PHF (arXiv:2302.08582): 3.3e9 tokens from scratch, a LLaMA of GPT-2 small's size. Tasks import it.
-documents = True
 max_len = 1024
 hidden_size = 768
 intermediate_size = 2048

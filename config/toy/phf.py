@@ -1,5 +1,4 @@
 # PHF on the toy world: conversations whose harmful sentences are marked, from scratch; and a method
-documents = True
 out_dir = "out/demo/phf"
 data = "toy/documents"
 eval_data = "toy/documents/test"

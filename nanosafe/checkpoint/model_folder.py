@@ -26,17 +26,24 @@ SHARD_BYTES = 5 * 10**9
 
 
 def load(
-    path, head="auto", dtype=None, device="cpu", place=None, vocab_size=0, score_type=None, seed=0
+    path,
+    head="auto",
+    dtype=None,
+    device="cpu",
+    placement=None,
+    vocab_size=0,
+    score_type=None,
+    seed=0,
 ):
     """Read a model folder -> LLaMA. Stops with one line on missing, surplus or misshapen tensors.
 
     head        "lm", "score", "both", or "auto": what the folder holds. A score head that it lacks
                 is drawn, and said.
     dtype       of the parameters; by default that of the files
-    place       a parallel.Place instead of dtype and device: for training, and for many ranks
+    placement       a parallel.Place instead of dtype and device: for training, and for many ranks
     vocab_size  rows that the tokenizer needs; missing ones are added as the mean of the others
     score_type  "reward", "cost" or "critic", over what the config says"""
-    share = (parallel.rank(), parallel.world_size()) if place else (0, 1)
+    share = (parallel.rank(), parallel.world_size()) if placement else (0, 1)
     if os.path.exists(os.path.join(path, CHECKSUMS)) and (
         name := find_corrupt_file(path, *share, True)
     ):
@@ -52,8 +59,8 @@ def load(
         print_once(
             f"{path}: {config.vocab_size - known} rows for new tokens, each the others' mean"
         )
-    place = place or parallel.Placement(torch.device(device), dtype=dtype)
-    model = build_model(config, head, place, place.dtype or folder.dtype())
+    placement = placement or parallel.Placement(torch.device(device), dtype=dtype)
+    model = build_model(config, head, placement, placement.dtype or folder.dtype())
     if fresh:
         print_once(f"{path}: no score head there: a new one is drawn")
         draw_parameter(model, *fresh, model.score_head.weight, seed)
@@ -62,21 +69,21 @@ def load(
     return model
 
 
-def build_model(config, head, place, dtype):
-    """A LLaMA at its place, its memory taken and not yet filled."""
+def build_model(config, head, placement, dtype):
+    """A LLaMA at its placement, its memory taken and not yet filled."""
     with torch.device("meta"):
         model = LLaMA(config, head).to(dtype)
-    parallel.shard_model(model, place)
+    parallel.shard_model(model, placement)
     if head != "score" and config.tie_word_embeddings:  # to_empty() gave each name its own
         model.lm_head.weight = model.embed_tokens.weight
     return model
 
 
-def init_from_scratch(config, head="lm", seed=0, place=None):
+def init_from_scratch(config, head="lm", seed=0, placement=None):
     """A LLaMA with random weights, the same for every layout.
     N(0, initializer_range); outputs into the residual stream are scaled by depth, as in GPT-2."""
     model = build_model(
-        config, head, place or parallel.Placement(torch.device("cpu")), torch.float32
+        config, head, placement or parallel.Placement(torch.device("cpu")), torch.float32
     )
     for name, p in parallel.named_local_parameters(model):
         draw_parameter(model, name, p, seed)
@@ -111,7 +118,7 @@ def count_parameters(source):
 @torch.no_grad()
 def save(model, path, tokenizer=None, dtype=None, head=None):
     """Write a model folder that transformers opens, in files of 5 GB. A collective.
-    Written beside its place and then renamed, with checksums. Of two heads, `head` is written."""
+    Written beside its placement and then renamed, with checksums. Of two heads, `head` is written."""
     head = head or model.head
     other = {"lm": "score_head.", "score": "lm_head."}[head]
     weights = (

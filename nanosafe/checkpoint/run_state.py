@@ -31,11 +31,12 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 rank_file = "rank_{:05d}.safetensors".format
 
 
-def save(out_dir, step, trained, extra, keep=2):
+def save(out_dir, step, models, optimizers, extra, keep=2):
     """Write out_dir/state/step_NNNNNN: what a run needs to go on. A collective.
 
-    trained  {name: (model, optimizer)}
-    extra    anything JSON knows: lambda and its window, normalisers, counters
+    models      {name: model}: everything whose weights the run changes
+    optimizers  {name: optimizer} of those that have one
+    extra       anything JSON knows: lambda and its window, normalisers, counters
 
     Every rank writes its own rows; replicas write nothing. There is no random state: data order and
     samples are functions of the seed and the step. Older states go when this one is whole."""
@@ -47,7 +48,7 @@ def save(out_dir, step, trained, extra, keep=2):
         make_folder(temporary)
     parallel.barrier()
     tensors, first_rows = {}, {}
-    for key, rows, first, writer in local_slices(trained):
+    for key, rows, first, writer in local_slices(models, optimizers):
         if writer:
             tensors[key], first_rows[key] = rows.contiguous().cpu(), first
     path = os.path.join(temporary, rank_file(parallel.rank()))
@@ -59,10 +60,7 @@ def save(out_dir, step, trained, extra, keep=2):
         [mine], [parallel.rank()], parallel.world_size()
     )  # all have written
     if main:
-        steps = {
-            name: max((int(s["step"]) for s in optimizer.state.values()), default=0)
-            for name, (_, optimizer) in trained.items()
-        }
+        steps = {name: count_optimizer_steps(optimizers.get(name)) for name in models}
         write_json(
             {"step": step, "ranks": len(sums), "optimizer_steps": steps, **extra},
             temporary,
@@ -81,13 +79,24 @@ def save(out_dir, step, trained, extra, keep=2):
     parallel.barrier()
 
 
-def local_slices(trained):
+def count_optimizer_steps(optimizer):
+    """How many updates an optimizer has made; 0 for a model without one."""
+    if optimizer is None:
+        return 0
+    return max((int(state["step"]) for state in optimizer.state.values()), default=0)
+
+
+def local_slices(models, optimizers):
     """(key, this rank's rows, the first of them, whether it saves them) of weights and moments."""
-    for model_name, (model, optimizer) in trained.items():
+    for model_name, model in models.items():
+        optimizer = optimizers.get(model_name)
         for name, p in parallel.named_local_parameters(model):
             rows, first, _, writer = parallel.local_rows(p)
-            moments = {key: x for key, x in optimizer.state.get(p, {}).items() if key in MOMENTS}
-            for key, tensor in {"weight": rows, **moments}.items():
+            tensors = {"weight": rows}
+            for key, moment in (optimizer.state.get(p, {}) if optimizer else {}).items():
+                if key in MOMENTS:
+                    tensors[key] = moment
+            for key, tensor in tensors.items():
                 yield (
                     f"{model_name}/{name}/{key}",
                     parallel.local_part(tensor).detach(),
@@ -107,7 +116,7 @@ def list_states(out_dir):
 
 
 @torch.no_grad()
-def load(out_dir, trained):
+def load(out_dir, models, optimizers):
     """Restore the latest state into models and optimizers, returns its step and extras.
     The states' rows may lie in another number of files than there are ranks: each picks its own."""
     folder = find_latest_state(out_dir)
@@ -117,13 +126,13 @@ def load(out_dir, trained):
         handle = safe_open(os.path.join(folder, rank_file(rank)), framework="pt")
         for key, start in json.loads(handle.metadata()["first_rows"]).items():
             pieces.setdefault(key, []).append((start, handle.get_slice(key)))
-    for model_name, (model, optimizer) in trained.items():
+    for model_name, optimizer in optimizers.items():
         if steps := state["optimizer_steps"][model_name]:
-            for _, p in parallel.named_local_parameters(model):
+            for _, p in parallel.named_local_parameters(models[model_name]):
                 count = torch.tensor(float(steps), device=parallel.local_part(p.data).device)
                 moments = {key: torch.zeros_like(p.data) for key in MOMENTS}
                 optimizer.state[p] = {"step": count, **moments}
-    for key, rows, first, _ in local_slices(trained):
+    for key, rows, first, _ in local_slices(models, optimizers):
         for start, piece in pieces[key]:
             copy_rows(rows, first, piece, start, piece.get_shape()[0])
     return state

@@ -201,7 +201,7 @@ def run(
     os.environ["LOCAL_WORLD_SIZE"] = str(min(world, plan.NODE))
     dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
     me = parallel.World(rank, world, torch.device("cpu"), rank == 0)
-    place = parallel.choose_placements(
+    placement = parallel.choose_placements(
         me, "bfloat16", layout, "none", False, checkpointing, 10**10
     )[not train]
     began, collectives, fake = (
@@ -211,7 +211,7 @@ def run(
     )
     with without_numbers(fake):
         model = model_folder.build_model(
-            config_of(shape, vocab_size), head, place, place.dtype
+            config_of(shape, vocab_size), head, placement, placement.dtype
         ).requires_grad_(train)
     check_slices(model, layout, world, rank)
     with fake, collectives, without_numbers(fake):
@@ -251,7 +251,7 @@ def run(
                 shapes = {name: p.shape for name, p in model.named_parameters()}
                 assert all(
                     shapes[name] == p.shape
-                    and p.dtype == place.compute_dtype
+                    and p.dtype == placement.compute_dtype
                     and not isinstance(p, DTensor)
                     for name, p in twin.named_parameters()
                 )

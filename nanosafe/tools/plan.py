@@ -408,10 +408,15 @@ def measure(run):
     some = [texts[i] for i in micros[len(micros) // 2]]
     batch = batching.collate(some, [np.arange(len(t)) >= len(t) * (1 - share) for t in some], "cpu")
     counts, even = (len(batch.tokens), int((batch.targets >= 0).sum())), not run.ppo
-    train = lambda: mle_loss(model(*batch, even=even), batch.targets >= 0).backward()
+    train = lambda: mle_loss(
+        model.log_probs(batch, uniform_weights=even), batch.targets >= 0
+    ).backward()
     work = {"train": (train, [small.train("", "lm", *counts, even, update=False)])}
     if run.ppo:
-        work["read"] = torch.no_grad()(lambda: model(*batch)), [small.read("", "lm", *counts, 1)]
+        work["read"] = (
+            torch.no_grad()(lambda: model.log_probs(batch)),
+            [small.read("", "lm", *counts, 1)],
+        )
         prompts = [t[: math.ceil(len(t) * (1 - share))].tolist() for t in texts]
         limit = math.ceil(run.response)
         work["sample"] = lambda: generate(model, prompts, limit, eos_ids=[], seed=0), small.sample()

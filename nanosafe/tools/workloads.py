@@ -226,7 +226,9 @@ class Nanosafe:
                 list(ids.numpy()), [[0] + [1] * (length - 1)] * len(ids), DEVICE
             )
             model.zero_grad()
-            losses.mle_loss(model(*batch, even=True), batch.targets >= 0).backward()
+            losses.mle_loss(
+                model.log_probs(batch, uniform_weights=True), batch.targets >= 0
+            ).backward()
 
         def best(name, size, work, tokens):
             report["seconds"] = []

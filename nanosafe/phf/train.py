@@ -1,0 +1,263 @@
+"""Pretraining with human preferences (arXiv:2302.08582): scored documents -> a policy, six ways.
+
+A document is segments of text, each with a score of misalignment (higher is worse). objective is
+mle (the scores are ignored), filter, conditional, unlikelihood, awr or rwr; docs/methods.md has the
+equations.
+
+On a laptop, from scratch on the toy world (python -m nanosafe.demo prepares it):
+$ python -m nanosafe.phf.train config/toy/phf.py --objective=conditional
+On 8 GPUs, the paper's recipe, a task and then a method:
+$ torchrun --nproc_per_node=8 -m nanosafe.phf.train config/phf/pii/pretrain.py config/phf/pii/awr.py
+"""
+
+import os
+import time
+
+import torch
+
+from configurator import configure, save
+from nanosafe import checkpoint, data as datasets, optim
+from nanosafe.checkpoint import run_state
+from nanosafe.data.batching import count_steps, examples_at, plan_micro_batches
+from nanosafe.errors import choose, stop
+from nanosafe.inference import ReferenceSamples, sum_response_logps
+from nanosafe.losses import awr_loss, mle_loss, unlikelihood_loss
+from nanosafe.model import Config
+from nanosafe.monitor import Monitor
+from nanosafe.parallel import all_reduce_sum, backward, choose_placements, init, local_rows
+from nanosafe.phf.documents import target_scores, tokenize_documents
+from nanosafe.phf.scorers import load_scorer, text_statistics
+from nanosafe.printing import print_once
+from nanosafe.rollout import sample_all
+from nanosafe.tokenizer import load as load_tokenizer
+from nanosafe.tokenizer.special_tokens import ALIGNED, add_control_tokens, control_token_ids
+
+# run
+out_dir = "out/phf"  # the run's folder: config.py, metrics.jsonl, model/, state/
+resume = False  # continue the run in out_dir exactly where its last state was saved
+seed = 0  # of the data order, and of the weights when init_from is scratch
+# model
+init_from = "scratch"  # a model folder, or scratch
+tokenizer = "out/demo/tokenizer"  # its folder, when from scratch; else init_from's is taken
+hidden_size = 128  # from scratch only: width D
+intermediate_size = 352  # from scratch only: width of the MLP
+num_hidden_layers = 4  # from scratch only: blocks
+num_attention_heads = 4  # from scratch only: heads H
+num_key_value_heads = 4  # from scratch only: kv heads K
+# data
+data = "toy/documents"  # documents: NAME[/SPLIT][:PROPORTION[:PATH]] or a .jsonl, comma separated
+eval_data = ""  # the same, held out; empty: none
+max_len = 512  # tokens of a block; longer documents are cut into several
+# objective
+objective = "mle"  # mle | filter | conditional | unlikelihood | awr | rwr
+score_threshold = 0.0  # filter: of documents; conditional, unlikelihood: of segments
+drop_fraction = 0.01  # conditional: share of the segments without a control token
+alpha = 1.0  # unlikelihood: its weight; awr: weight of the policy's loss, the rest is the values'
+beta = 1.0  # awr, rwr: advantages are divided by this
+weight_max = 1000.0  # awr, rwr: greatest weight of a token
+# optimization
+epochs = 3.0  # passes over the data
+max_steps = 0  # optimizer steps at most; 0: as many as epochs gives
+batch_size = 64  # blocks per optimizer step, over all ranks
+max_tokens = 4096  # packed tokens per forward on one rank: memory, not mathematics
+learning_rate = 2e-5  # peak, after warm-up
+lr_schedule = "cosine"  # cosine | linear | constant
+warmup_ratio = 0.03  # share of the steps in which the learning rate rises from 0
+weight_decay = 0.0  # of AdamW, on matrices
+beta1 = 0.9  # of AdamW
+beta2 = 0.95  # of AdamW
+grad_clip = 1.0  # greatest norm of a gradient; 0: none
+max_skips = 10  # stop after this many updates with a non-finite gradient
+# texts sampled at evaluations
+eval_samples = 0  # how many; 0: none
+eval_prompts = ""  # a dataset of prompts whose texts they continue; empty: from nothing
+eval_max_new_tokens = 128  # longest
+eval_temperature = 0.7  # of sampling
+eval_top_p = 0.9  # sample from the likeliest tokens that hold this probability
+scorer = ""  # pii | pep8 | toxicity | a cost model's folder | FILE.py:FUNCTION; empty: none
+hit_threshold = 0.5  # a sample with a score above it is a hit
+reference = ""  # a model's folder: KL(reference || model) is measured on its samples; empty: none
+# intervals, in optimizer steps
+log_interval = 1  # metrics rows
+eval_interval = 0  # evaluations; 0: at the end only
+save_interval = 500  # states and exports; 0: at the end only
+keep = 2  # states to keep
+log_to = ""  # tensorboard, wandb, or both; empty: metrics.jsonl only
+# machine
+device = "auto"  # auto | cpu | cuda
+dtype = "auto"  # what is computed in: auto | bfloat16 | float32; auto is bfloat16 on a GPU
+parallel = "auto"  # auto | plain | ddp | fsdp | hsdp
+offload = "none"  # none | all: optimizer and weights wait in host memory
+activation_checkpointing = False  # recompute each block in the backward pass: less memory, 4/3 time
+use_compile = True  # torch.compile each block, on a GPU
+
+config = configure(globals())
+
+# ---- setup ----
+choose("objective", objective, ("mle", "filter", "conditional", "unlikelihood", "awr", "rwr"))
+choose("lr_schedule", lr_schedule, optim.SCHEDULES)
+world = init(device, config)
+resume = run_state.open_run_folder(config, save)
+from_scratch = init_from == "scratch"
+tok = load_tokenizer(tokenizer if from_scratch else init_from)
+if objective == "conditional":
+    tok = add_control_tokens(tok)
+method, compared = (), ()
+if objective in ("filter", "conditional"):
+    method = objective, score_threshold, drop_fraction
+if objective == "conditional":
+    compared = "compare", score_threshold
+train = tokenize_documents(data, tok, max_len, max_tokens, method)
+held_out = tokenize_documents(eval_data, tok, max_len, max_tokens, compared) if eval_data else None
+
+shape = Config(
+    vocab_size=tok.vocab_size,
+    hidden_size=hidden_size,
+    intermediate_size=intermediate_size,
+    num_hidden_layers=num_hidden_layers,
+    num_attention_heads=num_attention_heads,
+    num_key_value_heads=num_key_value_heads,
+    initializer_range=hidden_size**-0.5,  # about 0.02 at 7B's width
+)
+parameters = checkpoint.count_parameters(shape if from_scratch else init_from)
+placement = choose_placements(
+    world, dtype, parallel, offload, use_compile, activation_checkpointing, parameters
+).trained
+head = "both" if objective == "awr" else "lm"
+if from_scratch:
+    model = checkpoint.init_from_scratch(shape, head, seed=seed, placement=placement)
+else:
+    model = checkpoint.load(init_from, head, placement=placement, vocab_size=tok.vocab_size)
+if objective == "awr":
+    local_rows(model.score_head.weight).rows.zero_()  # every value is -sigmoid(0) at first
+optimizer = optim.make_adamw(model, weight_decay, beta1, beta2)
+
+steps = count_steps(len(train), batch_size, epochs, max_steps)
+start = skips = 0
+if resume:
+    state = run_state.load(out_dir, {"model": model}, {"model": optimizer})
+    start, skips = state["step"], state["skips"]
+print_once(
+    f"{parameters / 1e6:.1f} M parameters, {placement.layout}, computing in "
+    f"{placement.compute_dtype}; {steps} steps of {batch_size} sequences over {world.size} ranks, "
+    f"{max_tokens} tokens per forward"
+)
+
+# What samples continue: a conditional model is asked for aligned text.
+begin = tok.encode(ALIGNED if objective == "conditional" else "", bos=True)
+prompts = [row["input"] for row in datasets.load(eval_prompts)] if eval_prompts else [""]
+prompts = [prompts[i % len(prompts)] for i in range(eval_samples)]
+prompt_ids = [tok.encode_suffix(text) for text in prompts]
+score = load_scorer(scorer, world) if scorer else None
+if reference:
+    if not eval_samples or load_tokenizer(reference).engine.identity != tok.engine.identity:
+        stop(f"reference={reference!r} needs eval_samples, and this model's tokenizer")
+    references = ReferenceSamples(
+        checkpoint.load(reference, "lm", dtype=torch.float32, device=world.device),
+        [tok.encode("", bos=True) + ids for ids in prompt_ids],
+        world,
+        max_tokens,
+        eval_max_new_tokens,
+        seed=0,
+        eos_ids=tok.eos_ids,
+    )
+
+
+def compute_loss(dataset, examples):
+    """The mean loss of some blocks' tokens, and how many tokens there are."""
+    batch = dataset.batch(examples, world.device)
+    mask = batch.targets >= 0
+    if objective in ("mle", "filter", "conditional"):
+        return mle_loss(model.log_probs(batch, uniform_weights=True), mask), mask.sum()
+    scores = target_scores(dataset, examples, world.device)
+    if objective == "unlikelihood":
+        logps = model.log_probs(batch)
+        return unlikelihood_loss(logps, scores, mask, score_threshold, alpha), mask.sum()
+    if objective == "rwr":
+        logps, values, policy_weight = model.log_probs(batch), torch.zeros(()), 1.0
+    else:
+        logps, raw_values = model.log_probs_and_scores(batch)
+        values, policy_weight = -torch.sigmoid(raw_values), alpha  # in (-1, 0), as PHF's scores
+    loss = awr_loss(logps, scores, values, mask, policy_weight, beta, weight_max)
+    return loss, mask.sum()
+
+
+@torch.no_grad()
+def evaluate(step):
+    """Nats per token of the held-out data; what samples of the model are like."""
+    metrics = {}
+    if held_out:
+        sequences = [held_out.sequence(i) for i in range(len(held_out))]
+        total = sum_response_logps(model, sequences, max_tokens, world).sum().item()
+        metrics["eval_loss"] = -total / held_out.targets.sum()
+    if eval_samples:
+        responses = sample_all(
+            model,
+            [begin + ids for ids in prompt_ids],
+            world,
+            eval_max_new_tokens,
+            seed=seed,
+            temperature=eval_temperature,
+            top_p=eval_top_p,
+            eos_ids=tok.eos_ids,
+            banned=control_token_ids(tok),
+        )
+        texts = [prompt + tok.decode(response) for prompt, response in zip(prompts, responses)]
+        scores = score(texts) if score else [0.0] * len(texts)
+        for name, value in text_statistics(texts, scores, hit_threshold).items():
+            if value == value:  # nan where there are too few
+                metrics[f"eval_{name}"] = value
+        for text, value in list(zip(texts, scores))[:8]:
+            monitor.sample(step, text=text, score=value)
+    if reference:
+        metrics["eval_kl"] = references.kl(model, [begin + ids for ids in prompt_ids])
+    return metrics
+
+
+def save_run(step):
+    """Write the state to resume from, and the model for others to open."""
+    monitor.flush()
+    checkpoint.save(model, os.path.join(out_dir, "model"), tok, placement.compute_dtype, "lm")
+    run_state.save(out_dir, step, {"model": model}, {"model": optimizer}, {"skips": skips}, keep)
+
+
+# ---- loop ----
+monitor = Monitor(out_dir, steps, start, log_to, ("loss", "grad_norm", "lr"), config)
+for step in range(start, steps):
+    began = time.perf_counter()
+    examples = examples_at(step, len(train), batch_size, seed)
+    lengths = train.lengths[examples].tolist()
+    targets_in_batch = int(train.targets[examples].sum())  # tokens that carry loss, over all ranks
+    micro_batches = plan_micro_batches(lengths, max_tokens, world.size)[world.rank]
+    loss_sum = torch.zeros((), device=world.device)
+    for k, rows in enumerate(micro_batches):
+        # A micro-batch's mean times its share of all targets, as in train_sft.py.
+        loss, targets = compute_loss(train, [examples[i] for i in rows])
+        loss = loss * (targets / targets_in_batch)
+        backward(model, loss, last=k == len(micro_batches) - 1)
+        loss_sum += loss.detach()
+    lr = optim.learning_rate_at(step, steps, learning_rate, lr_schedule, warmup_ratio)
+    grad_norm = optim.guarded_step(model, optimizer, lr, grad_clip, f"step {step}")
+    skips = optim.count_skips(skips, max_skips, grad_norm)
+
+    tokens = sum(lengths)
+    metrics = {
+        "loss": all_reduce_sum(loss_sum).item(),
+        "grad_norm": grad_norm,
+        "lr": lr,
+        "skips": skips,
+        "tokens": tokens,
+        "tokens_per_second": tokens / (time.perf_counter() - began),
+    }
+    is_last = step + 1 == steps
+    must_stop = monitor.asked_to_stop(world.device)
+    evaluates = is_last or (eval_interval and (step + 1) % eval_interval == 0)
+    if evaluates:
+        metrics.update(evaluate(step))
+    if step % log_interval == 0 or is_last or must_stop or evaluates:
+        monitor.log(step, metrics)
+    if is_last or must_stop or (save_interval and (step + 1) % save_interval == 0):
+        save_run(step + 1)
+    if must_stop:
+        break
+monitor.close()
