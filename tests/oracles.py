@@ -17,12 +17,8 @@ from tokenizers import (
     trainers,
 )
 
-from nanosafe import tokenizer
-from nanosafe.storage import read_json
+from nanosafe.tokenizer.llama3 import LLAMA3
 
-LLAMA3 = read_json(os.path.dirname(tokenizer.__file__), "llama3.json")["pre_tokenizer"][
-    "pretokenizers"
-][0]["pattern"]["Regex"]
 WORDS = (
     "the of and to in is that for it as was with be by on not he I this are or his from at which but have an "
     "had they you were their one all we can her has there been if more when will would who so no said what up "
