@@ -84,7 +84,9 @@ def load_engine(file, names):
 
 
 def read_names(folder):
-    """What tokenizer_config.json says, and special_tokens_map.json where the former is silent."""
+    """What tokenizer_config.json says, and special_tokens_map.json where the former is silent.
+
+    Raises ValueError where a special token is neither a text nor an object with one."""
     names = read_json(folder, "special_tokens_map.json")
     names.update(read_json(folder, "tokenizer_config.json"))
     for key in SPECIAL_KEYS:
@@ -141,8 +143,8 @@ def list_special_texts(names):
 def read_eos_ids(folder):
     """The end-of-sequence ids that generation_config.json and config.json state.
 
-    A list in config.json is deliberate. A number in it is often a default that nobody checked, so
-    that it counts only where nothing else names an end of sequence."""
+    A number in config.json may be a wrong default (decapoda's LLaMA names 1, which is BOS), so that
+    it counts only where nothing else names an end of sequence. A list there is deliberate."""
     generation = read_json(folder, "generation_config.json").get("eos_token_id")
     config = read_json(folder, "config.json").get("eos_token_id")
     if isinstance(config, list):

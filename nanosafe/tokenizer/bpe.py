@@ -131,16 +131,21 @@ def list_first_tokens(spec):
     """The special tokens that post-processors put in front of a text, or None where they do not."""
     tokens = []
     for component in list_components(spec, "post_processor", "processors"):
-        if component["type"] != "TemplateProcessing":
-            continue
-        single = component.get("single")  # the template for one text; another is for two
-        if not isinstance(single, list) or not single or not isinstance(single[0], dict):
-            stop(f"tokenizer.json: the post-processor has the template {single!r}")
-        token = single[0].get("SpecialToken", {})
-        if not isinstance(token, dict):
-            stop(f"tokenizer.json: the post-processor has the special token {token!r}")
-        tokens.append(token.get("id"))
+        if component["type"] == "TemplateProcessing":
+            tokens.append(read_first_token(component))
     return tokens
+
+
+def read_first_token(component):
+    """The special token that a template puts in front of a single text, or None."""
+    single = component.get("single")
+    if not isinstance(single, list) or not single or not isinstance(single[0], dict):
+        stop(f"tokenizer.json: the post-processor has the template {single!r}")
+    token = single[0].get("SpecialToken", {})
+    text = token.get("id") if isinstance(token, dict) else token
+    if text is not None and not isinstance(text, str):
+        stop(f"tokenizer.json: the post-processor has the special token {token!r}")
+    return text
 
 
 class BPEEngine:
@@ -179,13 +184,7 @@ class BPEEngine:
         self.marks_spaces = False  # in LLaMA's kind of file; the others are byte-level
         self.prefix = Prefix.NEVER
         self.splitters = []
-        for component in list_components(spec, "normalizer", "normalizers"):
-            self.read_normalizer(component)
-        for component in list_components(spec, "pre_tokenizer", "pretokenizers"):
-            self.read_pre_tokenizer(component)
-        if self.marks_spaces and not any(MARK in piece.lstrip(MARK) for piece in self.vocab):
-            # No token has a mark behind another character, so that no merge crosses this cut.
-            self.splitters.append(re.compile(f"({MARK}+[^{MARK}]*)"))
+        self.read_components(spec)
         self.legacy = self.prefix is not Prefix.FIRST
         self.remembered = lru_cache(REMEMBERED_WORDS)(self.encode_word)
 
@@ -199,6 +198,16 @@ class BPEEngine:
         self.adds_bos = any(first_tokens)
         if names.get("add_bos_token") is not None:
             self.adds_bos = bool(names["add_bos_token"])
+
+    def read_components(self, spec):
+        """Read how the file normalizes and cuts texts."""
+        for component in list_components(spec, "normalizer", "normalizers"):
+            self.read_normalizer(component)
+        for component in list_components(spec, "pre_tokenizer", "pretokenizers"):
+            self.read_pre_tokenizer(component)
+        if self.marks_spaces and not any(MARK in piece.lstrip(MARK) for piece in self.vocab):
+            # No token has a mark behind another character, so that no merge crosses this cut.
+            self.splitters.append(re.compile(f"({MARK}+[^{MARK}]*)"))
 
     def read_normalizer(self, component):
         kind = component["type"]
