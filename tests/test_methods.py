@@ -70,8 +70,8 @@ def ppo(world):
 def phf(world, tmp_path):
     d = world / "data"
     return [
-        "train_sft.py",
-        "--documents=True",
+        "-m",
+        "nanosafe.phf.train",
         f"--tokenizer={world}/tokenizer",
         f"--data={d}/documents/train.jsonl:120/-1",
         f"--eval_data={d}/documents/test.jsonl:9/-1",
