@@ -152,7 +152,7 @@ def test_blocks_are_traced_whole_and_once_around_the_packed_kernel(K, window, mo
     )
     monkeypatch.setattr(attention, "attention_dtype", lambda x: x.dtype)
     monkeypatch.setattr(
-        attention.PackedBatch, "attend", lambda self, q, k, v, cache: self.varlen(q, k, v)
+        attention.PackedBatch, "attend", lambda self, q, k, v, cache: self.attend_packed(q, k, v)
     )
     torch._dynamo.reset()
     counters.clear()
