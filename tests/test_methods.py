@@ -353,7 +353,7 @@ def test_log_probabilities_are_those_of_the_temperature_of_sampling(world):
 def test_a_ratio_above_max_ratio_leaves_the_actor_as_it_is(ppo, tmp_path):
     every_ratio_is_above = "--max_ratio=0.5"
     done = run(*ppo, every_ratio_is_above, "--max_steps=2", f"--out_dir={tmp_path}")
-    assert "the actor is not moved" in done.stderr
+    assert "the actor is not updated" in done.stderr
     assert last_row(tmp_path)["actor_grad_norm"] == 0
 
 
