@@ -29,8 +29,8 @@ WORDS = (
     "being under never day same another know while last might us great old year off come since "
     "against go came right used take three don't I'll we've it's you're he'd I'm 1984 3.14 x=1 "
     "12,345 naïve café Übergröße дом мир привет 你好 世界 日本語 テスト 한국어 مرحبا שלום नमस्ते สวัสดี 🙂 "
-    "👩‍👩‍👧 é ﬁ ½ Ⅷ ² foo_bar camelCase __init__ a+b=c (x) [y] {z} <s> </s> <pad> <unk> <|endoftext|> "
-    "<|eot_id|> http://a.b/c?d=e"
+    "👩‍👩‍👧 é ﬁ ½ Ⅷ ² foo_bar camelCase __init__ a+b=c (x) [y] {z} "
+    "<s> </s> <pad> <unk> <|endoftext|> <|eot_id|> http://a.b/c?d=e"
 ).split()
 LINES = [" ".join(random.Random(i).choices(WORDS, k=12)) + "\n" * (i % 3) for i in range(3000)]
 SPACES = [" ", "  ", "\n", "\n\n", "\r\n", "\t"]

@@ -66,22 +66,27 @@ def internlm2(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("family", ["baichuan", "internlm2"])
-def test_from_raw_files_to_an_answer(family, request, tmp_path):
-    folder = request.getfixturevalue(family)
-    raw = tmp_path / "raw"
-    raw.mkdir()
+@pytest.fixture(scope="module")
+def prepared_data(tmp_path_factory):
+    """The jsonl file that data/firefly/prepare.py makes of a raw file."""
+    raw = tmp_path_factory.mktemp("raw")
+    out = tmp_path_factory.mktemp("firefly")
     with open(raw / "firefly-train-1.1M.jsonl", "w", encoding="utf-8") as f:
         for question, answer in TALKS:
             row = {"kind": "x", "input": question, "target": answer}
             f.write(json.dumps(row, ensure_ascii=False) + "\n")
-    run("data/firefly/prepare.py", f"--raw={raw}", f"--out={tmp_path}/firefly")
+    run("data/firefly/prepare.py", f"--raw={raw}", f"--out={out}")
+    return out / "train.jsonl"
 
+
+@pytest.mark.parametrize("family", ["baichuan", "internlm2"])
+def test_from_raw_files_to_an_answer(family, prepared_data, request, tmp_path):
+    folder = request.getfixturevalue(family)
     out = tmp_path / "sft"
     run(
         "train_sft.py",
         f"--init_from={folder}",
-        f"--data={tmp_path}/firefly/train.jsonl",
+        f"--data={prepared_data}",
         f"--out_dir={out}",
         "--batch_size=4",
         "--max_steps=60",
