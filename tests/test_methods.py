@@ -1,4 +1,4 @@
-"""The methods as users run them: in the trainers, over ranks, resumed; recipes with known values."""
+"""The methods as users run them: in the trainers, over ranks, resumed; and recipes' values."""
 
 import json
 import math
@@ -340,7 +340,7 @@ def test_ppo_without_critics_does_not_depend_on_ranks(ppo, tmp_path):
 
 
 def test_log_probabilities_are_those_of_the_temperature_of_sampling(world):
-    """MOSS samples at 0.8 and takes ratios at 1: even the sampler itself has ratios other than 1."""
+    """MOSS samples at 0.8 and takes ratios at 1: then even the sampler's own ratios are not 1."""
     model = checkpoint.load(world / "policy")
     ids = np.array([1, 5, 9, 7])
     responses = inference.Responses([ids], starts=[2], longest=2)

@@ -322,6 +322,7 @@ def test_stop_texts_end_an_answer(make_rows):
             assert any(full.startswith(start) for full in full_answers)
 
 
+@slow
 def test_stop_texts_end_an_answer_that_is_printed(world):
     command = ["sample.py", f"--model={world}/policy", "--prompt=Hi?", "--max_new_tokens=30"]
     full = answer_to(run(*command).stdout)

@@ -63,9 +63,7 @@ max_len = 512  # tokens of a block; longer documents are cut into several
 objective = "mle"  # mle | filter | conditional | unlikelihood | awr | rwr
 score_threshold = 0.0  # above it a document (filter) or segment (conditional, unlikelihood) is bad
 drop_fraction = 0.01  # conditional: share of the segments without a control token
-alpha = (
-    1.0  # unlikelihood: weight of bad tokens; awr: of the policy's loss, 1 - alpha of the values'
-)
+alpha = 1.0  # unlikelihood: weight of bad tokens; awr: of the policy's loss (values: 1 - alpha)
 beta = 1.0  # awr, rwr: advantages are divided by this
 weight_max = 1000.0  # awr, rwr: greatest weight of a token
 # optimization
