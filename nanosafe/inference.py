@@ -8,7 +8,7 @@ import torch
 from tqdm import tqdm
 
 from nanosafe import checkpoint, tokenizer
-from nanosafe.checkpoint.folder import Folder
+from nanosafe.checkpoint.folder import open_folder
 from nanosafe.data.batching import collate, plan_micro_batches, sum_per_sequence
 from nanosafe.data.template import encode_conversation, retokenize
 from nanosafe.errors import choose, stop
@@ -157,7 +157,7 @@ class ScoreModel:
 
     def __init__(self, path, world, dtype=None, max_tokens=8192):
         self.tok, self.world, self.max_tokens = tokenizer.load(path), world, max_tokens
-        if "score_head.weight" not in Folder(path).tensors:
+        if "score_head.weight" not in open_folder(path).tensors:
             stop(f"{path!r} is a policy: it has no score head")
         self.model = checkpoint.load(
             path, "score", dtype=dtype, device=world.device, vocab_size=self.tok.vocab_size

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from nanosafe import checkpoint, tokenizer
 from nanosafe.checkpoint import folder as folders
 from nanosafe.parallel import Placement
-from nanosafe.checkpoint import init_from_scratch
+from nanosafe.checkpoint import init_from_scratch, model_folder
 
 transformers = pytest.importorskip("transformers")
 
@@ -62,7 +62,7 @@ def test_round_trip_is_bit_equal(folder, tmp_path):
 
 def test_sharded_safetensors_and_bin_read_the_same(folder, tmp_path, monkeypatch):
     model = checkpoint.load(folder)
-    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 20000)
+    monkeypatch.setattr(model_folder, "SHARD_BYTES", 20000)
     checkpoint.save(model, tmp_path / "sharded")
     files = [f for f in os.listdir(tmp_path / "sharded") if f.endswith(".safetensors")]
     assert len(files) > 2
@@ -120,7 +120,7 @@ def test_broken_and_hostile_folders_stop_with_one_line(folder, tmp_path):
     index = {"weight_map": {"model.norm.weight": "../secret.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(SystemExit, match="not in the folder"):
-        folders.Folder(folder)
+        folders.open_folder(folder)
 
 
 def test_a_bin_file_executes_nothing(folder):
@@ -309,7 +309,7 @@ def test_a_folder_that_was_read_is_freed_without_the_garbage_collector(folder):
     """Else its memory-mapped files stay in memory beside the model."""
     gc.disable()
     try:
-        found = folders.Folder(folder)
+        found = folders.open_folder(folder)
         refs = [weakref.ref(found), *map(weakref.ref, found.tensors.values())]
         del found
         assert all(ref() is None for ref in refs)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from nanosafe import attention, checkpoint, tokenizer
 from nanosafe.checkpoint import convert, families
 from nanosafe.rollout import generate
-from nanosafe.checkpoint import init_from_scratch
+from nanosafe.checkpoint import init_from_scratch, model_folder
 
 transformers = pytest.importorskip("transformers")
 V, D, I, L, H, K, E = 98, 48, 80, 3, 6, 2, 8  # six heads: no power of two, for ALiBi
@@ -692,7 +692,7 @@ def test_a_load_takes_no_more_memory_than_the_model_and_a_shard(kind, tmp_path, 
     model = init_from_scratch(
         small_config(vocab_size=20000, hidden_size=512, intermediate_size=2048, num_hidden_layers=8)
     )
-    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 42 * 10**6)
+    monkeypatch.setattr(model_folder, "SHARD_BYTES", 42 * 10**6)
     folder = tmp_path / "large"
     checkpoint.save(model, folder)
     shards = sorted(folder.glob("model-*"))
