@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from nanosafe import checkpoint, tokenizer
-from nanosafe.checkpoint.folder import Folder
+from nanosafe.checkpoint.folder import open_folder
 from nanosafe.data.batching import (
     collate,
     gather_responses,
@@ -252,7 +252,7 @@ class ScoreModel:
         self.world = world
         self.max_tokens = max_tokens
         self.tok = tokenizer.load(path)
-        if "score_head.weight" not in Folder(path).tensors:
+        if "score_head.weight" not in open_folder(path).tensors:
             stop(f"{path!r} is a policy: it has no score head")
         self.model = checkpoint.load(
             path, "score", dtype=dtype, device=world.device, vocab_size=self.tok.vocab_size
