@@ -33,7 +33,7 @@ def write(path, records):
 
 @pytest.fixture
 def folder_of_x(tmp_path, monkeypatch):
-    """A folder with data/x/train.jsonl, 10 rows, and data/x/test.jsonl, 4; it is the current one."""
+    """The current folder, with 10 rows in data/x/train.jsonl and 4 in data/x/test.jsonl."""
     monkeypatch.chdir(tmp_path)
     for split, n in (("train", 10), ("test", 4)):
         rows = [{"input": f"{split} {i}"} for i in range(n)]
@@ -93,9 +93,9 @@ def test_a_specification_names_a_file_and_a_number_of_rows(folder_of_x, spec, co
         ("", "data is empty"),
         ("x:-1", "must not be negative"),
         ("x:-5/-1", "must not be negative"),
-        ("x:a", "is no number"),
-        ("x:1/0", "is no number"),
-        ("x:1e999", "is no number"),
+        ("x:a", "is not a number"),
+        ("x:1/0", "is not a number"),
+        ("x:1e999", "is not a number"),
         ("x:1:2:3", "write NAME"),
         ("x:0.5:", "write NAME"),
         ("x,x:0.5", "named twice"),

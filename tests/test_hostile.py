@@ -1,5 +1,5 @@
-"""Folders, tokenizers and data that are broken, contradictory or meant to harm: one line, never a traceback, never a
-silently wrong number. Each case was a defect once, or could be."""
+"""Folders, tokenizers and data that are broken, contradictory or meant to harm: one line, never a
+traceback, never a silently wrong number. Each case was a defect once, or could be."""
 
 import gzip
 import json

@@ -86,11 +86,12 @@ def tokenize(
     make_examples=make_conversation_examples,
     options=(),
 ):
-    """The Dataset of a specification (see reader.load) for a task: sft, prompts, reward, cost, rank.
+    """The Dataset of a specification (see reader.load) for a task, sft for example.
 
-    Rows that cannot be used are dropped, counted and reported; repeated prompts are dropped as well.
-    Stops with one line where no row is left, or where an example does not fit into one forward.
+    Rows that cannot be used are dropped, counted and reported, and so are repeated prompts. Stops
+    with one line where no row is left, or where an example does not fit into one forward.
 
+    task           sft, prompts, reward, cost, rank, or one that make_examples knows
     max_len        longest sequence in tokens
     max_tokens     tokens that fit into one forward; 0: as many as an example of max_len may have
     seed           draws the rows, where the specification takes a part of them

@@ -52,7 +52,7 @@ def load_rows(spec, seed=42):
 
 
 def read_sources(sources, seed):
-    """The rows of Sources, as many of each as it says. Every source draws with a seed of its own."""
+    """The rows of Sources, as many of each as it says. Each source has its own seed."""
     sources = [source for source in sources if source.fraction != 0 and source.count != 0]
     seeds = np.random.SeedSequence(seed).spawn(len(sources))
     rows = []

@@ -55,7 +55,10 @@ def parse_item(item):
         number = Fraction(proportion.removesuffix("/-1"))
         fraction = float(number)
     except (ValueError, ZeroDivisionError, OverflowError):
-        stop(f"data {item!r}: the proportion {proportion!r} is no number, a/b or count n/-1")
+        stop(
+            f"data {item!r}: the proportion {proportion!r} is not a number, a fraction a/b or a "
+            "count n/-1"
+        )
     if number < 0:
         stop(f"data {item!r}: the proportion must not be negative; a count is written n/-1")
     if is_count:
