@@ -3,6 +3,7 @@
 Each stops with one line, never with a traceback, and no number is silently wrong. Each case was a
 defect once, or could be."""
 
+import gzip
 import json
 import os
 import shutil
@@ -13,13 +14,13 @@ import sentencepiece
 import torch
 from conftest import run, small_config
 from safetensors.torch import load_file, save_file
+from test_prepare import PAIR, read_lines, run_prepare
 from test_tokenizer import sentencepiece_folder
 
 from nanosafe import checkpoint, data, tokenizer
 from nanosafe.checkpoint import convert, families, init_from_scratch, meta
 from nanosafe.data import reader, template
 from nanosafe.tokenizer import bpe
-from nanosafe.tools import download
 from nanosafe.storage import read_json, write_json
 from nanosafe.model import Config
 
@@ -523,59 +524,43 @@ def test_no_normaliser_helps_a_user_to_smuggle(tmp_path, options):
 
 
 def prepare(tmp_path, name, rows, *flags, raw_name="train.jsonl"):
+    """Run a prepare.py on raw rows in this process; returns what it printed, and its error."""
     os.makedirs(tmp_path / "raw", exist_ok=True)
-    text = rows if isinstance(rows, str) else "".join(json.dumps(row) + "\n" for row in rows)
+    text = "".join(json.dumps(row) + "\n" for row in rows)
     (tmp_path / "raw" / raw_name).write_text(text)
-    return run(
-        f"data/{name}/prepare.py",
-        f"--raw={tmp_path}/raw",
-        f"--out={tmp_path}/out",
-        *flags,
-        check=False,
-    )
+    return run_prepare(name, f"--raw={tmp_path}/raw", f"--out={tmp_path}/out", *flags)
 
 
 def written(tmp_path, split="train"):
     path = tmp_path / "out" / f"{split}.jsonl"
-    return [json.loads(line) for line in open(path)] if path.exists() else []
+    return read_lines(path) if path.exists() else []
 
 
-PKU = {
-    "prompt": "p",
-    "response_0": "a",
-    "response_1": "b",
-    "is_response_0_safe": True,
-    "is_response_1_safe": False,
-    "better_response_id": 1,
-    "safer_response_id": 0,
-}
-
-
-def test_a_split_that_is_no_more_leaves_no_file(tmp_path):
-    rows = [{**PKU, "prompt": f"p{i}"} for i in range(20)]
+def test_a_split_without_rows_leaves_no_file_of_an_earlier_run(tmp_path):
+    rows = [{**PAIR, "prompt": f"p{i}"} for i in range(20)]
     prepare(tmp_path, "pku_saferlhf", rows, "--holdout=0.2")
     assert len(written(tmp_path, "test")) == 4
     prepare(tmp_path, "pku_saferlhf", rows)
-    assert len(written(tmp_path)) == 20 and not written(tmp_path, "test")
+    assert len(written(tmp_path)) == 20
+    assert not written(tmp_path, "test")
 
 
 def test_a_failed_preparation_leaves_the_old_files(tmp_path):
-    prepare(tmp_path, "pku_saferlhf", [PKU])
-    done = prepare(tmp_path, "pku_saferlhf", [{"x": 1}])
-    assert (
-        done.returncode == 1
-        and len(written(tmp_path)) == 1
-        and os.listdir(tmp_path / "out") == ["train.jsonl"]
-    )
+    prepare(tmp_path, "pku_saferlhf", [PAIR])
+    finished = prepare(tmp_path, "pku_saferlhf", [{"x": 1}])
+    assert finished.error.startswith("error: ")
+    assert len(written(tmp_path)) == 1
+    assert os.listdir(tmp_path / "out") == ["train.jsonl"]
 
 
-def test_the_latest_file_is_no_test(tmp_path):
-    prepare(tmp_path, "pku_saferlhf", [PKU], raw_name="latest_contest.jsonl")
-    assert len(written(tmp_path)) == 1 and not written(tmp_path, "test")
+def test_a_file_whose_name_only_contains_the_letters_of_test_is_no_test_file(tmp_path):
+    prepare(tmp_path, "pku_saferlhf", [PAIR], raw_name="latest_contest.jsonl")
+    assert len(written(tmp_path)) == 1
+    assert not written(tmp_path, "test")
 
 
-def test_labels_and_texts_are_what_they_should_be_or_the_row_is_dropped(tmp_path):
-    bad = [
+def test_wrong_labels_and_texts_cost_their_row(tmp_path):
+    changes = [
         {"is_response_0_safe": "False"},
         {"is_response_0_safe": None},
         {"better_response_id": -1},
@@ -588,13 +573,19 @@ def test_labels_and_texts_are_what_they_should_be_or_the_row_is_dropped(tmp_path
         {"better_response_id": float("inf")},
         {"prompt": ["a", "b"]},
     ]
-    done = prepare(tmp_path, "pku_saferlhf", [PKU, *({**PKU, **change} for change in bad)])
-    assert (
-        len(written(tmp_path)) == 1
-        and f"{1 + len(bad)} rows read, 1 kept" in done.stdout
-        and "Traceback" not in done.stderr
-    )
-    assert "half a character in a turn" in done.stdout and "the label 'False'" in done.stdout
+    bad = [{**PAIR, **change} for change in changes]
+    finished = prepare(tmp_path, "pku_saferlhf", [PAIR, *bad])
+    assert not finished.error
+    assert len(written(tmp_path)) == 1
+    assert f"{1 + len(bad)} rows read, 1 kept" in finished.printed
+    assert "half a character in the turn" in finished.printed
+    assert "the label 'False'" in finished.printed
+
+
+def feedback(instruction, *scored):
+    """A row of UltraFeedback, of (response, score) pairs."""
+    completions = [{"response": text, "overall_score": score} for text, score in scored]
+    return {"instruction": instruction, "completions": completions}
 
 
 @pytest.mark.parametrize(
@@ -602,92 +593,47 @@ def test_labels_and_texts_are_what_they_should_be_or_the_row_is_dropped(tmp_path
     [
         ("alpaca", {"instruction": "a", "output": "b", "history": [["a"]]}),
         ("alpaca", {"instruction": "a", "output": "b", "history": [1]}),
-        (
-            "ultrafeedback",
-            {
-                "instruction": None,
-                "completions": [
-                    {"response": "a", "overall_score": 1},
-                    {"response": "b", "overall_score": 2},
-                ],
-            },
-        ),
-        (
-            "ultrafeedback",
-            {
-                "instruction": "x",
-                "completions": [
-                    {"response": "a", "overall_score": float("nan")},
-                    {"response": "b", "overall_score": 2},
-                ],
-            },
-        ),
+        ("ultrafeedback", feedback(None, ("a", 1), ("b", 2))),
+        ("ultrafeedback", feedback("x", ("a", float("nan")), ("b", 2))),
         ("phf", {"texts": "ab", "scores": [1, 2]}),
         ("phf", {"texts": [None], "scores": [1]}),
         ("phf", {"texts": ["a"], "scores": [float("nan")]}),
         ("beavertails", {"prompt": "a", "response": "b", "is_safe": "False"}),
     ],
 )
-def test_rows_that_are_no_rows_are_dropped(tmp_path, name, row):
-    done = prepare(tmp_path, name, [row])
-    assert (
-        not written(tmp_path)
-        and "1 rows read, 0 kept; dropped 1" in done.stdout
-        and "Traceback" not in done.stderr
-    )
+def test_rows_of_a_wrong_structure_are_dropped(tmp_path, name, row):
+    finished = prepare(tmp_path, name, [row])
+    assert not written(tmp_path)
+    assert "1 rows read, 0 kept; dropped 1" in finished.printed
+    assert finished.error.startswith("error: none of the 1 rows")
 
 
 def test_scores_are_compared_as_numbers(tmp_path):
-    prepare(
-        tmp_path,
-        "ultrafeedback",
-        [
-            {
-                "instruction": "x",
-                "completions": [
-                    {"response": "ten", "overall_score": "10.0"},
-                    {"response": "nine", "overall_score": "9.0"},
-                ],
-            }
-        ],
-    )
+    prepare(tmp_path, "ultrafeedback", [feedback("x", ("ten", "10.0"), ("nine", "9.0"))])
     assert written(tmp_path)[0]["answer"] == "ten"
 
 
-def test_raw_files_that_break(tmp_path):
-    import gzip
-    import zipfile
-
+def test_damaged_raw_files_are_refused(tmp_path):
     good = gzip.compress(b'{"a": 1}\n' * 999)
-    (tmp_path / "x.jsonl.gz").write_bytes(good[:60] + bytes(8) + good[68:])
+    (tmp_path / "middle.jsonl.gz").write_bytes(good[:60] + bytes(8) + good[68:])
+    (tmp_path / "block.jsonl.gz").write_bytes(good[:10] + b"\xff" * 8 + good[18:])
+    (tmp_path / "short.jsonl.gz").write_bytes(good[:40])
+    (tmp_path / "text.jsonl.gz").write_bytes(b"{}")
+    (tmp_path / "latin.jsonl").write_bytes("na\xefve".encode("latin-1"))
     (tmp_path / "deep.json").write_text("[" * 10**5)
-    with zipfile.ZipFile(tmp_path / "two.jsonl.zip", "w") as z:
-        z.writestr("data/", "")
-        z.writestr("__MACOSX/a.jsonl", "x")
-        z.writestr("data/a.jsonl", '{"a": 1}\n')
-    assert [row.record for row in reader.read_raw_rows(str(tmp_path / "two.jsonl.zip"))] == [
-        {"a": 1}
-    ]
-    with zipfile.ZipFile(tmp_path / "two.jsonl.zip", "a") as z:
-        z.writestr("data/b.jsonl", '{"a": 2}\n')
-    zipfile.ZipFile(tmp_path / "none.zip", "w").close()
-    with zipfile.ZipFile(tmp_path / "list.zip", "w") as z:
-        z.writestr("rows.json", '[{"a": 1}, {"a": 2}]')
-    assert [row.record["a"] for row in reader.read_raw_rows(str(tmp_path / "list.zip"))] == [1, 2]
-    for name in ("x.jsonl.gz", "deep.json", "two.jsonl.zip", "none.zip"):
-        refuses(lambda: list(download.read_rows(str(tmp_path / name))))
+    for path in sorted(tmp_path.iterdir()):
+        refuses(lambda: list(reader.read_rows(str(path))))
 
 
 def test_half_a_character_costs_one_row(world, tmp_path):
     path = tmp_path / "x.jsonl"
-    path.write_text(
-        json.dumps({"input": "a", "answer": "\ud83d"})
-        + '\n{"input": "a", "answer": "b"}\n'
-        + "[" * 10**5
-        + "\n"
-    )
+    half = json.dumps({"input": "a", "answer": "\ud83d"})
+    whole = json.dumps({"input": "a", "answer": "b"})
+    nested = "[" * 10**5
+    path.write_text("\n".join([half, whole, nested, ""]))
     found = data.tokenize(str(path), tokenizer.load(world / "tokenizer"), "sft", 100)
-    assert len(found) == 1 and "half a character in a answer" in found.report["text"]
+    assert len(found) == 1
+    assert "half a character in the answer" in found.report["text"]
 
 
 def test_sample_refuses_in_one_line(world, tmp_path):

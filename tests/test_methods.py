@@ -247,7 +247,7 @@ def test_rankings_have_two_answers_or_more(world, tmp_path):
 
     report = dataset.report["text"]
     assert "no two answers of different scores" in report
-    assert "a score that is no number" in report
+    assert "a score that is not a finite number" in report
     assert "not one score for each answer" in report
     assert "empty answer" in report
 

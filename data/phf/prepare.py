@@ -7,11 +7,22 @@ $ python data/phf/prepare.py --task=pep8 --raw=FOLDER    # -> data/phf/pep8
 """
 
 from configurator import configure
+from nanosafe.errors import choose
 from nanosafe.phf.documents import check_document
 from nanosafe.tools import download
 
 task = "toxicity"  # toxicity | pii | pep8
 config = configure(globals(), vars(download))
+
+RELEASES = {
+    "toxicity": download.Release(
+        "tomekkorbak/detoxify-pile-chunk3-0-50000", files="", subfolder="toxicity"
+    ),
+    "pii": download.Release("tomekkorbak/pii-pile-chunk3-0-50000", files="", subfolder="pii"),
+    "pep8": download.Release(
+        "kejian/codeparrot-train-more-filter-3.3b-cleaned", files="", subfolder="pep8"
+    ),
+}
 
 
 def to_record(row):
@@ -23,4 +34,5 @@ def to_record(row):
     return record
 
 
-download.prepare(__file__, to_record, config, release="task")
+choose("task", task, RELEASES)
+download.prepare(__file__, to_record, config, RELEASES[task])

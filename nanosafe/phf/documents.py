@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from nanosafe.data import tokenize
-from nanosafe.data.examples import check_scores, check_text, usable_rows
+from nanosafe.data.examples import Example, Sequence, check_scores, check_text, usable_rows
 from nanosafe.tokenizer.special_tokens import control_token_ids
 
 
@@ -31,7 +31,7 @@ def check_document(record):
 def cut_into_blocks(
     rows, tokenizer, task, max_len, drop, objective="mle", threshold=0.0, drop_fraction=0.0
 ):
-    """Yield (row, None, (sequences, labels, line)) for each block of at most max_len tokens.
+    """Yield (row, Example) for each block of at most max_len tokens.
 
     A block has one sequence: its token ids, its loss mask, and a score for each token. A token has
     the score of its segment, EOS that of the last segment, and BOS, which is no target, has 0.
@@ -70,10 +70,12 @@ def cut_into_blocks(
         scores.append(segments[-1][1])
         for begin in range(0, len(ids), block_len):
             end = begin + block_len
-            block_ids = bos + ids[begin:end]
-            block_mask = [0] * len(bos) + mask[begin:end]
-            block_scores = [0.0] * len(bos) + scores[begin:end]
-            yield row, None, ([(block_ids, block_mask, block_scores)], (0,), row.line)
+            sequence = Sequence(
+                ids=bos + ids[begin:end],
+                loss_mask=[0] * len(bos) + mask[begin:end],
+                scores=[0.0] * len(bos) + scores[begin:end],
+            )
+            yield row, Example([sequence], (0,), row.line)
 
 
 def mean_score(segments):
@@ -89,7 +91,13 @@ def tokenize_documents(
     if objective in ("filter", "conditional", "compare"):
         method = (objective, threshold, drop_fraction)
     return tokenize(
-        spec, tokenizer, "documents", max_len, max_tokens, method=method, read=cut_into_blocks
+        spec,
+        tokenizer,
+        "documents",
+        max_len,
+        max_tokens,
+        make_examples=cut_into_blocks,
+        options=method,
     )
 
 
