@@ -1,4 +1,4 @@
-"""Log-probabilities, values and scores of a rollout's responses, against a forward of each alone."""
+"""Log-probabilities, values and scores of responses, against a forward of each alone."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Rewards and costs per token, advantages, normalisers, the multiplier, the sampler's randomness."""
+"""Rewards and costs per token, advantages, normalisers, the multiplier, randomness."""
 
 import math
 

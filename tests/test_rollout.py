@@ -1,4 +1,4 @@
-"""Sampling: greedy is the argmax, a response depends on seed and uid only, filters, ends, hashes."""
+"""Sampling: greedy is the argmax, only seed and uid matter, filters, ends, uniform numbers."""
 
 import numpy as np
 import pytest
