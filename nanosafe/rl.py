@@ -81,7 +81,7 @@ def group_advantages(returns, mask, samples, kind):
 
 
 def mix_advantages(reward_adv, cost_adv, lambda_):
-    """(A_r - lambda A_c) / (1 + lambda): the Lagrangian's gradient. arXiv:2310.12773 Eq. 30."""
+    """(A_r - lambda A_c) / (1 + lambda): the Lagrangian's gradient. arXiv:2310.12773 Eq. 29."""
     return (reward_adv - lambda_ * cost_adv) / (1 + lambda_)
 
 

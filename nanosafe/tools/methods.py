@@ -96,12 +96,14 @@ OBJECTIVES = ("mle", "filter", "conditional", "unlikelihood", "awr", "rwr")
 def run(command, log):
     """Run a command of the README; returns its seconds."""
     began = time.perf_counter()
-    path, *flags = command.split()
+    words = command.split()
+    if words[0] != "-m":
+        words[0] = os.path.join(ROOT, words[0])
     with open(log, "a") as f:
         f.write(f"\n$ python {command}\n")
         f.flush()
         done = subprocess.run(
-            [sys.executable, os.path.join(ROOT, path), *flags],
+            [sys.executable, *words],
             stdout=f,
             stderr=f,
             env={"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": ROOT},
@@ -173,7 +175,7 @@ def run_limit(toy, o, limit):
 def run_phf(o, seed, objective):
     reference = "" if objective == "mle" else f" --reference={o}/phf/mle/model"
     run(
-        f"train_sft.py config/toy/phf.py --objective={objective} --tokenizer={o}/tokenizer --seed={seed} "
+        f"-m nanosafe.phf.train config/toy/phf.py --objective={objective} --tokenizer={o}/tokenizer --seed={seed} "
         f"--out_dir={o}/phf/{objective}{reference}",
         f"{o}/log.txt",
     )
