@@ -27,7 +27,7 @@ COMMANDS = [line for line in LINES if line.startswith(("python ", "torchrun "))]
 def place(tmp_path_factory):
     """A folder in which the demo was run, as the README's first command does."""
     folder = tmp_path_factory.mktemp("demo")
-    run("-m", "nanosafe.demo", cwd=folder, threads=0)  # on all cores
+    run("-m", "nanosafe.demo", cwd=folder)
     return folder
 
 
