@@ -19,7 +19,7 @@ import pytest
 import torch
 from conftest import ROOT, rows_of, run, same_state, small_config
 from safetensors.torch import load_file, save_file
-from test_house import CODE, source
+from test_house import PRODUCT, source
 
 from nanosafe import checkpoint, data, errors, optim, parallel, rl, storage, tokenizer, watchdog
 from nanosafe.checkpoint import run_state
@@ -693,7 +693,7 @@ def test_ctrl_c_before_the_first_step_is_no_traceback(trainers, tmp_path):
 
 def test_nothing_executes_what_it_reads():
     """No pickle, and no eval or exec but of the user's own config files (configurator) and scorers (module_at)."""
-    for path in CODE:
+    for path in PRODUCT:
         for node in ast.walk(ast.parse(source(path))):
             name = os.path.basename(path)
             if isinstance(node, (ast.Import, ast.ImportFrom)):
