@@ -7,24 +7,24 @@ import subprocess
 import sys
 from functools import cache
 
-# One thread for each process, set before torch is imported: OpenMP's idle threads spin, which makes
-# everything several times slower where tests run side by side.
-os.environ["OMP_NUM_THREADS"] = "1"
-os.environ["OMP_WAIT_POLICY"] = "passive"
-
 import pytest
 import torch
+from launcher import Launcher
 from safetensors.torch import load_file
 
 from nanosafe import checkpoint, data
-from nanosafe.data import template
-from nanosafe.tools import demo
-from nanosafe.model import Config
 from nanosafe.checkpoint import init_from_scratch
-from launcher import Launcher
+from nanosafe.data import template
+from nanosafe.model import Config
+from nanosafe.tools import demo
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+# One thread for each process, here and in all that tests start: OpenMP's idle threads spin, which
+# makes everything several times slower where tests run side by side.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["OMP_WAIT_POLICY"] = "passive"
 
 
 def pytest_collection_modifyitems(items):

@@ -21,6 +21,7 @@ import tempfile
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 READY = "ready"
+TIMEOUT = 1800  # seconds, after which a script is ended
 
 
 class Launcher:
@@ -94,6 +95,7 @@ def redirect(request):
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["environment"])
+    signal.alarm(TIMEOUT)
 
 
 def run_as_main(command):
