@@ -5,19 +5,26 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
 
 import pytest
 import torch
+from launcher import Launcher
 from safetensors.torch import load_file
 
 from nanosafe import checkpoint, data
-from nanosafe.data import template
-from nanosafe.tools import demo
-from nanosafe.model import Config
 from nanosafe.checkpoint import init_from_scratch
+from nanosafe.data import template
+from nanosafe.model import Config
+from nanosafe.tools import demo
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+# One thread for each process, here and in all that tests start: OpenMP's idle threads spin, which
+# makes everything several times slower where tests run side by side.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["OMP_WAIT_POLICY"] = "passive"
 
 
 def pytest_collection_modifyitems(items):
@@ -26,7 +33,7 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def cache(tmp_path_factory):
+def token_cache(tmp_path_factory):
     """Token ids are cached in a folder of the test run's own."""
     os.environ["NANOSAFE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
@@ -146,23 +153,26 @@ def small_config(**changes):
     )
 
 
-def run(*command, ranks=0, check=True, stdin=None, cwd=ROOT, threads=1):
-    """Run a script as a user does, under torchrun when ranks > 0; returns the finished process."""
+@cache
+def start_launcher():
+    return Launcher()
+
+
+def run(*command, ranks=0, check=True, stdin=None, cwd=ROOT):
+    """Run a script as a user does, with ranks as under torchrun; returns the finished process."""
+    command = [str(word) for word in command]
     environment = {**os.environ, "PYTHONPATH": ROOT}
-    if threads:
-        environment["OMP_NUM_THREADS"] = str(threads)
-    launcher = [sys.executable]
-    if ranks:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    done = subprocess.run(
-        [*launcher, *map(str, command)],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env=environment,
-        input=stdin,
-        timeout=1800,
-    )
+    if command[0] == "-c":
+        done = subprocess.run(
+            [sys.executable, *command],
+            capture_output=True,
+            text=True,
+            cwd=cwd,
+            env=environment,
+            input=stdin,
+        )
+    else:
+        done = start_launcher().run(command, cwd, environment, stdin, ranks)
     if check and done.returncode:
         raise AssertionError(f"{command}: exit {done.returncode}\n{done.stdout}\n{done.stderr}")
     return done
