@@ -105,6 +105,65 @@ class Times(NamedTuple):
     expected: float
 
 
+# ---- the command ----
+
+
+def main(arguments):
+    if not arguments or arguments[0] in ("-h", "--help"):
+        sys.argv = ["nanosafe.plan", "-h"]
+        configurator.configure(globals())  # prints the text above and the planner's knobs, and ends
+    knobs = read_knobs(arguments[0], arguments[1:])
+    choose("gpu", knobs["gpu"], (*GPUS, "cpu"))
+    config = read_shape(knobs)
+    if knobs["gpu"] == "cpu":
+        device = measure_this_machine(dtype=knobs["dtype"])
+        gpus_by_default = 1
+    else:
+        device = GPUS[knobs["gpu"]]
+        gpus_by_default = GPUS_PER_NODE
+
+    def make_run(knobs, gpus):
+        return Run(knobs, config, device, gpus, knobs["length"], knobs["response"])
+
+    print_report(make_run(knobs, knobs["gpus"] or gpus_by_default), make_run)
+
+
+def read_knobs(script, arguments):
+    """A script's knobs as the script would resolve them, and the planner's. Nothing else of the
+    script is executed."""
+    if not os.path.isfile(script):
+        stop(f"no script {script!r}: give train_sft.py, train_pref.py or train_ppo_lag.py")
+    defaults = {"__file__": script}
+    with open(script, encoding="utf-8") as f:
+        source = f.read()
+    for node in ast.parse(source).body:
+        if configurator.calls_configure(node):
+            break
+        if isinstance(node, ast.Assign):
+            defaults[node.targets[0].id] = ast.literal_eval(node.value)
+    sys.argv = [script, *arguments]
+    return configurator.configure(defaults, globals())
+
+
+def read_shape(knobs):
+    """The policy's Config: that of the model folder, of the script's knobs, or of a named shape."""
+    path = knobs.get("actor_model") or knobs["init_from"]
+    name = knobs["shape"]
+    if not name:
+        if path == "scratch":
+            names = [f.name for f in fields(Config) if f.name in knobs]
+            return Config(**{name: knobs[name] for name in names})
+        if os.path.isfile(os.path.join(path, "config.json")):
+            return Config.from_dict(read_json(path, "config.json"))
+        for known in SHAPES:
+            if known in path.lower():
+                name = known
+                break
+    if name not in SHAPES:
+        stop(f"no model at {path!r}: say --shape=, one of {', '.join(SHAPES)}")
+    return SHAPES[name]
+
+
 # ---- the model ----
 
 
@@ -532,43 +591,7 @@ def suggest_change(run, make_run):
     return "it does not fit, nor on 128 times the GPUs: take a smaller model"
 
 
-# ---- the command ----
-
-
-def read_knobs(script, arguments):
-    """A script's knobs as the script would resolve them, and the planner's. Nothing else of the
-    script is executed."""
-    if not os.path.isfile(script):
-        stop(f"no script {script!r}: give train_sft.py, train_pref.py or train_ppo_lag.py")
-    defaults = {"__file__": script}
-    with open(script, encoding="utf-8") as f:
-        source = f.read()
-    for node in ast.parse(source).body:
-        if configurator.calls_configure(node):
-            break
-        if isinstance(node, ast.Assign):
-            defaults[node.targets[0].id] = ast.literal_eval(node.value)
-    sys.argv = [script, *arguments]
-    return configurator.configure(defaults, globals())
-
-
-def read_shape(knobs):
-    """The policy's Config: that of the model folder, of the script's knobs, or of a named shape."""
-    path = knobs.get("actor_model") or knobs["init_from"]
-    name = knobs["shape"]
-    if not name:
-        if path == "scratch":
-            names = [f.name for f in fields(Config) if f.name in knobs]
-            return Config(**{name: knobs[name] for name in names})
-        if os.path.isfile(os.path.join(path, "config.json")):
-            return Config.from_dict(read_json(path, "config.json"))
-        for known in SHAPES:
-            if known in path.lower():
-                name = known
-                break
-    if name not in SHAPES:
-        stop(f"no model at {path!r}: say --shape=, one of {', '.join(SHAPES)}")
-    return SHAPES[name]
+# ---- this machine ----
 
 
 def measure_this_machine(device="cpu", dtype="float32"):
@@ -595,26 +618,6 @@ def measure_this_machine(device="cpu", dtype="float32"):
 def measure_seconds(statement, **names):
     timer = Timer(statement, globals=names, num_threads=torch.get_num_threads())
     return timer.blocked_autorange(min_run_time=0.5).median
-
-
-def main(arguments):
-    if not arguments or arguments[0] in ("-h", "--help"):
-        sys.argv = ["nanosafe.plan", "-h"]
-        configurator.configure(globals())  # prints the text above and the planner's knobs, and ends
-    knobs = read_knobs(arguments[0], arguments[1:])
-    choose("gpu", knobs["gpu"], (*GPUS, "cpu"))
-    config = read_shape(knobs)
-    if knobs["gpu"] == "cpu":
-        device = measure_this_machine(dtype=knobs["dtype"])
-        gpus_by_default = 1
-    else:
-        device = GPUS[knobs["gpu"]]
-        gpus_by_default = GPUS_PER_NODE
-
-    def make_run(knobs, gpus):
-        return Run(knobs, config, device, gpus, knobs["length"], knobs["response"])
-
-    print_report(make_run(knobs, knobs["gpus"] or gpus_by_default), make_run)
 
 
 if __name__ == "__main__":
