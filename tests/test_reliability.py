@@ -1,6 +1,6 @@
 """What nanosafe promises never to lose, and how it fails: kills, disks, ranks, signals, numbers, memory, secrets.
 
-tests/crash.py has the long runs; docs/reliability.md has what both found."""
+nanosafe/tools/crash.py has the long runs; docs/reliability.md has what both found."""
 
 import ast
 import json

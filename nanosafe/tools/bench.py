@@ -23,7 +23,7 @@ from configurator import configure
 from nanosafe import checkpoint
 from nanosafe.data import tokenize
 from nanosafe.data.batching import examples_at
-from nanosafe.errors import stop
+from nanosafe.errors import choose, stop
 from nanosafe.model import Config
 from nanosafe.printing import format_table
 from nanosafe.storage import REPOSITORY, make_folder, read_json, write_json
@@ -91,6 +91,7 @@ PHASES = {  # of the planner -> of PhaseClock in workloads.py
 def main():
     knobs = SimpleNamespace(**configure(globals()))
     given = dict(vars(knobs))
+    choose("dtype", knobs.dtype, ("auto", "bfloat16", "float32"))
     if knobs.dtype == "auto":
         knobs.dtype = "float32" if knobs.device == "cpu" else "bfloat16"
     shape, lengths = prepare(knobs)
