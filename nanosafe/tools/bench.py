@@ -92,6 +92,8 @@ def main():
     knobs = SimpleNamespace(**configure(globals()))
     given = dict(vars(knobs))
     choose("dtype", knobs.dtype, ("auto", "bfloat16", "float32"))
+    if knobs.steps < 2:
+        stop(f"steps={knobs.steps}: the first step is warm-up, so give at least 2")
     if knobs.dtype == "auto":
         knobs.dtype = "float32" if knobs.device == "cpu" else "bfloat16"
     shape, lengths = prepare(knobs)

@@ -16,7 +16,7 @@ PAD = 0  # <unk>, which no example holds
 
 
 def main():
-    workload = Workload()
+    workload = Workload(__doc__)
     functions = {
         "load": load,
         "forward": forward,

@@ -20,7 +20,10 @@ class Workload:
             the first, which is warm-up, and whatever shows that both sides compute the same
     key=value  options, as JSON"""
 
-    def __init__(self):
+    def __init__(self, usage):
+        if len(sys.argv) < 4:
+            print(usage)
+            sys.exit()
         self.name, self.folder, self.out, *words = sys.argv[1:]
         self.options = {}
         for word in words:

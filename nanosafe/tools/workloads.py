@@ -30,7 +30,7 @@ LEARNING = {
 
 
 def main():
-    workload = Workload()
+    workload = Workload(__doc__)
     functions = {
         "load": load,
         "forward": forward,
