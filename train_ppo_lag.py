@@ -150,7 +150,7 @@ world = init(device, config)
 responses_per_rollout = rollout_size * num_samples
 if responses_per_rollout % batch_size:
     stop(
-        f"rollout_size * num_samples = {responses_per_rollout} is no multiple of "
+        f"rollout_size * num_samples = {responses_per_rollout} is not a multiple of "
         f"batch_size={batch_size}"
     )
 resume = run_state.open_run_folder(config, save)

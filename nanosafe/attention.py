@@ -94,7 +94,7 @@ class PackedBatch(NamedTuple):
     def find_padded_rows(self):
         """Which packed token stands at each padded position (B * L,).
 
-        What fills a sequence up is its own last token again, which no query looks at."""
+        Padding repeats the sequence's last token; causality hides it."""
         begins = self.cu_seqlens[:-1, None].long()
         ends = self.cu_seqlens[1:, None].long()
         columns = torch.arange(self.max_seqlen, device=self.cu_seqlens.device)
@@ -121,7 +121,7 @@ class DecodeBatch(NamedTuple):
         K = k.shape[1]
         cache.k[self.rows, :, self.positions] = k
         cache.v[self.rows, :, self.positions] = v
-        # The heads that share their keys are laid out as so many queries: no key is repeated.
+        # The H / K heads that share a kv head become H / K queries of it, so no key is repeated.
         q = q.reshape(n, K, H // K, E)
         outputs = []
         for rows, mask in self.groups:
@@ -149,11 +149,11 @@ def attention_dtype(x):
 
 def repeat_heads(x, q):
     """Keys or values (N, K, E), each head repeated for the heads of q (N, H, E) that share it."""
-    groups = q.shape[1] // x.shape[1]
-    return x if groups == 1 else x.repeat_interleave(groups, dim=1)
+    repeats = q.shape[1] // x.shape[1]
+    return x if repeats == 1 else x.repeat_interleave(repeats, dim=1)
 
 
-# ---- what LLaMA does not have ----
+# ---- sliding windows and ALiBi ----
 
 
 def add_window_and_alibi(layout, config, x):
@@ -167,6 +167,7 @@ def add_window_and_alibi(layout, config, x):
 
 
 def add_to_decode_batch(layout, config, slopes, dtype):
+    """The DecodeBatch whose groups have masks with the window, or ALiBi's biases."""
     groups = []
     for rows, mask in layout.groups:
         keys = torch.arange(mask.shape[-1], device=mask.device)
@@ -181,6 +182,7 @@ def add_to_decode_batch(layout, config, slopes, dtype):
 
 
 def add_to_packed_batch(layout, config, slopes, x):
+    """The PackedBatch with its window, and with a mask where the kernel does not know windows."""
     window = config.sliding_window
     layout = layout._replace(window=window)
     window_is_wide = window >= layout.max_seqlen

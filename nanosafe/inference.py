@@ -1,4 +1,4 @@
-"""What models say about given sequences, and what they answer: forwards without gradients.
+"""Log-probabilities and scores of given sequences, and answers to prompts, without gradients.
 
 Shapes: B or n sequences, R response positions."""
 
@@ -36,17 +36,19 @@ class Responses(NamedTuple):
     starts: list  # of B ints: where the response begins
     longest: int  # R: tokens of the longest response
 
-    def pack(self, rows, device):
+    def pack(self, indices, device):
         """The Batch of some of them; its targets are the responses' tokens."""
         masks = []
-        for i in rows:
+        for i in indices:
             positions = np.arange(len(self.ids[i]))
             masks.append(positions >= self.starts[i])
-        return collate([self.ids[i] for i in rows], masks, device)
+        return collate([self.ids[i] for i in indices], masks, device)
 
-    def unpack(self, x, batch, rows):
-        """What belongs to their responses in a packed tensor x (N,) -> (len(rows), R)."""
-        return gather_responses(x, batch, [self.starts[i] for i in rows], self.longest)
+    def unpack(self, x, batch, indices):
+        """Their responses' numbers, gathered from a packed tensor: x (N,) -> (len(indices), R).
+
+        Positions after a response's end hold arbitrary numbers: use the mask."""
+        return gather_responses(x, batch, [self.starts[i] for i in indices], self.longest)
 
 
 @torch.no_grad()
@@ -74,13 +76,13 @@ def response_values(critic, responses, max_tokens, world):
 
 
 @torch.no_grad()
-def last_token_scores(model, ids, max_tokens, world):
+def last_token_scores(model, sequences, max_tokens, world):
     """A reward or cost model's scores of the last tokens of sequences (B,), on every rank."""
-    out = torch.zeros(len(ids), device=world.device)
-    lengths = [len(sequence) for sequence in ids]
+    out = torch.zeros(len(sequences), device=world.device)
+    lengths = [len(sequence) for sequence in sequences]
     for rows in plan_micro_batches(lengths, max_tokens, world.size)[world.rank]:
         no_targets = [np.zeros(lengths[i], np.uint8) for i in rows]
-        batch = collate([ids[i] for i in rows], no_targets, world.device)
+        batch = collate([sequences[i] for i in rows], no_targets, world.device)
         out[rows] = last_of_each(model.scores(batch), batch)[: len(rows)]
     return all_reduce_sum(out)
 
@@ -109,7 +111,8 @@ def cached_reference_logps(model, path, dataset, max_tokens, world):
 
     So the reference is needed only once, before training, and no second model is held."""
     file = os.path.join(dataset.folder, fingerprint_model(model, path, world) + ".logps")
-    if not any_rank(not os.path.exists(file), world.device):
+    is_missing = any_rank(not os.path.exists(file), world.device)
+    if not is_missing:
         with open(file, "rb") as f:
             return torch.from_numpy(np.load(f)).to(world.device)
     exists = ~np.isnan(dataset.labels)  # rankings have different numbers of answers
@@ -130,7 +133,8 @@ def fingerprint_model(model, path, world):
         world.device.type,
         str(placement and placement.compute_dtype),
     ]
-    for name in sorted(os.listdir(path)) if os.path.isdir(path) else [""]:
+    names = sorted(os.listdir(path)) if os.path.isdir(path) else [""]
+    for name in names:
         status = os.stat(os.path.join(path, name) if name else path)
         facts.append((name, status.st_size, status.st_mtime_ns))
     return hashlib.blake2b(repr(facts).encode(), digest_size=16).hexdigest()
@@ -218,7 +222,7 @@ class Policy:
         }
 
     def question(self, turns, template=True, prefix=""):
-        """The ids that the next answer of a conversation follows.
+        """The ids of a prompt, after which the next answer of a conversation is sampled.
 
         template  False: go on with the turns' own text
         prefix    text before it, which may name control tokens"""

@@ -18,7 +18,7 @@ def zero_outside(mask, x):
 
 
 def masked_mean(x, mask, dim=None):
-    """Mean of x where mask is 1, and 0 where the mask is 1 nowhere."""
+    """Mean of x where mask is 1, and 0 if the mask is 0 everywhere."""
     x = zero_outside(mask, x)
     if dim is None:
         return x.sum() / mask.sum().clamp(min=1)
@@ -26,12 +26,12 @@ def masked_mean(x, mask, dim=None):
 
 
 def sequence_mean(x, mask):
-    """Mean over each sequence's own tokens, then over sequences, so that long ones weigh no more."""
+    """Mean over each sequence's own tokens, then over sequences: long ones weigh no more."""
     return mean_or_zero(masked_mean(x, mask, dim=-1))
 
 
 def mean_or_zero(x):
-    """Mean of x (B,), and 0 if B is 0, which is the share of a rank without work."""
+    """Mean of x (B,), or 0 if B is 0, as on a rank without work."""
     return x.sum() / max(1, len(x))
 
 
@@ -39,7 +39,7 @@ def mean_or_zero(x):
 
 
 def mle_loss(logps, mask):
-    """Negative log-likelihood per token: -mean log p where mask is 1. Both of any one shape."""
+    """Negative log-likelihood per token: -mean log p where mask is 1. Both have the same shape."""
     return -masked_mean(logps, mask)
 
 
@@ -108,7 +108,7 @@ def ipo_loss(chosen, rejected, ref_chosen, ref_rejected, beta):
 
 
 def rrhf_loss(logps, lengths, scores):
-    """Sum of max(0, p_i - p_j) over pairs with score i < score j, less the best one's log-prob.
+    """Sum of max(0, p_i - p_j) over pairs with score i < score j, minus the best one's log-prob.
 
     arXiv:2304.05302 Eq. 5, of one query with K candidates; p is the log-probability per token.
 
@@ -125,7 +125,7 @@ def rrhf_loss(logps, lengths, scores):
 def unlikelihood_loss(logps, scores, mask, threshold, alpha):
     """Mean of -log p for tokens with score <= threshold, and of -alpha log(1 - p) for the others.
 
-    All of any one shape. Higher scores are worse. arXiv:1908.04319, as arXiv:2302.08582 uses it."""
+    All have the same shape. Higher scores are worse. arXiv:1908.04319, as used in arXiv:2302.08582."""
     logps = zero_outside(mask, logps)
     one_minus_p = (-torch.expm1(logps)).clamp(min=1e-20)
     unlikely = alpha * one_minus_p.log()
@@ -135,7 +135,7 @@ def unlikelihood_loss(logps, scores, mask, threshold, alpha):
 def awr_loss(logps, scores, values, mask, alpha, beta, weight_max):
     """alpha * mean(-w log p) + (1 - alpha) * mean(A^2), A = -scores - values. arXiv:1910.00177.
 
-    w = min(exp(A / beta), weight_max), without gradient. All of any one shape. Higher scores are
+    w = min(exp(A / beta), weight_max), without gradient. All have the same shape. Higher scores are
     worse. With alpha 1 and values 0 this is reward-weighted regression (RWR)."""
     logps = zero_outside(mask, logps)
     advantages = zero_outside(mask, -scores - values)

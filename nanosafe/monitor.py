@@ -16,7 +16,7 @@ from nanosafe.errors import choose, one_line_errors, stop
 from nanosafe.printing import print_once
 from nanosafe.storage import write_jsonl
 
-# When the warnings below are given.
+# Thresholds of the warnings below.
 KL_PER_TOKEN = 0.5  # nats
 EOS_DROP = 0.2  # in the share of responses that end by themselves
 RATIO_DISTANCE = 0.2  # of the mean ratio from 1
@@ -38,7 +38,7 @@ class Monitor:
     def __init__(self, out_dir, steps, start=0, log_to="", shown=(), config=None):
         self.main = parallel.rank() == 0
         self.shown = shown
-        self.stop_asked_at = 0.0  # when SIGTERM or SIGINT came first; 0: it has not
+        self.stop_requested_at = 0.0  # when SIGTERM or SIGINT came first; 0: it has not
         signal.signal(signal.SIGTERM, self.handle_signal)
         signal.signal(signal.SIGINT, self.handle_signal)
         if not self.main:
@@ -58,8 +58,9 @@ class Monitor:
             mininterval=0.2 if sys.stderr.isatty() else 10,  # a log file needs few lines
         )
         self.sinks = []
-        for name in filter(None, map(str.strip, log_to.split(","))):
-            self.sinks.append(open_sink(name, out_dir, config, start))
+        for name in log_to.split(","):
+            if name.strip():
+                self.sinks.append(open_sink(name.strip(), out_dir, config, start))
 
     def log(self, step, metrics):
         """Record the metrics (name -> number) of optimizer step `step`."""
@@ -95,13 +96,13 @@ class Monitor:
         torchrun passes on a signal that the ranks have received themselves, so a second one within
         a second is taken for the first."""
         now = time.monotonic()
-        if self.stop_asked_at and now - self.stop_asked_at > 1:
+        if self.stop_requested_at and now - self.stop_requested_at > 1:
             os._exit(128 + number)
-        self.stop_asked_at = self.stop_asked_at or now
+        self.stop_requested_at = self.stop_requested_at or now
 
     def asked_to_stop(self, device):
         """Whether any rank was asked to stop: the same answer on all of them."""
-        return parallel.any_rank(bool(self.stop_asked_at), device)
+        return parallel.any_rank(bool(self.stop_requested_at), device)
 
     def flush(self):
         """Bring the rows to the disk, before a state is saved that counts on them."""

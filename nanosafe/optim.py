@@ -27,11 +27,11 @@ def learning_rate_at(step, steps, peak, schedule, warmup_ratio):
     warmup = int(warmup_ratio * steps)
     if step < warmup:
         return peak * step / warmup
-    done = (step - warmup) / max(1, steps - warmup)
+    progress = (step - warmup) / max(1, steps - warmup)
     if schedule == "cosine":
-        return peak * (0.5 * (1 + math.cos(math.pi * done)))
+        return peak * (0.5 * (1 + math.cos(math.pi * progress)))
     if schedule == "linear":
-        return peak * (1 - done)
+        return peak * (1 - progress)
     return peak
 
 
@@ -71,7 +71,7 @@ def warn_of_gradients(model, where):
 
 
 def count_skips(skips, limit, *norms):
-    """The number of skipped updates, with those of the last `norms`. Stops the run above `limit`."""
+    """Skipped updates so far, those among `norms` included. Stops the run above `limit`."""
     skips += sum(not math.isfinite(norm) for norm in norms)
     if skips > limit:
         stop(

@@ -46,7 +46,7 @@ def gae(rewards, values, mask, gamma, gae_lambda):
     delta_t = r_t + gamma V_{t+1} - V_t,  A_t = delta_t + gamma gae_lambda A_{t+1},  G_t = A_t + V_t
 
     A response ends with its last token. Nothing is bootstrapped after it, whether it ended by
-    itself or was cut at its longest length."""
+    itself or was cut at max_new_tokens."""
     rewards = torch.where(mask.bool(), rewards, 0.0)
     values = torch.where(mask.bool(), values, 0.0)
     advantages = torch.zeros_like(values)
@@ -64,9 +64,9 @@ def group_advantages(returns, mask, samples, kind):
     """Advantages without a critic: a response against the others to the same prompt -> (B, R).
 
     returns  (B,): (R - lambda C) / (1 + lambda), the KL penalty included
-    samples  how many responses in a row belong to one prompt
-    kind     "rloo": less the others' mean (arXiv:2402.14740)
-             "grpo": less the group's mean, over its standard deviation (arXiv:2402.03300)"""
+    samples  number of consecutive responses that belong to one prompt
+    kind     "rloo": minus the others' mean (arXiv:2402.14740)
+             "grpo": minus the group's mean, divided by its standard deviation (arXiv:2402.03300)"""
     groups = returns.view(-1, samples)
     centred = groups - groups.mean(dim=1, keepdim=True)
     if kind == "rloo":
@@ -86,7 +86,7 @@ def mix_advantages(reward_adv, cost_adv, lambda_):
 
 
 def normalize(advantages, mask):
-    """Advantages (B, R) less their mean over all tokens, over their standard deviation."""
+    """Advantages (B, R) minus their mean over all tokens, divided by their standard deviation."""
     x = advantages[mask.bool()]
     return (advantages - x.mean()) / (x.std(correction=0) + 1e-8) * mask
 
@@ -119,7 +119,7 @@ class RunningMeanStd:
 
 
 class ExponentialMovingAverage(RunningMeanStd):
-    """Mean and variance that forget. momentum: the weight of what was known before."""
+    """Exponential moving mean and variance. momentum: the weight of the previous values."""
 
     def __init__(self, momentum, mean=0.0, var=1.0, count=0):
         super().__init__(mean, var, count)
@@ -143,12 +143,14 @@ REWARD_SCALINGS = ("none", "std", "mean_std", "first")
 
 
 def scale_rewards(scores, moments, scaling, clip):
-    """Scores (B,) over a standard deviation, then clipped to +- clip. arXiv:2307.04964 Eq. 18.
+    """Scores (B,) divided by a standard deviation, then clipped to +- clip.
+
+    arXiv:2307.04964 Eq. 18
 
     moments  a RunningMeanStd, which is updated
-    scaling  "std": over the deviation of all scores so far, these included
-             "mean_std": the same, less their mean first
-             "first": over the deviation of the first batch
+    scaling  "std": by the deviation of all scores so far, these included
+             "mean_std": the same, after subtracting their mean
+             "first": by the deviation of the first batch
              "none": only clipped"""
     if scaling == "none":
         return scores.clamp(-clip, clip)
@@ -181,7 +183,7 @@ class LagrangeMultiplier:
     init, max  first and greatest lambda; max 0: no bound
     lr         step on log lambda; 0 keeps lambda at init, which is fixed reward shaping
     window     responses over which J_C is the mean
-    delay      how many updates leave lambda as it is before the first that moves it"""
+    delay      the first `delay` updates leave lambda unchanged"""
 
     def __init__(self, init, lr, max, window, delay):
         self.log_lambda = math.log(init)

@@ -66,7 +66,8 @@ def generate(
     prompts         lists of token ids, each with at least one
     max_new_tokens  longest response: an int, or one per prompt
     temperature     divides the logits; 0 takes the likeliest token
-    top_k, top_p    sample from the k likeliest tokens, from the fewest of probability p; 0, 1: all
+    top_k           sample from the k likeliest tokens; 0: from all
+    top_p           sample from the fewest tokens that hold this probability; 1: from all
     eos_ids         ids that end a response, and belong to it
     seed, uids      prompt i's randomness is that of (seed, uids[i]). A uid is an int or a tuple of
                     ints, by default i; for several samples of a prompt, (uid, sample)
@@ -82,8 +83,10 @@ def generate(
     if isinstance(max_new_tokens, int):
         limits = [max_new_tokens] * len(prompts)
     assert all(len(prompt) > 0 for prompt in prompts) and min(limits) > 0
+    if uids is None:
+        uids = range(len(prompts))
     keys = []
-    for uid in range(len(prompts)) if uids is None else uids:
+    for uid in uids:
         numbers = uid if isinstance(uid, tuple) else (uid,)
         keys.append(hash64(seed, *numbers))
     length = max(len(prompt) + limit for prompt, limit in zip(prompts, limits))
@@ -134,7 +137,8 @@ class Scheduler:
         """Prefill free rows with the next prompts, in packs of about PREFILL_TOKENS."""
         pack_tokens = PREFILL_TOKENS[self.engine.device.type]
         while self.waiting and len(self.live) < self.engine.slots:
-            first_row, tokens = len(self.live), 0
+            first_row = len(self.live)
+            tokens = 0
             while self.waiting and len(self.live) < self.engine.slots and tokens < pack_tokens:
                 i = self.waiting.pop()
                 self.live.append(i)
@@ -182,7 +186,7 @@ class Engine:
         dtype = attention.attention_dtype(model.embed_tokens.weight)
         model.check_length(length)
         length = CACHE_STEP * ceil(length / CACHE_STEP)
-        self.slots = min(slots or self.slots_that_fit(length, dtype), wanted)
+        self.slots = min(slots or self.count_slots_that_fit(length, dtype), wanted)
         shape = self.slots, config.num_key_value_heads, length, config.head_dim
         self.caches = []
         for _ in model.layers:
@@ -197,7 +201,7 @@ class Engine:
         self.extents = [0] * self.slots
         self.graphs = {}  # number of rows -> CUDA graph of decode() for so many
 
-    def slots_that_fit(self, length, dtype):
+    def count_slots_that_fit(self, length, dtype):
         """Rows whose keys and values take half of the free memory, at most MAX_SLOTS."""
         config = self.model.config
         numbers = 2 * len(self.model.layers) * config.num_key_value_heads * config.head_dim * length
@@ -296,7 +300,9 @@ class Engine:
 
 
 def sample_tokens(logits, keys, draw, temperature, top_k, top_p, banned):
-    """Tokens (n,) from logits (n, V): each row's key gives its draw-th uniform number."""
+    """Tokens (n,) from logits (n, V).
+
+    keys, draw  (n,): a row's uniform number is the draw-th of its key's stream"""
     if len(banned):
         logits = logits.index_fill(1, banned, -torch.inf)
     if temperature == 0:

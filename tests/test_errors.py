@@ -72,7 +72,9 @@ def test_an_error_without_words_says_that_the_file_breaks_off():
     def read(path):
         raise EOFError
 
-    assert message_about("x", read) == "error: 'x' cannot be read: EOFError: it breaks off"
+    assert (
+        message_about("x", read) == "error: 'x' cannot be read: EOFError: the file ends too early"
+    )
 
 
 def test_a_file_that_cannot_be_written_is_one_line(tmp_path):

@@ -56,7 +56,9 @@ def gather_responses(x, batch, starts, R):
     Column j of row b is the position *before* the response's j-th token: its log-probability is
     that of emitting the token, its value is that of the state before it."""
     begins = batch.cu_seqlens[:-1].long()
-    if len(starts) < len(begins):  # the batch of a rank without work
+    if len(starts) < len(begins):
+        # The batch of a rank without work: no rows, but connected to x, so that this rank's
+        # backward pass joins the others' collectives.
         return x.new_zeros(0, R) + 0 * x.sum()
     first = begins + torch.tensor(starts, device=x.device) - 1
     positions = first[:, None] + torch.arange(R, device=x.device)
@@ -65,7 +67,9 @@ def gather_responses(x, batch, starts, R):
 
 
 def last_of_each(x, batch):
-    """What belongs to the last token of each sequence in a packed tensor: x (N,) -> (B,)."""
+    """What belongs to the last token of each sequence in a packed tensor: x (N,) -> (B,).
+
+    A rank without work gets one number, which callers cut off."""
     return x[batch.cu_seqlens[1:].long() - 1]
 
 
@@ -154,19 +158,20 @@ def cut_evenly(indices, lengths, max_tokens, ranks):
 
 def cut_into_runs(indices, lengths, capacity):
     """Cut `indices` into runs of at most `capacity` tokens, in order."""
-    runs, room = [], 0
+    runs = []
+    tokens_left = 0
     for i in indices:
-        if lengths[i] > room:
+        if lengths[i] > tokens_left:
             runs.append([])
-            room = capacity
+            tokens_left = capacity
         runs[-1].append(i)
-        room -= lengths[i]
+        tokens_left -= lengths[i]
     return runs
 
 
 def split_largest(micro_batches):
     """Replace the micro-batch with the most sequences by its two halves."""
     largest = max(micro_batches, key=len)
-    at = micro_batches.index(largest)
+    position = micro_batches.index(largest)
     half = len(largest) // 2
-    micro_batches[at : at + 1] = [largest[:half], largest[half:]]
+    micro_batches[position : position + 1] = [largest[:half], largest[half:]]
