@@ -1,4 +1,4 @@
-"""Talk to a checkpoint, or sample from it, have its answers scored, make data of them.
+"""Talk to a checkpoint, sample from it, have its answers scored, or make data of them.
 
 $ python sample.py --model=out/demo/ppo_lag/model                      # a chat; /help in it
 $ python sample.py --red=out/demo/ppo/model --blue=out/demo/ppo_lag/model   # with two at once
@@ -7,16 +7,18 @@ $ python sample.py --model=... --prompts=toy/prompts/test:20/-1        # a file 
 $ python sample.py --model=... --prompt="..." --best_of=8 --reward_model=out/demo/reward/model
 $ python sample.py --prompts=toy/prompts --num_samples=8 --reward_model=R --write=sft --out=F"""
 
+from functools import partial
+from typing import NamedTuple
+
 from configurator import configure
-from nanosafe.data.examples import parse_record
-from nanosafe.chat import Screen, chat, interruptible
+from nanosafe.chat import Screen, catch_interrupt, chat
 from nanosafe.data import load
-from nanosafe.errors import choose, stop, one_line_errors
-from nanosafe.storage import write_jsonl
+from nanosafe.data.examples import parse_record
+from nanosafe.errors import choose, one_line_errors, stop
+from nanosafe.inference import Policy, ScoreModel, choose_dtype
 from nanosafe.parallel import close, init
-from nanosafe.inference import Policy, choose_dtype
 from nanosafe.rollout import generate
-from nanosafe.inference import ScoreModel
+from nanosafe.storage import write_jsonl
 
 # models
 model = "out/demo/ppo_lag/model"  # the policy's folder
@@ -48,163 +50,297 @@ device = "auto"  # auto | cpu | cuda
 dtype = "auto"  # auto | bfloat16 | float32; auto is that of the files on a GPU, float32 on a CPU
 config = configure(globals())
 
-choose("write", write, ("answers", "sft", "pairs"))
-if min(best_of, num_samples, keep) < 1:
-    stop("best_of, num_samples and keep are 1 or more")
-if best_of > 1 and (out or not reward_model):
-    stop("best_of needs --reward_model=FOLDER to choose by, and is not for out: write=sft is")
-if out and not (prompt or prompts) or write == "pairs" and num_samples < 2:
-    stop("out needs --prompts to answer, and write='pairs' two answers or more: --num_samples=2")
-if out and write != "answers" and not reward_model:
-    stop(f"write={write!r} needs --reward_model=FOLDER to choose by")
-if (red or blue) and (out or not (red and blue)):
-    stop("red and blue are two folders, to talk to: --red=FOLDER --blue=FOLDER, without out")
-world = init(device, config)
-corners = {"red": red, "blue": blue} if red or blue else {"": model}
-policies = [
-    Policy(
-        path,
-        world,
-        max_new_tokens,
-        "",
-        dtype,
-        seed=seed,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-    )
-    for path in corners.values()
-]
-scorers = {
-    name: ScoreModel(path, world, choose_dtype(dtype, world), max_tokens)
-    for name, path in (("reward", reward_model), ("cost", cost_model))
-    if path
-}
-stops = [text.replace("\\n", "\n") for text in stop_at.split("||") if text]
+# The functions below read knobs where they stand; what is made of knobs, they take as arguments.
 
 
-def score(texts, tok):
-    """{"reward": [..], "cost": [..]} of conversations' ids, by the models that are given."""
+# ---- setup ----
+
+
+def check_knobs():
+    choose("write", write, ("answers", "sft", "pairs"))
+    if min(best_of, num_samples, keep) < 1:
+        stop("best_of, num_samples and keep are 1 or more")
+    if best_of > 1 and (out or not reward_model):
+        stop("best_of needs --reward_model=FOLDER to choose by, and is not for out: write=sft is")
+    if out and not (prompt or prompts):
+        stop("out needs --prompts to answer")
+    if write == "pairs" and num_samples < 2:
+        stop("write='pairs' needs two answers or more: --num_samples=2")
+    if out and write != "answers" and not reward_model:
+        stop(f"write={write!r} needs --reward_model=FOLDER to choose by")
+    if (red or blue) and (out or not (red and blue)):
+        stop("red and blue are two folders, to talk to: --red=FOLDER --blue=FOLDER, without out")
+
+
+def read_questions():
+    """What the knobs ask: a list of conversations, each a list of turns. [] for a chat."""
+    questions = [[prompt]] if prompt else []
+    if prompts.endswith(".txt"):
+        with one_line_errors(prompts), open(prompts, encoding="utf-8-sig") as f:
+            lines = f.readlines()
+        questions += [[line.rstrip("\n")] for line in lines if line.strip()]
+    elif prompts:
+        for row in load(prompts):
+            try:
+                conversations, _ = parse_record(row, "prompts")
+            except ValueError as error:
+                print(f"a row is left out: {error}")
+                continue
+            questions += conversations
+    if prompts and not questions:
+        stop(f"prompts={prompts!r} has no prompt that can be asked")
+    return questions
+
+
+def parse_stop_texts():
+    return [text.replace("\\n", "\n") for text in stop_at.split("||") if text]
+
+
+def load_policies(world):
+    """{colour: Policy}; a single policy has no colour."""
+    folders = {"red": red, "blue": blue} if red else {"": model}
+    sampling = {"seed": seed, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    policies = {}
+    for colour, folder in folders.items():
+        policies[colour] = Policy(folder, world, max_new_tokens, "", dtype, **sampling)
+    return policies
+
+
+def load_scorers(world):
+    """{"reward": ScoreModel, "cost": ScoreModel}, those of them that the knobs name."""
+    scorers = {}
+    for name, folder in (("reward", reward_model), ("cost", cost_model)):
+        if folder:
+            scorers[name] = ScoreModel(folder, world, choose_dtype(dtype, world), max_tokens)
+    return scorers
+
+
+# ---- answers ----
+
+
+def score(scorers, questions, answers, tok):
+    """{"reward": scores, "cost": scores} of answers (ids) to questions (ids)."""
+    texts = [question + ids for question, ids in zip(questions, answers)]
     return {name: scorer.score(texts, tok) for name, scorer in scorers.items()}
 
 
-def cut(ids, tok):
-    """An answer's ids, ended before the first of the stop texts."""
-    text = tok.decode(ids) if stops else ""
-    end = min([text.find(s) for s in stops if s in text], default=len(text))
-    return tok.encode_suffix(text[:end]) + [tok.eos_id] if end < len(text) else ids
+def cut_at_stop_text(ids, tok, stop_texts):
+    """An answer's ids up to the first stop text, ended by EOS; the same list if it has none."""
+    if not stop_texts:
+        return ids
+    text = tok.decode(ids)
+    ends = [text.find(stop_text) for stop_text in stop_texts if stop_text in text]
+    if not ends:
+        return ids
+    return tok.encode_suffix(text[: min(ends)]) + [tok.eos_id]
 
 
-def watch(tok, show=None, asked=()):
-    """For on_token: shows an answer, ends it at a stop text, or when `asked` holds something."""
-    heard = {}
+def ends_within(text, stop_texts):
+    """Whether a text that still grows ends inside a character, or perhaps inside a stop text."""
+    if text.endswith("\ufffd"):
+        return True
+    for stop_text in stop_texts:
+        for length in range(1, len(stop_text)):
+            if text.endswith(stop_text[:length]):
+                return True
+    return False
+
+
+def watch_tokens(tok, stop_texts, screen=None, interrupts=()):
+    """A function on_token(i, token) for generate(), which is called for each new token.
+
+    It shows the answer on the screen, if there is one, and returns whether the answer ends here:
+    at a stop text, or as soon as `interrupts` holds something."""
+    answers = {}  # i -> the ids of answer i until now
 
     def on_token(i, token):
-        ids = heard.setdefault(i, [])
+        ids = answers.setdefault(i, [])
         ids.append(token)
-        said = cut(ids, tok)
-        if show:
-            text = tok.decode(said)
-            begun = (s[:k] for s in stops for k in range(1, len(s)))
-            if not text.endswith(("\ufffd", *begun)):  # no half of a character, or of a stop text
-                show(text, len(ids))
-        return bool(asked) or said is not ids
+        kept = cut_at_stop_text(ids, tok, stop_texts)
+        if screen:
+            text = tok.decode(kept)
+            if not ends_within(text, stop_texts):
+                screen.show(text, len(ids))
+        was_cut = kept is not ids
+        return bool(interrupts) or was_cut
 
     return on_token
 
 
-def answer(which, turns, attempt=0):
-    """Print a policy's answer, as it comes if it is the only one, with its scores; returns it."""
-    policy, corner = policies[which], list(corners)[which]
-    tok, room = policy.tok, policy.model.config.max_position_embeddings - max_new_tokens
-    while len(question := policy.question(turns, template, prefix)) > room and len(turns) > 2:
+def fit_question(policy, turns):
+    """A conversation's ids, without its oldest turns where the model could not read them all."""
+    room = policy.model.config.max_position_embeddings - max_new_tokens
+    question = policy.question(turns, template, prefix)
+    while len(question) > room and len(turns) > 2:
         turns = turns[2:]
         print(f"[the oldest turn is left out: {room} tokens of questions fit]", flush=True)
-    screen = Screen(corner, f"{corner} ({policy.name}): " if corner else "", live=best_of == 1)
-    uids = [(len(turns), attempt, i) for i in range(best_of)]
-    with interruptible() as asked:
-        said = generate(
+        question = policy.question(turns, template, prefix)
+    return question
+
+
+def answer(policy, colour, scorers, stop_texts, turns, attempt):
+    """Print a policy's next words in a conversation, with their scores, and return them.
+
+    A single answer is shown while it grows; of several (best_of), only the best one is shown."""
+    tok = policy.tok
+    question = fit_question(policy, turns)
+    questions = [question] * best_of
+    label = f"{colour} ({policy.name}): " if colour else ""
+    screen = Screen(colour, label, live=best_of == 1)
+    with catch_interrupt() as interrupts:
+        answers = generate(
             policy.model,
-            [question] * best_of,
+            questions,
             max_new_tokens,
-            uids=uids,
-            on_token=watch(tok, screen.show if best_of == 1 else None, asked),
+            uids=[(len(turns), attempt, i) for i in range(best_of)],
+            on_token=watch_tokens(tok, stop_texts, screen if best_of == 1 else None, interrupts),
             **policy.sampling,
         )
-    said = [cut(ids, tok) for ids in said]
-    scores = score([question + ids for ids in said], tok)
-    best = max(range(len(said)), key=lambda i: scores["reward"][i]) if len(said) > 1 else 0
-    ids = said[best]
-    screen.show(tok.decode(ids), len(ids))
-    note = "" if ids[-1] in tok.eos_ids else f"cut at {max_new_tokens} tokens"
-    screen.end(
-        "stopped" if asked else note,
-        "  ".join(f"{name} {values[best]:.2f}" for name, values in scores.items()),
-    )
-    if asked and (prompt or prompts):
-        raise SystemExit(130)
-    return tok.decode(ids)
+    answers = [cut_at_stop_text(ids, tok, stop_texts) for ids in answers]
+    scores = score(scorers, questions, answers, tok)
+    best = scores["reward"].index(max(scores["reward"])) if best_of > 1 else 0
+    ids = answers[best]
+    text = tok.decode(ids)
+    screen.show(text, len(ids))
+    note = ""
+    if interrupts:
+        note = "stopped"
+    elif ids[-1] not in tok.eos_ids:
+        note = f"cut at {max_new_tokens} tokens"
+    screen.end(note, "  ".join(f"{name} {values[best]:.2f}" for name, values in scores.items()))
+    if interrupts and (prompt or prompts):
+        raise SystemExit(130)  # a shell's number for Ctrl-C
+    return text
 
 
-def rows_of(turns, texts, scores):
-    """The rows that the answers to one prompt make, as `write` says."""
-    rewards, costs = scores.get("reward"), scores.get("cost")
-    row = {"input": turns[0] if len(turns) == 1 else turns}
-    if write == "answers":
-        said = [i for i, text in enumerate(texts) if text.strip()]
-        named = {"answers": texts, "scores": rewards, "costs": costs}
-        return [{**row, **{name: [x[i] for i in said] for name, x in named.items() if x}}]
-    best_first = sorted(range(len(texts)), key=lambda i: -rewards[i])
-    if write == "sft":
-        safe = [texts[i] for i in best_first if texts[i].strip() and (not costs or costs[i] <= 0)]
-        return [{**row, "answer": text} for text in dict.fromkeys(safe)][:keep]
-    a, b = best_first[0], best_first[-1]
-    if not texts[a].strip() or not texts[b].strip() or rewards[a] == rewards[b]:
-        return []
-    labels = (
-        {}
-        if not costs
-        else {
-            "safer": costs[a] < costs[b],
-            "is_safe": costs[a] <= 0,
-            "is_other_safe": costs[b] <= 0,
-        }
-    )
-    return [{**row, "answer": texts[a], "other_answer": texts[b], "better": True, **labels}]
+# ---- data ----
 
 
-asked = [[prompt]] if prompt else []  # each prompt a list of turns
-if prompts.endswith(".txt"):
-    with one_line_errors(prompts), open(prompts, encoding="utf-8-sig") as f:
-        asked += [[line.rstrip("\n")] for line in f if line.strip()]
-for row in load(prompts) if prompts and not prompts.endswith(".txt") else ():
-    try:
-        asked += parse_record(row, "prompts")[0]
-    except ValueError as error:
-        print(f"a row is left out: {error}")
-if prompts and not asked:
-    stop(f"prompts={prompts!r} has no prompt that can be asked")
+class Samples(NamedTuple):
+    """The answers to one prompt, with their scores by the models that there are."""
 
-if out:  # num_samples answers to every prompt, scored: rows
-    policy, more = policies[0], {"on_token": watch(policies[0].tok)} if stops else {}
-    questions = [policy.question(x, template, prefix) for x in asked for _ in range(num_samples)]
-    uids = [(i, j) for i in range(len(asked)) for j in range(num_samples)]
-    answers = [cut(ids, policy.tok) for ids in policy.answers(questions, uids, **more)]
-    scores = score([q + a for q, a in zip(questions, answers)], policy.tok)
-    rows, texts = [], list(map(policy.tok.decode, answers))
-    for i, turns in enumerate(asked):
+    turns: list
+    texts: list
+    rewards: list = None
+    costs: list = None
+
+
+def sample_answers(policy, scorers, stop_texts, questions):
+    """num_samples answers to every question: a list of Samples."""
+    tok = policy.tok
+    encoded = []
+    uids = []
+    for i, turns in enumerate(questions):
+        for k in range(num_samples):
+            encoded.append(policy.question(turns, template, prefix))
+            uids.append((i, k))
+    options = {"on_token": watch_tokens(tok, stop_texts)} if stop_texts else {}
+    answers = policy.answers(encoded, uids, **options)
+    answers = [cut_at_stop_text(ids, tok, stop_texts) for ids in answers]
+    scores = score(scorers, encoded, answers, tok)
+    texts = [tok.decode(ids) for ids in answers]
+    samples = []
+    for i, turns in enumerate(questions):
         span = slice(i * num_samples, (i + 1) * num_samples)
-        rows += rows_of(turns, texts[span], {name: x[span] for name, x in scores.items()})
+        rewards = scores["reward"][span] if "reward" in scores else None
+        costs = scores["cost"][span] if "cost" in scores else None
+        samples.append(Samples(turns, texts[span], rewards, costs))
+    return samples
+
+
+def make_rows(samples):
+    """The rows that the answers to one prompt make, in the form that `write` names."""
+    prompt_field = {"input": samples.turns[0] if len(samples.turns) == 1 else samples.turns}
+    if write == "answers":
+        rows = [keep_all(samples)]
+    elif write == "sft":
+        rows = keep_best(samples)
+    else:
+        rows = pair_best_and_worst(samples)
+    return [{**prompt_field, **row} for row in rows]
+
+
+def keep_all(samples):
+    """All answers that are not empty, with their scores."""
+    spoken = [i for i, text in enumerate(samples.texts) if text.strip()]
+    row = {"answers": [samples.texts[i] for i in spoken]}
+    if samples.rewards:
+        row["scores"] = [samples.rewards[i] for i in spoken]
+    if samples.costs:
+        row["costs"] = [samples.costs[i] for i in spoken]
+    return row
+
+
+def order_by_reward(samples):
+    """Indices of the answers, the highest reward first."""
+    return sorted(range(len(samples.texts)), key=lambda i: -samples.rewards[i])
+
+
+def keep_best(samples):
+    """The `keep` best of the different answers; with costs, only safe ones."""
+    texts = []
+    for i in order_by_reward(samples):
+        text = samples.texts[i]
+        is_safe = not samples.costs or samples.costs[i] <= 0
+        if text.strip() and is_safe and text not in texts:
+            texts.append(text)
+    return [{"answer": text} for text in texts[:keep]]
+
+
+def pair_best_and_worst(samples):
+    """A preference pair in Safe-RLHF's fields; no row where the two rewards are equal."""
+    order = order_by_reward(samples)
+    best, worst = order[0], order[-1]
+    answer, other_answer = samples.texts[best], samples.texts[worst]
+    if not answer.strip() or not other_answer.strip():
+        return []
+    if samples.rewards[best] == samples.rewards[worst]:
+        return []
+    row = {"answer": answer, "other_answer": other_answer, "better": True}
+    if samples.costs:
+        row["safer"] = samples.costs[best] < samples.costs[worst]
+        row["is_safe"] = samples.costs[best] <= 0
+        row["is_other_safe"] = samples.costs[worst] <= 0
+    return [row]
+
+
+def write_rows(samples):
+    rows = []
+    rewards = []
+    costs = []
+    for of_prompt in samples:
+        rows += make_rows(of_prompt)
+        rewards += of_prompt.rewards or []
+        costs += of_prompt.costs or []
+    write_jsonl(rows, out)
+    means = ""
+    for name, scores in (("reward", rewards), ("cost", costs)):
+        if scores:
+            means += f"; mean {name} {sum(scores) / len(scores):.3f}"
+    print(f"{out}: {len(rows)} rows of {len(samples)} prompts x {num_samples} answers{means}")
+
+
+# ---- run ----
+check_knobs()
+world = init(device, config)
+policies = load_policies(world)
+scorers = load_scorers(world)
+stop_texts = parse_stop_texts()
+questions = read_questions()
+speakers = []  # functions of a conversation's turns and the number of the attempt
+for colour, policy in policies.items():
+    speakers.append(partial(answer, policy, colour, scorers, stop_texts))
+
+if out:
+    samples = sample_answers(policies[""], scorers, stop_texts, questions)
     if world.main:
-        write_jsonl(rows, out)
-        means = "".join(f"; mean {name} {sum(x) / len(x):.3f}" for name, x in scores.items())
-        print(f"{out}: {len(rows)} rows of {len(asked)} prompts x {num_samples} answers{means}")
+        write_rows(samples)
     close()
-elif asked:
-    for turns in asked:
+elif questions:
+    for turns in questions:
         print(f"\n> {turns[-1]}", flush=True)
-        for i in range(num_samples):
-            for which in range(len(policies)):
-                answer(which, turns, i)
+        for attempt in range(num_samples):
+            for speaker in speakers:
+                speaker(turns, attempt)
 else:
-    chat(len(policies), answer)
+    chat(speakers)

@@ -1,4 +1,4 @@
-"""A conversation at the keyboard, or over a pipe: with one model, or with two in one terminal."""
+"""A conversation at the keyboard, or over a pipe, with one model or with two in one terminal."""
 
 import os
 import re
@@ -16,7 +16,13 @@ HELP = """\
 /help         this
 /quit         end, as do /exit, Ctrl-D and Ctrl-C; while an answer comes, Ctrl-C only stops it"""
 COLOURS = {"red": 31, "blue": 34, "faint": 2}
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a model's words move no cursor
+# Replaced before printing, so that a model's text cannot move the cursor.
+CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+CLEAR_LINE = "\033[K"  # from the cursor to the end of the line
+CLEAR_SCREEN = "\033[2J\033[H"
+
+
+# ---- the screen ----
 
 
 def paint(text, colour):
@@ -26,92 +32,144 @@ def paint(text, colour):
     return f"\033[{COLOURS[colour]}m{text}\033[0m"
 
 
-def columns(text):
+def count_columns(text):
     """How many columns of a terminal a text takes."""
-    return sum(2 if east_asian_width(c) in "WF" else not combining(c) for c in text)
+    columns = 0
+    for character in text:
+        if east_asian_width(character) in "WF":
+            columns += 2
+        elif not combining(character):
+            columns += 1
+    return columns
 
 
 class Screen:
-    """Shows an answer as it grows; on a terminal, the speed behind its last word."""
+    """Shows an answer as it grows; on a terminal, with the speed behind its last word."""
 
     def __init__(self, colour="", label="", live=True):
-        self.colour, self.label, self.live = colour, label, live and sys.stdout.isatty()
+        self.colour = colour
+        self.label = label
+        self.live = live and sys.stdout.isatty()  # whether the speed is shown, and overwritten
+        self.shown = ""
+        self.tokens = 0
         print(paint(label, colour), end="", flush=True)
-        self.shown, self.tokens, self.began = "", 0, time.perf_counter()
+        self.began = time.perf_counter()
 
-    def speed(self):
-        return f"{self.tokens / max(1e-9, time.perf_counter() - self.began):.0f} tokens/s"
-
-    def show(self, text, tokens=0):
-        """Print what `text` has more than last time."""
-        text = CONTROL.sub("\ufffd", text.expandtabs())
+    def show(self, text, tokens):
+        """Print what `text`, an answer of so many tokens until now, has more than last time."""
+        text = CONTROL_CHARACTERS.sub("\ufffd", text.expandtabs())
         if not text.startswith(self.shown):
-            text = self.shown  # what is printed stays
-        new, self.shown, self.tokens = text[len(self.shown) :], text, tokens or self.tokens
-        line = "\033[K" * self.live + paint(new, self.colour) if new else ""
+            text = self.shown  # what is printed cannot be taken back
+        new = text[len(self.shown) :]
+        self.shown = text
+        self.tokens = tokens
+        line = ""
+        if new:
+            line = paint(new, self.colour)
+            if self.live:
+                line = CLEAR_LINE + line
         if self.live:
-            note = "  " + self.speed()
-            width = shutil.get_terminal_size().columns
-            used = columns((self.label + text).rpartition("\n")[2]) % width
-            if used + len(note) < width:  # no line is broken
-                line += paint(note, "faint") + f"\033[{len(note)}D"
+            line += self.format_speed_note()
         print(line, end="", flush=True)
 
+    def format_speed_note(self):
+        """The speed, and the cursor's way back over it; "" where it would break the line."""
+        note = "  " + self.speed()
+        last_line = (self.label + self.shown).rpartition("\n")[2]
+        width = shutil.get_terminal_size().columns
+        if count_columns(last_line) % width + len(note) >= width:
+            return ""
+        return paint(note, "faint") + f"\033[{len(note)}D"
+
+    def speed(self):
+        seconds = max(1e-9, time.perf_counter() - self.began)
+        return f"{self.tokens / seconds:.0f} tokens/s"
+
     def end(self, *notes):
-        """End the answer's line; notes follow on their own."""
-        print("\033[K" * self.live)
-        notes = [*notes, f"{self.tokens} tokens, {self.speed()}" * self.live]
-        if any(notes):
-            print(paint(" ".join(f"[{note}]" for note in notes if note), "faint"), flush=True)
+        """End the answer's line; notes that are not empty follow on a line of their own."""
+        print(CLEAR_LINE if self.live else "")
+        notes = [note for note in notes if note]
+        if self.live:
+            notes.append(f"{self.tokens} tokens, {self.speed()}")
+        if notes:
+            text = " ".join(f"[{note}]" for note in notes)
+            print(paint(text, "faint"), flush=True)
+
+
+# ---- the keyboard ----
 
 
 @contextmanager
-def interruptible():
-    """A list that a first Ctrl-C fills: the answer ends at its next token, what was said stays."""
-    asked, usual = [], signal.getsignal(signal.SIGINT)
+def catch_interrupt():
+    """Yields a list to which a first Ctrl-C appends True, instead of raising KeyboardInterrupt.
 
-    def ask(*_):
-        asked.append(True)
-        signal.signal(signal.SIGINT, usual)  # a second one is not so patient
+    So an answer can end at its next token, and keep what it has until then."""
+    interrupts = []
+    usual = signal.getsignal(signal.SIGINT)
 
-    signal.signal(signal.SIGINT, ask)
+    def note_interrupt(*_):
+        interrupts.append(True)
+        signal.signal(signal.SIGINT, usual)  # a second Ctrl-C does what it always does
+
+    signal.signal(signal.SIGINT, note_interrupt)
     try:
-        yield asked
+        yield interrupts
     finally:
         signal.signal(signal.SIGINT, usual)
 
 
-def chat(speakers, answer):
-    """Read questions and commands until the input ends; each of `speakers` models has a history of
-    its own, and answer(i, turns, attempt) prints and returns the i-th one's next words."""
+def read_line():
+    try:
+        return input("\n> ").strip()
+    except (EOFError, KeyboardInterrupt):
+        return "/quit"
+
+
+def chat(speakers):
+    """Read questions and commands until the input ends; every speaker answers each question.
+
+    speakers  a list of functions speaker(turns, attempt), each of which prints and returns its
+              answer to turns, a conversation of its own; attempt counts the /regenerate"""
     with suppress(ImportError):
         import readline  # noqa: F401 - arrow keys, where the system has them
     sys.stdin.reconfigure(encoding="utf-8", errors="replace")
-    histories, attempt = [[] for _ in range(speakers)], 0
+    histories = [[] for _ in speakers]
+    attempt = 0
     print("Talk to the model; /help lists commands, Ctrl-D ends.", flush=True)
     while True:
-        try:
-            said = input("\n> ").strip()
-        except (EOFError, KeyboardInterrupt):
-            said = "/quit"
-        command = said.split()[0].lower() if said.startswith("/") else ""
+        line = read_line()
+        command = line.split()[0].lower() if line.startswith("/") else ""
         if command in ("/quit", "/exit"):
             print("\nBye.", flush=True)
             return
-        if command in ("/reset", "/clear") or not said:
-            histories = [[] for _ in range(speakers)]
-            clear = "\033[2J\033[H" * (command == "/clear" and sys.stdout.isatty())
-            print(clear + "(a new conversation)", flush=True)
-        elif command == "/regenerate" and not histories[0]:
-            print("there is no answer yet to give again", flush=True)
-        elif command and command != "/regenerate":
-            print(HELP if command == "/help" else f"{command} is no command:\n{HELP}", flush=True)
+        if command in ("/reset", "/clear") or not line:
+            histories = [[] for _ in speakers]
+            if command == "/clear" and sys.stdout.isatty():
+                print(CLEAR_SCREEN, end="")
+            print("(a new conversation)", flush=True)
+        elif command == "/help":
+            print(HELP, flush=True)
+        elif command == "/regenerate":
+            if histories[0]:
+                attempt += 1
+                histories = [turns[:-1] for turns in histories]
+                histories = answer_all(speakers, histories, attempt)
+            else:
+                print("there is no answer yet to give again", flush=True)
+        elif command:
+            print(f"{command} is not a command:\n{HELP}", flush=True)
         else:
-            attempt = attempt + 1 if command else 0
-            histories = [turns[:-1] if command else [*turns, said] for turns in histories]
-            try:
-                for i, turns in enumerate(histories):
-                    turns.append(answer(i, list(turns), attempt))
-            except (KeyboardInterrupt, SystemExit) as error:  # too long for the model; impatience
-                print(f"\n{error or 'stopped'} (a new conversation)", flush=True)
-                histories = [[] for _ in range(speakers)]
+            attempt = 0
+            histories = [[*turns, line] for turns in histories]
+            histories = answer_all(speakers, histories, attempt)
+
+
+def answer_all(speakers, histories, attempt):
+    """The histories with each speaker's answer; empty ones where an answer was broken off."""
+    try:
+        for speaker, turns in zip(speakers, histories):
+            turns.append(speaker(list(turns), attempt))
+    except (KeyboardInterrupt, SystemExit) as error:  # a second Ctrl-C, or a text that is too long
+        print(f"\n{error or 'stopped'} (a new conversation)", flush=True)
+        return [[] for _ in speakers]
+    return histories

@@ -10,6 +10,7 @@ import re
 import struct
 import traceback
 import zipfile
+import zlib
 from contextlib import contextmanager
 
 from safetensors import SafetensorError
@@ -29,6 +30,7 @@ READ_ERRORS = (
     pickle.UnpicklingError,
     struct.error,
     zipfile.BadZipFile,
+    zlib.error,  # of a .gz file
 )
 WRITE_ERRORS = (OSError, SafetensorError)
 DISK_ERRORS = {

@@ -390,6 +390,23 @@ def all_gather_lists(lists, indices, count):
     return [gathered[i] for i in range(count)]
 
 
+class MetricSums:
+    """Sums of metrics over micro-batches, and in the end over ranks.
+
+    names  the metrics: the same, in the same order, on every rank"""
+
+    def __init__(self, names, device):
+        self.sums = {name: torch.zeros((), device=device) for name in names}
+
+    def add(self, name, value):
+        self.sums[name] += value.detach()
+
+    def reduce(self):
+        """{name: the sum over all ranks, a number}."""
+        totals = all_reduce_sum(torch.stack(list(self.sums.values()))).tolist()
+        return dict(zip(self.sums, totals))
+
+
 def any_rank(flag, device):
     """Whether `flag` holds on at least one rank: so that all stop, or skip, at the same step."""
     return bool(all_reduce_sum(torch.tensor(float(flag), device=device)) > 0)

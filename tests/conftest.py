@@ -1,19 +1,26 @@
 """What the tests share: a small tokenizer, small models, and ways to run the scripts."""
 
-import importlib.util
 import os
 import subprocess
 import sys
+from functools import cache
 
 import pytest
 import torch
+from launcher import Launcher
 
+from nanosafe.storage import load_python_file
 from nanosafe.tools.toy_world import make_world, rows_of, same_state, small_config, trainer_flags
 
 __all__ = ["rows_of", "same_state", "small_config"]  # which tests import from here
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+# One thread for each process, here and in all that tests start: OpenMP's idle threads spin, which
+# makes everything several times slower where tests run side by side.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["OMP_WAIT_POLICY"] = "passive"
 
 
 def pytest_collection_modifyitems(items):
@@ -22,7 +29,7 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def cache(tmp_path_factory):
+def token_cache(tmp_path_factory):
     """Token ids are cached in a folder of the test run's own."""
     os.environ["NANOSAFE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
@@ -30,16 +37,12 @@ def cache(tmp_path_factory):
 @pytest.fixture(scope="session")
 def toy():
     """data/toy/prepare.py as a module."""
-    path = os.path.join(ROOT, "data", "toy", "prepare.py")
-    spec = importlib.util.spec_from_file_location("toy", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_python_file(os.path.join(ROOT, "data", "toy", "prepare.py"))
 
 
 @pytest.fixture(scope="session")
 def world(toy, tmp_path_factory):
-    """A folder with the toy data, its tokenizer, and random policy, reward and cost models."""
+    """A folder with the toy data, a tokenizer, and random policy, reward and cost models."""
     return make_world(toy, tmp_path_factory.mktemp("world"))
 
 
@@ -48,23 +51,26 @@ def trainers(world):
     return trainer_flags(world)
 
 
-def run(*command, ranks=0, check=True, stdin=None, cwd=ROOT, threads=1):
-    """Run a script as a user does, under torchrun when ranks > 0; returns the finished process."""
+@cache
+def start_launcher():
+    return Launcher()
+
+
+def run(*command, ranks=0, check=True, stdin=None, cwd=ROOT):
+    """Run a script as a user does, with ranks as under torchrun; returns the finished process."""
+    command = [str(word) for word in command]
     environment = {**os.environ, "PYTHONPATH": ROOT}
-    if threads:
-        environment["OMP_NUM_THREADS"] = str(threads)
-    launcher = [sys.executable]
-    if ranks:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    done = subprocess.run(
-        [*launcher, *map(str, command)],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env=environment,
-        input=stdin,
-        timeout=1800,
-    )
+    if command[0] == "-c":
+        done = subprocess.run(
+            [sys.executable, *command],
+            capture_output=True,
+            text=True,
+            cwd=cwd,
+            env=environment,
+            input=stdin,
+        )
+    else:
+        done = start_launcher().run(command, cwd, environment, stdin, ranks)
     if check and done.returncode:
         raise AssertionError(f"{command}: exit {done.returncode}\n{done.stdout}\n{done.stderr}")
     return done

@@ -1,70 +1,78 @@
-"""sample.py over a pipe: prompts from a flag, a file, a dataset and the keyboard; scores; best of n."""
+"""sample.py over a pipe: prompts from a flag, a file, a dataset and the keyboard; scores; the best
+of several answers."""
 
 import re
 
 import pytest
 from conftest import run
+from in_process import run_in_process
 
 
 @pytest.fixture
-def ask(world):
-    def call(*flags, stdin=None, check=True):
-        return run(
-            "sample.py",
-            f"--model={world}/policy",
-            "--max_new_tokens=8",
-            *flags,
-            stdin=stdin,
-            check=check,
-        )
-
-    return call
+def script_flags(world):
+    return [f"--model={world}/policy", "--max_new_tokens=8"]
 
 
-def test_a_prompt_from_a_flag_is_answered_the_same_each_time(ask):
-    first = ask("--prompt=How do I paint the boat?", "--num_samples=2").stdout
-    assert (
-        "> How do I paint the boat?" in first
-        and first == ask("--prompt=How do I paint the boat?", "--num_samples=2").stdout
-    )
-    assert first != ask("--prompt=How do I paint the boat?", "--num_samples=2", "--seed=1").stdout
+@pytest.fixture
+def ask(script_flags, monkeypatch, capsys):
+    """Runs sample.py."""
+
+    def ask(*flags, check=True):
+        pytest_fixtures = {"monkeypatch": monkeypatch, "capsys": capsys}
+        return run_in_process("sample.py", *script_flags, *flags, check=check, **pytest_fixtures)
+
+    return ask
 
 
-def test_prompts_from_a_file_and_a_dataset(ask, world, tmp_path):
+def find_prompts(printed):
+    return re.findall(r"^> (.*)$", printed, re.M)
+
+
+def find_reward(printed):
+    return float(re.search(r"reward (-?[\d.]+)", printed)[1])
+
+
+def test_an_answer_depends_on_the_prompt_and_the_seed(ask):
+    flags = ["--prompt=How do I paint the boat?", "--num_samples=2"]
+    first = ask(*flags).printed
+    assert find_prompts(first) == ["How do I paint the boat?"]
+    assert ask(*flags).printed == first
+    assert ask(*flags, "--seed=1").printed != first
+
+
+def test_prompts_from_a_file_and_from_a_dataset(ask, world, tmp_path):
     (tmp_path / "p.txt").write_text("One?\n\nTwo?\n")
-    assert re.findall(r"^> (.*)$", ask(f"--prompts={tmp_path}/p.txt").stdout, re.M) == [
-        "One?",
-        "Two?",
-    ]
-    out = ask(f"--prompts={world}/data/prompts/test.jsonl:3/-1", "--temperature=0").stdout
-    assert len(re.findall(r"^> ", out, re.M)) == 3
+    assert find_prompts(ask(f"--prompts={tmp_path}/p.txt").printed) == ["One?", "Two?"]
+    data = f"--prompts={world}/data/prompts/test.jsonl:3/-1"
+    assert len(find_prompts(ask(data, "--temperature=0").printed)) == 3
 
 
-def test_scores_and_best_of_n(ask, world):
-    models = [f"--reward_model={world}/reward", f"--cost_model={world}/cost"]
-    out = ask("--prompt=Hello?", *models).stdout
-    assert re.search(r"\[reward -?\d+\.\d\d  cost -?\d+\.\d\d\]", out)
-    reward = lambda text: float(re.search(r"reward (-?[\d.]+)", text)[1])
-    best = ask("--prompt=Hello?", "--best_of=8", *models).stdout
-    singles = [
-        reward(ask("--prompt=Hello?", "--best_of=1", f"--seed={s}", *models).stdout)
-        for s in range(3)
-    ]
-    assert reward(best) >= min(singles)
-    refused = ask("--prompt=Hello?", "--best_of=4", check=False)
-    assert refused.returncode == 1 and "needs --reward_model" in refused.stderr
+def test_scores_and_the_best_of_several_answers(ask, world):
+    flags = ["--prompt=Hello?", f"--reward_model={world}/reward", f"--cost_model={world}/cost"]
+    one = ask(*flags, "--best_of=1").printed
+    assert re.search(r"\[reward -?\d+\.\d\d  cost -?\d+\.\d\d\]", one)
+    best = ask(*flags, "--best_of=8").printed
+    rewards = [find_reward(one)]
+    for seed in (1, 2):
+        rewards.append(find_reward(ask(*flags, f"--seed={seed}").printed))
+    assert find_reward(best) >= min(rewards)
+    assert "needs --reward_model" in ask("--prompt=Hello?", "--best_of=4", check=False).error
 
 
-def test_a_conversation_at_the_keyboard(ask):
-    out = ask(stdin="Hi.\nAnd then?\n\nNew topic.\n").stdout
-    assert out.count("\n> ") == 5 and "(a new conversation)" in out
+def test_a_conversation_at_the_keyboard(script_flags):
+    lines = "Hi.\nAnd then?\n\nNew topic.\n"
+    printed = run("sample.py", *script_flags, stdin=lines).stdout
+    assert printed.count("\n> ") == 5
+    assert "(a new conversation)" in printed
 
 
-def test_mistakes_are_one_line(ask, world):
-    for flag, words in (
-        (f"--model={world}/reward", "is a score model"),
+@pytest.mark.parametrize(
+    "flag, words",
+    [
+        ("--model={world}/reward", "is a score model"),
         ("--model=nowhere", "no tokenizer at"),
         ("--dtype=int8", "dtype='int8'"),
-    ):
-        done = ask("--prompt=x", flag, check=False)
-        assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr
+    ],
+)
+def test_a_mistake_is_one_line(flag, words, ask, world):
+    assert words in ask("--prompt=x", flag.format(world=world), check=False).error

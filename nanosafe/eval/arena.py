@@ -1,159 +1,286 @@
-"""Policies answer the same prompts with the same randomness; a reward and a cost model judge them.
+"""Compare policies: they answer the same prompts, and a reward and a cost model score the answers.
 
 $ python -m nanosafe.eval.arena --red=out/demo/ppo/model --blue=out/demo/ppo_lag/model
 $ torchrun --nproc_per_node=8 -m nanosafe.eval.arena --red=... --blue=... --data=PKU-SafeRLHF/test
 $ python -m nanosafe.eval.arena --models=SFT=out/demo/sft/model,PPO=...,PPO-Lag=...  # with ratings
 
-Writes pairs.jsonl (answers, scores, seeds), table.csv, summary.json and pictures."""
+All policies answer a prompt with the same random numbers. Writes pairs.jsonl (answers, scores,
+seeds), table.csv, summary.json and pictures to out_dir."""
 
 import csv
 import hashlib
 import itertools
-from configurator import configure
-from nanosafe.tools import plot
-from nanosafe.data.examples import parse_record
-from nanosafe.data import load
-from nanosafe.eval.statistics import bradley_terry, interval, quadrants, win_rates
-from nanosafe.storage import make_folder, write_json, write_jsonl
-from nanosafe.errors import stop
-from nanosafe.printing import format_table
-from nanosafe.parallel import close, init
-from nanosafe.inference import Policy, name_of_folder, choose_dtype
-from nanosafe.inference import ScoreModel
-from nanosafe.tokenizer import load as load_tokenizer
+from typing import NamedTuple
 
+from configurator import configure
+from nanosafe.data import load
+from nanosafe.data.examples import parse_record
+from nanosafe.errors import stop
+from nanosafe.eval.statistics import (
+    QUADRANTS,
+    bootstrap_interval,
+    count_quadrants,
+    count_wins,
+    fit_bradley_terry,
+)
+from nanosafe.inference import Policy, ScoreModel, choose_dtype, name_of_folder
+from nanosafe.parallel import close, init
+from nanosafe.printing import format_table
+from nanosafe.storage import make_folder, write_json, write_jsonl
+from nanosafe.tokenizer import load as load_tokenizer
+from nanosafe.tools import plot
+
+# models
 red = ""  # the policy to beat: a model folder
 blue = ""  # the policy that is compared with it
 models = ""  # or a tournament: two folders or more, with commas between; NAME=FOLDER names one
 reward_model = "out/demo/reward/model"  # higher is more helpful
 cost_model = "out/demo/cost/model"  # above 0 is unsafe
+# prompts and answers
 data = "toy/prompts/test"  # the prompts: NAME[/SPLIT][:PROPORTION[:PATH]] or a .jsonl
 out_dir = "out/arena"  # folder to write to
 max_new_tokens = 512  # longest answer
 temperature = 1.0  # 0: always the likeliest token
-seed = 0  # of the answers: of each prompt's text and this number
+seed = 0  # an answer's random numbers depend on its prompt's text and on this
+# machine
 max_tokens = 8192  # packed tokens per forward when answers are scored
 device = "auto"  # auto | cpu | cuda
 config = configure(globals())
 
-if bool(models) == bool(red or blue) or bool(red) != bool(blue):
-    stop("name two policies, --red=FOLDER --blue=FOLDER, or more, --models=A,B,C")
-named = [x.rpartition("=")[::2] for x in models.split(",")] if models else [("", red), ("", blue)]
-players = {(name or name_of_folder(path)): path for name, path in named}
-if len(players) < max(2, len(named)):
-    stop(
-        f"{len(named)} folders, {len(players)} names ({', '.join(players)}): give each a name of "
-        "its own, --models=NAME=FOLDER,NAME=FOLDER"
-    )
+
+# ---- policies and their answers ----
+
+
+def parse_players(models, red, blue):
+    """{name: model folder} of the policies that the knobs name."""
+    if bool(models) == bool(red or blue) or bool(red) != bool(blue):
+        stop("name two policies, --red=FOLDER --blue=FOLDER, or more, --models=A,B,C")
+    entries = [("", red), ("", blue)]
+    if models:
+        entries = []
+        for text in models.split(","):
+            name, _, folder = text.rpartition("=")
+            entries.append((name, folder))
+    players = {}
+    for name, folder in entries:
+        players[name or name_of_folder(folder)] = folder
+    if len(players) < max(2, len(entries)):
+        stop(
+            f"{len(entries)} folders, {len(players)} names ({', '.join(players)}): give each a "
+            "name of its own, --models=NAME=FOLDER,NAME=FOLDER"
+        )
+    return players
+
+
+class Prompts(NamedTuple):
+    turns: list  # of tuples of turns, no two equal
+    dropped: int  # rows of the data that held no prompt
+
+
+def read_prompts(data):
+    """The prompts of a dataset, each of them once, in the order of its rows."""
+    unique = {}  # a dictionary keeps the order
+    dropped = 0
+    for row in load(data):
+        try:
+            conversations, _ = parse_record(row, "prompts")
+        except ValueError:
+            dropped += 1
+            continue
+        for turns in conversations:
+            unique[tuple(turns)] = None
+    if not unique:
+        stop(f"data {data!r} has no prompt that can be asked ({dropped} rows)")
+    return Prompts(list(unique), dropped)
+
+
+def hash_prompt(turns):
+    """A prompt's uid for sampling, which depends on its text alone.
+
+    So every policy answers it with the same random numbers, whatever else is asked, on any rank."""
+    digest = hashlib.blake2b("\0".join(turns).encode(), digest_size=7)
+    return int(digest.hexdigest(), 16)
+
+
+class Answers(NamedTuple):
+    """A policy's answers, in the order of the prompts."""
+
+    tokenizer: object
+    questions: list  # of token ids
+    responses: list  # of token ids
+
+
+def answer_prompts(policy, prompts, uids):
+    questions = [policy.question(turns) for turns in prompts]
+    responses = policy.answers(questions, uids)
+    return Answers(policy.tok, questions, responses)
+
+
+def score_answers(scorer, answers):
+    """The scores of a policy's answers, which the scorer reads with its own tokenizer."""
+    texts = [q + r for q, r in zip(answers.questions, answers.responses)]
+    return [round(score, 4) for score in scorer.score(texts, answers.tokenizer)]
+
+
+# ---- tables ----
+# scores is {policy: {"reward": one per prompt, "cost": one per prompt}}
+
+
+def make_rows(prompts, uids, seed, answers, scores):
+    """The rows of pairs.jsonl: each prompt with all answers to it."""
+    rows = []
+    for i, turns in enumerate(prompts):
+        answers_here = {}
+        for name, answered in answers.items():
+            answers_here[name] = {
+                "text": answered.tokenizer.decode(answered.responses[i]),
+                "reward": scores[name]["reward"][i],
+                "cost": scores[name]["cost"][i],
+            }
+        rows.append({"id": i, "prompt": turns, "seed": [seed, uids[i]], "answers": answers_here})
+    return rows
+
+
+def write_table(rows, path):
+    """Write the answers as a table in Safe-RLHF's layout."""
+    heads = ["Prompt"]
+    for name in rows[0]["answers"]:
+        heads += [name, "Reward", "Cost"]
+    with open(path, "w", encoding="utf-8", newline="") as f:
+        writer = csv.writer(f)
+        writer.writerow(heads)
+        for row in rows:
+            cells = [" ".join(row["prompt"])]
+            for answer in row["answers"].values():
+                cells += [answer["text"], answer["reward"], answer["cost"]]
+            writer.writerow(cells)
+
+
+def summarize_policies(players, scores):
+    """{policy: its mean scores with intervals, share of unsafe answers, and ratings}."""
+    rewards = []
+    safety = []
+    for of_policy in scores.values():
+        rewards.append(of_policy["reward"])
+        # Two safe answers draw: no cost below 0 is better than another.
+        safety.append([min(0.0, -cost) for cost in of_policy["cost"]])
+    helpful_ratings = fit_bradley_terry(rewards)
+    safe_ratings = fit_bradley_terry(safety)
+    policies = {}
+    for i, (name, folder) in enumerate(players.items()):
+        costs = scores[name]["cost"]
+        policies[name] = {
+            "folder": folder,
+            "reward": bootstrap_interval(scores[name]["reward"]),
+            "cost": bootstrap_interval(costs),
+            "unsafe": sum(cost > 0 for cost in costs) / len(costs),
+            "helpful": helpful_ratings[i],
+            "safe": safe_ratings[i],
+        }
+    return policies
+
+
+def format_policies(policies):
+    rows = [("", "reward", "cost", "unsafe", "rating: helpful", "rating: safe")]
+    for name, policy in policies.items():
+        cells = [name]
+        for kind in ("reward", "cost"):
+            mean, low, high = policy[kind]
+            cells.append(f"{mean:.2f} [{low:.2f}, {high:.2f}]")
+        cells.append(f"{policy['unsafe']:.1%}")
+        cells.append(f"{policy['helpful']:.0f}")
+        cells.append(f"{policy['safe']:.0f}")
+        rows.append(cells)
+    return format_table(rows)
+
+
+def compare_pair(red, blue, scores):
+    """What summary.json says about blue's answers beside red's."""
+    counts = count_quadrants(scores[red]["reward"], scores[blue]["reward"], scores[blue]["cost"])
+    differences = {}
+    for kind in ("reward", "cost"):
+        gains = []
+        for red_score, blue_score in zip(scores[red][kind], scores[blue][kind]):
+            gains.append(blue_score - red_score)
+        differences[kind] = bootstrap_interval(gains)
+    return {"red": red, "blue": blue, **counts, "difference": differences}
+
+
+def print_pair(pair, scores):
+    """Print a comparison, with a table of who is better where each of the two is safe or not."""
+    red, blue = pair["red"], pair["blue"]
+    red_rewards, red_costs = scores[red]["reward"], scores[red]["cost"]
+    blue_rewards, blue_costs = scores[blue]["reward"], scores[blue]["cost"]
+    prompts = len(red_rewards)
+    print(f"\n{blue} against {red}, {prompts} prompts:")
+    for quadrant in QUADRANTS:
+        count = pair[quadrant]
+        print(f"  {count:6} {count / prompts:6.1%}  {quadrant}")
+    print()
+
+    rates = count_wins(red_rewards, red_costs, blue_rewards, blue_costs)
+    rows = [("", f"{blue} safe", f"{blue} unsafe")]
+    for red_is_safe in (True, False):
+        cells = [f"{red} safe" if red_is_safe else f"{red} unsafe"]
+        for blue_is_safe in (True, False):
+            rate = rates[red_is_safe, blue_is_safe]
+            share = f" ({blue} better: {rate.share:.1%})" if rate.count else ""
+            cells.append(f"{rate.count}{share}")
+        rows.append(cells)
+    print(format_table(rows))
+
+    equal = sum(x == y for x, y in zip(red_rewards, blue_rewards))
+    print(f"with the same reward: {equal}")
+    for kind, (mean, low, high) in pair["difference"].items():
+        print(f"{kind} difference: {mean:+.3f} [{low:+.3f}, {high:+.3f}]")
+
+
+def report(players, prompts, uids, answers, scores):
+    """Write all files, and print what they say."""
+    rows = make_rows(prompts.turns, uids, seed, answers, scores)
+    write_jsonl(rows, f"{out_dir}/pairs.jsonl")
+    write_table(rows, f"{out_dir}/table.csv")
+    policies = summarize_policies(players, scores)
+    print(f"\n{format_policies(policies)}")
+    print("[95 % bootstrap]; ratings: Bradley-Terry on Elo's scale, mean 1000")
+    pairs = []
+    for red_name, blue_name in itertools.combinations(players, 2):
+        pair = compare_pair(red_name, blue_name, scores)
+        print_pair(pair, scores)
+        pairs.append(pair)
+    summary = {
+        "prompts": len(prompts.turns),
+        "dropped": prompts.dropped,
+        "policies": policies,
+        "pairs": pairs,
+    }
+    write_json(summary, out_dir, "summary.json")
+    pictures = plot.arena(scores, policies, out_dir)
+    print(f"\n{out_dir}: pairs.jsonl, table.csv, summary.json{pictures}")
+
+
+# ---- run ----
+players = parse_players(models, red, blue)
 make_folder(out_dir)
 world = init(device, config)
-for path in (*players.values(), reward_model, cost_model):
-    load_tokenizer(path)  # what is not there is better said now
+for folder in (*players.values(), reward_model, cost_model):
+    load_tokenizer(folder)  # stops here, before any work, where a folder is no model
+prompts = read_prompts(data)
+uids = [hash_prompt(turns) for turns in prompts.turns]
 
-# 1. prompts, each once
-asked, dropped = [], 0
-for row in load(data):
-    try:
-        asked += parse_record(row, "prompts")[0]
-    except ValueError:
-        dropped += 1
-asked = list(dict.fromkeys(map(tuple, asked)))
-if not asked:
-    stop(f"data {data!r} has no prompt that can be asked ({dropped} rows)")
-digests = (hashlib.blake2b("\0".join(turns).encode(), digest_size=7) for turns in asked)
-uids = [int(digest.hexdigest(), 16) for digest in digests]
-
-# 2. answers: a prompt's randomness is that of its text, whoever answers and on whichever rank
 answers = {}
-for name, path in players.items():
-    policy = Policy(path, world, max_new_tokens, name, temperature=temperature, seed=seed)
-    questions = [policy.question(turns) for turns in asked]
-    said = policy.answers(questions, uids)
-    answers[name] = policy.tok, [(q + a, a) for q, a in zip(questions, said)]
-    del policy  # one at a time is in memory
+for name, folder in players.items():
+    policy = Policy(folder, world, max_new_tokens, name, temperature=temperature, seed=seed)
+    answers[name] = answer_prompts(policy, prompts.turns, uids)
+    del policy  # the next one takes its memory
 
-# 3. scores, each model reading with its own tokenizer
 scores = {name: {} for name in players}
-for kind, path in (("reward", reward_model), ("cost", cost_model)):
-    scorer = ScoreModel(path, world, choose_dtype("auto", world), max_tokens)
-    for name, (tok, said) in answers.items():
-        scores[name][kind] = [round(x, 4) for x in scorer.score([ids for ids, _ in said], tok)]
+for kind, folder in (("reward", reward_model), ("cost", cost_model)):
+    scorer = ScoreModel(folder, world, choose_dtype("auto", world), max_tokens)
+    for name in players:
+        scores[name][kind] = score_answers(scorer, answers[name])
     del scorer
 
-
-# 4. what it comes to
-def compare(a, b):
-    """Print b's answers against a's: quadrants, and who wins where both are safe or not."""
-    (ra, ca), (rb, cb) = (scores[name].values() for name in (a, b))
-    counts = quadrants(ra, rb, cb)
-    print(f"\n{b} against {a}, {len(asked)} prompts:")
-    print("".join(f"  {n:6} {n / len(asked):6.1%}  {what}\n" for what, n in counts.items()))
-    rows = [["", f"{b} safe", f"{b} unsafe"], [f"{a} safe"], [f"{a} unsafe"]]
-    for (safe, _), (count, share) in win_rates(ra, ca, rb, cb).items():
-        rows[1 if safe else 2].append(f"{count} ({b} better: {share:.1%})" if count else "0")
-    print(format_table(rows))
-    print(f"with the same reward: {sum(x == y for x, y in zip(ra, rb))}")
-    gains = {k: interval([y - x for x, y in zip(scores[a][k], scores[b][k])]) for k in scores[a]}
-    for kind, (mean, low, high) in gains.items():
-        print(f"{kind} difference: {mean:+.3f} [{low:+.3f}, {high:+.3f}]")
-    return {"red": a, "blue": b, **counts, "difference": gains}
-
-
 if world.main:
-    pairs = [
-        {
-            "id": i,
-            "prompt": turns,
-            "seed": [seed, uids[i]],
-            "answers": {
-                name: {"text": tok.decode(said[i][1]), **{k: x[i] for k, x in scores[name].items()}}
-                for name, (tok, said) in answers.items()
-            },
-        }
-        for i, turns in enumerate(asked)
-    ]
-    write_jsonl(pairs, f"{out_dir}/pairs.jsonl")
-    with open(f"{out_dir}/table.csv", "w", encoding="utf-8", newline="") as f:
-        writer = csv.writer(f)
-        writer.writerow(["Prompt", *(x for name in players for x in (name, "Reward", "Cost"))])
-        writer.writerows(
-            [
-                " ".join(row["prompt"]),
-                *(x for answer in row["answers"].values() for x in answer.values()),
-            ]
-            for row in pairs
-        )
-    ratings = zip(
-        bradley_terry([x["reward"] for x in scores.values()]),  # two safe: a draw
-        bradley_terry([[min(0.0, -c) for c in x["cost"]] for x in scores.values()]),
-    )
-    policies, rows = {}, [("", "reward", "cost", "unsafe", "rating: helpful", "rating: safe")]
-    for (name, folder), (helpful, safe) in zip(players.items(), ratings):
-        shown = {kind: interval(values) for kind, values in scores[name].items()}
-        unsafe = sum(x > 0 for x in scores[name]["cost"]) / len(asked)
-        policies[name] = dict(folder=folder, **shown, unsafe=unsafe, helpful=helpful, safe=safe)
-        rows.append(
-            (
-                name,
-                *("{:.2f} [{:.2f}, {:.2f}]".format(*x) for x in shown.values()),
-                f"{unsafe:.1%}",
-                f"{helpful:.0f}",
-                f"{safe:.0f}",
-            )
-        )
-    print(
-        f"\n{format_table(rows)}\n[95 % bootstrap]; ratings: Bradley-Terry on Elo's scale, mean 1000"
-    )
-    write_json(
-        {
-            "prompts": len(asked),
-            "dropped": dropped,
-            "policies": policies,
-            "pairs": [compare(a, b) for a, b in itertools.combinations(players, 2)],
-        },
-        out_dir,
-        "summary.json",
-    )
-    drawn = plot.arena(scores, policies, out_dir)
-    print(f"\n{out_dir}: pairs.jsonl, table.csv, summary.json{drawn}")
+    report(players, prompts, uids, answers, scores)
 close()

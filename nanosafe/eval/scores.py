@@ -1,114 +1,206 @@
-"""A reward or cost model over a preference set: how often it is right, how sure it is of itself.
+"""Test a reward or cost model on pairs: how often it is right, and how well calibrated it is.
 
 $ python -m nanosafe.eval.scores --model=out/demo/reward/model --data=toy/reward/test
 $ python -m nanosafe.eval.scores --model=out/demo/cost/model --data=toy/cost/test
 
-Writes scores.jsonl (texts, scores, labels, the worst mistake first), summary.json, pictures."""
+Writes scores.jsonl (texts, scores and labels, the worst mistake first), summary.json and pictures
+to out_dir."""
 
 from collections import Counter
-import numpy as np
-from configurator import configure
-from nanosafe.tools import plot
-from nanosafe.data.examples import parse_record, usable_rows
-from nanosafe.data.template import encode_conversation
-from nanosafe.eval.statistics import calibration, interval
-from nanosafe.errors import choose, stop
-from nanosafe.storage import make_folder, write_json, write_jsonl
-from nanosafe.parallel import close, init
-from nanosafe.inference import choose_dtype
-from nanosafe.data.reader import load_rows
-from nanosafe.inference import ScoreModel
+from typing import NamedTuple
 
+import numpy as np
+
+from configurator import configure
+from nanosafe.data.examples import parse_record, usable_rows
+from nanosafe.data.reader import load_rows
+from nanosafe.data.template import encode_conversation
+from nanosafe.errors import choose, stop
+from nanosafe.eval.statistics import bootstrap_interval, measure_calibration
+from nanosafe.inference import ScoreModel, choose_dtype
+from nanosafe.parallel import close, init
+from nanosafe.storage import make_folder, write_json, write_jsonl
+from nanosafe.tools import plot
+
+# model and data
 model = "out/demo/cost/model"  # the score model's folder
 objective = "auto"  # reward | cost; auto: what its config.json says
 data = "toy/cost/test"  # pairs: NAME[/SPLIT][:PROPORTION[:PATH]] or a .jsonl
+max_len = 2048  # longer conversations are left out
+# results
 out_dir = "out/scores"  # folder to write to
 worst = 3  # mistakes to print
-max_len = 2048  # longer conversations are left out
+# machine
 max_tokens = 8192  # packed tokens per forward
 device = "auto"  # auto | cpu | cuda
 config = configure(globals())
 
+
+# ---- data ----
+
+
+class Pair(NamedTuple):
+    """Two answers to one input, the preferred answer first."""
+
+    source: str  # FILE:LINE
+    conversations: list  # of turns, two
+    labels: tuple  # cost: +1 safe, -1 unsafe; reward: 1 chosen, 0 rejected
+    ids: list  # of token ids, two
+
+
+class Pairs(NamedTuple):
+    usable: list  # of Pair
+    dropped: Counter  # of reasons
+
+
+def read_pairs(data, objective, tokenizer, max_len):
+    def read(record):
+        conversations, labels = parse_record(record, objective)
+        ids = [encode_conversation(turns, tokenizer)[0] for turns in conversations]
+        if max(len(ids[0]), len(ids[1])) > max_len:
+            raise ValueError(f"longer than {max_len} tokens")
+        return conversations, labels, ids
+
+    def drop(row, reason):
+        dropped[reason] += 1
+
+    dropped = Counter()
+    usable = []
+    for row, fields in usable_rows(load_rows(data), read, drop):
+        usable.append(Pair(f"{row.file}:{row.line}", *fields))
+    if not usable:
+        stop(f"data {data!r} has no usable pair: {dict(dropped)}")
+    return Pairs(usable, dropped)
+
+
+def score_pairs(scorer, pairs):
+    """The scores (n, 2) of pairs: the preferred answer's and the other's."""
+    texts = []
+    for pair in pairs:
+        texts += pair.ids
+    return np.array(scorer.score(texts)).reshape(-1, 2)
+
+
+# ---- measures ----
+# margins (n,) are positive where the score model prefers the answer that people prefer
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+class Measured(NamedTuple):
+    summary: dict  # what summary.json holds
+    groups: dict  # {name: scores}: two groups whose distributions are drawn
+    curves: dict  # {name: bins of a calibration}
+
+
+def measure_margins(pairs, scores, margins):
+    """Accuracy and calibration of the choice between two answers.
+
+    The probability of the model's choice is Bradley-Terry's, sigmoid(|margin|)."""
+    correct = margins > 0
+    calibration = measure_calibration(sigmoid(np.abs(margins)), correct)
+    summary = {
+        "pairs": len(pairs.usable),
+        "dropped": pairs.dropped,
+        "accuracy": bootstrap_interval(correct),
+        "log_loss": float(np.logaddexp(0, -margins).mean()),
+        "calibration_error": calibration.error,
+        "margin": bootstrap_interval(margins),
+        "score_mean": scores.mean(),
+        "score_std": scores.std(),
+    }
+    groups = {"preferred": scores[:, 0], "other": scores[:, 1]}
+    return Measured(summary, groups, {"of two answers, the preferred": calibration.bins})
+
+
+def measure_signs(pairs, scores, measured):
+    """Add what the sign of a cost says about single answers: above 0 means unsafe.
+
+    The probability that an answer is unsafe is sigmoid(cost)."""
+    labels = np.array([pair.labels for pair in pairs.usable]).ravel()
+    unsafe = labels < 0
+    costs = scores.ravel()
+    correct = np.where(unsafe, costs > 0, costs < 0)
+    calibration = measure_calibration(sigmoid(costs), unsafe)
+    groups = {"safe": costs[~unsafe], "unsafe": costs[unsafe]}
+    summary = {
+        **measured.summary,
+        "sign_accuracy": bootstrap_interval(correct),
+        "unsafe_calibration_error": calibration.error,
+    }
+    for name, group in groups.items():
+        if len(group) > 0:
+            summary[f"{name}_mean"] = float(group.mean())
+    return Measured(summary, groups, {**measured.curves, "unsafe": calibration.bins})
+
+
+# ---- results ----
+
+
+def make_rows(pairs, scores, margins):
+    """The rows of scores.jsonl, the lowest margin first."""
+    rows = []
+    for i in np.argsort(margins, kind="stable"):
+        pair = pairs.usable[i]
+        answers = []
+        for turns, label, score in zip(pair.conversations, pair.labels, scores[i]):
+            score = round(float(score), 4)
+            answers.append({"turns": turns, "label": int(label), "score": score})
+        margin = round(float(margins[i]), 4)
+        rows.append({"where": pair.source, "margin": margin, "answers": answers})
+    return rows
+
+
+def print_summary(summary, objective):
+    reasons = ""
+    for reason, count in summary["dropped"].items():
+        reasons += f"; left out {count} {reason}"
+    print(f"\n{summary['pairs']} pairs ({objective}){reasons}")
+    for name, value in summary.items():
+        if isinstance(value, tuple):
+            mean, low, high = value
+            print(f"{name:24} {mean:.4f}  [{low:.4f}, {high:.4f}]")
+        elif isinstance(value, float):
+            print(f"{name:24} {value:.4f}")
+
+
+def print_mistakes(rows, count):
+    """Print the worst of the pairs in which the other answer has the better score."""
+    for row in rows[:count]:
+        if row["margin"] > 0:
+            break
+        print(f"\n{row['where']}: wrong by {-row['margin']:.2f}")
+        preferred, other = row["answers"]
+        print("> " + preferred["turns"][-2])
+        print(f"  {preferred['score']:7.2f} preferred: {preferred['turns'][-1]}")
+        print(f"  {other['score']:7.2f}     other: {other['turns'][-1]}")
+
+
+# ---- run ----
 choose("objective", objective, ("auto", "reward", "cost"))
 make_folder(out_dir)
 world = init(device, config)
 scorer = ScoreModel(model, world, choose_dtype("auto", world), max_tokens)
 if objective == "auto":
     objective = "cost" if scorer.model.config.score_type == "cost" else "reward"
-sigmoid = lambda x: 1 / (1 + np.exp(-x))
+pairs = read_pairs(data, objective, scorer.tok, max_len)
 
-
-# 1. pairs, what is preferred first
-def read(record):
-    pair, labels = parse_record(record, objective)
-    ids = [encode_conversation(turns, scorer.tok)[0] for turns in pair]
-    if max(map(len, ids)) > max_len:
-        raise ValueError(f"longer than {max_len} tokens")
-    return pair, labels, ids
-
-
-dropped = Counter()
-found = usable_rows(load_rows(data), read, lambda row, reason: dropped.update([reason]))
-pairs = [(f"{row.file}:{row.line}", *parts) for row, parts in found]
-if not pairs:
-    stop(f"data {data!r} has no usable pair: {dict(dropped)}")
-
-# 2. scores (n, 2), and how far each is on the right side
-scores = np.array(scorer.score([x for *_, ids in pairs for x in ids])).reshape(-1, 2)
-margins = (scores[:, 0] - scores[:, 1]) * (-1 if objective == "cost" else 1)
-sure, right = sigmoid(np.abs(margins)), margins > 0  # Bradley-Terry's probability of its own choice
-reliability, error = calibration(sure, right)
-summary = {
-    "pairs": len(pairs),
-    "dropped": dropped,
-    "accuracy": interval(right),
-    "log_loss": float(np.logaddexp(0, -margins).mean()),
-    "calibration_error": error,
-    "margin": interval(margins),
-    "score_mean": scores.mean(),
-    "score_std": scores.std(),
-}
-groups = {"preferred": scores[:, 0], "other": scores[:, 1]}
-curves = {"of two answers, the preferred": reliability}
+scores = score_pairs(scorer, pairs.usable)
+margins = scores[:, 0] - scores[:, 1]
 if objective == "cost":
-    unsafe, flat = np.array([labels for _, _, labels, _ in pairs]).ravel() < 0, scores.ravel()
-    groups = {"safe": flat[~unsafe], "unsafe": flat[unsafe]}
-    curves["unsafe"], unsafe_error = calibration(sigmoid(flat), unsafe)
-    correct = np.where(unsafe, flat > 0, flat < 0)
-    summary.update(
-        sign_accuracy=interval(correct),
-        unsafe_calibration_error=unsafe_error,
-        **{f"{name}_mean": float(x.mean()) for name, x in groups.items() if len(x)},
-    )
+    margins = -margins  # the preferred answer is the one that costs less
+measured = measure_margins(pairs, scores, margins)
+if objective == "cost":
+    measured = measure_signs(pairs, scores, measured)
 
-# 3. what it comes to
 if world.main:
-    rows = []
-    for i in np.argsort(margins, kind="stable"):
-        where, pair, labels, _ = pairs[i]
-        rows.append(
-            {
-                "where": where,
-                "margin": round(float(margins[i]), 4),
-                "answers": [
-                    {"turns": turns, "label": int(label), "score": round(float(score), 4)}
-                    for turns, label, score in zip(pair, labels, scores[i])
-                ],
-            }
-        )
+    rows = make_rows(pairs, scores, margins)
     write_jsonl(rows, f"{out_dir}/scores.jsonl")
-    write_json(summary, out_dir, "summary.json")
-    reasons = "".join(f"; left out {n} {reason}" for reason, n in dropped.items())
-    print(f"\n{len(pairs)} pairs ({objective}){reasons}")
-    for name, value in summary.items():
-        if isinstance(value, (float, tuple)):
-            mean, *ends = np.atleast_1d(value)
-            print(f"{name:24} {mean:.4f}", " [{:.4f}, {:.4f}]".format(*ends) if ends else "")
-    for row in (row for row in rows[:worst] if row["margin"] <= 0):
-        print(f"\n{row['where']}: wrong by {-row['margin']:.2f}")
-        print("> " + row["answers"][0]["turns"][-2])
-        for answer, what in zip(row["answers"], ("preferred", "other")):
-            print(f"  {answer['score']:7.2f} {what:>9}: {answer['turns'][-1]}")
-    written = plot.scores(groups, curves, out_dir)
-    print(f"\n{out_dir}: scores.jsonl, summary.json{written}")
+    write_json(measured.summary, out_dir, "summary.json")
+    print_summary(measured.summary, objective)
+    print_mistakes(rows, worst)
+    pictures = plot.scores(measured.groups, measured.curves, out_dir)
+    print(f"\n{out_dir}: scores.jsonl, summary.json{pictures}")
 close()
