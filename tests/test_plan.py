@@ -65,7 +65,7 @@ def test_the_tensors_counted_are_those_of_the_model(shape, head):
         (64, "hsdp", "7b", "score", 2, 32001),
         (1024, "fsdp", "7b", "lm", 2, 32001),
         (1024, "hsdp", "7b", "lm", 1, 32001),
-        (64, "fsdp", "70b", "lm", 1, 32001),
+        pytest.param(64, "fsdp", "70b", "lm", 1, 32001, marks=pytest.mark.slow),
     ],
 )
 def test_slices_and_collectives_are_those_of_a_dry_run(

@@ -267,11 +267,14 @@ def odd_run(runs):
     return folder
 
 
-def test_odd_runs_are_drawn_and_folders_without_a_run_are_left_out(runs, odd_run, tmp_path):
-    done = plot_runs(odd_run, runs / "lag", runs / "typo", f"--out={tmp_path}/out")
-    assert "2 runs" in done.stdout
-    assert "left out" in done.stdout and "typo" in done.stdout
-    plot_runs(odd_run, "--html", f"--out={tmp_path}/out")
+def test_odd_runs_are_drawn_and_folders_without_a_run_are_left_out(runs, odd_run, tmp_path, capsys):
+    lag, typo, out = str(runs / "lag"), str(runs / "typo"), f"--out={tmp_path}/out"
+    plot.main([str(odd_run), lag, typo, out])
+    printed = capsys.readouterr().out
+    assert "2 runs" in printed
+    assert "left out" in printed and "typo" in printed
+    plot.main([str(odd_run), "--html", out])
+    assert (tmp_path / "out" / "index.html").exists()
 
 
 @pytest.mark.parametrize("text", ["cost_limit = open('{owned}', 'w')\n", "cost_limit = \n", "x\n"])

@@ -14,10 +14,10 @@ class Workload:
 
     NAME FOLDER OUT [key=value ...]
 
-    NAME    of the workload
-    FOLDER  with the models and tokens that nanosafe.bench has prepared
-    OUT     a JSON file for the report: "seconds" and "work", a number per step or repetition without
-            the first, which is warm-up, and whatever shows that both sides compute the same
+    NAME       of the workload
+    FOLDER     with the models and tokens that nanosafe.bench has prepared
+    OUT        a JSON file for the report: "seconds" and "work", a number per step or repetition
+               without the first, which is warm-up, and what shows that both sides compute the same
     key=value  options, as JSON"""
 
     def __init__(self, usage):
