@@ -125,7 +125,8 @@ def rrhf_loss(logps, lengths, scores):
 def unlikelihood_loss(logps, scores, mask, threshold, alpha):
     """Mean of -log p for tokens with score <= threshold, and of -alpha log(1 - p) for the others.
 
-    All have the same shape. Higher scores are worse. arXiv:1908.04319, as used in arXiv:2302.08582."""
+    All have the same shape. Higher scores are worse. From arXiv:1908.04319, by way of
+    arXiv:2302.08582."""
     logps = zero_outside(mask, logps)
     one_minus_p = (-torch.expm1(logps)).clamp(min=1e-20)
     unlikely = alpha * one_minus_p.log()

@@ -4,8 +4,8 @@ $ python -m nanosafe.demo
 $ python -m nanosafe.demo --out_dir=out/demo_1 --seed=1
 
 It prepares the data, trains a tokenizer, and runs the trainers with the recipes in config/toy/.
-Each command is printed. At the end the gold functions of data/toy/prepare.py, which read answers, judge
-three policies on requests that no policy was trained on."""
+Each command is printed. At the end the gold functions of data/toy/prepare.py, which read answers,
+judge three policies on requests that no policy was trained on."""
 
 import os
 import shlex
