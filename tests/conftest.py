@@ -23,9 +23,12 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["OMP_WAIT_POLICY"] = "passive"
 
 
+LONG_FILES = ("test_readme", "test_reliability", "test_train", "test_methods", "test_eval")
+
+
 def pytest_collection_modifyitems(items):
-    """The longest file first, so that two processes end together."""
-    items.sort(key=lambda item: "test_readme" not in item.nodeid)
+    """The long files first, so that two processes end together."""
+    items.sort(key=lambda item: not item.path.stem.startswith(LONG_FILES))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -9,6 +9,7 @@ What torchrun itself does, restarts and signals, is tested with torchrun (test_r
 The server reads requests from its standard input and writes exit codes to its standard output, one
 line of JSON each."""
 
+import atexit
 import gc
 import json
 import os
@@ -36,6 +37,11 @@ class Launcher:
             text=True,
         )
         assert self.receive() == READY
+        atexit.register(self.close)
+
+    def close(self):
+        self.server.stdin.close()  # the server ends when there is nothing left to read
+        self.server.wait()
 
     def receive(self):
         line = self.server.stdout.readline()
