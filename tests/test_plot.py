@@ -128,7 +128,7 @@ def test_a_trainer_warns_and_does_not_repeat_itself_after_a_resume(world, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "sink, words", [("wandb", "pip install wandb"), ("mlflow", "choose tensorboard or wandb")]
+    "sink, words", [("wandb", "pip install wandb"), ("mlflow", "choose one of tensorboard, wandb")]
 )
 def test_an_unusable_log_to_is_one_line(sink, words, world, tmp_path):
     done = run(
