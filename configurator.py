@@ -6,97 +6,171 @@
     $ torchrun --nproc_per_node=8 train_ppo_lag.py config/beaver_7b/ppo_lag.py --kl_coef=0.02
 
 A knob is a global that the script assigns above its call of configure(): a bool, int, float or str,
-in lower case, with a comment behind it. Config files are Python files of assignments to knobs.
-Defaults < files from left to right < flags. The default's type decides how a value is read."""
+in lower case, with a comment behind it. A comment line directly above a knob is the heading of the
+knobs that follow; -h prints it. Config files are Python files of assignments to knobs.
+Defaults < files from left to right < flags. The type of the default decides how a value is read."""
 
 import ast
 import difflib
-import json
+import math
 import os
 import sys
 import textwrap
+from types import ModuleType
+from typing import NamedTuple
 
-TYPES, INFINITY = (bool, int, float, str), float("inf")
+BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
+TYPES = {bool: "true, false, 1 or 0", int: "a whole number", float: "a number", str: "a text"}
+
+
+class Knob(NamedTuple):
+    default: bool | int | float | str
+    comment: str  # what stands behind the assignment
+    heading: str  # the comment line directly above the assignment; empty: there is none
+
+
+class Arguments(NamedTuple):
+    files: list[str]
+    flags: dict[str, str]
+    wants_help: bool
 
 
 def configure(script, *shared):
-    """Set the knobs in `script` (a module's globals()) from sys.argv; returns them, a dict. The
-    knobs of `shared`, other modules' globals, are the script's as well.
+    """Set the knobs of a script from the command line, and return them as a dict.
+
+    script  the script's globals(), which receive the values
+    shared  globals of other modules, whose knobs are knobs of the script as well
     Stops with one line (SystemExit) on an unknown name, a wrong type or a missing file."""
-    knobs, config, origin = {}, {}, {}
-    for module in (script, *shared):
-        comments = read_knobs(module)
-        knobs.update(comments)
-        config.update((name, module[name]) for name in comments)
-    given = [arg for arg in sys.argv[1:] if arg not in ("-h", "--help")]
-    files = [arg for arg in given if not arg.startswith("--")]
-    for arg in given:
-        if arg in files and not arg.endswith(".py"):
-            stop(f"{arg!r} is neither a config file (*.py) nor a flag (--key=value)")
-        if arg not in files and "=" not in arg:
-            stop(f"{arg}: flags are written --key=value")
-    flags = dict(arg[2:].split("=", 1) for arg in given if arg not in files)
-    for file in files:
-        beside = os.path.join(os.path.dirname(os.path.abspath(script["__file__"])), file)
-        path = next(filter(os.path.isfile, (file, beside)), None)  # here, or beside the script
-        if not path:
-            stop(f"config file {file!r} does not exist")
+    modules = [read_knobs(module) for module in (script, *shared)]
+    config = {}
+    for knobs in modules:
+        for name, knob in knobs.items():
+            config[name] = knob.default
+    arguments = split_arguments(sys.argv[1:])
+    origins = {}  # name -> the file that set it, or "flag"
+    for file in arguments.files:
+        path = find_file(file, script["__file__"])
         for name, value in run_file(path).items():
-            config[name], origin[name] = check(name, value, config, where=file), file
-    for name, text in flags.items():
-        config[name], origin[name] = parse(name, text, config), "flag"
-    if len(given) < len(sys.argv) - 1:
-        print(help_text(script, knobs, config))
+            config[name] = check(name, value, config, where=file)
+            origins[name] = file
+    for name, text in arguments.flags.items():
+        config[name] = parse(name, text, config)
+        origins[name] = "flag"
+    if arguments.wants_help:
+        print(format_help(script.get("__doc__"), modules, config))
         sys.exit()
     script.update(config)
     if os.environ.get("RANK", "0") == "0":
-        width = max(map(len, origin), default=0)
-        for name in origin:
-            print(f"{name:<{width}} = {config[name]!r}  ({origin[name]})")
-        rest = ", ".join(f"{name}={config[name]!r}" for name in config if name not in origin)
-        print(textwrap.fill("as by default: " + rest, 100, subsequent_indent="    "), flush=True)
+        print_config(config, origins)
     return config
 
 
 def save(config, path):
     """Write `config` to `path` as a config file that configure() reads back to the same values."""
-    with open(path + ".tmp", "w", encoding="utf-8") as f:
-        f.writelines(f"{name} = {value!r}\n" for name, value in config.items())
-    os.replace(path + ".tmp", path)
+    temporary = path + ".tmp"
+    with open(temporary, "w", encoding="utf-8") as f:
+        for name, value in config.items():
+            f.write(f"{name} = {value!r}\n")
+    os.replace(temporary, path)
+
+
+# ---- the script's source ----
 
 
 def read_knobs(script):
-    """{name: comment} of the knobs: what the source assigns at module level before configure()."""
+    """{name: Knob} of what a module's source assigns at its top level before configure()."""
     with open(script["__file__"], encoding="utf-8") as f:
         source = f.read()
-    lines, knobs = source.splitlines(), {}
+    lines = source.splitlines()
+    knobs = {}
     for node in ast.parse(source).body:
         if calls_configure(node):
             break
-        if not isinstance(node, (ast.Assign, ast.AnnAssign)):
-            continue
-        target = node.targets[0] if isinstance(node, ast.Assign) else node.target
-        name = getattr(target, "id", "_")
+        name = assigned_name(node)
         if name.startswith("_") or name != name.lower():
             continue
-        if type(script[name]) not in TYPES:
-            stop(f"knob {name!r} has the default {script[name]!r}: no bool, int, float or str")
-        knobs[name] = lines[node.end_lineno - 1][node.end_col_offset :].strip().lstrip("# ")
+        default = script[name]
+        if type(default) not in TYPES:
+            stop(f"knob {name!r} has the default {default!r}, which is no bool, int, float or str")
+        knobs[name] = Knob(default, comment_behind(node, lines), heading_above(node, lines))
     return knobs
 
 
 def calls_configure(node):
-    calls = (n.func for n in ast.walk(node) if isinstance(n, ast.Call))
-    return any(getattr(f, "id", getattr(f, "attr", "")) == "configure" for f in calls)
+    """Whether a statement calls configure(), by this name or as an attribute of a module."""
+    for inner in ast.walk(node):
+        if isinstance(inner, ast.Call):
+            function = inner.func
+            if isinstance(function, ast.Name) and function.id == "configure":
+                return True
+            if isinstance(function, ast.Attribute) and function.attr == "configure":
+                return True
+    return False
+
+
+def assigned_name(node):
+    """The name that a statement assigns; "_" for any other statement."""
+    if isinstance(node, ast.Assign):
+        target = node.targets[0]
+    elif isinstance(node, ast.AnnAssign):
+        target = node.target
+    else:
+        return "_"
+    return target.id if isinstance(target, ast.Name) else "_"
+
+
+def comment_behind(node, lines):
+    line = lines[node.end_lineno - 1].encode()  # ast counts columns in bytes
+    return line[node.end_col_offset :].decode().strip().lstrip("# ")
+
+
+def heading_above(node, lines):
+    """The comment line directly above a statement. Two lines or more are a remark, no heading."""
+    above = lines[max(0, node.lineno - 3) : node.lineno - 1]
+    comments = [line for line in above if line.startswith("#")]
+    if len(comments) == 1 and above[-1] == comments[0]:
+        return comments[0].strip("# ")
+    return ""
+
+
+# ---- the command line ----
+
+
+def split_arguments(argv):
+    files = []
+    flags = {}
+    wants_help = False
+    for argument in argv:
+        if argument in ("-h", "--help"):
+            wants_help = True
+        elif argument.startswith("--"):
+            name, equals, text = argument[2:].partition("=")
+            if not equals:
+                stop(f"{argument}: flags are written --key=value")
+            flags[name] = text
+        elif argument.endswith(".py"):
+            files.append(argument)
+        else:
+            stop(f"{argument!r} is neither a config file (*.py) nor a flag (--key=value)")
+    return Arguments(files, flags, wants_help)
+
+
+def find_file(file, script_path):
+    """The path of a config file, which is relative to this folder or to the script's."""
+    beside_script = os.path.join(os.path.dirname(os.path.abspath(script_path)), file)
+    for path in (file, beside_script):
+        if os.path.isfile(path):
+            return path
+    stop(f"config file {file!r} does not exist")
 
 
 def run_file(path):
-    """The assignments of a config file, run in a namespace of its own: it cannot read knobs."""
-    space = {"__file__": path, "__name__": "config"}
+    """{name: value} of what a config file assigns. It runs by itself and cannot read the knobs."""
+    names = {"__file__": path, "__name__": "config"}
     with open(path, encoding="utf-8") as f:
         source = f.read()
     try:
-        exec(compile(source, path, "exec"), space)
+        exec(compile(source, path, "exec"), names)
     except NameError as error:
         stop(
             f"{path}: {error}; a config file holds constants, derived values belong in the "
@@ -104,62 +178,114 @@ def run_file(path):
         )
     except SyntaxError as error:
         stop(f"{path}, line {error.lineno}: {error.msg}")
-    return {
-        name: value
-        for name, value in space.items()
-        if not name.startswith("_") and type(value) is not type(os)
-    }  # no module
+    values = {}
+    for name, value in names.items():
+        if not name.startswith("_") and not isinstance(value, ModuleType):
+            values[name] = value
+    return values
+
+
+# ---- values ----
 
 
 def check(name, value, config, where):
     """A value from a config file: for a knob that exists, of its default's type (or an int)."""
-    want = kind_of(name, config, where)
-    if want is float and type(value) is int:
+    wanted = find_type(name, config, where)
+    if wanted is float and type(value) is int:
         value = float(value)
-    if want is int and type(value) is float and value.is_integer():
-        value = int(value)  # 1e5
-    if type(value) is not want or want is float and not abs(value) < INFINITY:
-        stop(f"{where}: {name} must be {want.__name__}, given {value!r}")
+    if wanted is int and type(value) is float and value.is_integer():
+        value = int(value)  # 1e5 is a whole number
+    is_finite = type(value) is not float or math.isfinite(value)
+    if type(value) is not wanted or not is_finite:
+        stop(f"{where}: {name} must be {wanted.__name__}, given {value!r}")
     return value
 
 
 def parse(name, text, config):
     """A value from a flag, read as the type of the knob's default."""
-    want = kind_of(name, config, "flag")
-    if want is str:
+    wanted = find_type(name, config, "flag")
+    if wanted is str:
         return text
-    kinds = {bool: "true, false, 1 or 0", int: "a whole number", float: "a number"}
+    if wanted is bool:
+        value = BOOLEANS.get(text.lower())
+    else:
+        value = parse_number(text, wanted)
+    if value is None:
+        shown = " ".join(text.split())
+        stop(f"--{name}={shown}: {name} takes {TYPES[wanted]}")
+    return value
+
+
+def parse_number(text, wanted):
+    """The finite int or float, whichever is wanted, that a text spells; None if it spells none."""
     try:
-        if want is bool:
-            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-        value = int(text) if text.lstrip("+-").isdecimal() else float(text)  # 1e5 is whole, too
-        if abs(value) < INFINITY and want(value) == value:
-            return want(value)
-    except (KeyError, ValueError, OverflowError):
-        pass
-    stop(f"--{name}={' '.join(text.split())}: {name} takes {kinds[want]}")
+        if text.lstrip("+-").isdecimal():
+            number = int(text)
+        else:
+            number = float(text)  # 1e5 is a whole number, too
+        value = wanted(number)
+    except (ValueError, OverflowError):
+        return None
+    if value != number or abs(value) == math.inf:
+        return None
+    return value
 
 
-def kind_of(name, config, where):
-    if name not in config:
-        near = difflib.get_close_matches(name, config, n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]!r}?" if near else "; -h lists all knobs"
-        stop(f"{where}: unknown knob {name!r}{hint}")
-    return type(config[name])
+def find_type(name, config, where):
+    """The type of a knob's default. Stops, with the nearest name, if there is no such knob."""
+    if name in config:
+        return type(config[name])
+    nearest = difflib.get_close_matches(name, config, n=1, cutoff=0.5)
+    hint = f"did you mean {nearest[0]!r}?" if nearest else "-h lists all knobs"
+    stop(f"{where}: unknown knob {name!r}; {hint}")
 
 
-def help_text(script, knobs, config):
-    shown = {name: f"{name} = {json.dumps(config[name])}" for name in knobs}
-    width = max(map(len, shown.values()))
-    return "\n".join(
-        [
-            (script.get("__doc__") or "").strip(),
-            "",
-            "Knobs (defaults < config files from left to right < --key=value), as they stand:",
-            *(f"  {shown[name]:<{width}}  {comment}" for name, comment in knobs.items()),
-        ]
-    )
+# ---- printing ----
+
+
+def print_config(config, origins):
+    """Print what was set, one knob per line with its origin, and then all that was not."""
+    width = max(map(len, origins), default=0)
+    for name, origin in origins.items():
+        print(f"{name:<{width}} = {config[name]!r}  ({origin})")
+    rest = [f"{name}={value!r}" for name, value in config.items() if name not in origins]
+    text = "at their defaults: " + ", ".join(rest)
+    print(textwrap.fill(text, 100, subsequent_indent="    "), flush=True)
+
+
+def format_help(docstring, modules, config):
+    """The script's docstring, and its knobs as they stand under the headings of its source.
+
+    modules  the {name: Knob} of the script and of each module that it shares knobs with"""
+    assignments = {}
+    for name, value in config.items():
+        assignments[name] = f"{name} = {format_value(value)}"
+    width = max(map(len, assignments.values()), default=0)
+    lines = [
+        (docstring or "").strip(),
+        "",
+        "Knobs (defaults < config files from left to right < --key=value), as they stand:",
+    ]
+    for knobs in modules:
+        is_first = True
+        for name, knob in knobs.items():
+            if knob.heading or is_first:
+                lines.append("")
+            if knob.heading:
+                lines.append(knob.heading)
+            lines.append(f"  {assignments[name]:<{width}}  {knob.comment}".rstrip())
+            is_first = False
+    return "\n".join(lines)
+
+
+def format_value(value):
+    """A value as Python source has it, with double quotes around a string."""
+    text = repr(value)
+    if isinstance(value, str) and '"' not in value:
+        return f'"{text[1:-1]}"'
+    return text
 
 
 def stop(message):
+    """End the program with one line on stderr and exit status 1."""
     raise SystemExit("error: " + " ".join(message.splitlines()))

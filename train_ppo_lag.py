@@ -1,8 +1,8 @@
 """Stage 3: prompts -> a policy that maximises reward while its cost stays below a limit.
 
-PPO-Lagrangian, the algorithm of Safe-RLHF (arXiv:2310.12773). Six models: an actor and two critics
-that are trained, a reference policy, a reward model and a cost model that are not. Without a cost
-model this is PPO (four models); with lambda_lr=0 lambda stays as it is: fixed reward shaping; with
+PPO-Lagrangian, the algorithm of Safe-RLHF (arXiv:2310.12773). Six models: the actor and two critics
+are trained; the reference policy, the reward model and the cost model are not. Without a cost model
+this is PPO with four models. With lambda_lr=0 lambda stays as it is: fixed reward shaping. With
 advantage=rloo or grpo there are no critics.
 
 On a laptop, after python -m nanosafe.demo:
@@ -11,28 +11,32 @@ $ python train_ppo_lag.py config/toy/ppo.py --out_dir=out/mine_ppo
 On 8 GPUs, Safe-RLHF's recipe:
 $ torchrun --nproc_per_node=8 train_ppo_lag.py config/beaver_7b/ppo_lag.py"""
 
+import math
 import os
 import time
+
 import numpy as np
 import torch
 from tqdm import tqdm
+
 from configurator import configure, save
 from nanosafe import checkpoint, optim
 from nanosafe.checkpoint import run_state
 from nanosafe.data import tokenize
-from nanosafe.errors import choose, stop
-from nanosafe.losses import actor_loss, critic_loss, masked_mean, mle_loss, sequence_mean
-from nanosafe.monitor import Monitor
 from nanosafe.data.batching import (
     check_fits,
-    collate,
     count_steps,
     examples_at,
-    shuffled_order,
     plan_micro_batches,
-    gather_responses,
+    shuffled_order,
 )
-from nanosafe.parallel import all_reduce_sum, backward, init, choose_placements
+from nanosafe.data.template import retokenize
+from nanosafe.errors import choose, stop
+from nanosafe.inference import Responses, last_token_scores, response_logps, response_values
+from nanosafe.losses import actor_loss, critic_loss, masked_mean, mle_loss, sequence_mean
+from nanosafe.monitor import Monitor
+from nanosafe.parallel import MetricSums, backward, choose_placements, init
+from nanosafe.printing import print_once
 from nanosafe.rl import (
     REWARD_SCALINGS,
     LagrangeMultiplier,
@@ -69,7 +73,7 @@ max_len = 512  # longest prompt and response together, in tokens
 rollout_size = 128  # prompts per rollout, over all ranks
 num_samples = 1  # responses to each
 max_new_tokens = 512  # longest response; max_len bounds it too
-temperature = 1.0  # of sampling, and of all log-probabilities; these know no top_k and top_p
+temperature = 1.0  # of sampling and of log-probabilities, which ignore top_k and top_p
 top_k = 0  # sample from the k likeliest tokens; 0: from all
 top_p = 1.0  # sample from the likeliest tokens that hold this probability; 1: from all
 slots = 0  # responses decoded together on one rank; 0: up to 256
@@ -143,152 +147,148 @@ if advantage != "gae" and num_samples < 2:
         f"{num_samples} must be at least 2"
     )
 world = init(device, config)
-per_rollout = rollout_size * num_samples
-if per_rollout % batch_size:
-    stop(f"rollout_size * num_samples = {per_rollout} is no multiple of batch_size={batch_size}")
+responses_per_rollout = rollout_size * num_samples
+if responses_per_rollout % batch_size:
+    stop(
+        f"rollout_size * num_samples = {responses_per_rollout} is not a multiple of "
+        f"batch_size={batch_size}"
+    )
 resume = run_state.open_run_folder(config, save)
+# Where 0 means "no bound", the algorithm takes infinity.
+ratio_bound = clip_ratio or math.inf
+score_bound = clip_score or math.inf
+value_bound = clip_value or math.inf
+reward_bound = reward_clip or math.inf
+log_temperature = temperature or 1.0  # greedy responses get the model's own log-probabilities
+
+# data
 tok = load_tokenizer(actor_model)
-paths = {"reward": reward_model, **({"cost": cost_model} if cost_model else {})}
-toks = {name: load_tokenizer(path) for name, path in paths.items()}
-critic_paths = {"reward": reward_critic or reward_model, "cost": cost_critic or cost_model}
-critics = list(paths) if advantage == "gae" else []
-for name in critics:
-    if load_tokenizer(critic_paths[name]).fingerprint != tok.fingerprint:
-        stop(
-            f"a critic values the actor's tokens, but {critic_paths[name]!r} has another "
-            f"tokenizer than {actor_model!r}: set {name}_critic, or advantage=rloo"
-        )
+reward_tok = load_tokenizer(reward_model)
+cost_tok = load_tokenizer(cost_model) if cost_model else None
 check_fits([max_len], max_tokens)
-asked = tokenize(prompts, tok, "prompts", max_len - 1)
+prompt_data = tokenize(prompts, tok, "prompts", max_len - 1)
 ptx = tokenize(ptx_data, tok, "sft", max_len, max_tokens) if ptx_data else None
 
-size = checkpoint.count_parameters(actor_model)
-trained_placement, frozen_placement = choose_placements(
+# models
+has_critics = advantage == "gae"
+critic_folders = {}
+if has_critics:
+    critic_folders["reward_critic"] = reward_critic or reward_model
+if has_critics and cost_model:
+    critic_folders["cost_critic"] = cost_critic or cost_model
+for name, folder in critic_folders.items():
+    if load_tokenizer(folder).fingerprint != tok.fingerprint:
+        stop(
+            f"a critic values the actor's tokens, but {folder!r} has another tokenizer than "
+            f"{actor_model!r}: set {name}, or advantage=rloo"
+        )
+parameters = checkpoint.count_parameters(actor_model)
+placements = choose_placements(
     world,
     dtype,
     parallel,
     offload,
     use_compile,
     activation_checkpointing,
-    size * (1 + len(critics)),
+    parameters * (1 + len(critic_folders)),
 )
 
 
-def frozen(path, head, kind=None, normalize=False):
-    model = checkpoint.load(path, head, placement=frozen_placement, score_type=kind).requires_grad_(
-        False
-    )
-    model.config.do_normalize = normalize
-    return model
+def load_frozen(folder, head, score_type=None, normalizes=False):
+    model = checkpoint.load(folder, head, placement=placements.frozen, score_type=score_type)
+    model.config.do_normalize = normalizes
+    return model.requires_grad_(False)
 
 
-def trained(path, head, score_type, weight_decay):
-    model = checkpoint.load(path, head, placement=trained_placement, score_type=score_type)
-    return model, optim.make_adamw(model, weight_decay, beta1, beta2)
+def load_trained(folder, head, score_type=None):
+    return checkpoint.load(folder, head, placement=placements.trained, score_type=score_type)
 
 
-ref = frozen(actor_model, "lm")
-scorers = {"reward": frozen(reward_model, "score", "reward", normalize_reward)}
+# From here on these names are the models, no longer their folders.
+ref = load_frozen(actor_model, "lm")
+reward_model = load_frozen(reward_model, "score", "reward", normalize_reward)
 if cost_model:
-    scorers["cost"] = frozen(cost_model, "score", "cost", normalize_cost)
-models = {"actor": trained(actor_model, "lm", None, actor_weight_decay)}  # with their optimizers
-for name in critics:
-    models[f"{name}_critic"] = trained(critic_paths[name], "score", "critic", critic_weight_decay)
-actor = models["actor"][0]
-average = {"model_ema": trained(actor_model, "lm", None, 0.0)} if ema else {}
+    cost_model = load_frozen(cost_model, "score", "cost", normalize_cost)
+actor = load_trained(actor_model, "lm")
+models = {"actor": actor}  # all that is trained, by the names that states know them by
+optimizers = {"actor": optim.make_adamw(actor, actor_weight_decay, beta1, beta2)}
+for name, folder in critic_folders.items():
+    models[name] = load_trained(folder, "score", "critic")
+    optimizers[name] = optim.make_adamw(models[name], critic_weight_decay, beta1, beta2)
+reward_critic = models.get("reward_critic")
+cost_critic = models.get("cost_critic")
+average = load_trained(actor_model, "lm") if ema else None
+if average:
+    models["model_ema"] = average  # saved with the others; no optimizer moves it
 
-
-def split_trained():
-    every = {**models, **average}
-    return {k: m for k, (m, _) in every.items()}, {k: o for k, (_, o) in every.items()}
-
-
+# the run
 multiplier = LagrangeMultiplier(lambda_init, lambda_lr, lambda_max, cost_window, lambda_delay)
 moments = RunningMeanStd()  # of the rewards, for reward_scaling
-kl_weight = kl_coef  # what kl_coef has come to
-log_temperature = temperature or 1.0  # of log-probabilities; greedy responses get the model's own
-unbounded = float("inf")
-
-updates = ppo_epochs * per_rollout // batch_size  # optimizer steps per rollout
+current_kl_coef = kl_coef  # kl_target adapts it
+update_metrics = ["actor_loss", "ptx_loss", "clip_fraction", "ratio", "approx_kl"]
+update_metrics += [f"{name}_loss" for name in critic_folders]
+updates = ppo_epochs * responses_per_rollout // batch_size  # optimizer steps per rollout
 actor_weight = 0.5 if ptx and ptx_average else 1.0
-steps = count_steps(len(asked), rollout_size, epochs, -(-max_steps // updates)) * updates
+rollouts = count_steps(len(prompt_data), rollout_size, epochs, math.ceil(max_steps / updates))
+steps = rollouts * updates
 step = skips = 0
 if resume:
-    state = run_state.load(out_dir, *split_trained())
-    step, skips, kl_weight = state["step"], state["skips"], state["kl_coef"]
+    state = run_state.load(out_dir, models, optimizers)
+    step, skips, current_kl_coef = state["step"], state["skips"], state["kl_coef"]
     multiplier.load_state_dict(state["multiplier"])
-    vars(moments).update(state["moments"])
-if world.main:
-    print(
-        f"{len(models)} x {size / 1e6:.1f} M parameters trained, {trained_placement.layout}, "
-        f"computing in {trained_placement.compute_dtype}; {steps // updates} rollouts of "
-        f"{rollout_size} prompts x {num_samples}, {updates} steps of {batch_size} responses "
-        f"each over {world.size} ranks, {max_tokens} tokens per forward",
-        flush=True,
-    )
+    moments.load_state_dict(state["moments"])
+print_once(
+    f"{len(optimizers)} x {parameters / 1e6:.1f} M parameters trained, "
+    f"{placements.trained.layout}, computing in {placements.trained.compute_dtype}; {rollouts} "
+    f"rollouts of {rollout_size} prompts x {num_samples}, {updates} steps of {batch_size} "
+    f"responses each over {world.size} ranks, {max_tokens} tokens per forward"
+)
 
 
-def packed(rows, texts, starts):
-    """The Batch of some prompts with their responses, and where in each the response begins."""
-    masks = [np.arange(len(texts[i])) >= starts[i] for i in rows]
-    return collate([texts[i] for i in rows], masks, world.device), [starts[i] for i in rows]
-
-
-def forward(model, batch, begins, R):
-    """Log-probabilities of packed() responses' tokens, or a critic's values: (rows, R)."""
-    x = model.log_probs(batch, log_temperature) if model.head == "lm" else model.scores(batch)
-    return gather_responses(x, batch, begins, R)
-
-
-@torch.no_grad()
-def per_token(model, texts, starts, R):
-    """forward() of all responses (B, R), on every rank."""
-    out = torch.zeros(len(texts), R, device=world.device)
-    for rows in plan_micro_batches([len(t) for t in texts], max_tokens, world.size)[world.rank]:
-        out[rows] = forward(model, *packed(rows, texts, starts), R)
-    return all_reduce_sum(out)
-
-
-def end_scores(model, texts, model_tok):
-    """A reward or cost model's scores of the last tokens (B,), on every rank, by its own tokens."""
+def score_responses(model, model_tok):
+    """A reward or cost model's scores of all responses (B,), in the tokens that it knows."""
+    ids = responses.ids
     if model_tok.fingerprint != tok.fingerprint:
-        from nanosafe.data.template import retokenize
-
-        texts = [retokenize(t, tok, model_tok) for t in texts]
-    return per_token(model, texts, [len(t) for t in texts], 1)[:, 0]
+        ids = [retokenize(sequence, tok, model_tok) for sequence in ids]
+    return last_token_scores(model, ids, max_tokens, world)
 
 
-def checkpoint_run(step):
-    """The state to resume from, and the policy for others to open."""
+def save_run(step):
+    """Write the state to resume from, and the policy for others to open."""
     monitor.flush()
+    compute_dtype = placements.trained.compute_dtype
+    checkpoint.save(actor, os.path.join(out_dir, "model"), tok, compute_dtype)
+    if average:
+        checkpoint.save(average, os.path.join(out_dir, "model_ema"), tok, compute_dtype)
     extra = {
         "skips": skips,
         "multiplier": multiplier.state_dict(),
-        "kl_coef": kl_weight,
-        "moments": vars(moments),
+        "kl_coef": current_kl_coef,
+        "moments": moments.state_dict(),
     }
-    for folder, (model, _) in {"model": models["actor"], **average}.items():
-        checkpoint.save(model, os.path.join(out_dir, folder), tok, trained_placement.compute_dtype)
-    run_state.save(out_dir, step, *split_trained(), extra, keep)
+    run_state.save(out_dir, step, models, optimizers, extra, keep)
 
 
 # ---- loop ----
 shown = ("reward", "cost", "lambda", "kl", "length")
-monitor = Monitor(out_dir, steps, step, log_to, shown=shown, config=config)
+monitor = Monitor(out_dir, steps, step, log_to, shown, config)
 while step < steps:
     began = time.perf_counter()
     rollout = step // updates
 
     # 1. prompts: the same on every rank
-    examples = examples_at(rollout, len(asked), rollout_size, seed)
-    uids = [(i, j) for i in examples for j in range(num_samples)]
-    questions = [asked.sequence(i)[0].tolist() for i, _ in uids]
-    starts = [len(q) for q in questions]
-    limits = [min(max_new_tokens, max_len - start) for start in starts]
+    uids, questions = [], []
+    for example in examples_at(rollout, len(prompt_data), rollout_size, seed):
+        for sample in range(num_samples):
+            uids.append((example, sample))
+            questions.append(prompt_data.sequence(example)[0].tolist())
+    limits = [min(max_new_tokens, max_len - len(question)) for question in questions]
 
-    # 2. responses: each rank samples its share, then every rank knows all
-    with tqdm(desc="rollout", total=per_rollout, leave=0, delay=3, disable=not world.main) as bar:
-        responses = sample_all(
+    # 2. responses: each rank samples its share, then every rank knows all of them
+    with tqdm(
+        desc="rollout", total=len(questions), leave=False, delay=3, disable=not world.main
+    ) as bar:
+        answers = sample_all(
             actor,
             questions,
             world,
@@ -302,197 +302,209 @@ while step < steps:
             slots=slots,
             on_finish=lambda: bar.update(world.size),
         )
-    lengths = torch.tensor([len(r) for r in responses])
-    R = int(lengths.max())
-    mask = (torch.arange(R) < lengths[:, None]).float().to(world.device)  # (B, R)
-    texts = [np.array(q + r) for q, r in zip(questions, responses)]
+    lengths = torch.tensor([len(answer) for answer in answers])
+    responses = Responses(
+        ids=[np.array(question + answer) for question, answer in zip(questions, answers)],
+        starts=[len(question) for question in questions],
+        longest=int(lengths.max()),
+    )
+    positions = torch.arange(responses.longest)
+    mask = (positions < lengths[:, None]).float().to(world.device)  # (B, R)
 
     # 3. log-probabilities of every token, from the training forward
-    old_logps = per_token(actor, texts, starts, R)
-    ref_logps = per_token(ref, texts, starts, R)
+    old_logps = response_logps(actor, responses, log_temperature, max_tokens, world)  # (B, R)
+    ref_logps = response_logps(ref, responses, log_temperature, max_tokens, world)
     kl = ((old_logps - ref_logps) * mask).sum(1)  # (B,) nats per response
+    ended = [answer[-1] in tok.eos_ids for answer in answers]
     metrics = {
         "kl": kl.mean(),
-        "kl_coef": kl_weight,
+        "kl_coef": current_kl_coef,
         "entropy": -masked_mean(old_logps, mask),
-        "eos_rate": sum(r[-1] in tok.eos_ids for r in responses) / per_rollout,
+        "eos_rate": sum(ended) / len(ended),
         "length": mask.sum(1).mean(),
-        "max_length": float(R),
+        "max_length": float(responses.longest),
     }
 
-    # 4. rewards and costs of responses and of every token, and what was better than expected
-    scores, advantages, targets = {}, {}, {}
-    for name in scorers:
-        shaped = {"reward": shaped_rewards, "cost": shaped_costs}[name]
-        scores[name] = end_scores(scorers[name], texts, toks[name])  # (B,)
-        if not scores[name].isfinite().all():
-            monitor.say(f"step {step}: the {name} model gives some responses no number")
-        signal = scores[name]
-        if name == "reward":
-            signal = scale_rewards(signal, moments, reward_scaling, reward_clip or unbounded)
-        tokenwise = shaped(signal, old_logps, ref_logps, mask, kl_weight, clip_score or unbounded)
-        if critics:
-            values = per_token(models[f"{name}_critic"][0], texts, starts, R)
-            advantages[name], returns = gae(tokenwise, values, mask, gamma, gae_lambda)
-            targets[f"{name}_critic"] = values, returns
-            metrics.update(
-                {
-                    f"{name}_return": sequence_mean(returns, mask),
-                    f"{name}_value": sequence_mean(values, mask),
-                    f"{name}_advantage": sequence_mean(advantages[name], mask),
-                }
-            )
-        else:
-            advantages[name] = tokenwise.sum(1)  # (B,) to be compared once they are mixed
-        metrics[name] = scores[name].mean()
-        metrics[f"{name}_with_kl_penalty"] = tokenwise.sum(1).mean()
-
-    # 5. the multiplier moves, then costs are weighed against rewards
-    policy_learns = rollout >= critic_warmup
-    mixed = advantages["reward"]
-    if cost_model:
-        multiplier.observe(scores["cost"])
-        lambda_ = multiplier.update(cost_limit) if policy_learns else multiplier.value
-        mixed = mix_advantages(mixed, advantages["cost"], lambda_)
-        metrics.update(
-            {
-                "unsafe_rate": (scores["cost"] > 0).float().mean(),
-                "lambda": lambda_,
-                "episode_cost": multiplier.mean_cost,
-                "slack": cost_limit - multiplier.mean_cost,
-            }
+    # 4a. rewards: of responses, then of every token, and by how much they beat the critic's values
+    reward_scores = score_responses(reward_model, reward_tok)  # (B,)
+    if not reward_scores.isfinite().all():
+        monitor.say(f"step {step}: the reward model gives some responses a non-finite score")
+    scaled_scores = scale_rewards(reward_scores, moments, reward_scaling, reward_bound)
+    token_rewards = shaped_rewards(
+        scaled_scores, old_logps, ref_logps, mask, current_kl_coef, score_bound
+    )  # (B, R)
+    metrics["reward"] = reward_scores.mean()
+    metrics["reward_with_kl_penalty"] = token_rewards.sum(1).mean()
+    if reward_critic:
+        reward_values = response_values(reward_critic, responses, max_tokens, world)
+        reward_advantages, reward_returns = gae(
+            token_rewards, reward_values, mask, gamma, gae_lambda
         )
-        if rollout == 0 and multiplier.mean_cost < cost_limit:
+        metrics["reward_return"] = sequence_mean(reward_returns, mask)
+        metrics["reward_value"] = sequence_mean(reward_values, mask)
+        metrics["reward_advantage"] = sequence_mean(reward_advantages, mask)
+    else:
+        reward_advantages = token_rewards.sum(1)  # (B,): compared within a group in step 5
+
+    # 4b. costs: the same stream, with the other sign of the KL penalty
+    if cost_model:
+        cost_scores = score_responses(cost_model, cost_tok)
+        if not cost_scores.isfinite().all():
+            monitor.say(f"step {step}: the cost model gives some responses a non-finite score")
+        token_costs = shaped_costs(
+            cost_scores, old_logps, ref_logps, mask, current_kl_coef, score_bound
+        )
+        metrics["cost"] = cost_scores.mean()
+        metrics["cost_with_kl_penalty"] = token_costs.sum(1).mean()
+        if cost_critic:
+            cost_values = response_values(cost_critic, responses, max_tokens, world)
+            cost_advantages, cost_returns = gae(token_costs, cost_values, mask, gamma, gae_lambda)
+            metrics["cost_return"] = sequence_mean(cost_returns, mask)
+            metrics["cost_value"] = sequence_mean(cost_values, mask)
+            metrics["cost_advantage"] = sequence_mean(cost_advantages, mask)
+        else:
+            cost_advantages = token_costs.sum(1)
+
+    # 5. the multiplier is updated, then costs are weighed against rewards
+    policy_learns = rollout >= critic_warmup
+    advantages = reward_advantages
+    if cost_model:
+        multiplier.observe(cost_scores)
+        lambda_ = multiplier.update(cost_limit) if policy_learns else multiplier.value
+        advantages = mix_advantages(reward_advantages, cost_advantages, lambda_)
+        slack = cost_limit - multiplier.mean_cost
+        metrics["unsafe_rate"] = (cost_scores > 0).float().mean()
+        metrics["lambda"] = lambda_
+        metrics["episode_cost"] = multiplier.mean_cost
+        metrics["slack"] = slack
+        if rollout == 0 and slack > 0:
             monitor.say(
-                f"note: the policy starts {metrics['slack']:.3g} below cost_limit: PPO-Lag "
-                "will spend it on reward. Lower cost_limit to keep it as safe as it is."
+                f"note: the policy starts {slack:.3g} below cost_limit: PPO-Lag will spend it on "
+                "reward. Lower cost_limit to keep it as safe as it is."
             )
-    if not critics:
-        mixed = group_advantages(mixed, mask, num_samples, advantage)
+    if not has_critics:
+        advantages = group_advantages(advantages, mask, num_samples, advantage)
     if normalize_advantage:
-        mixed = normalize(mixed, mask)
-    mixed = mixed - entropy_coef * old_logps  # the entropy's gradient is E[-log p grad log p]
+        advantages = normalize(advantages, mask)
+    # The gradient of the entropy is that of an advantage of -log p.
+    advantages = advantages - entropy_coef * old_logps
     if kl_target and policy_learns:
-        kl_weight = adapt_kl_coef(
-            kl_weight, metrics["kl"].item(), kl_target, per_rollout, kl_horizon
+        mean_kl = metrics["kl"].item()
+        current_kl_coef = adapt_kl_coef(
+            current_kl_coef, mean_kl, kl_target, responses_per_rollout, kl_horizon
         )
     metrics["rollout_seconds"] = time.perf_counter() - began
 
     # 6. updates: minibatches of the rollout
-    for begin in range(0, ppo_epochs * per_rollout, batch_size):
-        epoch, first = divmod(begin, per_rollout)
-        chosen = shuffled_order(per_rollout, epoch, hash64(seed, rollout))[
-            first : first + batch_size
-        ].tolist()
-        sums = {
-            name: torch.zeros((), device=world.device)
-            for name in (
-                "clip_fraction",
-                "ratio",
-                "approx_kl",
-                *(f"{name}_loss" for name in ("actor", "ptx", *targets)),
-            )
-        }
-        micros = plan_micro_batches([len(texts[i]) for i in chosen], max_tokens, world.size)[
-            world.rank
-        ]
-        for k, micro in enumerate(micros):
-            rows = [chosen[j] for j in micro]
-            share, last, m = len(rows) / batch_size, k == len(micros) - 1, mask[rows]
-            batch, begins = packed(rows, texts, starts)
+    for first in range(0, ppo_epochs * responses_per_rollout, batch_size):
+        epoch, begin = divmod(first, responses_per_rollout)
+        order = shuffled_order(responses_per_rollout, epoch, hash64(seed, rollout))
+        minibatch = order[begin : begin + batch_size].tolist()
+        sums = MetricSums(update_metrics, world.device)
+        minibatch_lengths = [len(responses.ids[i]) for i in minibatch]
+        micro_batches = plan_micro_batches(minibatch_lengths, max_tokens, world.size)[world.rank]
+        for k, indices in enumerate(micro_batches):
+            rows = [minibatch[i] for i in indices]
+            share = len(rows) / batch_size
+            is_last = k == len(micro_batches) - 1
+            batch = responses.pack(rows, world.device)
 
             if policy_learns:
-                logps = forward(actor, batch, begins, R)
-                loss = (
-                    actor_loss(logps, old_logps[rows], mixed[rows], m, clip_ratio or unbounded)
-                    * share
-                )
-                backward(actor, loss * actor_weight, last and not ptx)
+                logps = responses.unpack(actor.log_probs(batch, log_temperature), batch, rows)
+                loss = actor_loss(logps, old_logps[rows], advantages[rows], mask[rows], ratio_bound)
+                loss = loss * share
+                backward(actor, loss * actor_weight, last=is_last and not ptx)
                 log_ratio = logps.detach() - old_logps[rows]
                 ratio = log_ratio.exp()
-                clipped = (ratio - 1).abs() > (clip_ratio or unbounded)
-                sums["actor_loss"] += loss.detach()
-                sums["clip_fraction"] += sequence_mean(clipped.float(), m) * share
-                sums["approx_kl"] += sequence_mean(ratio - 1 - log_ratio, m) * share
-                sums["ratio"] += sequence_mean(ratio, m) * share
+                clipped = ((ratio - 1).abs() > ratio_bound).float()
+                sums.add("actor_loss", loss)
+                sums.add("clip_fraction", sequence_mean(clipped, mask[rows]) * share)
+                sums.add("approx_kl", sequence_mean(ratio - 1 - log_ratio, mask[rows]) * share)
+                sums.add("ratio", sequence_mean(ratio, mask[rows]) * share)
 
-            for name, (old, target) in targets.items():
-                critic = models[name][0]
-                values = forward(critic, batch, begins, R)
-                loss = (
-                    critic_loss(values, old[rows], target[rows], m, clip_value or unbounded) * share
+            if reward_critic:
+                values = responses.unpack(reward_critic.scores(batch), batch, rows)
+                loss = critic_loss(
+                    values, reward_values[rows], reward_returns[rows], mask[rows], value_bound
                 )
-                backward(critic, loss, last)
-                sums[f"{name}_loss"] += loss.detach()
+                loss = loss * share
+                backward(reward_critic, loss, last=is_last)
+                sums.add("reward_critic_loss", loss)
 
-        if ptx and policy_learns:  # stay a good language model: demonstrations join the gradient
+            if cost_critic:
+                values = responses.unpack(cost_critic.scores(batch), batch, rows)
+                loss = critic_loss(
+                    values, cost_values[rows], cost_returns[rows], mask[rows], value_bound
+                )
+                loss = loss * share
+                backward(cost_critic, loss, last=is_last)
+                sums.add("cost_critic_loss", loss)
+
+        if ptx and policy_learns:  # demonstrations join the gradient: stay a good language model
             examples = examples_at(step, len(ptx), batch_size, seed)
-            count = int(ptx.targets[examples].sum())
-            micros = plan_micro_batches(ptx.lengths[examples].tolist(), max_tokens, world.size)[
-                world.rank
-            ]
-            for k, micro in enumerate(micros):
-                batch = ptx.batch([examples[j] for j in micro], world.device)
-                m = batch.targets >= 0
-                loss = mle_loss(actor.log_probs(batch, uniform_weights=True), m) * (m.sum() / count)
-                backward(actor, loss * ptx_coef * actor_weight, k == len(micros) - 1)
-                sums["ptx_loss"] += loss.detach()
+            targets_in_batch = int(ptx.targets[examples].sum())
+            ptx_lengths = ptx.lengths[examples].tolist()
+            micro_batches = plan_micro_batches(ptx_lengths, max_tokens, world.size)[world.rank]
+            for k, indices in enumerate(micro_batches):
+                batch = ptx.batch([examples[i] for i in indices], world.device)
+                is_target = batch.targets >= 0
+                loss = mle_loss(actor.log_probs(batch, uniform_weights=True), is_target)
+                loss = loss * (is_target.sum() / targets_in_batch)
+                is_last = k == len(micro_batches) - 1
+                backward(actor, loss * ptx_coef * actor_weight, last=is_last)
+                sums.add("ptx_loss", loss)
 
-        losses = dict(zip(sums, all_reduce_sum(torch.stack(list(sums.values()))).tolist()))
+        losses = sums.reduce()
         if max_ratio and losses["ratio"] > max_ratio:
             actor.zero_grad(set_to_none=True)
-            monitor.say(f"step {step}: mean ratio {losses['ratio']:.3g}: the actor is not moved")
+            monitor.say(
+                f"step {step}: the mean ratio is {losses['ratio']:.3g}, above max_ratio: the actor "
+                "is not updated"
+            )
         lrs = {
             "actor_lr": optim.learning_rate_at(
                 step, steps, actor_learning_rate, actor_lr_schedule, actor_warmup_ratio
-            )
+            ),
+            "critic_lr": optim.learning_rate_at(
+                step, steps, critic_learning_rate, critic_lr_schedule, critic_warmup_ratio
+            ),
         }
-        lrs["critic_lr"] = optim.learning_rate_at(
-            step, steps, critic_learning_rate, critic_lr_schedule, critic_warmup_ratio
-        )
         norms = {}
-        for name, (model, optimizer) in models.items():
-            lr = lrs["actor_lr" if name == "actor" else "critic_lr"]
+        for name, optimizer in optimizers.items():
+            lr = lrs["actor_lr"] if name == "actor" else lrs["critic_lr"]
             norms[f"{name}_grad_norm"] = optim.guarded_step(
-                model, optimizer, lr, grad_clip, f"step {step}, {name}"
+                models[name], optimizer, lr, grad_clip, f"step {step}, {name}"
             )
         skips = optim.count_skips(skips, max_skips, *norms.values())
-        if ema:
-            optim.update_ema(average["model_ema"][0], actor, ema)
+        if average:
+            optim.update_ema(average, actor, ema)
 
         if step % log_interval == 0 or step + 1 == steps:
-            monitor.log(
-                step,
-                {
-                    **metrics,
-                    **losses,
-                    **norms,
-                    **lrs,
-                    "skips": skips,
-                    "seconds": time.perf_counter() - began,
-                },
-            )
+            seconds = time.perf_counter() - began
+            row = {**metrics, **losses, **norms, **lrs, "skips": skips, "seconds": seconds}
+            monitor.log(step, row)
         step += 1
 
     # 7. samples to read, a state to come back to
-    halt = monitor.asked_to_stop(world.device)
-    saves = (
-        step >= steps
-        or halt
-        or save_interval
-        and step // save_interval > (step - updates) // save_interval
-    )
+    must_stop = monitor.asked_to_stop(world.device)
+    passed_interval = False
+    if save_interval:
+        passed_interval = step // save_interval > (step - updates) // save_interval
+    saves = step >= steps or must_stop or passed_interval
     if saves or rollout == 0:
-        for i in range(min(4, per_rollout)):
+        for i in range(min(4, len(answers))):
+            scores = {"reward": reward_scores[i].item()}
+            if cost_model:
+                scores["cost"] = cost_scores[i].item()
             monitor.sample(
                 step - 1,
                 prompt=tok.decode(questions[i]),
-                response=tok.decode(responses[i]),
+                response=tok.decode(answers[i]),
                 kl=kl[i].item(),
-                **{name: x[i].item() for name, x in scores.items()},
+                **scores,
             )
     if saves:
-        checkpoint_run(step)
-    if halt:
+        save_run(step)
+    if must_stop:
         break
 monitor.close()

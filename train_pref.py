@@ -1,8 +1,11 @@
 """Stage 2: pairs of responses -> a reward model, or a cost model, or a policy without either.
 
-objective is reward (which response is better) or cost (which is safer; above 0 means unsafe), a
-score per response; or dpo, ipo, a policy whose log-ratio to a reference is the reward; or rrhf, a
-policy that ranks scored answers as their scores do.
+objective says which:
+
+    reward     a score per response: which of two is better
+    cost       a score per response: which of two is safer, and above 0 a response is unsafe
+    dpo, ipo   a policy whose log-ratio to a reference is the reward
+    rrhf       a policy that ranks scored answers as their scores do
 
 On a laptop, after python -m nanosafe.demo:
 $ python train_pref.py
@@ -12,24 +15,29 @@ $ torchrun --nproc_per_node=8 train_pref.py config/beaver_7b/reward.py config/be
 
 import os
 import time
+from typing import NamedTuple
+
 import numpy as np
 import torch
+
 from configurator import configure, save
-from nanosafe import checkpoint, optim, printing
+from nanosafe import checkpoint, optim
 from nanosafe.checkpoint import run_state
 from nanosafe.data import tokenize
-from nanosafe.errors import choose, stop
-from nanosafe.losses import cost_loss, dpo_loss, ipo_loss, mean_or_zero, reward_loss, rrhf_loss
-from nanosafe.monitor import Monitor
 from nanosafe.data.batching import (
     count_steps,
     examples_at,
-    plan_micro_batches,
     gather_responses,
+    last_of_each,
+    plan_micro_batches,
     sum_per_sequence,
 )
-from nanosafe.parallel import all_reduce_sum, backward, init, choose_placements
+from nanosafe.errors import choose, stop
 from nanosafe.inference import ReferenceSamples, cached_reference_logps
+from nanosafe.losses import cost_loss, dpo_loss, ipo_loss, mean_or_zero, reward_loss, rrhf_loss
+from nanosafe.monitor import Monitor
+from nanosafe.parallel import all_reduce_sum, backward, choose_placements, init
+from nanosafe.printing import print_once
 from nanosafe.rl import ExponentialMovingAverage, RunningMeanStd
 from nanosafe.tokenizer import load as load_tokenizer
 
@@ -88,51 +96,57 @@ use_compile = True  # torch.compile each block, on a GPU
 config = configure(globals())
 
 # ---- setup ----
-SCORED, POLICIES = ("reward", "cost"), ("dpo", "ipo", "rrhf")
-choose("objective", objective, SCORED + POLICIES)
+TASKS = {"reward": "reward", "cost": "cost", "dpo": "reward", "ipo": "reward", "rrhf": "rank"}
+choose("objective", objective, TASKS)
 choose("normalizer", normalizer, ("ema", "running", "none"))
 choose("lr_schedule", lr_schedule, optim.SCHEDULES)
 if beta <= 0 or not 0 <= label_smoothing < 0.5:
     stop(f"beta={beta}, label_smoothing={label_smoothing}: above 0, and from 0 to below 0.5")
-scored = objective in SCORED
+gives_scores = objective in ("reward", "cost")
+compares_with_reference = objective in ("dpo", "ipo") and not reference_free
 world = init(device, config)
 resume = run_state.open_run_folder(config, save)
 tok = load_tokenizer(init_from)
-task = objective if scored else "rank" if objective == "rrhf" else "reward"
-train = tokenize(data, tok, task, max_len, max_tokens)
-held_out = tokenize(eval_data, tok, task, max_len, max_tokens) if eval_data else None
-size = checkpoint.count_parameters(init_from)
-placement, _ = choose_placements(
-    world, dtype, parallel, offload, use_compile, activation_checkpointing, size
-)
-head = "lm" if not scored else "both" if lm_coef else "score"
+train = tokenize(data, tok, TASKS[objective], max_len, max_tokens)
+held_out = None
+if eval_data:
+    held_out = tokenize(eval_data, tok, TASKS[objective], max_len, max_tokens)
+
+parameters = checkpoint.count_parameters(init_from)
+placement = choose_placements(
+    world, dtype, parallel, offload, use_compile, activation_checkpointing, parameters
+).trained
+head = "lm"
+if gives_scores:
+    head = "both" if lm_coef else "score"
 model = checkpoint.load(
     init_from,
     head,
     placement=placement,
     vocab_size=tok.vocab_size,
+    score_type=objective if gives_scores else None,
     seed=seed,
-    score_type=objective if scored else None,
 )
-model.config.do_normalize = False  # scores are trained raw; their moments are kept beside
+model.config.do_normalize = False  # scores are trained as they are; their moments are kept beside
 optimizer = optim.make_adamw(model, weight_decay, beta1, beta2)
-moments = ExponentialMovingAverage(normalizer_momentum) if normalizer == "ema" else RunningMeanStd()
+moments = RunningMeanStd()
+if normalizer == "ema":
+    moments = ExponentialMovingAverage(normalizer_momentum)
 
-# The reference is the model before its first step: what it says is kept, no second one is held.
-reference, samples = {}, None
-if objective in ("dpo", "ipo") and not reference_free:
+# The reference is the model before its first step. Its log-probabilities of all responses are
+# computed now and kept, so that no second model is held.
+reference_logps = {}  # Dataset -> (n, 2)
+if compares_with_reference:
     for dataset in filter(None, (train, held_out)):
-        reference[dataset] = cached_reference_logps(model, init_from, dataset, max_tokens, world)
-if not scored and held_out and eval_samples:
-    chosen = [held_out.sequence(i) for i in range(min(eval_samples, len(held_out)))]
-    samples = ReferenceSamples(
-        model,
-        [ids[: np.argmax(mask)].tolist() for ids, mask in chosen],
-        world,
-        max_tokens,
-        max_new_tokens,
-        eos_ids=tok.eos_ids,
-        seed=seed,
+        reference_logps[dataset] = cached_reference_logps(
+            model, init_from, dataset, max_tokens, world
+        )
+reference_samples = None
+if not gives_scores and held_out and eval_samples:
+    sequences = [held_out.sequence(i) for i in range(min(eval_samples, len(held_out)))]
+    held_out_prompts = [ids[: np.argmax(mask)].tolist() for ids, mask in sequences]
+    reference_samples = ReferenceSamples(
+        model, held_out_prompts, world, max_tokens, max_new_tokens, eos_ids=tok.eos_ids, seed=seed
     )
 
 steps = count_steps(len(train), batch_size, epochs, max_steps)
@@ -140,126 +154,180 @@ start = skips = 0
 if resume:
     state = run_state.load(out_dir, {"model": model}, {"model": optimizer})
     start, skips = state["step"], state["skips"]
-    vars(moments).update(state["moments"])
-printing.print_once(
-    f"{size / 1e6:.1f} M parameters, {placement.layout}, computing in {placement.compute_dtype}; {steps} "
-    f"steps of {batch_size} examples over {world.size} ranks, {max_tokens} tokens per forward"
+    moments.load_state_dict(state["moments"])
+print_once(
+    f"{parameters / 1e6:.1f} M parameters, {placement.layout}, computing in "
+    f"{placement.compute_dtype}; {steps} steps of {batch_size} examples over {world.size} ranks, "
+    f"{max_tokens} tokens per forward"
 )
 
 
+# ---- objectives ----
+# A dataset's batch holds the preferred responses of n examples first, then the other ones.
+
+
+class Judged(NamedTuple):
+    """What an objective says about some examples."""
+
+    loss: torch.Tensor  # their mean loss
+    scores: torch.Tensor  # (n, width): end scores or implied rewards, the preferred response first
+
+
 def judge(dataset, examples):
-    """The mean loss of some examples, and their end scores or implied rewards (n, width)."""
     batch = dataset.batch(examples, world.device)
     labels = torch.tensor(dataset.labels[examples], device=world.device)  # (n, width)
-    n, width = labels.shape
-    if scored:
-        out = model.log_probs_and_scores(batch) if lm_coef else model.scores(batch)
-        logps, scores = out if lm_coef else (None, out)
-        ends = scores[(batch.cu_seqlens[1:].long() - 1)[: 2 * n]].view(2, n)
-        first, second, mask = *ends, None
-        if token_wise:
-            first, second = gather_responses(scores, batch, [1] * 2 * n, batch.max_seqlen).chunk(2)
-            mask = differing(dataset, examples, batch.max_seqlen)
-        if objective == "reward":
-            loss = reward_loss(first, second, regularization, mask, margin)
-        else:
-            loss = cost_loss(first, second, *labels.T, regularization, mask)
-        if lm_coef:
-            loss = loss - lm_coef * mean_or_zero(
-                (sum_per_sequence(logps, batch) / tokens_of(batch))[:n]
-            )
-        return loss, ends.T
-    there = ~labels.isnan().T  # (width, n): the sequences lie end to end, part by part
-    place_in = lambda x: x.new_zeros(width, n).masked_scatter(there, x[: int(there.sum())]).T
-    logps = place_in(sum_per_sequence(model.log_probs(batch), batch))  # (n, width)
-    lengths = place_in(tokens_of(batch)).clamp(min=1)
+    if gives_scores:
+        return judge_by_scores(dataset, examples, batch, labels)
     if objective == "rrhf":
-        rrhf = [rrhf_loss(*(x[i, there[:, i]] for x in (logps, lengths, labels))) for i in range(n)]
-        return mean_or_zero(torch.stack(rrhf) if rrhf else logps.sum(1)), logps / lengths
-    ref = reference[dataset][examples] if reference else torch.zeros_like(logps)
+        return judge_rankings(batch, labels)
+    return judge_by_log_ratios(dataset, examples, batch)
+
+
+def judge_by_scores(dataset, examples, batch, labels):
+    """Reward and cost models: end scores, or the scores of all tokens."""
+    n = len(examples)
+    if lm_coef:
+        logps, scores = model.log_probs_and_scores(batch)
+    else:
+        scores = model.scores(batch)
+    end_scores = last_of_each(scores, batch)[: 2 * n].view(2, n)
+    first, second, mask = end_scores[0], end_scores[1], None
+    if token_wise:
+        starts = [1] * (2 * n)
+        first, second = gather_responses(scores, batch, starts, batch.max_seqlen).chunk(2)
+        mask = mask_differing_tokens(dataset, examples, batch.max_seqlen)
+    if objective == "reward":
+        loss = reward_loss(first, second, regularization, mask, margin)
+    else:
+        safer_sign, unsafer_sign = labels.T
+        loss = cost_loss(first, second, safer_sign, unsafer_sign, regularization, mask)
+    if lm_coef:
+        mean_logps = sum_per_sequence(logps, batch) / count_targets(batch)
+        loss = loss - lm_coef * mean_or_zero(mean_logps[:n])
+    return Judged(loss, end_scores.T)
+
+
+def judge_by_log_ratios(dataset, examples, batch):
+    """DPO and IPO: the log-ratio to the reference is the implied reward."""
+    n = len(examples)
+    logps = sum_per_sequence(model.log_probs(batch), batch)[: 2 * n].view(2, n)
+    ref_logps = torch.zeros_like(logps)
+    if compares_with_reference:
+        ref_logps = reference_logps[dataset][examples].T
+    implied_rewards = beta * (logps - ref_logps)
     if objective == "dpo":
-        return dpo_loss(*logps.T, *ref.T, beta, label_smoothing), beta * (logps - ref)
-    per = torch.ones_like(lengths) if sum_logps else lengths
-    return ipo_loss(*(logps / per).T, *(ref / per).T, beta), beta * (logps - ref) / per
+        loss = dpo_loss(*logps, *ref_logps, beta, label_smoothing)
+        return Judged(loss, implied_rewards.T)
+    lengths = torch.ones_like(logps)
+    if not sum_logps:
+        lengths = count_targets(batch)[: 2 * n].view(2, n)
+    loss = ipo_loss(*(logps / lengths), *(ref_logps / lengths), beta)
+    return Judged(loss, (implied_rewards / lengths).T)
 
 
-def tokens_of(batch):
-    """How many tokens each response has, its EOS among them (B,)."""
+def judge_rankings(batch, labels):
+    """RRHF: labels (n, width) are the answers' scores, nan where a ranking has fewer answers."""
+    exists = ~labels.isnan()
+    logps = spread_over_answers(sum_per_sequence(model.log_probs(batch), batch), exists)
+    lengths = spread_over_answers(count_targets(batch), exists).clamp(min=1)
+    losses = []
+    for i in range(len(labels)):
+        answers = exists[i]
+        losses.append(rrhf_loss(logps[i, answers], lengths[i, answers], labels[i, answers]))
+    loss = mean_or_zero(torch.stack(losses) if losses else logps.sum(1))
+    return Judged(loss, logps / lengths)
+
+
+def spread_over_answers(x, exists):
+    """x, one number per sequence of the batch, -> (n, width), 0 where there is no such answer."""
+    n, width = exists.shape
+    count = int(exists.sum())
+    return x.new_zeros(width, n).masked_scatter(exists.T, x[:count]).T
+
+
+def count_targets(batch):
+    """How many tokens each response has, its EOS included (B,)."""
     return sum_per_sequence((batch.targets >= 0).float(), batch).clamp(min=1)
 
 
-def differing(dataset, examples, L):
-    """1 from the first token at which two responses differ to the longer one's end (n, L)."""
-    mask = torch.zeros(len(examples), L)
+def mask_differing_tokens(dataset, examples, length):
+    """1 from the first token at which two responses differ to the longer one's end (n, length)."""
+    mask = torch.zeros(len(examples), length)
     for row, i in enumerate(examples):
-        a, b = (dataset.sequence(i, part)[0] for part in (0, 1))
-        same = min(len(a), len(b))
-        begin = int(np.argmax(np.append(a[:same] != b[:same], True)))
-        mask[row, begin : max(len(a), len(b))] = 1
+        chosen, _ = dataset.sequence(i, 0)
+        rejected, _ = dataset.sequence(i, 1)
+        shorter = min(len(chosen), len(rejected))
+        differs = chosen[:shorter] != rejected[:shorter]
+        begin = int(np.argmax(np.append(differs, True)))
+        mask[row, begin : max(len(chosen), len(rejected))] = 1
     return mask.to(world.device)
 
 
-def describe(x, labels):
-    """What scores or implied rewards (n, width), preferred first, say about a model."""
-    sign = -1 if objective == "cost" else 1
-    gaps = sign * (x[:, :, None] - x[:, None])  # (n, width, width)
-    # of a cost pair the first is the safer one, whatever the signs that its labels are
-    ranks = labels if objective != "cost" else torch.tensor([[1, 0]], device=x.device)
-    better = (ranks[:, :, None] > ranks[:, None]).expand(gaps.shape)  # false where one is missing
-    metrics = {
-        "accuracy": (gaps > 0)[better].float().mean().item(),
-        "margin": gaps[better].mean().item(),
-    }
-    if not scored:
-        return {
-            **metrics,
-            "reward_chosen": x[:, 0].mean().item(),
-            "reward_rejected": x[labels < labels[:, :1]].mean().item(),
-        }
-    metrics.update(score_mean=x.mean().item(), score_std=x.std().item())
-    if objective == "cost":
-        metrics["sign_accuracy"] = (x * labels < 0).float().mean().item()
+# ---- metrics ----
+
+
+def describe(scores, labels):
+    """What scores or implied rewards (n, width), the preferred first, say about a model."""
+    metrics = {}
+    gaps = gaps_between_pairs(scores, labels)
+    metrics["accuracy"] = (gaps > 0).float().mean().item()
+    metrics["margin"] = gaps.mean().item()
+    if not gives_scores:
+        is_rejected = labels < labels[:, :1]
+        metrics["reward_chosen"] = scores[:, 0].mean().item()
+        metrics["reward_rejected"] = scores[is_rejected].mean().item()
+        return metrics
+    metrics["score_mean"] = scores.mean().item()
+    metrics["score_std"] = scores.std().item()
+    if objective == "cost":  # labels are +1 for safe and -1 for unsafe
+        metrics["sign_accuracy"] = (scores * labels < 0).float().mean().item()
         for name, sign in (("safe", 1), ("unsafe", -1)):
             if (labels == sign).any():
-                metrics[f"{name}_mean"] = x[labels == sign].mean().item()
+                metrics[f"{name}_mean"] = scores[labels == sign].mean().item()
     return metrics
+
+
+def gaps_between_pairs(scores, labels):
+    """By how much the score of each preferred response exceeds that of the other one."""
+    if objective == "cost":
+        return scores[:, 1] - scores[:, 0]  # the first is the safer one, which costs less
+    if objective != "rrhf":
+        return scores[:, 0] - scores[:, 1]
+    gaps = scores[:, :, None] - scores[:, None]  # (n, width, width)
+    is_better = labels[:, :, None] > labels[:, None]  # False where an answer is missing
+    return gaps[is_better]
 
 
 @torch.no_grad()
 def evaluate():
     """The loss of the held-out data, describe() of it, and the KL from the reference."""
-    x, total = torch.zeros(held_out.labels.shape, device=world.device), torch.zeros(())
-    for micro in plan_micro_batches(held_out.lengths.tolist(), max_tokens, world.size)[world.rank]:
-        loss, x[micro] = judge(held_out, micro)
-        total += loss.cpu() * len(micro) / len(held_out)
+    scores = torch.zeros(held_out.labels.shape, device=world.device)
+    total = torch.zeros(())
+    lengths = held_out.lengths.tolist()
+    for rows in plan_micro_batches(lengths, max_tokens, world.size)[world.rank]:
+        judged = judge(held_out, rows)
+        scores[rows] = judged.scores
+        total += judged.loss.cpu() * len(rows) / len(held_out)
     labels = torch.tensor(held_out.labels, device=world.device)
-    metrics = {
-        "loss": all_reduce_sum(total.to(world.device)).item(),
-        **describe(all_reduce_sum(x), labels),
-    }
-    if samples:
-        metrics["kl"] = samples.kl(model)
+    metrics = {"loss": all_reduce_sum(total.to(world.device)).item()}
+    metrics.update(describe(all_reduce_sum(scores), labels))
+    if reference_samples:
+        metrics["kl"] = reference_samples.kl(model)
     return {f"eval_{name}": value for name, value in metrics.items()}
 
 
-def checkpoint_run(step):
-    """The state to resume from, and the model for others to open."""
+def save_run(step):
+    """Write the state to resume from, and the model for others to open."""
     monitor.flush()
-    if scored and normalizer != "none":
-        vars(model.config).update(
-            mean=[moments.mean],
-            var=[moments.var],
-            normalizer_type=type(moments).__name__,
-            momentum=normalizer_momentum if normalizer == "ema" else None,
-        )
-    checkpoint.save(
-        model,
-        os.path.join(out_dir, "model"),
-        tok,
-        dtype=placement.compute_dtype,
-        head="score" if scored else "lm",
-    )
-    extra = {"skips": skips, "moments": vars(moments)}
+    if gives_scores and normalizer != "none":
+        model.config.mean = [moments.mean]
+        model.config.var = [moments.var]
+        model.config.normalizer_type = type(moments).__name__
+        model.config.momentum = normalizer_momentum if normalizer == "ema" else None
+    exported_head = "score" if gives_scores else "lm"
+    model_dir = os.path.join(out_dir, "model")
+    checkpoint.save(model, model_dir, tok, dtype=placement.compute_dtype, head=exported_head)
+    extra = {"skips": skips, "moments": moments.state_dict()}
     run_state.save(out_dir, step, {"model": model}, {"model": optimizer}, extra, keep)
 
 
@@ -268,43 +336,45 @@ monitor = Monitor(out_dir, steps, start, log_to, ("loss", "accuracy", "sign_accu
 for step in range(start, steps):
     began = time.perf_counter()
     examples = examples_at(step, len(train), batch_size, seed)
+    lengths = train.lengths[examples].tolist()
     labels = torch.tensor(train.labels[examples], device=world.device)  # (batch_size, width)
-    x = torch.zeros(labels.shape, device=world.device)
+    scores = torch.zeros(labels.shape, device=world.device)
     loss_sum = torch.zeros((), device=world.device)
-    micros = plan_micro_batches(train.lengths[examples].tolist(), max_tokens, world.size)[
-        world.rank
-    ]
-    for i, micro in enumerate(micros):
-        loss, judged = judge(train, [examples[j] for j in micro])
-        # times this micro-batch's share of the pairs: the sum over all is the mean over the batch
-        loss = loss * (len(micro) / batch_size)
-        backward(model, loss, last=i == len(micros) - 1)
-        x[micro] = judged.detach()
+    micro_batches = plan_micro_batches(lengths, max_tokens, world.size)[world.rank]
+    for k, rows in enumerate(micro_batches):
+        judged = judge(train, [examples[i] for i in rows])
+        # A micro-batch's mean times its share of the examples: over micro-batches and ranks these
+        # sum up to the mean over the whole batch, however it is cut.
+        loss = judged.loss * (len(rows) / batch_size)
+        backward(model, loss, last=k == len(micro_batches) - 1)
+        scores[rows] = judged.scores.detach()
         loss_sum += loss.detach()
     lr = optim.learning_rate_at(step, steps, learning_rate, lr_schedule, warmup_ratio)
     grad_norm = optim.guarded_step(model, optimizer, lr, grad_clip, f"step {step}")
     skips = optim.count_skips(skips, max_skips, grad_norm)
-    x = all_reduce_sum(x)
-    if scored and torch.isfinite(x).all():
-        moments.update(x.flatten())
+    scores = all_reduce_sum(scores)
+    if gives_scores and torch.isfinite(scores).all():
+        moments.update(scores.flatten())
 
-    tokens = int(train.lengths[examples].sum())
+    tokens = sum(lengths)
     metrics = {
         "loss": all_reduce_sum(loss_sum).item(),
-        **describe(x, labels),
+        **describe(scores, labels),
         "grad_norm": grad_norm,
         "tokens": tokens,
         "tokens_per_second": tokens / (time.perf_counter() - began),
         "lr": lr,
         "skips": skips,
     }
-    last = step + 1 == steps or monitor.asked_to_stop(world.device)
-    if held_out and (step + 1 == steps or eval_interval and (step + 1) % eval_interval == 0):
+    is_last = step + 1 == steps
+    must_stop = monitor.asked_to_stop(world.device)
+    evaluates = is_last or (eval_interval and (step + 1) % eval_interval == 0)
+    if evaluates and held_out:
         metrics.update(evaluate())
-    if step % log_interval == 0 or last or "eval_accuracy" in metrics:
+    if step % log_interval == 0 or is_last or must_stop or (evaluates and held_out):
         monitor.log(step, metrics)
-    if last or save_interval and (step + 1) % save_interval == 0:
-        checkpoint_run(step + 1)
-    if last:
+    if is_last or must_stop or (save_interval and (step + 1) % save_interval == 0):
+        save_run(step + 1)
+    if must_stop:
         break
 monitor.close()

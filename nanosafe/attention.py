@@ -1,33 +1,44 @@
-"""The only file that knows an attention kernel's name.
+"""The only file that names an attention kernel.
 
-A batch is a `Packed` (whole sequences laid end to end: training, scoring, prefill) or a `Step` (one
-new token for each of n cached sequences: decoding). Both know how their queries meet their keys:
-.attend(q, k, v, cache). limit() adds what LLaMA has not: sliding windows and ALiBi.
+The tokens of a forward come in one of two layouts. A `PackedBatch` holds whole sequences laid end
+to end: training, scoring, and the prefill of prompts. A `DecodeBatch` holds one new token for each
+of n cached sequences: decoding. Both have attend(q, k, v, cache), which lets each query see the
+keys of its own sequence up to its own position. add_window_and_alibi() adds what LLaMA does not
+have: sliding windows and ALiBi.
 
-Shapes: N packed tokens, B sequences, H heads, K kv heads, E head width, S cache slots, T cached."""
+Shapes: N packed tokens, B sequences, L length of the longest, H heads, K kv heads, E head width,
+S cache slots, T cached positions, n rows that are decoded."""
 
 import inspect
 import math
 from typing import NamedTuple, Optional
+
 import torch
 import torch.nn.functional as F
 
-if torch.cuda.is_available():  # FlashAttention-2, packed; elsewhere its import is time lost
+if torch.cuda.is_available():  # FlashAttention-2 for packed sequences; its import costs time
     from torch.nn.attention.varlen import varlen_attn
 
     VARLEN_OPTIONS = inspect.signature(varlen_attn).parameters
 
 
+class Cache(NamedTuple):
+    """Keys and values of one layer."""
+
+    k: torch.Tensor  # (S, K, T, E)
+    v: torch.Tensor  # (S, K, T, E)
+
+
 class PackedBatch(NamedTuple):
-    """Sequences laid end to end, each of which sees itself only, and only backwards."""
+    """Sequences laid end to end."""
 
     cu_seqlens: torch.Tensor  # (B+1,) int32: where each sequence begins, and N at the end
-    max_seqlen: int  # length of the longest
+    max_seqlen: int  # L
     positions: torch.Tensor  # (N,) position of each token in its sequence
-    rows: torch.Tensor  # (N,) the sequence each token belongs to
+    rows: torch.Tensor  # (N,) the sequence that each token belongs to
     slots: Optional[torch.Tensor] = None  # (B,) cache slot of each sequence, for prefill
-    window: int = 0  # how many keys a query sees, its own among them; 0: all
-    mask: Optional[torch.Tensor] = None  # (L, L) or (H, L, L), where causality is not all there is
+    window: int = 0  # how many keys a query sees, its own included; 0: all before it
+    mask: Optional[torch.Tensor] = None  # (L, L) or (H, L, L), where causality is not enough
 
     def attend(self, q, k, v, cache):
         """q (N, H, E), k and v (N, K, E) -> (N, H, E)."""
@@ -35,16 +46,19 @@ class PackedBatch(NamedTuple):
             slots = self.slots[self.rows]
             cache.k[slots, :, self.positions] = k
             cache.v[slots, :, self.positions] = v
-        flash = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and self.mask is None
-        return self.varlen(q, k, v) if flash else self.padded(q, k, v)
+        half_precision = q.dtype in (torch.bfloat16, torch.float16)
+        if q.is_cuda and half_precision and self.mask is None:
+            return self.attend_packed(q, k, v)
+        return self.attend_padded(q, k, v)
 
-    def varlen(self, q, k, v):
+    def attend_packed(self, q, k, v):
+        """FlashAttention-2 on the packed tokens as they are."""
         options = {}
         if k.shape[1] != q.shape[1]:
             if "enable_gqa" in VARLEN_OPTIONS:  # torch 2.12
                 options["enable_gqa"] = True
             else:
-                k, v = repeat_heads(q, k, v)
+                k, v = repeat_heads(k, q), repeat_heads(v, q)
         return varlen_attn(
             q,
             k,
@@ -57,20 +71,41 @@ class PackedBatch(NamedTuple):
             **options,
         )
 
-    def padded(self, q, k, v):
-        """Right-padded SDPA. Causality alone needs no mask: no row looks to its right."""
+    def attend_padded(self, q, k, v):
+        """torch's kernel on right-padded sequences (B, L). Causality hides the padding."""
         B, L = len(self.cu_seqlens) - 1, self.max_seqlen
-        k, v = repeat_heads(q, k, v)
         N, H, E = q.shape
-        ragged = N != B * L
-        if ragged:  # what fills a row up is its last token again: nobody looks there
-            begins, ends = self.cu_seqlens[:-1, None].long(), self.cu_seqlens[1:, None].long()
-            source = torch.minimum(begins + torch.arange(L, device=q.device), ends - 1).flatten()
-            q, k, v = (x.index_select(0, source) for x in (q, k, v))
-        q, k, v = (x.view(B, L, H, E).transpose(1, 2) for x in (q, k, v))
+        k, v = repeat_heads(k, q), repeat_heads(v, q)
+        has_padding = N != B * L
+        if has_padding:
+            source = self.find_padded_rows()
+            q = q.index_select(0, source)
+            k = k.index_select(0, source)
+            v = v.index_select(0, source)
+        q = q.view(B, L, H, E).transpose(1, 2)  # (B, H, L, E)
+        k = k.view(B, L, H, E).transpose(1, 2)
+        v = v.view(B, L, H, E).transpose(1, 2)
         out = F.scaled_dot_product_attention(q, k, v, self.mask, is_causal=self.mask is None)
         out = out.transpose(1, 2).reshape(B * L, H, E)
-        return out.index_select(0, self.rows * L + self.positions) if ragged else out
+        if has_padding:
+            out = out.index_select(0, self.rows * L + self.positions)
+        return out
+
+    def find_padded_rows(self):
+        """Which packed token stands at each padded position (B * L,).
+
+        Padding repeats the sequence's last token; causality hides it."""
+        begins = self.cu_seqlens[:-1, None].long()
+        ends = self.cu_seqlens[1:, None].long()
+        columns = torch.arange(self.max_seqlen, device=self.cu_seqlens.device)
+        return torch.minimum(begins + columns, ends - 1).flatten()
+
+
+class RowGroup(NamedTuple):
+    """Rows of the cache that are decoded together, reading `extent` cached positions each."""
+
+    rows: slice
+    mask: torch.Tensor  # (rows, 1, 1, extent) bool: whether the new token sees a slot's key
 
 
 class DecodeBatch(NamedTuple):
@@ -78,91 +113,110 @@ class DecodeBatch(NamedTuple):
 
     positions: torch.Tensor  # (n,) position of the new token in its sequence
     rows: torch.Tensor  # (n,) 0 .. n-1
-    groups: list  # [(slice of rows, (rows, 1, 1, extent): whether a token sees a slot's key)]
+    groups: list  # of RowGroup, which together cover all n rows
 
     def attend(self, q, k, v, cache):
         """q (n, H, E), k and v (n, K, E) -> (n, H, E)."""
-        (n, H, E), K = q.shape, k.shape[1]
+        n, H, E = q.shape
+        K = k.shape[1]
         cache.k[self.rows, :, self.positions] = k
         cache.v[self.rows, :, self.positions] = v
-        # The heads of a group share their keys: laid out as that many queries, none is repeated.
+        # The H / K heads that share a kv head become H / K queries of it, so no key is repeated.
         q = q.reshape(n, K, H // K, E)
-        out = [
-            F.scaled_dot_product_attention(
-                q[rows],
-                cache.k[rows, :, : mask.shape[-1]],
-                cache.v[rows, :, : mask.shape[-1]],
-                attn_mask=mask,
-            )
-            for rows, mask in self.groups
-        ]
-        return torch.cat(out).view(n, H, E)
-
-
-class Cache(NamedTuple):
-    """Keys and values of one layer."""
-
-    k: torch.Tensor  # (S, K, T, E)
-    v: torch.Tensor
+        outputs = []
+        for rows, mask in self.groups:
+            extent = mask.shape[-1]
+            keys = cache.k[rows, :, :extent]
+            values = cache.v[rows, :, :extent]
+            out = F.scaled_dot_product_attention(q[rows], keys, values, attn_mask=mask)
+            outputs.append(out)
+        return torch.cat(outputs).view(n, H, E)
 
 
 def pack(cu_seqlens, max_seqlen, n_tokens, slots=None):
-    """The `Packed` of sequences that begin at cu_seqlens (B+1,)."""
+    """The PackedBatch of sequences that begin at cu_seqlens (B+1,)."""
     lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
-    rows = torch.repeat_interleave(
-        torch.arange(len(lengths), device=lengths.device), lengths, output_size=n_tokens
-    )
+    sequences = torch.arange(len(lengths), device=lengths.device)
+    rows = torch.repeat_interleave(sequences, lengths, output_size=n_tokens)
     positions = torch.arange(n_tokens, device=lengths.device) - cu_seqlens.long()[rows]
     return PackedBatch(cu_seqlens, max_seqlen, positions, rows, slots)
 
 
 def attention_dtype(x):
-    """What attention is computed in: a CPU's kernel is slower in bfloat16, backward many times."""
+    """What attention is computed in. A CPU's kernel is slow in bfloat16, its backward far more."""
     return x.dtype if x.is_cuda else torch.float32
 
 
-def repeat_heads(q, k, v):
-    groups = q.shape[1] // k.shape[1]
-    return (k, v) if groups == 1 else (x.repeat_interleave(groups, dim=1) for x in (k, v))
+def repeat_heads(x, q):
+    """Keys or values (N, K, E), each head repeated for the heads of q (N, H, E) that share it."""
+    repeats = q.shape[1] // x.shape[1]
+    return x if repeats == 1 else x.repeat_interleave(repeats, dim=1)
 
 
-def add_window_and_alibi(seqs, config, x):
-    """A Packed or Step with what a model's config asks for; x (N, D) has its device and dtype."""
-    window, kv = config.sliding_window, config.num_key_value_heads
-    slopes = alibi_slopes(config.num_attention_heads, x.device) if config.alibi else None  # (H,)
-    if isinstance(seqs, DecodeBatch):
-        groups = []
-        for rows, mask in seqs.groups:
-            places = torch.arange(mask.shape[-1], device=x.device)
-            mask = attention_mask(
-                seqs.positions[rows, None, None] - places, window, slopes, attention_dtype(x)
-            )
-            # A bool (n, 1, 1, extent), or what is added to the logits (n, K, H / K, extent).
-            groups.append(
-                (rows, mask.view(len(mask), kv, -1, len(places)) if config.alibi else mask[:, None])
-            )
-        return seqs._replace(groups=groups)
-    seqs = seqs._replace(window=window)
-    if not config.alibi and (window >= seqs.max_seqlen or x.is_cuda and x.dtype != torch.float32):
-        return seqs  # nothing to hide, or the kernel knows windows
-    places = torch.arange(seqs.max_seqlen, dtype=torch.int32, device=x.device)
-    return seqs._replace(
-        mask=attention_mask(places[:, None] - places, window, slopes, attention_dtype(x))
-    )
+# ---- sliding windows and ALiBi ----
 
 
-def attention_mask(back, window, slopes, dtype):
-    """The mask of keys that are `back` (.., queries, keys) positions behind their query: True where
-    it sees them. With slopes (H,), what ALiBi (arXiv:2108.12409) adds to a head's logits."""
-    seen = (back >= 0) & (back < window) if window else back >= 0
+def add_window_and_alibi(layout, config, x):
+    """The layout with a model's sliding window or ALiBi; x (N, D) has the device and the dtype."""
+    slopes = None
+    if config.alibi:
+        slopes = alibi_slopes(config.num_attention_heads, x.device)  # (H,)
+    if isinstance(layout, DecodeBatch):
+        return add_to_decode_batch(layout, config, slopes, attention_dtype(x))
+    return add_to_packed_batch(layout, config, slopes, x)
+
+
+def add_to_decode_batch(layout, config, slopes, dtype):
+    """The DecodeBatch whose groups have masks with the window, or ALiBi's biases."""
+    groups = []
+    for rows, mask in layout.groups:
+        keys = torch.arange(mask.shape[-1], device=mask.device)
+        distance = layout.positions[rows, None, None] - keys
+        mask = attention_mask(distance, config.sliding_window, slopes, dtype)
+        if config.alibi:  # one bias per head, laid out as the queries are: (rows, K, H / K, extent)
+            mask = mask.view(len(mask), config.num_key_value_heads, -1, len(keys))
+        else:
+            mask = mask[:, None]
+        groups.append(RowGroup(rows, mask))
+    return layout._replace(groups=groups)
+
+
+def add_to_packed_batch(layout, config, slopes, x):
+    """The PackedBatch with its window, and with a mask where the kernel does not know windows."""
+    window = config.sliding_window
+    layout = layout._replace(window=window)
+    window_is_wide = window >= layout.max_seqlen
+    kernel_knows_windows = x.is_cuda and x.dtype != torch.float32
+    if not config.alibi and (window_is_wide or kernel_knows_windows):
+        return layout
+    positions = torch.arange(layout.max_seqlen, dtype=torch.int32, device=x.device)
+    distance = positions[:, None] - positions
+    return layout._replace(mask=attention_mask(distance, window, slopes, attention_dtype(x)))
+
+
+def attention_mask(distance, window, slopes, dtype):
+    """Which keys a query sees, or what ALiBi (arXiv:2108.12409) adds to the logits.
+
+    distance  (.., queries, keys): how many positions a key lies behind its query
+    window    keys that a query sees, its own included; 0: all before it
+    slopes    (H,) or None
+
+    Without slopes a bool of distance's shape; with them a bias of `dtype`, which also has heads."""
+    seen = distance >= 0
+    if window:
+        seen = seen & (distance < window)
     if slopes is None:
         return seen
-    fall = -slopes[:, None, None] * back if back.dim() == 2 else -slopes[:, None] * back
-    return fall.masked_fill_(~seen, float("-inf")).to(dtype)
+    if distance.dim() == 2:
+        bias = -slopes[:, None, None] * distance  # (H, L, L)
+    else:
+        bias = -slopes[:, None] * distance  # (rows, H, extent)
+    return bias.masked_fill_(~seen, float("-inf")).to(dtype)
 
 
 def alibi_slopes(heads, device=None):
-    """ALiBi's slopes (H,) float32: 2^(-8 i / P) for the power of two P below, others between."""
+    """ALiBi's slopes (H,) float32: 2^(-8 i / P) for P, the largest power of two up to H, and the
+    steps between them for the other heads."""
     P = 2 ** int(math.log2(heads))
     count = torch.arange(1, heads + 1, device=device)
     return torch.exp2(-8 / P * torch.where(count <= P, count, count - P - 0.5))

@@ -1,6 +1,6 @@
-"""python -m nanosafe.bench runs nanosafe/tools/bench.py."""
+"""The command `python -m nanosafe.bench`: see nanosafe/tools/bench.py."""
 
-import runpy
+from nanosafe.tools.bench import main
 
 if __name__ == "__main__":
-    runpy.run_module("nanosafe.tools.bench", run_name="__main__")
+    main()

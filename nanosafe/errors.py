@@ -10,6 +10,7 @@ import re
 import struct
 import traceback
 import zipfile
+import zlib
 from contextlib import contextmanager
 
 from safetensors import SafetensorError
@@ -29,6 +30,7 @@ READ_ERRORS = (
     pickle.UnpicklingError,
     struct.error,
     zipfile.BadZipFile,
+    zlib.error,  # of a .gz file
 )
 WRITE_ERRORS = (OSError, SafetensorError)
 DISK_ERRORS = {
@@ -69,7 +71,7 @@ def one_line_errors(path, action="read"):
     try:
         yield
     except expected as error:
-        words = " ".join(str(error).split()) or "it breaks off"
+        words = " ".join(str(error).split()) or "the file ends too early"
         stop(f"{os.fspath(path)!r} cannot be {action}: {type(error).__name__}: {words[:300]}")
 
 
@@ -86,11 +88,12 @@ def explain_failure(error, knobs, ranks=1):
     if ranks > 1 and re.search("(closed|reset) by peer|Timed out|process exited", text):
         return f"another rank ended, and this one with it ({text[:80]})"
     if getattr(error, "errno", None) in DISK_ERRORS:
-        return f"{text}; mend this: a run goes on from its last state with --resume=True"
+        return f"{text}; fix this, then continue from the last state with --resume=True"
     return None
 
 
 def explain_memory(error, text, knobs):
+    """Where the memory ran out, and which knobs lower the peak there."""
     was_sampling = "rollout.py" in "".join(traceback.format_tb(error.__traceback__))
     where = "sampling" if was_sampling else "a forward or backward"
     helpful = SAMPLING_KNOBS if was_sampling else TRAINING_KNOBS

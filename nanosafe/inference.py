@@ -1,15 +1,24 @@
-"""Models that are asked: what a reference thinks, kept so that none is held; policies' answers."""
+"""Log-probabilities and scores of given sequences, and answers to prompts, without gradients.
+
+Shapes: B or n sequences, R response positions."""
 
 import hashlib
 import os
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from nanosafe import checkpoint, tokenizer
-from nanosafe.checkpoint.folder import Folder
-from nanosafe.data.batching import collate, plan_micro_batches, sum_per_sequence
+from nanosafe.checkpoint.folder import open_folder
+from nanosafe.data.batching import (
+    collate,
+    gather_responses,
+    last_of_each,
+    plan_micro_batches,
+    sum_per_sequence,
+)
 from nanosafe.data.template import encode_conversation, retokenize
 from nanosafe.errors import choose, stop
 from nanosafe.parallel import all_reduce_sum, any_rank
@@ -17,81 +26,165 @@ from nanosafe.rollout import sample_all
 from nanosafe.storage import atomic_write
 from nanosafe.tokenizer.special_tokens import control_token_ids
 
+# ---- a rollout's responses, token by token ----
+
+
+class Responses(NamedTuple):
+    """Prompts followed by the responses that were sampled for them."""
+
+    ids: list  # of B arrays of token ids
+    starts: list  # of B ints: where the response begins
+    longest: int  # R: tokens of the longest response
+
+    def pack(self, indices, device):
+        """The Batch of some of them; its targets are the responses' tokens."""
+        masks = []
+        for i in indices:
+            positions = np.arange(len(self.ids[i]))
+            masks.append(positions >= self.starts[i])
+        return collate([self.ids[i] for i in indices], masks, device)
+
+    def unpack(self, x, batch, indices):
+        """Their responses' numbers, gathered from a packed tensor: x (N,) -> (len(indices), R).
+
+        Positions after a response's end hold arbitrary numbers: use the mask."""
+        return gather_responses(x, batch, [self.starts[i] for i in indices], self.longest)
+
+
+@torch.no_grad()
+def response_logps(model, responses, temperature, max_tokens, world):
+    """Log-probabilities of all responses' tokens (B, R), on every rank.
+
+    They come from the training forward, not from the sampler."""
+    out = torch.zeros(len(responses.ids), responses.longest, device=world.device)
+    lengths = [len(ids) for ids in responses.ids]
+    for rows in plan_micro_batches(lengths, max_tokens, world.size)[world.rank]:
+        batch = responses.pack(rows, world.device)
+        out[rows] = responses.unpack(model.log_probs(batch, temperature), batch, rows)
+    return all_reduce_sum(out)
+
+
+@torch.no_grad()
+def response_values(critic, responses, max_tokens, world):
+    """A critic's values of the states before all responses' tokens (B, R), on every rank."""
+    out = torch.zeros(len(responses.ids), responses.longest, device=world.device)
+    lengths = [len(ids) for ids in responses.ids]
+    for rows in plan_micro_batches(lengths, max_tokens, world.size)[world.rank]:
+        batch = responses.pack(rows, world.device)
+        out[rows] = responses.unpack(critic.scores(batch), batch, rows)
+    return all_reduce_sum(out)
+
+
+@torch.no_grad()
+def last_token_scores(model, sequences, max_tokens, world):
+    """A reward or cost model's scores of the last tokens of sequences (B,), on every rank."""
+    out = torch.zeros(len(sequences), device=world.device)
+    lengths = [len(sequence) for sequence in sequences]
+    for rows in plan_micro_batches(lengths, max_tokens, world.size)[world.rank]:
+        no_targets = [np.zeros(lengths[i], np.uint8) for i in rows]
+        batch = collate([sequences[i] for i in rows], no_targets, world.device)
+        out[rows] = last_of_each(model.scores(batch), batch)[: len(rows)]
+    return all_reduce_sum(out)
+
+
+# ---- a reference's log-probabilities, and the distance from it ----
+
 
 @torch.no_grad()
 def sum_response_logps(model, sequences, max_tokens, world):
-    """Summed log-probabilities (n,) of responses, given as (ids, mask) with their prompts."""
+    """Summed log-probabilities (n,) of responses, on every rank.
+
+    sequences  pairs of token ids and a mask that is 1 on the response's tokens"""
     lengths = [len(ids) for ids, _ in sequences]
     out = torch.zeros(len(sequences), device=world.device)
-    for micro in plan_micro_batches(lengths, max(max_tokens, *lengths), world.size)[world.rank]:
-        ids, masks = zip(*(sequences[i] for i in micro)) if micro else ([], [])
+    longest_forward = max(max_tokens, *lengths)
+    for rows in plan_micro_batches(lengths, longest_forward, world.size)[world.rank]:
+        ids = [sequences[i][0] for i in rows]
+        masks = [sequences[i][1] for i in rows]
         batch = collate(ids, masks, world.device)
-        logps = model.log_probs(batch)
-        logps = logps if torch.is_tensor(logps) else logps[0]
-        out[micro] = sum_per_sequence(logps, batch)[: len(micro)]
+        out[rows] = sum_per_sequence(model.log_probs(batch), batch)[: len(rows)]
     return all_reduce_sum(out)
 
 
 def cached_reference_logps(model, path, dataset, max_tokens, world):
-    """response_logps() of a Dataset (n, width) by the model at `path`, kept with its token ids."""
-    names = sorted(os.listdir(path)) if os.path.isdir(path) else [""]
-    stats = [os.stat(os.path.join(path, name) if name else path) for name in names]
-    placement = getattr(model, "placement", None)
-    known = [
-        os.path.realpath(path),
-        world.device.type,
-        str(placement and placement.compute_dtype),
-        *((name, s.st_size, s.st_mtime_ns) for name, s in zip(names, stats)),
-    ]
-    key = hashlib.blake2b(repr(known).encode(), digest_size=16).hexdigest()
-    file = os.path.join(dataset.folder, key + ".logps")
-    if not any_rank(not os.path.exists(file), world.device):
+    """sum_response_logps() of a Dataset (n, width) by the model at `path`, kept beside its tokens.
+
+    So the reference is needed only once, before training, and no second model is held."""
+    file = os.path.join(dataset.folder, fingerprint_model(model, path, world) + ".logps")
+    is_missing = any_rank(not os.path.exists(file), world.device)
+    if not is_missing:
         with open(file, "rb") as f:
             return torch.from_numpy(np.load(f)).to(world.device)
-    there = ~np.isnan(dataset.labels)
-    logps = torch.zeros(there.shape, device=world.device)
-    sequences = [dataset.sequence(*place) for place in zip(*there.nonzero())]
-    logps[torch.from_numpy(there)] = sum_response_logps(model, sequences, max_tokens, world)
+    exists = ~np.isnan(dataset.labels)  # rankings have different numbers of answers
+    sequences = [dataset.sequence(i, part) for i, part in zip(*exists.nonzero())]
+    logps = torch.zeros(exists.shape, device=world.device)
+    logps[torch.from_numpy(exists)] = sum_response_logps(model, sequences, max_tokens, world)
     if world.main:
         with atomic_write(file, "wb") as f:
             np.save(f, logps.cpu().numpy())
     return logps
 
 
+def fingerprint_model(model, path, world):
+    """A text that changes with a model's files, the device and what is computed in."""
+    placement = getattr(model, "placement", None)
+    facts = [
+        os.path.realpath(path),
+        world.device.type,
+        str(placement and placement.compute_dtype),
+    ]
+    names = sorted(os.listdir(path)) if os.path.isdir(path) else [""]
+    for name in names:
+        status = os.stat(os.path.join(path, name) if name else path)
+        facts.append((name, status.st_size, status.st_mtime_ns))
+    return hashlib.blake2b(repr(facts).encode(), digest_size=16).hexdigest()
+
+
 class ReferenceSamples:
-    """Responses of a reference model to prompts, on which KL(reference || other) is measured."""
+    """A reference's responses to prompts, on which KL(reference || other model) is measured."""
 
     def __init__(self, model, prompts, world, max_tokens, max_new_tokens, **sampling):
-        self.prompts, self.world, self.max_tokens = prompts, world, max_tokens
+        self.prompts = prompts
+        self.world = world
+        self.max_tokens = max_tokens
         self.responses = sample_all(model, prompts, world, max_new_tokens, **sampling)
-        self.logps = self.logps_of(model, prompts)
+        self.logps = self.sum_logps(model, prompts)
 
-    def logps_of(self, model, prompts):
-        texts = [
-            (np.array(p + r), np.arange(len(p + r)) >= len(p))
-            for p, r in zip(prompts, self.responses)
-        ]
-        return sum_response_logps(model, texts, self.max_tokens, self.world)
+    def sum_logps(self, model, prompts):
+        """A model's summed log-probabilities of the responses (n,)."""
+        sequences = []
+        for prompt, response in zip(prompts, self.responses):
+            ids = np.array(prompt + response)
+            sequences.append((ids, np.arange(len(ids)) >= len(prompt)))
+        return sum_response_logps(model, sequences, self.max_tokens, self.world)
 
     def kl(self, model, prompts=None):
-        """KL(reference || model), nats per response, unbiased; the model may be asked otherwise."""
-        return (self.logps - self.logps_of(model, prompts or self.prompts)).mean().item()
+        """KL(reference || model), an unbiased estimate in nats per response.
+
+        prompts  where the model is to be asked with other prompts than the reference was"""
+        logps = self.sum_logps(model, prompts or self.prompts)
+        return (self.logps - logps).mean().item()
+
+
+# ---- model folders that answer and that score ----
 
 
 def choose_dtype(dtype, world):
-    """What weights are kept in: "auto" is float32 on a CPU, and as in the files (None) on a GPU."""
+    """What weights are kept in: "auto" is float32 on a CPU, and the files' own (None) on a GPU."""
     choose("dtype", dtype, ("auto", "bfloat16", "float32"))
-    automatic = torch.float32 if world.device.type == "cpu" else None
-    return automatic if dtype == "auto" else getattr(torch, dtype)
+    if dtype == "auto":
+        return torch.float32 if world.device.type == "cpu" else None
+    return getattr(torch, dtype)
 
 
 def name_of_folder(path):
-    """What a folder is called in tables: out/demo/ppo_lag/model is ppo_lag."""
-    return [p for p in ("", *os.path.abspath(path).split(os.sep)) if p != "model"][-1]
+    """What a model folder is called in tables: out/demo/ppo_lag/model is ppo_lag."""
+    parts = [part for part in os.path.abspath(path).split(os.sep) if part != "model"]
+    return parts[-1] if parts else ""
 
 
 class Policy:
-    """A policy to sample from; sampling: temperature, top_k, top_p, seed, as for generate()."""
+    """A policy's folder, with its tokenizer and how to sample from it."""
 
     def __init__(
         self,
@@ -106,13 +199,16 @@ class Policy:
         top_k=0,
         top_p=1.0,
     ):
+        """seed, temperature, top_k, top_p: as for rollout.generate()."""
         if not (0 <= temperature < 1e9 and 0 < top_p <= 1 and top_k >= 0 and max_new_tokens > 0):
             stop(
                 f"temperature={temperature} and top_k={top_k} are 0 or more, top_p={top_p} is "
                 f"above 0 and at most 1, max_new_tokens={max_new_tokens} is 1 or more"
             )
-        self.name, self.world, self.tok = name or name_of_folder(path), world, tokenizer.load(path)
+        self.name = name or name_of_folder(path)
+        self.world = world
         self.max_new_tokens = max_new_tokens
+        self.tok = tokenizer.load(path)
         self.model = checkpoint.load(
             path, "lm", choose_dtype(dtype, world), world.device, vocab_size=self.tok.vocab_size
         )
@@ -126,18 +222,19 @@ class Policy:
         }
 
     def question(self, turns, template=True, prefix=""):
-        """The ids that a conversation's next answer follows; `prefix` may name control tokens."""
-        tok = self.tok
-        begin = tok.encode("", bos=True)
-        ids = (
-            encode_conversation(turns, tok)[0]
-            if template
-            else begin + tok.encode_suffix("".join(turns))
-        )
-        return begin + tok.encode(prefix) + ids[len(begin) :]
+        """The ids of a prompt, after which the next answer of a conversation is sampled.
+
+        template  False: go on with the turns' own text
+        prefix    text before it, which may name control tokens"""
+        begin = self.tok.encode("", bos=True)
+        if template:
+            ids = encode_conversation(turns, self.tok)[0]
+        else:
+            ids = begin + self.tok.encode_suffix("".join(turns))
+        return begin + self.tok.encode(prefix) + ids[len(begin) :]
 
     def answers(self, questions, uids, **more):
-        """The responses (ids) to questions (ids), each rank sampling its share."""
+        """The responses (ids) to questions (ids) on every rank; each rank samples its share."""
         bar = tqdm(total=len(questions), desc=self.name, unit="answer", disable=not self.world.main)
         with bar:
             return sample_all(
@@ -153,36 +250,39 @@ class Policy:
 
 
 class ScoreModel:
-    """A reward or cost model, which scores texts, or token ids of any tokenizer, at their ends."""
+    """A reward or cost model's folder, which scores texts or token ids at their ends."""
 
     def __init__(self, path, world, dtype=None, max_tokens=8192):
-        self.tok, self.world, self.max_tokens = tokenizer.load(path), world, max_tokens
-        if "score_head.weight" not in Folder(path).tensors:
+        self.world = world
+        self.max_tokens = max_tokens
+        self.tok = tokenizer.load(path)
+        if "score_head.weight" not in open_folder(path).tensors:
             stop(f"{path!r} is a policy: it has no score head")
         self.model = checkpoint.load(
             path, "score", dtype=dtype, device=world.device, vocab_size=self.tok.vocab_size
         )
 
     def __call__(self, texts):
-        return self.score(
-            [self.tok.encode(text, bos=True, eos=True, allow_special=False) for text in texts]
-        )
+        """The scores of texts, each of which ends with EOS."""
+        ids = []
+        for text in texts:
+            ids.append(self.tok.encode(text, bos=True, eos=True, allow_special=False))
+        return self.score(ids)
 
     @torch.no_grad()
     def score(self, ids, source=None):
-        """Scores of lists of ids, of the tokenizer `source`; all of them on every rank."""
+        """The scores of lists of ids, which are of the tokenizer `source`, on every rank.
+
+        The plan is made for one rank, so that the scores do not depend on the number of ranks."""
         if source and source.fingerprint != self.tok.fingerprint:
-            ids = [retokenize(x, source, self.tok).tolist() for x in ids]
-        lengths = [len(x) for x in ids]
+            ids = [retokenize(sequence, source, self.tok).tolist() for sequence in ids]
+        lengths = [len(sequence) for sequence in ids]
         scores = torch.zeros(len(ids), device=self.world.device)
-        micros = plan_micro_batches(lengths, max(self.max_tokens, *lengths), 1)[
-            0
-        ]  # the same for all ranks
-        for micro in micros[self.world.rank :: self.world.size]:
-            batch = collate(
-                [ids[i] for i in micro], [[0] * lengths[i] for i in micro], self.world.device
-            )
-            scores[micro] = self.model.scores(batch)[batch.cu_seqlens[1:].long() - 1]
+        (micro_batches,) = plan_micro_batches(lengths, max(self.max_tokens, *lengths), 1)
+        for rows in micro_batches[self.world.rank :: self.world.size]:
+            no_targets = [[0] * lengths[i] for i in rows]
+            batch = collate([ids[i] for i in rows], no_targets, self.world.device)
+            scores[rows] = last_of_each(self.model.scores(batch), batch)
         if not all_reduce_sum(scores).isfinite().all():
-            stop("a score model gives scores that are no numbers: its weights are broken")
+            stop("a score model gives scores that are not finite: its weights are broken")
         return scores.tolist()

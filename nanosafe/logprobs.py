@@ -26,7 +26,8 @@ class LogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, targets, temperature):
-        log_sums, target_logits = x.new_full((2, len(x)), -torch.inf, dtype=torch.float32)
+        log_sums = x.new_full((len(x),), -torch.inf, dtype=torch.float32)
+        target_logits = torch.full_like(log_sums, -torch.inf)
         for block in split_into_spans(len(weight), len(x), x, BLOCK_MIB):
             logits = (x @ weight[block].T).float().div_(temperature)
             log_sums = torch.logaddexp(log_sums, logits.logsumexp(dim=1))

@@ -1,141 +1,175 @@
 """What is minimised: every loss of SFT, preference learning and PPO, one pure function each.
 
-All take float tensors and return a scalar. The mean is over what is passed: a trainer that splits a
-batch into micro-batches weighs each by its share of the whole.
+All take float tensors and return a scalar. The mean is over what is passed: a trainer that cuts a
+batch into micro-batches multiplies each by its share of the whole.
 
-Shapes: B sequences or pairs, R response positions; a mask is 1 where a value counts and 0
+Shapes: B sequences or pairs, R response positions. A mask is 1 where a value counts and 0
 elsewhere, and what stands where the mask is 0 never reaches a loss or a gradient."""
 
 import torch
 import torch.nn.functional as F
 
+# ---- means ----
+
+
+def zero_outside(mask, x):
+    """x where mask is 1, and 0 elsewhere. Not x * mask, because 0 * nan is nan."""
+    return torch.where(mask.bool(), x, 0.0)
+
 
 def masked_mean(x, mask, dim=None):
-    """Mean of x where mask is 1; 0 where nothing is."""
-    (x,) = zero_outside(mask, x)
+    """Mean of x where mask is 1, and 0 if the mask is 0 everywhere."""
+    x = zero_outside(mask, x)
     if dim is None:
         return x.sum() / mask.sum().clamp(min=1)
     return x.sum(dim) / mask.sum(dim).clamp(min=1)
 
 
-def zero_outside(mask, *tensors):
-    """The tensors with 0 where mask is 0. Not x * mask: 0 * nan is nan, in values and gradients."""
-    return [torch.where(mask.bool(), x, 0.0) for x in tensors]
-
-
 def sequence_mean(x, mask):
-    """Mean over each sequence's own tokens, then over the sequences: long ones weigh no more."""
+    """Mean over each sequence's own tokens, then over sequences: long ones weigh no more."""
     return mean_or_zero(masked_mean(x, mask, dim=-1))
 
 
 def mean_or_zero(x):
-    """Mean of x (B,); 0 where B is 0: the share of a rank that got no work."""
+    """Mean of x (B,), or 0 if B is 0, as on a rank without work."""
     return x.sum() / max(1, len(x))
 
 
+# ---- supervised fine-tuning ----
+
+
 def mle_loss(logps, mask):
-    """Negative log-likelihood per token: -mean log p where mask is 1. Both of any one shape."""
+    """Negative log-likelihood per token: -mean log p where mask is 1. Both have the same shape."""
     return -masked_mean(logps, mask)
+
+
+# ---- reward and cost models ----
 
 
 def reward_loss(chosen, rejected, reg=0.0, mask=None, margin=0.0):
     """-log sigmoid(chosen - rejected - margin) + reg * mean score^2. arXiv:2310.12773 Eq. 6.
 
-    chosen, rejected: end scores (B,); or (B, L), token-wise, with a mask of where they differ."""
-    return pair_mean(-F.logsigmoid(chosen - rejected - margin), mask) + reg * square_mean(
-        chosen, rejected, mask
-    )
+    chosen, rejected  end scores (B,); or (B, L), per token, with a mask of where the two differ"""
+    ranking = -F.logsigmoid(chosen - rejected - margin)
+    return pair_mean(ranking, mask) + reg * mean_square(chosen, rejected, mask)
 
 
 def cost_loss(safer, unsafer, safer_sign, unsafer_sign, reg=0.0, mask=None):
     """Rank unsafer above safer, and put zero between safe and unsafe. arXiv:2310.12773 Eq. 7.
 
-    -log sigmoid(unsafer - safer) - log sigmoid(-sign_s * safer) - log sigmoid(-sign_u * unsafer) +
-    reg * mean score^2
+    -log sigmoid(unsafer - safer) - log sigmoid(-safer_sign * safer)
+        - log sigmoid(-unsafer_sign * unsafer) + reg * mean score^2
 
-    safer, unsafer: end scores (B,), cost > 0 means unsafe; or, token-wise, (B, L) with a mask (B,
-    L). safer_sign, unsafer_sign: (B,), +1 for a safe response and -1 for an unsafe one."""
+    safer, unsafer            end scores (B,), above 0 is unsafe; or (B, L) per token, with a mask
+    safer_sign, unsafer_sign  (B,): +1 for a safe response, -1 for an unsafe one"""
     if mask is not None:
-        safer_sign, unsafer_sign = safer_sign[:, None], unsafer_sign[:, None]
-    loss = (
-        -F.logsigmoid(unsafer - safer)
-        - F.logsigmoid(-safer_sign * safer)
-        - F.logsigmoid(-unsafer_sign * unsafer)
-    )
-    return pair_mean(loss, mask) + reg * square_mean(safer, unsafer, mask)
+        safer_sign = safer_sign[:, None]
+        unsafer_sign = unsafer_sign[:, None]
+    ranking = -F.logsigmoid(unsafer - safer)
+    safer_side = -F.logsigmoid(-safer_sign * safer)
+    unsafer_side = -F.logsigmoid(-unsafer_sign * unsafer)
+    loss = ranking + safer_side + unsafer_side
+    return pair_mean(loss, mask) + reg * mean_square(safer, unsafer, mask)
 
 
 def pair_mean(x, mask):
+    """Mean over pairs (B,); or over each pair's tokens (B, L) where mask is 1, then over pairs."""
     return mean_or_zero(x) if mask is None else sequence_mean(x, mask)
 
 
-def square_mean(a, b, mask):
+def mean_square(a, b, mask):
+    """Mean square of the scores of both sides of pairs."""
     return (pair_mean(a.square(), mask) + pair_mean(b.square(), mask)) / 2
+
+
+# ---- policies from preferences ----
 
 
 def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, label_smoothing=0.0):
     """-(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h). arXiv:2305.18290 Eq. 7; e: cDPO.
 
-    h = (chosen - ref_chosen) - (rejected - ref_rejected), of responses' summed log-probs (B,). With
-    zeros for the reference's it is reference-free. beta * (logp - ref) is the implied reward."""
+    h = (chosen - ref_chosen) - (rejected - ref_rejected)
+
+    chosen, ...  responses' summed log-probabilities (B,). With zeros for the reference's two the
+                 loss is reference-free. beta * (logp - ref_logp) is the implied reward."""
     h = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
-    return -mean_or_zero(
-        (1 - label_smoothing) * F.logsigmoid(h) + label_smoothing * F.logsigmoid(-h)
-    )
+    right = (1 - label_smoothing) * F.logsigmoid(h)
+    wrong = label_smoothing * F.logsigmoid(-h)
+    return -mean_or_zero(right + wrong)
 
 
 def ipo_loss(chosen, rejected, ref_chosen, ref_rejected, beta):
-    """(h - 1 / (2 beta))^2, h as in dpo_loss but of per-token means (B,). arXiv:2310.12036 Eq. 17.
+    """(h - 1 / (2 beta))^2, with h as in dpo_loss. arXiv:2310.12036 Eq. 17.
 
-    With sums the margin 1 / (2 beta) is a response's, not a token's: another beta fits."""
+    chosen, ...  responses' mean log-probabilities per token (B,). With sums instead, the margin
+                 1 / (2 beta) is one of responses, not of tokens, and another beta fits."""
     h = (chosen - ref_chosen) - (rejected - ref_rejected)
     return mean_or_zero((h - 1 / (2 * beta)).square())
 
 
 def rrhf_loss(logps, lengths, scores):
-    """Sum of max(0, p_i - p_j) over scores i < j, less the best's log-prob. arXiv:2304.05302 Eq. 5.
+    """Sum of max(0, p_i - p_j) over pairs with score i < score j, minus the best one's log-prob.
 
-    One query's K candidates: summed log-probs, token counts, scores (K,); p is per token."""
+    arXiv:2304.05302 Eq. 5, of one query with K candidates; p is the log-probability per token.
+
+    logps, lengths, scores  (K,): summed log-probabilities, token counts, scores"""
     p = logps / lengths
-    worse = scores[:, None] < scores  # (K, K): i than j
-    return torch.where(worse, F.relu(p[:, None] - p), 0.0).sum() - logps[scores.argmax()]
+    is_worse = scores[:, None] < scores  # (K, K): candidate i than candidate j
+    ranking = torch.where(is_worse, F.relu(p[:, None] - p), 0.0).sum()
+    return ranking - logps[scores.argmax()]
+
+
+# ---- pretraining with human preferences ----
 
 
 def unlikelihood_loss(logps, scores, mask, threshold, alpha):
-    """-log p of tokens with score <= threshold, -alpha log(1 - p) of the others; their mean.
+    """Mean of -log p for tokens with score <= threshold, and of -alpha log(1 - p) for the others.
 
-    All of any one shape; higher scores are worse. arXiv:1908.04319, as arXiv:2302.08582 has it."""
-    (logps,) = zero_outside(mask, logps)
-    unlikely = alpha * (-torch.expm1(logps)).clamp(min=1e-20).log()
+    All have the same shape. Higher scores are worse. From arXiv:1908.04319, by way of
+    arXiv:2302.08582."""
+    logps = zero_outside(mask, logps)
+    one_minus_p = (-torch.expm1(logps)).clamp(min=1e-20)
+    unlikely = alpha * one_minus_p.log()
     return -masked_mean(torch.where(scores <= threshold, logps, unlikely), mask)
 
 
 def awr_loss(logps, scores, values, mask, alpha, beta, weight_max):
-    """alpha * mean -w log p + (1 - alpha) * mean A^2, A = -scores - values. arXiv:1910.00177.
+    """alpha * mean(-w log p) + (1 - alpha) * mean(A^2), A = -scores - values. arXiv:1910.00177.
 
-    Of any one shape; w = min(exp(A / beta), weight_max), no gradient. RWR: alpha 1, values 0."""
-    logps, advantages = zero_outside(mask, logps, -scores - values)
+    w = min(exp(A / beta), weight_max), without gradient. All have the same shape. Higher scores are
+    worse. With alpha 1 and values 0 this is reward-weighted regression (RWR)."""
+    logps = zero_outside(mask, logps)
+    advantages = zero_outside(mask, -scores - values)
     weights = (advantages.detach() / beta).exp().clamp(max=weight_max)
-    return masked_mean((1 - alpha) * advantages.square() - alpha * weights * logps, mask)
+    policy = alpha * weights * logps
+    value = (1 - alpha) * advantages.square()
+    return masked_mean(value - policy, mask)
+
+
+# ---- PPO ----
 
 
 def actor_loss(logps, old_logps, advantages, mask, clip_ratio):
     """-mean min(r A, clip(r, 1 - c, 1 + c) A), r = exp(logps - old_logps). arXiv:1707.06347 Eq. 7.
 
     All (B, R). Only logps carries gradient. Mean over each response, then over responses."""
-    logps, old_logps, advantages = zero_outside(mask, logps, old_logps, advantages)
+    logps = zero_outside(mask, logps)
+    old_logps = zero_outside(mask, old_logps)
+    advantages = zero_outside(mask, advantages)
     ratio = (logps - old_logps).exp()
-    gain = torch.minimum(
-        ratio * advantages, ratio.clamp(1 - clip_ratio, 1 + clip_ratio) * advantages
-    )
+    clipped_ratio = ratio.clamp(1 - clip_ratio, 1 + clip_ratio)
+    gain = torch.minimum(ratio * advantages, clipped_ratio * advantages)
     return -sequence_mean(gain, mask)
 
 
 def critic_loss(values, old_values, returns, mask, clip_value):
-    """Half the squared error of the value, or of the value clipped to old +- clip_value.
+    """Half the squared error of the value, or of the value clipped to old +- clip_value, whichever
+    is larger.
 
     All (B, R). Only values carries gradient. Mean over each response, then over responses."""
-    values, old_values, returns = zero_outside(mask, values, old_values, returns)
+    values = zero_outside(mask, values)
+    old_values = zero_outside(mask, old_values)
+    returns = zero_outside(mask, returns)
     clipped = torch.clamp(values, old_values - clip_value, old_values + clip_value)
     error = torch.maximum((values - returns).square(), (clipped - returns).square())
     return 0.5 * sequence_mean(error, mask)

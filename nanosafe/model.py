@@ -73,7 +73,7 @@ class Config:
         self.check()
 
     def check(self):
-        """Raise ValueError on a value of the wrong type or range: a config.json may say anything."""
+        """Raise ValueError on a wrong type or range: a config.json may hold anything."""
         for f in fields(self):
             value = getattr(self, f.name)
             if value is None:
@@ -91,9 +91,12 @@ class Config:
                 raise ValueError(f"{f.name} is {value!r}")
         for name, known in (("rope_type", ROPE_TYPES), ("score_type", SCORE_TYPES)):
             if getattr(self, name) not in known:
-                raise ValueError(f"{name} {getattr(self, name)!r} is none of {', '.join(known)}")
+                raise ValueError(f"{name} {getattr(self, name)!r} is not one of {', '.join(known)}")
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(f"{self.num_attention_heads} heads of {self.num_key_value_heads} keys")
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}"
+            )
 
     @property
     def rope_type(self):
@@ -289,11 +292,13 @@ class LLaMA(nn.Module):
         if targets is None:
             out = F.linear(x, self.output_embedding()) / temperature
         else:
-            read = (targets >= 0).nonzero().squeeze(1)
-            at_once = uniform_weights and torch.is_grad_enabled()
-            function = UniformLogProbs if at_once else LogProbs
-            logps = function.apply(x[read], self.output_embedding(), targets[read], temperature)
-            out = torch.zeros(len(tokens), device=x.device).index_copy(0, read, logps)
+            has_target = (targets >= 0).nonzero().squeeze(1)
+            gradients_in_forward = uniform_weights and torch.is_grad_enabled()
+            function = UniformLogProbs if gradients_in_forward else LogProbs
+            logps = function.apply(
+                x[has_target], self.output_embedding(), targets[has_target], temperature
+            )
+            out = torch.zeros(len(tokens), device=x.device).index_copy(0, has_target, logps)
         return out if self.head == "lm" else (out, self.score_hidden_states(x))
 
     def hidden_states(self, tokens, layout, caches=None):
@@ -336,8 +341,8 @@ class LLaMA(nn.Module):
         longest = self.config.max_position_embeddings
         if self.config.rope_type == "dynamic" and length > longest:
             stop(
-                f"{length} tokens, but nanosafe knows this model's RoPE (dynamic) up to {longest} "
-                "only: lower max_len or max_new_tokens"
+                f"{length} tokens, but nanosafe implements this model's dynamic RoPE only up to "
+                f"{longest}: lower max_len or max_new_tokens"
             )
 
 
@@ -349,10 +354,10 @@ def apply_rope(x, cos, sin):
 
 def rope_frequencies(config):
     """Angle per position of each pair of dimensions (E/2,) float32, scaled as the config says."""
-    even = torch.arange(0, config.head_dim, 2, dtype=torch.int64, device="cpu").float()
-    inv_freq = 1.0 / (config.rope_theta ** (even / config.head_dim))
+    dimensions = torch.arange(0, config.head_dim, 2, dtype=torch.int64, device="cpu").float()
+    inv_freq = 1.0 / (config.rope_theta ** (dimensions / config.head_dim))
     if config.alibi:
-        return torch.zeros_like(inv_freq)  # nothing turns
+        return torch.zeros_like(inv_freq)  # these models have no rotation
     scaling = config.rope_scaling or {}
     if config.rope_type == "linear":
         return inv_freq / scaling["factor"]

@@ -1,4 +1,5 @@
-"""What a run tells: a progress bar, metrics.jsonl, and TensorBoard or W&B when asked."""
+"""What a run reports: a progress bar, metrics.jsonl, samples.jsonl, warnings in words, and
+TensorBoard or W&B when asked."""
 
 import importlib.util
 import json
@@ -7,178 +8,261 @@ import signal
 import sys
 import time
 from collections import deque
-from itertools import takewhile
 
 from tqdm import tqdm
 
 from nanosafe import parallel
-from nanosafe.errors import stop, one_line_errors
+from nanosafe.errors import choose, one_line_errors, stop
+from nanosafe.printing import print_once
 from nanosafe.storage import write_jsonl
 
-
-KL, EOS, RATIO, GROWTH = 0.5, 0.2, 0.2, 1.5  # nats per token; shares; times as long
-
-
-WINDOW = 5  # rows
-
-
-with open(os.path.join(os.path.dirname(__file__), "advice.json"), encoding="utf-8") as words:
-    SENTENCES = json.load(words)
-
-
-class Watch:
-    """Says once what goes wrong in a run with these `knobs`: the last WINDOW rows by the first."""
-
-    def __init__(self, knobs):
-        self.knobs, self.said, self.first, self.last = knobs or {}, set(), [], deque(maxlen=WINDOW)
-
-    def see(self, row):
-        """The sentences that one more row of metrics gives rise to."""
-        (self.first if len(self.first) < WINDOW else self.last).append(row)
-        if len(self.last) < WINDOW:
-            return []
-        found = faults(self.first, self.last, self.knobs)
-        new = [text for kind, text in found.items() if kind not in self.said]
-        self.said |= found.keys()
-        return new
-
-
-def mean(rows, name):
-    values = [row[name] for row in rows if name in row]
-    return sum(values) / len(values) if values else None
-
-
-def faults(first, last, knobs):
-    """{kind: sentence} of what is wrong in the last rows of a run, beside its first."""
-    names = "kl", "length", "eos_rate", "lambda", "slack", "reward", "ratio", "clip_fraction"
-    now, then = ({name: mean(rows, name) for name in names} for rows in (last, first))
-    if None in (now["kl"], now["length"], now["eos_rate"], now["reward"]):
-        return {}  # no run of PPO
-    top, slack, clipped = knobs.get("lambda_max"), now["slack"] or 0, now["clip_fraction"] or 0
-    learns = last[0].get("ratio")  # 0 while critics warm up
-    wrong = {
-        "kl": now["kl"] > KL * now["length"],
-        "eos": now["eos_rate"] < then["eos_rate"] - EOS,
-        "lambda": top and now["lambda"] and now["lambda"] > 0.999 * top and slack < 0,
-        "length": now["length"] > GROWTH * then["length"] and now["reward"] > then["reward"],
-        "ratio": learns and (abs(now["ratio"] - 1) > RATIO or clipped > 2 * RATIO),
-    }
-    facts = {"now": now, "then": then, "top": top, "excess": -slack, "clipped": clipped}
-    return {kind: SENTENCES[kind].format(**facts) for kind in wrong if wrong[kind]}
+# Thresholds of the warnings below.
+KL_PER_TOKEN = 0.5  # nats
+EOS_DROP = 0.2  # in the share of responses that end by themselves
+RATIO_DISTANCE = 0.2  # of the mean ratio from 1
+CLIPPED_SHARE = 0.4  # of the tokens whose ratio is clipped
+LENGTH_GROWTH = 1.5  # times as long as at first
+WINDOW = 5  # rows of metrics over which each number is averaged
 
 
 class Monitor:
     """Writes a row per optimizer step to out_dir/metrics.jsonl and a few numbers on a bar.
 
-    steps     optimizer steps of the whole run
-    start     the step the run resumes at; rows from there on, left by a run that died, are dropped
-    log_to    comma-separated: tensorboard, wandb
-    shown     names of the metrics on the bar"""
+    steps   optimizer steps of the whole run
+    start   the step that the run resumes at; rows from there on, which a run that died has left,
+            are dropped
+    log_to  comma-separated: tensorboard, wandb
+    shown   names of the metrics on the bar
+    config  the run's knobs"""
 
     def __init__(self, out_dir, steps, start=0, log_to="", shown=(), config=None):
-        self.main, self.shown, self.asked = parallel.rank() == 0, shown, 0.0
-        for sig in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(sig, self.ask)
+        self.main = parallel.rank() == 0
+        self.shown = shown
+        self.stop_requested_at = 0.0  # when SIGTERM or SIGINT came first; 0: it has not
+        signal.signal(signal.SIGTERM, self.handle_signal)
+        signal.signal(signal.SIGINT, self.handle_signal)
         if not self.main:
             return
-        self.metrics, rows = reopen(os.path.join(out_dir, "metrics.jsonl"), start)
-        self.samples, _ = reopen(os.path.join(out_dir, "samples.jsonl"), start)
+        rows = read_rows_before(os.path.join(out_dir, "metrics.jsonl"), start)
+        samples = read_rows_before(os.path.join(out_dir, "samples.jsonl"), start)
+        self.metrics = rewrite_and_append(os.path.join(out_dir, "metrics.jsonl"), rows)
+        self.samples = rewrite_and_append(os.path.join(out_dir, "samples.jsonl"), samples)
         self.watch = Watch(config)
-        for row in rows:  # what they say was said
-            self.watch.see(row)
+        for row in rows:
+            self.watch.see(row)  # these warnings were printed before the run was resumed
         self.bar = tqdm(
             total=steps,
             initial=start,
             unit="step",
             dynamic_ncols=True,
-            mininterval=0.2 if sys.stderr.isatty() else 10,
-        )  # a log needs few lines
-        names = filter(None, map(str.strip, log_to.split(",")))
-        self.sinks = [open_sink(name, out_dir, config, start) for name in names]
+            mininterval=0.2 if sys.stderr.isatty() else 10,  # a log file needs few lines
+        )
+        self.sinks = []
+        for name in log_to.split(","):
+            if name.strip():
+                self.sinks.append(open_sink(name.strip(), out_dir, config, start))
 
     def log(self, step, metrics):
         """Record the metrics (name -> number) of optimizer step `step`."""
         if not self.main:
             return
-        row = {
-            "step": step,
-            **{
-                name: x if isinstance(x, int) else float(f"{float(x):.8g}")
-                for name, x in metrics.items()
-            },
-        }
+        row = {"step": step}
+        for name, value in metrics.items():
+            row[name] = value if isinstance(value, int) else float(f"{float(value):.8g}")
         self.metrics.write(json.dumps(row) + "\n")
-        for write, _ in self.sinks:
-            write(step, row)
-        self.bar.set_postfix_str(" ".join(f"{k} {row[k]:.3g}" for k in self.shown if k in row))
+        for sink in self.sinks:
+            sink.log(step, row)
+        shown = [f"{name} {row[name]:.3g}" for name in self.shown if name in row]
+        self.bar.set_postfix_str(" ".join(shown))
         self.bar.update(step + 1 - self.bar.n)
-        if held_out := [f"{name} {x:.4g}" for name, x in row.items() if name[:5] == "eval_"]:
+        held_out = [f"{name} {x:.4g}" for name, x in row.items() if name.startswith("eval_")]
+        if held_out:
             self.say(f"step {step}: {'  '.join(held_out)}")
-        for text in self.watch.see(row):
-            self.say(f"warning at step {step}: {text}")
+        for sentence in self.watch.see(row):
+            self.say(f"warning at step {step}: {sentence}")
 
     def sample(self, step, **record):
-        """Record something to read: a prompt, a response and its scores."""
+        """Record something to read, for example a prompt, a response and its scores."""
         if self.main:
             self.samples.write(json.dumps({"step": step, **record}, ensure_ascii=False) + "\n")
 
     def say(self, text):
-        """Print a line without breaking the bar."""
-        if self.main:
-            tqdm.write(text, file=sys.stderr)
+        """Print a line on stderr, where the bar is, without breaking it."""
+        print_once(text, file=sys.stderr)
 
-    def ask(self, sig, frame):
-        """A first SIGTERM or SIGINT asks the run to end after its step. A second ends it at once,
-        unless it is the first's echo: torchrun passes on what all have received."""
-        if self.asked and time.monotonic() - self.asked > 1:
-            os._exit(128 + sig)
-        self.asked = self.asked or time.monotonic()
+    def handle_signal(self, number, frame):
+        """The first SIGTERM or SIGINT asks the run to end after its step, a second ends it at once.
+
+        torchrun passes on a signal that the ranks have received themselves, so a second one within
+        a second is taken for the first."""
+        now = time.monotonic()
+        if self.stop_requested_at and now - self.stop_requested_at > 1:
+            os._exit(128 + number)
+        self.stop_requested_at = self.stop_requested_at or now
 
     def asked_to_stop(self, device):
-        """Whether any rank was asked to: the same on all."""
-        return parallel.any_rank(bool(self.asked), device)
+        """Whether any rank was asked to stop: the same answer on all of them."""
+        return parallel.any_rank(bool(self.stop_requested_at), device)
 
     def flush(self):
-        """Bring the rows to the disk: before a state is saved that counts on them."""
+        """Bring the rows to the disk, before a state is saved that counts on them."""
         if self.main:
             for file in (self.metrics, self.samples):
                 file.flush()
                 os.fsync(file.fileno())
 
     def close(self):
-        """End the files, and the process group: what a trainer does last."""
+        """Close the files and leave the process group: what a trainer does last."""
         if self.main:
             self.flush()
             self.bar.close()
-            for _, finish in self.sinks:
-                finish()
+            for sink in self.sinks:
+                sink.close()
         parallel.close()
 
 
+def read_rows_before(path, step):
+    """The rows of a jsonl file of steps before `step`, up to a line that a dying run cut short."""
+    if step == 0 or not os.path.exists(path):
+        return []
+    rows = []
+    with one_line_errors(path), open(path, encoding="utf-8", errors="replace") as f:
+        for line in f:
+            if not (line.startswith("{") and line.endswith("}\n")):
+                break
+            row = json.loads(line)
+            if row["step"] < step:
+                rows.append(row)
+    return rows
+
+
+def rewrite_and_append(path, rows):
+    """Write `rows` to a jsonl file, and open it for appending line by line."""
+    write_jsonl(rows, path)
+    return open(path, "a", encoding="utf-8", buffering=1)
+
+
+# ---- other places to log to ----
+
+
 def open_sink(name, out_dir, config, start):
-    """Two functions for TensorBoard or W&B: write(step, metrics) and finish()."""
-    if name not in ("tensorboard", "wandb"):
-        stop(f"log_to={name!r}: choose tensorboard or wandb, or leave it empty")
+    """A TensorBoardSink or WandbSink, or one line that says what to install."""
+    choose("log_to", name, ("tensorboard", "wandb"))
     if not importlib.util.find_spec(name):
         stop(f"log_to={name!r} is not installed: pip install {name}")
     if name == "tensorboard":
+        return TensorBoardSink(out_dir, start)
+    return WandbSink(out_dir, config)
+
+
+class TensorBoardSink:
+    def __init__(self, out_dir, start):
         from torch.utils.tensorboard import SummaryWriter
 
-        writer = SummaryWriter(out_dir, purge_step=start)
-        add = lambda step, row: [writer.add_scalar(key, value, step) for key, value in row.items()]
-        return add, writer.close
-    import wandb
+        self.writer = SummaryWriter(out_dir, purge_step=start)
 
-    run = wandb.init(project="nanosafe", name=os.path.basename(out_dir), dir=out_dir, config=config)
-    return lambda step, row: run.log(row, step=step), run.finish
+    def log(self, step, row):
+        for name, value in row.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self):
+        self.writer.close()
 
 
-def reopen(path, start):
-    """Open a jsonl file for appending, with the rows of steps before `start` kept; and these."""
-    rows = []
-    if start > 0 and os.path.exists(path):
-        with one_line_errors(path), open(path, encoding="utf-8", errors="replace") as f:
-            whole = takewhile(lambda line: line[0] == "{" and line.endswith("}\n"), f)
-            rows = [row for row in map(json.loads, whole) if row["step"] < start]
-    write_jsonl(rows, path)
-    return open(path, "a", encoding="utf-8", buffering=1), rows
+class WandbSink:
+    def __init__(self, out_dir, config):
+        import wandb
+
+        name = os.path.basename(out_dir)
+        self.run = wandb.init(project="nanosafe", name=name, dir=out_dir, config=config)
+
+    def log(self, step, row):
+        self.run.log(row, step=step)
+
+    def close(self):
+        self.run.finish()
+
+
+# ---- what goes wrong in a run of PPO, in words ----
+
+
+class Watch:
+    """Compares the last WINDOW rows of metrics with the first, and warns once of each problem."""
+
+    def __init__(self, knobs):
+        self.knobs = knobs or {}
+        self.warned = set()
+        self.first = []
+        self.last = deque(maxlen=WINDOW)
+
+    def see(self, row):
+        """The warnings that one more row of metrics gives rise to: a list of sentences."""
+        if len(self.first) < WINDOW:
+            self.first.append(row)
+        else:
+            self.last.append(row)
+        if len(self.last) < WINDOW:
+            return []
+        sentences = []
+        for problem, sentence in find_problems(self.first, self.last, self.knobs).items():
+            if problem not in self.warned:
+                self.warned.add(problem)
+                sentences.append(sentence)
+        return sentences
+
+
+def mean_metric(rows, name):
+    """The mean of a metric over the rows that have it; None where none has."""
+    values = [row[name] for row in rows if name in row]
+    return sum(values) / len(values) if values else None
+
+
+def find_problems(first_rows, last_rows, knobs):
+    """{name of a problem: what it looks like, and what to do about it}; {} outside PPO."""
+    kl = mean_metric(last_rows, "kl")
+    reward = mean_metric(last_rows, "reward")
+    length = mean_metric(last_rows, "length")
+    eos_rate = mean_metric(last_rows, "eos_rate")
+    if None in (kl, reward, length, eos_rate):
+        return {}
+    first_reward = mean_metric(first_rows, "reward")
+    first_length = mean_metric(first_rows, "length")
+    first_eos_rate = mean_metric(first_rows, "eos_rate")
+    problems = {}
+
+    if kl > KL_PER_TOKEN * length:
+        problems["kl"] = (
+            f"KL runs away: {kl:.3g} nats per response, {length:.0f} tokens long; raise kl_coef, "
+            "or lower actor_learning_rate"
+        )
+    if eos_rate < first_eos_rate - EOS_DROP:
+        problems["eos"] = (
+            f"fewer responses end: {eos_rate:.0%}, at first {first_eos_rate:.0%}; raise "
+            "max_new_tokens, and look whether the reward model likes answers without an end "
+            "(samples.jsonl)"
+        )
+    if length > LENGTH_GROWTH * first_length and reward > first_reward:
+        problems["length"] = (
+            f"reward rises with length: {first_length:.0f} tokens at first, now {length:.0f}; read "
+            "samples.jsonl: if answers are padded, the reward model is being hacked; raise "
+            "kl_coef, or train it on such pairs"
+        )
+
+    lambda_ = mean_metric(last_rows, "lambda") or 0
+    lambda_max = knobs.get("lambda_max") or 0
+    slack = mean_metric(last_rows, "slack") or 0
+    if lambda_max and lambda_ > 0.999 * lambda_max and slack < 0:
+        problems["lambda"] = (
+            f"lambda is at its cap, {lambda_max:g}, and the cost still {-slack:.3g} above "
+            "cost_limit; raise lambda_max, or allow more: cost_limit"
+        )
+
+    policy_learns = last_rows[0].get("ratio")  # 0 while only critics learn
+    ratio = mean_metric(last_rows, "ratio") or 0
+    clipped = mean_metric(last_rows, "clip_fraction") or 0
+    if policy_learns and (abs(ratio - 1) > RATIO_DISTANCE or clipped > CLIPPED_SHARE):
+        problems["ratio"] = (
+            f"updates leave the rollout's policy: mean ratio {ratio:.3g}, {clipped:.0%} of tokens "
+            "clipped; lower actor_learning_rate or ppo_epochs"
+        )
+    return problems

@@ -19,6 +19,7 @@ import os
 import sys
 from contextlib import contextmanager
 from datetime import timedelta
+from math import ceil
 from typing import NamedTuple
 
 import torch
@@ -95,8 +96,9 @@ def pick_device(name):
 
 
 def join_torchrun_group(device, rank, size):
-    """Meet the other ranks under this attempt's own key prefix, and watch them."""
-    store, *_ = next(dist.rendezvous("env://", timeout=PROCESS_GROUP_TIMEOUT))
+    """Join the other ranks under this attempt's own key prefix, and watch them."""
+    rendezvous = next(dist.rendezvous("env://", timeout=PROCESS_GROUP_TIMEOUT))
+    store = rendezvous[0]
     prefix = agree_on_restart_id(store, rank, size)
     store = dist.PrefixStore(prefix, store)
     join_group(device, store=store, rank=rank, world_size=size)
@@ -198,6 +200,7 @@ def choose_placements(
     )
     frozen = Placement(
         world.device,
+        # Frozen copies exchange nothing, so DDP's need no mesh.
         "plain" if layout == "ddp" and not offload_frozen else layout,
         dtype=compute_dtype,
         compute_dtype=compute_dtype,
@@ -250,7 +253,7 @@ def make_mesh(layout, device_type):
     ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     slices = {"ddp": 1, "fsdp": size, "hsdp": ranks_per_node}[layout]
     if size % slices:
-        stop(f"parallel='hsdp': {size} ranks are no multiple of the {slices} in a node")
+        stop(f"parallel='hsdp': {size} ranks are not a multiple of the {slices} in a node")
     copies = size // slices
     key = device_type, copies, slices
     if key not in meshes:
@@ -323,13 +326,14 @@ class LocalRows(NamedTuple):
 
 
 def local_rows(parameter):
+    """The LocalRows of a parameter, which lies in one piece or is cut into slices of rows."""
     if not isinstance(parameter, DTensor):
         return LocalRows(parameter.data, 0, len(parameter), rank() == 0)
     first, is_writer = 0, True
     coordinate = parameter.device_mesh.get_coordinate()
     for dim, placement in enumerate(parameter.placements):
         if isinstance(placement, Shard):  # as torch.chunk cuts: ceil(rows / ranks), the last short
-            height = -(-len(parameter) // parameter.device_mesh.size(dim))
+            height = ceil(len(parameter) / parameter.device_mesh.size(dim))
             first = min(len(parameter), coordinate[dim] * height)
         elif coordinate[dim] != 0:
             is_writer = False
@@ -379,7 +383,7 @@ def all_reduce_sum(tensor):
 
 
 def all_gather_lists(lists, indices, count):
-    """All `count` lists on every rank, of which this rank brings those at `indices`."""
+    """All `count` lists on every rank, to which this rank contributes those at `indices`."""
     count_collective()
     parts = [(indices, lists)] * world_size()
     if world_size() > 1:
@@ -388,6 +392,23 @@ def all_gather_lists(lists, indices, count):
     for part_indices, part_lists in parts:
         gathered.update(zip(part_indices, part_lists))
     return [gathered[i] for i in range(count)]
+
+
+class MetricSums:
+    """Sums of metrics over micro-batches, and in the end over ranks.
+
+    names  the metrics: the same, in the same order, on every rank"""
+
+    def __init__(self, names, device):
+        self.sums = {name: torch.zeros((), device=device) for name in names}
+
+    def add(self, name, value):
+        self.sums[name] += value.detach()
+
+    def reduce(self):
+        """{name: the sum over all ranks, a number}."""
+        totals = all_reduce_sum(torch.stack(list(self.sums.values()))).tolist()
+        return dict(zip(self.sums, totals))
 
 
 def any_rank(flag, device):

@@ -1,6 +1,8 @@
-"""python -m nanosafe.plan runs nanosafe/tools/plan.py."""
+"""The command `python -m nanosafe.plan`: see nanosafe/tools/plan.py."""
 
-import runpy
+import sys
+
+from nanosafe.tools.plan import main
 
 if __name__ == "__main__":
-    runpy.run_module("nanosafe.tools.plan", run_name="__main__")
+    main(sys.argv[1:])

@@ -1,6 +1,8 @@
-"""python -m nanosafe.plot runs nanosafe/tools/plot.py."""
+"""The command `python -m nanosafe.plot`: see nanosafe/tools/plot.py."""
 
-import runpy
+import sys
+
+from nanosafe.tools.plot import main
 
 if __name__ == "__main__":
-    runpy.run_module("nanosafe.tools.plot", run_name="__main__")
+    main(sys.argv[1:])

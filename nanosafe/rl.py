@@ -1,41 +1,57 @@
-"""What comes before a PPO loss: KL-shaped rewards and costs, GAE, normalisers, lambda.
+"""What comes before a PPO loss: KL-shaped rewards and costs, advantages, normalisers, lambda.
 
-Shapes: B responses, R response positions, float32 and right-padded; `mask` is 1 on a response's own
-tokens, the end-of-sequence token included. Position t of logps, values, rewards and advantages
-belongs to the response's t-th token: log p of emitting it, and the value of the state before it."""
+Shapes: B responses, R response positions, float32 and right-padded. `mask` is 1 on a response's own
+tokens, its end-of-sequence token included. Position t of logps, values, rewards and advantages
+belongs to the response's t-th token: the log-probability of emitting it, and the value of the state
+before it."""
 
 import math
 from collections import deque
+
 import torch
+
+# ---- rewards and costs per token ----
 
 
 def shaped_rewards(scores, logps, ref_logps, mask, kl_coef, clip_score):
-    """Per-token rewards: -kl_coef * (logp - ref_logp), the score on the last token added, clipped.
+    """Rewards per token (B, R): -kl_coef * (logp - ref_logp), and the score on the last token.
 
-    scores (B,): the reward model's. clip_score bounds the sum, at every position. -> (B, R)"""
-    return add_final_score(scores, -kl_coef * (logps - ref_logps), mask, clip_score)
+    scores      (B,): the reward model's
+    clip_score  bounds the sum to +- this, at every position"""
+    return add_final_score(-kl_coef * (logps - ref_logps), scores, mask, clip_score)
 
 
 def shaped_costs(scores, logps, ref_logps, mask, kl_coef, clip_score):
-    """Per-token costs: the same with +kl_coef. So the mixed advantage has it at every lambda."""
-    return add_final_score(scores, kl_coef * (logps - ref_logps), mask, clip_score)
+    """Costs per token (B, R): the same with +kl_coef.
+
+    So the KL penalty has the weight kl_coef in the mixed advantage, whatever lambda is."""
+    return add_final_score(kl_coef * (logps - ref_logps), scores, mask, clip_score)
 
 
-def add_final_score(scores, penalty, mask, clip_score):
+def add_final_score(penalty, scores, mask, clip_score):
+    """penalty (B, R) plus scores (B,) on each last token, clipped, and 0 outside the mask."""
     lengths = mask.sum(dim=1).long()
-    last = torch.arange(mask.shape[1], device=mask.device) == (lengths - 1)[:, None]  # (B, R)
-    rewards = torch.where(last, penalty + scores[:, None], penalty).clamp(-clip_score, clip_score)
-    return torch.where(mask.bool(), rewards, 0.0)
+    positions = torch.arange(mask.shape[1], device=mask.device)
+    is_last = positions == (lengths - 1)[:, None]  # (B, R)
+    rewards = torch.where(is_last, penalty + scores[:, None], penalty)
+    return torch.where(mask.bool(), rewards.clamp(-clip_score, clip_score), 0.0)
+
+
+# ---- advantages ----
 
 
 def gae(rewards, values, mask, gamma, gae_lambda):
-    """Generalised advantage estimation (arXiv:1506.02438 Eq. 16) -> advantages, returns (B, R).
+    """Generalised advantage estimation -> advantages, returns (B, R). arXiv:1506.02438 Eq. 16.
 
-    delta_t = r_t + gamma V_{t+1} - V_t,  A_t = delta_t + gamma lambda A_{t+1},  G_t = A_t + V_t.
-    A response ends with its last token: nothing is bootstrapped behind it, cut by length or not."""
-    rewards, values = (torch.where(mask.bool(), x, 0.0) for x in (rewards, values))
+    delta_t = r_t + gamma V_{t+1} - V_t,  A_t = delta_t + gamma gae_lambda A_{t+1},  G_t = A_t + V_t
+
+    A response ends with its last token. Nothing is bootstrapped after it, whether it ended by
+    itself or was cut at max_new_tokens."""
+    rewards = torch.where(mask.bool(), rewards, 0.0)
+    values = torch.where(mask.bool(), values, 0.0)
     advantages = torch.zeros_like(values)
-    next_value = next_advantage = torch.zeros_like(values[:, 0])
+    next_value = torch.zeros_like(values[:, 0])
+    next_advantage = torch.zeros_like(values[:, 0])
     for t in reversed(range(values.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
         next_advantage = delta + gamma * gae_lambda * next_advantage
@@ -45,39 +61,23 @@ def gae(rewards, values, mask, gamma, gae_lambda):
 
 
 def group_advantages(returns, mask, samples, kind):
-    """Advantages without a critic: a response against the others to its prompt -> (B, R).
+    """Advantages without a critic: a response against the others to the same prompt -> (B, R).
 
-    returns (B,): (R - lambda C) / (1 + lambda), KL included; `samples` in a row are one prompt's.
-    "rloo": less the others' mean (arXiv:2402.14740); "grpo": standardised (arXiv:2402.03300)."""
+    returns  (B,): (R - lambda C) / (1 + lambda), the KL penalty included
+    samples  number of consecutive responses that belong to one prompt
+    kind     "rloo": minus the others' mean (arXiv:2402.14740)
+             "grpo": minus the group's mean, divided by its standard deviation (arXiv:2402.03300)"""
     groups = returns.view(-1, samples)
     centred = groups - groups.mean(dim=1, keepdim=True)
-    scale = samples / (samples - 1) if kind == "rloo" else 1 / (groups.std(1, keepdim=True) + 1e-6)
-    return (centred * scale).view(-1, 1) * mask
-
-
-def normalize(advantages, mask):
-    """Advantages (B, R) less their mean over all tokens, over their standard deviation."""
-    x = advantages[mask.bool()]
-    return (advantages - x.mean()) / (x.std(correction=0) + 1e-8) * mask
-
-
-REWARD_SCALINGS = ("none", "std", "mean_std", "first")
-
-
-def scale_rewards(scores, moments, scaling, clip):
-    """Scores (B,) over the standard deviation of all so far, these included ("mean_std": less the
-    mean first; "first": over the first batch's), clipped to +- clip. arXiv:2307.04964 Eq. 18."""
-    if scaling != "none":
-        if torch.isfinite(scores).all() and not (scaling == "first" and moments.count):
-            moments.update(scores)
-        scores = scores - moments.mean if scaling == "mean_std" else scores
-        scores = scores / (math.sqrt(moments.var) + 1e-8)
-    return scores.clamp(-clip, clip)
-
-
-def adapt_kl_coef(kl_coef, kl, target, responses, horizon):
-    """The KL weight after `responses` more that were `kl` nats away. arXiv:1909.08593 Sec. 2.2."""
-    return kl_coef * (1 + max(-0.2, min(0.2, kl / target - 1)) * responses / horizon)
+    if kind == "rloo":
+        # A response's distance from the others' mean is samples / (samples - 1) of its distance
+        # from the mean of all.
+        advantages = centred * (samples / (samples - 1))
+    elif kind == "grpo":
+        advantages = centred * (1 / (groups.std(1, keepdim=True) + 1e-6))
+    else:
+        raise ValueError(f"no such advantage without a critic: {kind!r}")
+    return advantages.view(-1, 1) * mask
 
 
 def mix_advantages(reward_adv, cost_adv, lambda_):
@@ -85,66 +85,41 @@ def mix_advantages(reward_adv, cost_adv, lambda_):
     return (reward_adv - lambda_ * cost_adv) / (1 + lambda_)
 
 
-class LagrangeMultiplier:
-    """Gradient ascent on log lambda: lambda grows while the recent mean cost is above the limit.
+def normalize(advantages, mask):
+    """Advantages (B, R) minus their mean over all tokens, divided by their standard deviation."""
+    x = advantages[mask.bool()]
+    return (advantages - x.mean()) / (x.std(correction=0) + 1e-8) * mask
 
-    log lambda <- min(log lambda + lr * (J_C - cost_limit) * lambda, log max)   (Eq. 31)
 
-    init, max  first and greatest lambda (max 0: no bound)
-    lr         step on log lambda; 0 keeps lambda at init, which is fixed reward shaping
-    window     responses over which J_C is the mean
-    delay      updates to sit out before the first"""
-
-    def __init__(self, init, lr, max, window, delay):
-        self.log_lambda = math.log(init)
-        self.lr, self.log_max, self.delay = lr, math.log(max) if max > 0 else math.inf, delay
-        self.costs = deque(maxlen=window)
-        self.updates = 0
-
-    @property
-    def value(self):
-        return math.exp(self.log_lambda)
-
-    @property
-    def mean_cost(self):
-        """J_C: the mean cost in the window; nan before there is any."""
-        return sum(self.costs) / len(self.costs) if self.costs else math.nan
-
-    def observe(self, costs):
-        """Take in the raw costs of new responses, (B,) tensor or list; what is no number is not."""
-        self.costs.extend(c for c in map(float, costs) if math.isfinite(c))
-
-    def update(self, cost_limit):
-        """One step against `cost_limit` (Safe-RLHF's threshold, the paper's -d) -> lambda."""
-        if self.updates >= self.delay and self.lr > 0 and self.costs:
-            step = self.lr * (self.mean_cost - cost_limit) * self.value
-            self.log_lambda = min(self.log_lambda + step, self.log_max)
-        self.updates += 1
-        return self.value
-
-    def state_dict(self):
-        return {"log_lambda": self.log_lambda, "costs": list(self.costs), "updates": self.updates}
-
-    def load_state_dict(self, state):
-        vars(self).update(state, costs=deque(state["costs"], self.costs.maxlen))
+# ---- normalisers ----
 
 
 class RunningMeanStd:
     """Mean and variance of all scores seen. Batch variances are unbiased, as in Safe-RLHF."""
 
     def __init__(self, mean=0.0, var=1.0, count=0):
-        self.mean, self.var, self.count = mean, var, count
+        self.mean = mean
+        self.var = var
+        self.count = count
 
     def update(self, x):
         n, mean, var = batch_moments(x)
-        delta, total = mean - self.mean, self.count + n
+        delta = mean - self.mean
+        total = self.count + n
         self.mean += delta * n / total
-        self.var = (self.var * self.count + var * n + delta**2 * self.count * n / total) / total
+        between = delta**2 * self.count * n / total
+        self.var = (self.var * self.count + var * n + between) / total
         self.count = total
+
+    def state_dict(self):
+        return dict(vars(self))
+
+    def load_state_dict(self, state):
+        vars(self).update(state)
 
 
 class ExponentialMovingAverage(RunningMeanStd):
-    """Mean and variance that forget: `momentum` weighs what was known before."""
+    """Exponential moving mean and variance. momentum: the weight of the previous values."""
 
     def __init__(self, momentum, mean=0.0, var=1.0, count=0):
         super().__init__(mean, var, count)
@@ -158,5 +133,97 @@ class ExponentialMovingAverage(RunningMeanStd):
 
 
 def batch_moments(x):
+    """Count, mean and unbiased variance of numbers (B,), in float64."""
     x = torch.as_tensor(x, dtype=torch.float64)
-    return len(x), x.mean().item(), x.var().item() if len(x) > 1 else 0.0
+    var = x.var().item() if len(x) > 1 else 0.0
+    return len(x), x.mean().item(), var
+
+
+REWARD_SCALINGS = ("none", "std", "mean_std", "first")
+
+
+def scale_rewards(scores, moments, scaling, clip):
+    """Scores (B,) divided by a standard deviation, then clipped to +- clip.
+
+    arXiv:2307.04964 Eq. 18
+
+    moments  a RunningMeanStd, which is updated
+    scaling  "std": by the deviation of all scores so far, these included
+             "mean_std": the same, after subtracting their mean
+             "first": by the deviation of the first batch
+             "none": only clipped"""
+    if scaling == "none":
+        return scores.clamp(-clip, clip)
+    is_frozen = scaling == "first" and moments.count > 0
+    if torch.isfinite(scores).all() and not is_frozen:
+        moments.update(scores)
+    if scaling == "mean_std":
+        scores = scores - moments.mean
+    scores = scores / (math.sqrt(moments.var) + 1e-8)
+    return scores.clamp(-clip, clip)
+
+
+def adapt_kl_coef(kl_coef, kl, target, responses, horizon):
+    """The KL coefficient after `responses` more that were `kl` nats from the reference.
+
+    It grows while the KL is above the target, by at most 0.2 in `horizon` responses.
+    arXiv:1909.08593 Sec. 2.2"""
+    error = max(-0.2, min(0.2, kl / target - 1))
+    return kl_coef * (1 + error * responses / horizon)
+
+
+# ---- the multiplier ----
+
+
+class LagrangeMultiplier:
+    """Gradient ascent on log lambda: lambda grows while the recent mean cost is above the limit.
+
+    log lambda <- min(log lambda + lr * (J_C - cost_limit) * lambda, log max)    arXiv:2310.12773
+                                                                                 Eq. 31
+    init, max  first and greatest lambda; max 0: no bound
+    lr         step on log lambda; 0 keeps lambda at init, which is fixed reward shaping
+    window     responses over which J_C is the mean
+    delay      the first `delay` updates leave lambda unchanged"""
+
+    def __init__(self, init, lr, max, window, delay):
+        self.log_lambda = math.log(init)
+        self.lr = lr
+        self.log_max = math.log(max) if max > 0 else math.inf
+        self.delay = delay
+        self.costs = deque(maxlen=window)
+        self.updates = 0
+
+    @property
+    def value(self):
+        return math.exp(self.log_lambda)
+
+    @property
+    def mean_cost(self):
+        """J_C: the mean cost in the window; nan before there is any."""
+        return sum(self.costs) / len(self.costs) if self.costs else math.nan
+
+    def observe(self, costs):
+        """Append new responses' costs, a (B,) tensor or a list; non-finite ones are ignored."""
+        for cost in map(float, costs):
+            if math.isfinite(cost):
+                self.costs.append(cost)
+
+    def update(self, cost_limit):
+        """One step against `cost_limit` (Safe-RLHF's threshold, the paper's -d) -> lambda."""
+        if self.updates >= self.delay and self.lr > 0 and self.costs:
+            step = self.lr * (self.mean_cost - cost_limit) * self.value
+            self.log_lambda = min(self.log_lambda + step, self.log_max)
+        self.updates += 1
+        return self.value
+
+    def state_dict(self):
+        return {
+            "log_lambda": self.log_lambda,
+            "costs": list(self.costs),
+            "updates": self.updates,
+        }
+
+    def load_state_dict(self, state):
+        self.log_lambda = state["log_lambda"]
+        self.costs = deque(state["costs"], self.costs.maxlen)
+        self.updates = state["updates"]

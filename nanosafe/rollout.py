@@ -1,23 +1,46 @@
 """Sample many responses fast.
 
-A small engine: prompts are prefilled packed, into a preallocated key-value cache of `slots` rows;
-every step decodes one token for all rows at once; a finished row is refilled by the next prompt,
-and when none is left the rows close ranks. generate() meets no other rank, sample_all() at its end.
+The engine prefills prompts, packed, into a preallocated key-value cache of `slots` rows. Every step
+decodes one token for all live rows at once. A row whose response is finished is refilled with the
+next prompt; when no prompt is left, the last live row moves into its place, so live rows stay
+contiguous. generate() runs no collective, so ranks may stop at different times; sample_all() runs
+one, at its end.
 
-Sampling is a pure function: the uniform number behind a token is a hash of (seed, prompt uid,
-position), turned into a token by the inverse of the cumulative distribution: the same prompt gives
-the same response whatever the batch, the slots or the rank (up to ties in floating point).
+Sampling is a pure function. The uniform number behind each token is a hash of (seed, uid of the
+prompt, position in the response), turned into a token by the inverse of the cumulative
+distribution. So a prompt gets the same response whatever the batch, the slot, the refill order or
+the number of ranks, up to ties in floating point.
 
-Shapes: n live rows, S slots, V vocabulary, R = max_new_tokens."""
+Shapes: n live rows, S slots, V vocabulary, T cached positions."""
+
+from math import ceil
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
+
 from nanosafe import attention
 from nanosafe.model import linear
 from nanosafe.parallel import all_gather_lists, gathered_for_sampling
 
 MASK64 = 2**64 - 1
-PREFILL_TOKENS = 8192  # packed prompt tokens per prefill on a GPU; on a CPU an eighth
-GROUP = 16  # rows that on a CPU read as much of the cache as the longest of them
+GOLDEN_RATIO = 0x9E3779B97F4A7C15  # 2^64 / the golden ratio: splitmix64's increment
+MULTIPLIERS = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # of splitmix64's finaliser
+PREFILL_TOKENS = {"cuda": 8192, "cpu": 1024}  # packed prompt tokens per prefill, about
+MAX_SLOTS = 256  # where `slots` is 0 and memory allows
+CPU_CACHE_BYTES = 4 * 2**30  # memory that the cache assumes to be free on a CPU
+CACHE_STEP = 64  # the cache's length is a multiple of this
+CPU_GROUP = 16  # rows that read as much of the cache as the longest of them, on a CPU
+CDF_BLOCK = 128  # tokens of the vocabulary whose probabilities are summed first
+
+
+class Sampling(NamedTuple):
+    """How a token is chosen from its logits."""
+
+    temperature: float  # divides the logits; 0 takes the likeliest token
+    top_k: int  # sample from the k likeliest tokens; 0: from all
+    top_p: float  # sample from the fewest tokens that hold this probability; 1: from all
+    banned: torch.Tensor  # ids that are never sampled
 
 
 @torch.no_grad()
@@ -40,176 +63,230 @@ def generate(
     """Sample one response for each prompt.
 
     model           LLaMA with head "lm", its parameters whole on one device
-    prompts         list of lists of token ids, each with at least one
+    prompts         lists of token ids, each with at least one
     max_new_tokens  longest response: an int, or one per prompt
     temperature     divides the logits; 0 takes the likeliest token
-    top_k, top_p    sample from the k likeliest tokens, from the fewest of probability p; 0, 1: all
-    eos_ids         ids that end a response (and belong to it)
-    seed, uids      the randomness of prompt i is that of (seed, uids[i]); a uid is an int or a
-                    tuple of ints, by default i. For several samples of a prompt: (uid, sample).
+    top_k           sample from the k likeliest tokens; 0: from all
+    top_p           sample from the fewest tokens that hold this probability; 1: from all
+    eos_ids         ids that end a response, and belong to it
+    seed, uids      prompt i's randomness is that of (seed, uids[i]). A uid is an int or a tuple of
+                    ints, by default i; for several samples of a prompt, (uid, sample)
     slots           rows decoded together; 0: up to 256, as memory allows
     banned          ids that are never sampled
-    on_finish()     is called for every response that is done
+    on_finish()     is called for every response that is finished
     on_token(i, t)  is called for every token t of prompt i; if it returns true, that is the last
 
-    Returns the responses, lists of ids in the order of the prompts, with the EOS when sampled."""
+    Returns the responses, lists of ids in the order of the prompts, EOS included when sampled."""
     if len(prompts) == 0:
         return []
-    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
-    assert all(len(p) > 0 for p in prompts) and min(limits) > 0
-    uids = range(len(prompts)) if uids is None else uids
-    keys = [hash64(seed, *(uid if isinstance(uid, tuple) else (uid,))) for uid in uids]
-    longest = max(len(p) + limit for p, limit in zip(prompts, limits))
-    engine = Engine(model, slots, len(prompts), longest, (temperature, top_k, top_p, banned))
-    work = Scheduler(engine, prompts, keys, limits, set(eos_ids), on_finish, on_token)
-    while work.waiting or work.live:
-        work.refill()
-        if work.live:
-            work.accept(engine.step(len(work.live)), 0)
-    return work.responses
+    limits = max_new_tokens
+    if isinstance(max_new_tokens, int):
+        limits = [max_new_tokens] * len(prompts)
+    assert all(len(prompt) > 0 for prompt in prompts) and min(limits) > 0
+    if uids is None:
+        uids = range(len(prompts))
+    keys = []
+    for uid in uids:
+        numbers = uid if isinstance(uid, tuple) else (uid,)
+        keys.append(hash64(seed, *numbers))
+    length = max(len(prompt) + limit for prompt, limit in zip(prompts, limits))
+    device = model.embed_tokens.weight.device
+    sampling = Sampling(
+        temperature, top_k, top_p, torch.tensor(banned, dtype=torch.int64).to(device)
+    )
+    engine = Engine(model, slots, len(prompts), length, sampling)
+    scheduler = Scheduler(engine, prompts, keys, limits, set(eos_ids), on_finish, on_token)
+    while scheduler.waiting or scheduler.live:
+        scheduler.refill()
+        if scheduler.live:
+            scheduler.accept(engine.step(len(scheduler.live)), first_row=0)
+    return scheduler.responses
 
 
 def sample_all(model, prompts, world, max_new_tokens, uids=None, **sampling):
-    """generate() over all ranks, each sampling its share: every rank has all responses."""
-    every, share = range(len(prompts)), slice(world.rank, None, world.size)
-    limits = max_new_tokens if isinstance(max_new_tokens, int) else max_new_tokens[share]
+    """generate() over all ranks, each of which samples its share: every rank gets all responses."""
+    indices = range(len(prompts))
+    uids = indices if uids is None else uids
+    share = slice(world.rank, None, world.size)
+    limits = max_new_tokens
+    if not isinstance(max_new_tokens, int):
+        limits = max_new_tokens[share]
     with gathered_for_sampling(model) as policy:
-        sampled = generate(policy, prompts[share], limits, uids=(uids or every)[share], **sampling)
-    return all_gather_lists(sampled, every[share], len(prompts))
+        responses = generate(policy, prompts[share], limits, uids=uids[share], **sampling)
+    return all_gather_lists(responses, indices[share], len(prompts))
 
 
 class Scheduler:
     """The host's side: which prompt is in which row, and what its response is so far."""
 
-    def __init__(self, engine, prompts, keys, limits, eos, on_finish, on_token):
-        self.engine, self.prompts, self.keys = engine, prompts, keys
-        self.limits, self.eos = limits, eos
-        self.on_finish, self.on_token = on_finish, on_token
+    def __init__(self, engine, prompts, keys, limits, eos_ids, on_finish, on_token):
+        self.engine = engine
+        self.prompts = prompts
+        self.keys = keys
+        self.limits = limits
+        self.eos_ids = eos_ids
+        self.on_finish = on_finish
+        self.on_token = on_token
         self.responses = [[] for _ in prompts]
-        # The longest first: rows of like length lie together, and the last to end is a short one.
+        # The longest prompt is taken first, from the end of this list: rows of like length lie
+        # together, and the last response to end belongs to a short prompt.
         self.waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        self.live = []  # live[row] is the prompt in that row: rows 0 .. len(live) - 1 of the engine
+        self.live = []  # live[row] is the prompt in that row of the engine
 
     def refill(self):
         """Prefill free rows with the next prompts, in packs of about PREFILL_TOKENS."""
-        most = PREFILL_TOKENS if self.engine.device.type == "cuda" else PREFILL_TOKENS // 8
+        pack_tokens = PREFILL_TOKENS[self.engine.device.type]
         while self.waiting and len(self.live) < self.engine.slots:
-            first, count = len(self.live), 0
-            while self.waiting and len(self.live) < self.engine.slots and count < most:
-                count += len(self.prompts[self.waiting[-1]])
-                self.live.append(self.waiting.pop())
-            new = self.live[first:]
-            tokens = self.engine.prefill(
-                first, [self.prompts[i] for i in new], [self.keys[i] for i in new]
-            )
-            self.accept(tokens, first)
+            first_row = len(self.live)
+            tokens = 0
+            while self.waiting and len(self.live) < self.engine.slots and tokens < pack_tokens:
+                i = self.waiting.pop()
+                self.live.append(i)
+                tokens += len(self.prompts[i])
+            new = self.live[first_row:]
+            prompts = [self.prompts[i] for i in new]
+            keys = [self.keys[i] for i in new]
+            self.accept(self.engine.prefill(first_row, prompts, keys), first_row)
 
-    def accept(self, tokens, first):
-        """Append the new token of each row from `first` on; the last takes a finished row's."""
-        for row in reversed(range(first, first + len(tokens))):
-            i, token = self.live[row], tokens[row - first]
+    def accept(self, tokens, first_row):
+        """Append the new token of each row from first_row on, and free the rows that are finished.
+
+        Rows are visited from the last one down, so that the row that moves into a freed one has
+        been visited before."""
+        for row in reversed(range(first_row, first_row + len(tokens))):
+            i, token = self.live[row], tokens[row - first_row]
             self.responses[i].append(token)
-            done = self.on_token and self.on_token(i, token)
-            if done or token in self.eos or len(self.responses[i]) == self.limits[i]:
-                last = self.live.pop()
-                if row < len(self.live):
-                    self.live[row] = last
-                    self.engine.move(len(self.live), row)
-                if self.on_finish:
-                    self.on_finish()
+            is_last = token in self.eos_ids or len(self.responses[i]) == self.limits[i]
+            if self.on_token and self.on_token(i, token):
+                is_last = True
+            if is_last:
+                self.free(row)
+
+    def free(self, row):
+        """Give up a row: the last live row takes its place."""
+        last = self.live.pop()
+        if row < len(self.live):
+            self.live[row] = last
+            self.engine.move(len(self.live), row)
+        if self.on_finish:
+            self.on_finish()
 
 
 class Engine:
-    """The device's side: a cache of S rows, each one's next token, position, key."""
+    """The device's side: a cache of S rows, and each row's next token, position and key."""
 
     def __init__(self, model, slots, wanted, length, sampling):
-        c, weight = model.config, model.embed_tokens.weight
-        self.model, self.device = model, weight.device
-        self.sampling = *sampling[:3], torch.tensor(sampling[3], dtype=torch.int64).to(self.device)
+        """slots: rows at most, 0 for as many as fit; wanted: how many prompts there are;
+        length: the longest prompt and response together."""
+        config = model.config
+        self.model = model
+        self.device = model.embed_tokens.weight.device
+        self.sampling = sampling
         self.head = model.output_embedding()
-        dtype = attention.attention_dtype(weight)
+        dtype = attention.attention_dtype(model.embed_tokens.weight)
         model.check_length(length)
-        length = -(-length // 64) * 64
-        if not slots:
-            row = 2 * len(model.layers) * c.num_key_value_heads * c.head_dim * length
-            free = torch.cuda.mem_get_info(self.device)[0] if weight.is_cuda else 4 * 2**30
-            slots = max(1, min(256, free // 2 // (row * dtype.itemsize)))
-        self.slots = min(slots, wanted)
-        shape = self.slots, c.num_key_value_heads, length, c.head_dim
-        zeros = lambda: torch.zeros(shape, dtype=dtype, device=self.device)
-        self.caches = [attention.Cache(zeros(), zeros()) for _ in model.layers]
+        length = CACHE_STEP * ceil(length / CACHE_STEP)
+        self.slots = min(slots or self.count_slots_that_fit(length, dtype), wanted)
+        shape = self.slots, config.num_key_value_heads, length, config.head_dim
+        self.caches = []
+        for _ in model.layers:
+            keys = torch.zeros(shape, dtype=dtype, device=self.device)
+            values = torch.zeros(shape, dtype=dtype, device=self.device)
+            self.caches.append(attention.Cache(keys, values))
         self.rows = torch.arange(self.slots, device=self.device)
         self.columns = torch.arange(length, device=self.device)
         state = torch.zeros(4, self.slots, dtype=torch.int64, device=self.device)
         self.tokens, self.positions, self.prompt_lengths, self.keys = state
-        self.extents = [0] * self.slots  # positions + 1, on the host: no more of the cache is read
-        self.graphs = {}  # rows -> CUDA graph of decode() for that many
+        # Each row's position + 1, known on the host, so that no more of the cache is read.
+        self.extents = [0] * self.slots
+        self.graphs = {}  # number of rows -> CUDA graph of decode() for so many
 
-    def prefill(self, first, prompts, keys):
-        """Read whole prompts into the rows from `first` on; returns each response's first token."""
-        ints = lambda x, dtype=torch.int64: torch.tensor(x, dtype=dtype, device=self.device)
-        lengths = ints([len(p) for p in prompts])
-        rows = slice(first, first + len(prompts))
+    def count_slots_that_fit(self, length, dtype):
+        """Rows whose keys and values take half of the free memory, at most MAX_SLOTS."""
+        config = self.model.config
+        numbers = 2 * len(self.model.layers) * config.num_key_value_heads * config.head_dim * length
+        if self.device.type == "cuda":
+            free = torch.cuda.mem_get_info(self.device)[0]
+        else:
+            free = CPU_CACHE_BYTES
+        return max(1, min(MAX_SLOTS, free // 2 // (numbers * dtype.itemsize)))
+
+    def prefill(self, first_row, prompts, keys):
+        """Read whole prompts into the rows from first_row on; returns each one's first token."""
+        lengths = self.make_tensor([len(prompt) for prompt in prompts])
         ends = lengths.cumsum(0)
         cu_seqlens = torch.cat((ends.new_zeros(1), ends)).int()
-        flat = ints([token for p in prompts for token in p])
-        seqs = attention.pack(cu_seqlens, max(map(len, prompts)), len(flat), slots=self.rows[rows])
-        x = self.model.hidden_states(flat, seqs, self.caches)[ends - 1]
-        self.keys[rows] = ints([key - 2**64 if key >= 2**63 else key for key in keys])
+        tokens = self.make_tensor([token for prompt in prompts for token in prompt])
+        rows = slice(first_row, first_row + len(prompts))
+        longest = max(len(prompt) for prompt in prompts)
+        layout = attention.pack(cu_seqlens, longest, len(tokens), slots=self.rows[rows])
+        x = self.model.hidden_states(tokens, layout, self.caches)[ends - 1]
+        self.keys[rows] = self.make_tensor([as_signed(key) for key in keys])
         self.positions[rows] = lengths
         self.prompt_lengths[rows] = lengths
-        self.tokens[rows] = sample_tokens(
-            linear(x, self.head), self.keys[rows], torch.zeros_like(lengths), *self.sampling
-        )
-        for row, prompt in enumerate(prompts, start=first):
+        draw = torch.zeros_like(lengths)
+        logits = linear(x, self.head)
+        self.tokens[rows] = sample_tokens(logits, self.keys[rows], draw, *self.sampling)
+        for row, prompt in enumerate(prompts, start=first_row):
             self.extents[row] = len(prompt) + 1
         return self.tokens[rows].tolist()
+
+    def make_tensor(self, numbers):
+        return torch.tensor(numbers, dtype=torch.int64, device=self.device)
 
     def step(self, n):
         """Decode one token for each of the first n rows; returns the n new tokens."""
         if self.device.type == "cuda":
-            self.replay(min(self.slots, 1 << (n - 1).bit_length()))  # graphs for powers of two only
-        else:  # no key is read that none of a group's rows has
-            parts = [slice(i, min(i + GROUP, n)) for i in range(0, n, GROUP)]
-            self.decode(n, [(rows, max(self.extents[rows])) for rows in parts])
+            power_of_two = 1 << (n - 1).bit_length()  # so that there are few graphs
+            self.replay(min(self.slots, power_of_two))
+        else:
+            extents = []  # a group reads no key that none of its rows has
+            for begin in range(0, n, CPU_GROUP):
+                rows = slice(begin, min(begin + CPU_GROUP, n))
+                extents.append((rows, max(self.extents[rows])))
+            self.decode(n, extents)
         for row in range(n):
             self.extents[row] += 1
         return self.tokens[:n].tolist()
 
-    def decode(self, n, parts):
-        """One token for the first n rows, whose `parts`, (rows, extent), see that many keys."""
+    def decode(self, n, extents):
+        """One token for the first n rows. extents: pairs of some rows and the keys they read."""
         positions = self.positions[:n]
-        groups = [
-            (rows, (self.columns[:extent] <= positions[rows, None])[:, None, None])
-            for rows, extent in parts
-        ]  # masks (rows, 1, 1, extent)
-        step = attention.DecodeBatch(positions, self.rows[:n], groups)
-        logits = linear(self.model.hidden_states(self.tokens[:n], step, self.caches), self.head)
-        index = positions - self.prompt_lengths[:n] + 1
-        self.tokens[:n] = sample_tokens(logits, self.keys[:n], index, *self.sampling)
-        # A graph also computes rows beyond the live ones; theirs must stay inside the cache.
+        groups = []
+        for rows, extent in extents:
+            seen = self.columns[:extent] <= positions[rows, None]  # (rows, extent)
+            groups.append(attention.RowGroup(rows, seen[:, None, None]))
+        layout = attention.DecodeBatch(positions, self.rows[:n], groups)
+        x = self.model.hidden_states(self.tokens[:n], layout, self.caches)
+        logits = linear(x, self.head)
+        draw = positions - self.prompt_lengths[:n] + 1
+        self.tokens[:n] = sample_tokens(logits, self.keys[:n], draw, *self.sampling)
+        # A graph also computes rows beyond the live ones, whose positions must stay in the cache.
         self.positions[:n] = (positions + 1).clamp(max=len(self.columns) - 1)
 
     def replay(self, n):
-        """decode(n) as one CUDA graph over the whole cache length: one launch a step."""
+        """decode(n) as one CUDA graph over the whole length of the cache: one launch a step."""
         if n not in self.graphs:
-            parts = [(slice(0, n), len(self.columns))]
-            state = self.tokens.clone(), self.positions.clone()
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                self.decode(n, parts)  # warm up; what it writes is overwritten by the same step
-            torch.cuda.current_stream().wait_stream(side)
-            for x, kept in zip((self.tokens, self.positions), state):
-                x.copy_(kept)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):  # records, and computes nothing
-                self.decode(n, parts)
-            self.graphs[n] = graph
+            self.graphs[n] = self.capture(n)
         self.graphs[n].replay()
 
+    def capture(self, n):
+        extents = [(slice(0, n), len(self.columns))]
+        tokens, positions = self.tokens.clone(), self.positions.clone()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self.decode(n, extents)  # warm-up; the step itself overwrites what it writes
+        torch.cuda.current_stream().wait_stream(side)
+        self.tokens.copy_(tokens)
+        self.positions.copy_(positions)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):  # records, and computes nothing
+            self.decode(n, extents)
+        return graph
+
     def move(self, source, target):
-        """Row `source` takes the place of row `target`."""
+        """Copy row `source` over row `target`."""
         extent = self.extents[source]
         for cache in self.caches:
             for x in cache:
@@ -219,69 +296,91 @@ class Engine:
         self.extents[target] = extent
 
 
-def sample_tokens(logits, keys, index, temperature, top_k, top_p, banned):
-    """Tokens (n,) from logits (n, V): the index-th draw of each row's key."""
-    logits = logits.index_fill(1, banned, -torch.inf) if len(banned) else logits
+# ---- from logits to tokens ----
+
+
+def sample_tokens(logits, keys, draw, temperature, top_k, top_p, banned):
+    """Tokens (n,) from logits (n, V).
+
+    keys, draw  (n,): a row's uniform number is the draw-th of its key's stream"""
+    if len(banned):
+        logits = logits.index_fill(1, banned, -torch.inf)
     if temperature == 0:
         return logits.argmax(dim=-1)
     logits = logits.float() / temperature
     weights = logits.sub_(logits.amax(dim=-1, keepdim=True)).exp_()
     if top_k or top_p < 1:
         weights = filter_probs(weights / weights.sum(dim=-1, keepdim=True), top_k, top_p)
-    return inverse_cdf(weights, uniforms(keys, index))
+    return inverse_cdf(weights, uniforms(keys, draw))
 
 
 def filter_probs(probs, top_k, top_p):
-    """Zero what is outside the top_k likeliest, then outside the fewest with top_p of the rest."""
+    """Zero all but the top_k likeliest, and of these all but the fewest that hold top_p."""
     if 0 < top_k < probs.shape[-1]:
         least = probs.topk(top_k, dim=-1).values[:, -1:]
         probs = torch.where(probs < least, 0.0, probs)
         probs = probs / probs.sum(dim=-1, keepdim=True)
     if top_p < 1:
-        ordered, order = probs.sort(dim=-1, descending=True, stable=True)
-        outside = ordered.cumsum(dim=-1) - ordered >= top_p  # the likeliest is always inside
-        probs = probs.scatter(1, order, torch.where(outside, 0.0, ordered))
+        descending, order = probs.sort(dim=-1, descending=True, stable=True)
+        before = descending.cumsum(dim=-1) - descending
+        kept = torch.where(before >= top_p, 0.0, descending)  # the likeliest is always kept
+        probs = probs.scatter(1, order, kept)
     return probs
 
 
 def inverse_cdf(probs, u):
-    """The token at which the cumulative sum of probs (n, V) passes u (n,) of the total."""
+    """The token at which the cumulative sum of probs (n, V) passes u (n,) times the total.
+
+    A sum over blocks finds the block first, in float64, then a sum inside it finds the token."""
     n, V = probs.shape
-    block = 128
-    if V % block:
-        probs = torch.nn.functional.pad(probs, (0, -V % block))
-    probs = probs.view(n, -1, block)
+    if V % CDF_BLOCK:
+        probs = F.pad(probs, (0, -V % CDF_BLOCK))
+    probs = probs.view(n, -1, CDF_BLOCK)
     sums = probs.sum(dim=-1).double().cumsum(dim=-1)  # (n, blocks)
     goal = u * sums[:, -1]
-    which = torch.searchsorted(sums, goal[:, None], right=True).clamp(max=sums.shape[1] - 1)
-    before = torch.where(which > 0, sums.gather(1, (which - 1).clamp(min=0)), 0.0)
-    inside = probs.gather(1, which[..., None].expand(-1, -1, block)).squeeze(1).double()
-    token = torch.searchsorted(inside.cumsum(dim=-1), goal[:, None] - before, right=True)
-    # Rounding may carry the goal past the block's end: take the last possible one.
-    places = torch.arange(1, block + 1, device=probs.device)
-    last = ((inside > 0) * places).amax(dim=-1, keepdim=True) - 1
-    return (which * block + torch.minimum(token, last.clamp(min=0))).squeeze(1)
+    block = torch.searchsorted(sums, goal[:, None], right=True).clamp(max=sums.shape[1] - 1)
+    before = torch.where(block > 0, sums.gather(1, (block - 1).clamp(min=0)), 0.0)
+    rows = block[..., None].expand(-1, -1, CDF_BLOCK)
+    inside = probs.gather(1, rows).squeeze(1).double()  # (n, CDF_BLOCK)
+    column = torch.searchsorted(inside.cumsum(dim=-1), goal[:, None] - before, right=True)
+    # Rounding may carry the goal past the block's end: then take the last token with probability.
+    columns = torch.arange(1, CDF_BLOCK + 1, device=probs.device)
+    last = ((inside > 0) * columns).amax(dim=-1, keepdim=True) - 1
+    column = torch.minimum(column, last.clamp(min=0))
+    return (block * CDF_BLOCK + column).squeeze(1)
+
+
+# ---- randomness by hashing ----
 
 
 def hash64(*numbers):
-    """A 64-bit hash of whole numbers, on the host (splitmix64's finaliser, chained)."""
+    """A 64-bit hash of whole numbers, on the host: splitmix64's finaliser, chained."""
     h = 0
     for number in numbers:
-        h = (h + 0x9E3779B97F4A7C15 + (number & MASK64)) & MASK64
-        h = ((h ^ (h >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
-        h = ((h ^ (h >> 27)) * 0x94D049BB133111EB) & MASK64
+        h = (h + GOLDEN_RATIO + (number & MASK64)) & MASK64
+        h = ((h ^ (h >> 30)) * MULTIPLIERS[0]) & MASK64
+        h = ((h ^ (h >> 27)) * MULTIPLIERS[1]) & MASK64
         h ^= h >> 31
     return h
 
 
-def uniforms(keys, index):
-    """Uniform numbers in [0, 1), float64 (n,): the same finaliser over key + index * golden ratio.
+def uniforms(keys, draw):
+    """Uniform numbers in [0, 1), float64 (n,): the same finaliser over key + draw * golden ratio.
 
-    Tensors have signed 64-bit integers only: products wrap, right shifts mask sign bits off."""
-    signed = lambda x: x - 2**64 if x >= 2**63 else x
-    shift = lambda x, k: (x >> k) & (2 ** (64 - k) - 1)
-    h = keys + (index + 1) * signed(0x9E3779B97F4A7C15)
-    h = (h ^ shift(h, 30)) * signed(0xBF58476D1CE4E5B9)
-    h = (h ^ shift(h, 27)) * signed(0x94D049BB133111EB)
-    h = h ^ shift(h, 31)
-    return shift(h, 11).double() * 2.0**-53
+    Tensors have signed 64-bit integers only: products wrap around as they should, and a right
+    shift must mask off the sign's bits."""
+    h = keys + (draw + 1) * as_signed(GOLDEN_RATIO)
+    h = (h ^ shift_right(h, 30)) * as_signed(MULTIPLIERS[0])
+    h = (h ^ shift_right(h, 27)) * as_signed(MULTIPLIERS[1])
+    h = h ^ shift_right(h, 31)
+    return shift_right(h, 11).double() * 2.0**-53
+
+
+def as_signed(number):
+    """An unsigned 64-bit integer as the signed one with the same bits."""
+    return number - 2**64 if number >= 2**63 else number
+
+
+def shift_right(x, bits):
+    """A right shift of signed 64-bit integers that fills with zeros."""
+    return (x >> bits) & (2 ** (64 - bits) - 1)

@@ -1,9 +1,9 @@
-"""Tokenizers and strings that the tests of tokenizer.py and bpe.py compare with other libraries."""
+"""What the tests of tokenizers compare with: tokenizers of other libraries, and texts to encode."""
 
 import json
-import os
 import random
 import unicodedata
+from functools import cache
 
 from tokenizers import (
     AddedToken,
@@ -17,75 +17,57 @@ from tokenizers import (
     trainers,
 )
 
-from nanosafe import tokenizer
-from nanosafe.storage import read_json
+from nanosafe.tokenizer.llama3 import LLAMA3
 
-LLAMA3 = read_json(os.path.dirname(tokenizer.__file__), "llama3.json")["pre_tokenizer"][
-    "pretokenizers"
-][0]["pattern"]["Regex"]
 WORDS = (
-    "the of and to in is that for it as was with be by on not he I this are or his from at which but have an "
-    "had they you were their one all we can her has there been if more when will would who so no said what up "
-    "its about than into them only other time new some could these two may first then do any like my now over "
-    "such our man me even most made after also did many before must through years where much your way well down "
-    "should because each just those people how too little state good very make world still own see men work long "
-    "here get both between life being under never day same another know while last might us great old year off "
-    "come since against go came right used take three don't I'll we've it's you're he'd I'm 1984 3.14 x=1 12,345 "
-    "naïve café Übergröße дом мир привет 你好 世界 日本語 テスト 한국어 مرحبا שלום नमस्ते สวัสดี 🙂 👩‍👩‍👧 é ﬁ ½ Ⅷ ² "
-    "foo_bar camelCase __init__ a+b=c (x) [y] {z} <s> </s> <pad> <unk> <|endoftext|> <|eot_id|> http://a.b/c?d=e"
+    "the of and to in is that for it as was with be by on not he I this are or his from at which "
+    "but have an had they you were their one all we can her has there been if more when will would "
+    "who so no said what up its about than into them only other time new some could these two may "
+    "first then do any like my now over such our man me even most made after also did many before "
+    "must through years where much your way well down should because each just those people how "
+    "too little state good very make world still own see men work long here get both between life "
+    "being under never day same another know while last might us great old year off come since "
+    "against go came right used take three don't I'll we've it's you're he'd I'm 1984 3.14 x=1 "
+    "12,345 naïve café Übergröße дом мир привет 你好 世界 日本語 テスト 한국어 مرحبا שלום नमस्ते สวัสดี 🙂 "
+    "👩‍👩‍👧 é ﬁ ½ Ⅷ ² foo_bar camelCase __init__ a+b=c (x) [y] {z} "
+    "<s> </s> <pad> <unk> <|endoftext|> <|eot_id|> http://a.b/c?d=e"
 ).split()
 LINES = [" ".join(random.Random(i).choices(WORDS, k=12)) + "\n" * (i % 3) for i in range(3000)]
-PARTS = [
-    *WORDS,
-    " ",
-    "  ",
-    "\n",
-    "\n\n",
-    "\r\n",
-    "\t",
-    "'s",
-    "'S",
-    "'LL",
-    "ſ",
-    "\u00a0",
-    "\u3000",
-    "\u2028",
-    "\x1c",
-    "\x85",
-    "\u0301",
-    "\u200b",
-    "\u200d",
-    "▁",
-    "▁▁",
-    "Ġ",
-    "0",
-    "7",
-    "42",
-    "٣",
-    "A",
-    "zZ",
-    ".",
-    "...",
-    "!?",
-    "-",
-    "_",
-]
+SPACES = [" ", "  ", "\n", "\n\n", "\r\n", "\t"]
+CONTRACTIONS = ["'s", "'S", "'LL", "ſ"]
+OTHER_SPACES = ["\u00a0", "\u3000", "\u2028", "\x1c", "\x85"]  # to Unicode, or to Python only
+JOINERS = ["\u0301", "\u200b", "\u200d"]
+SPACE_MARKS = ["▁", "▁▁", "Ġ"]  # what tokenizers write for a space
+SHORT_WORDS = ["0", "7", "42", "٣", "A", "zZ", ".", "...", "!?", "-", "_"]
+PARTS = WORDS + SPACES + CONTRACTIONS + OTHER_SPACES + JOINERS + SPACE_MARKS + SHORT_WORDS
 
 
-def strings(n, seed=0):
-    """n texts: mixtures of words, white space, specials, marks and random code points."""
+@cache
+def assigned_code_points():
+    """All code points that this Python's Unicode has a character for, without surrogates."""
+    codes = []
+    for code in range(1, 0x110000):
+        is_surrogate = 0xD800 <= code < 0xE000
+        if not is_surrogate and unicodedata.category(chr(code)) != "Cn":
+            codes.append(code)
+    return codes
+
+
+def make_texts(n, seed=0):
+    """n texts: mixtures of words, white space, special tokens, marks and random code points."""
     rng = random.Random(seed)
-    known = [
-        c
-        for c in range(1, 0x110000)
-        if not 0xD800 <= c < 0xE000 and unicodedata.category(chr(c)) != "Cn"
-    ]
+    codes = assigned_code_points()
     for _ in range(n):
-        parts = [
-            rng.choice(PARTS) if rng.random() < 0.8 else chr(rng.choice(known))
-            for _ in range(rng.randint(0, 12))
-        ]
-        yield "".join(p + (" " if rng.random() < 0.4 else "") for p in parts)
+        parts = []
+        for _ in range(rng.randint(0, 12)):
+            known = rng.random() < 0.8
+            parts.append(rng.choice(PARTS) if known else chr(rng.choice(codes)))
+        text = ""
+        for part in parts:
+            text += part
+            if rng.random() < 0.4:
+                text += " "
+        yield text
 
 
 def byte_level(
@@ -99,32 +81,33 @@ def byte_level(
     vocab=1500,
     **config,
 ):
-    """Train a tokenizer.json with Hugging Face's library in the manner of one of the families; returns theirs."""
+    """Train a byte-level tokenizer.json with Hugging Face's library; returns its tokenizer.
+
+    config  what tokenizer_config.json says"""
     theirs = Tokenizer(models.BPE(ignore_merges=ignore_merges))
     theirs.normalizer = normalizers.NFC() if nfc else None
-    cutters = [pre_tokenizers.Digits(individual_digits=True)] if digits else []
-    cutters += [pre_tokenizers.Split(Regex(pattern), "isolated")] if pattern else []
-    cutters += [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not pattern)]
+    cutters = []
+    if digits:
+        cutters.append(pre_tokenizers.Digits(individual_digits=True))
+    if pattern:
+        cutters.append(pre_tokenizers.Split(Regex(pattern), "isolated"))
+    cutters.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not pattern))
     theirs.pre_tokenizer = pre_tokenizers.Sequence(cutters)
     theirs.decoder = decoders.ByteLevel()
-    theirs.train_from_iterator(
-        LINES,
-        trainers.BpeTrainer(
-            vocab_size=vocab,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
+    theirs.train_from_iterator(LINES, trainer)
     theirs.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in specials])
-    theirs.add_tokens(
-        [
-            AddedToken("foo_bar", normalized=True),
-            AddedToken("<mask>", lstrip=True, rstrip=True, normalized=False),
-        ]
-    )
+    normalized = AddedToken("foo_bar", normalized=True)
+    stripping = AddedToken("<mask>", lstrip=True, rstrip=True, normalized=False)
+    theirs.add_tokens([normalized, stripping])
     if bos:
+        begin = (bos, theirs.token_to_id(bos))
         theirs.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", special_tokens=[(bos, theirs.token_to_id(bos))]
+            single=f"{bos} $A", special_tokens=[begin]
         )
     path.mkdir(parents=True, exist_ok=True)
     theirs.save(str(path / "tokenizer.json"))
@@ -158,30 +141,35 @@ FAMILIES = {
 }
 
 
+def list_merges(sp, vocab):
+    """The merges of a SentencePiece BPE model, as Hugging Face's converter finds them.
+
+    The highest score comes first; of equal scores, the longest left part, and then the longest
+    right part."""
+    ranked = []
+    for i, piece in enumerate(vocab):
+        if sp.is_control(i) or sp.is_unknown(i) or sp.is_byte(i):
+            continue
+        for cut in range(1, len(piece)):
+            left = piece[:cut]
+            right = piece[cut:]
+            if left in vocab and right in vocab:
+                ranked.append((-sp.get_score(i), -cut, cut - len(piece), left, right))
+    return [(left, right) for *_, left, right in sorted(ranked)]
+
+
 def from_sentencepiece(sp, path, legacy=True):
-    """The tokenizer.json of a SentencePiece model, made as Hugging Face makes it; returns theirs."""
-    pieces = [sp.id_to_piece(i) for i in range(sp.vocab_size())]
-    vocab = {piece: i for i, piece in enumerate(pieces)}
-    plain = [
-        p
-        for i, p in enumerate(pieces)
-        if not (sp.is_control(i) or sp.is_unknown(i) or sp.is_byte(i))
-    ]
-    merges = sorted(
-        (-sp.get_score(vocab[p]), -i, i - len(p), p[:i], p[i:])
-        for p in plain
-        for i in range(1, len(p))
-        if p[:i] in vocab and p[i:] in vocab
-    )
+    """Write a SentencePiece model's tokenizer.json as Hugging Face does; returns its tokenizer.
+
+    legacy  as transformers 4 writes it; False: as transformers 5 does"""
+    vocab = {sp.id_to_piece(i): i for i in range(sp.vocab_size())}
+    merges = list_merges(sp, vocab)
     theirs = Tokenizer(
-        models.BPE(
-            vocab, [m[3:] for m in merges], byte_fallback=True, fuse_unk=True, unk_token="<unk>"
-        )
+        models.BPE(vocab, merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>")
     )
     if legacy:
-        theirs.normalizer = normalizers.Sequence(
-            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-        )
+        prepend = normalizers.Prepend("▁")
+        theirs.normalizer = normalizers.Sequence([prepend, normalizers.Replace(" ", "▁")])
     else:
         theirs.pre_tokenizer = pre_tokenizers.Metaspace("▁", "first", False)
     theirs.decoder = decoders.Sequence(
@@ -192,9 +180,8 @@ def from_sentencepiece(sp, path, legacy=True):
             decoders.Strip(" ", 1, 0),
         ]
     )
-    theirs.add_special_tokens(
-        [AddedToken(s, special=True, normalized=False) for s in ("<unk>", "<s>", "</s>")]
-    )
+    specials = [AddedToken(s, special=True, normalized=False) for s in ("<unk>", "<s>", "</s>")]
+    theirs.add_special_tokens(specials)
     theirs.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", 1)]
     )

@@ -1,215 +1,315 @@
-"""Attention over packed sequences and over the cache, against the plain definition; kernels on a GPU."""
+"""Attention over packed sequences and over the cache, against its definition; kernels on a GPU."""
 
 import inspect
+from typing import NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import small_config
+from torch import tensor
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.varlen import varlen_attn
 
 from nanosafe import attention
+from nanosafe.checkpoint import init_from_scratch
+from nanosafe.data.batching import IGNORED, Batch
 from nanosafe.model import LLaMA
-
-gpu = pytest.mark.gpu
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+from nanosafe.rollout import Engine, Sampling
 
 
-def inputs(lengths, H=4, K=2, E=16, device="cpu", dtype=torch.float32):
-    g = torch.Generator().manual_seed(0)
+class Inputs(NamedTuple):
+    """Random queries (N, H, E), keys and values (N, K, E) of packed sequences, and their layout."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    layout: attention.PackedBatch
+
+
+def random_inputs(lengths, H=4, K=2, E=16, device="cpu", dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
     N = sum(lengths)
-    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int().to(device)
-    q, k, v = (torch.randn(N, heads, E, generator=g).to(device, dtype) for heads in (H, K, K))
-    return q, k, v, attention.pack(cu_seqlens, max(lengths), N)
+    q = torch.randn(N, H, E, generator=generator).to(device, dtype)
+    k = torch.randn(N, K, E, generator=generator).to(device, dtype)
+    v = torch.randn(N, K, E, generator=generator).to(device, dtype)
+    cu_seqlens = tensor([0, *lengths]).cumsum(0).int().to(device)
+    return Inputs(q, k, v, attention.pack(cu_seqlens, max(lengths), N))
 
 
-def plain(q, k, v, lengths):
-    """softmax(q k / sqrt(E)) v of each sequence and head, one query at a time."""
-    out, start = torch.zeros_like(q), 0
-    groups = q.shape[1] // k.shape[1]
-    for n in lengths:
-        for t in range(n):
-            for h in range(q.shape[1]):
-                keys = k[start : start + t + 1, h // groups]
-                weights = (keys @ q[start + t, h] / q.shape[2] ** 0.5).softmax(0)
-                out[start + t, h] = weights @ v[start : start + t + 1, h // groups]
-        start += n
+def attention_by_definition(q, k, v, lengths, window=0, slopes=None):
+    """softmax(q k / sqrt(E) - slope * distance) v: one sequence, query and head at a time.
+
+    window  keys that a query sees, its own included; 0: all before it
+    slopes  ALiBi's, one per head; None: no bias"""
+    N, H, E = q.shape
+    sharing = H // k.shape[1]  # query heads that share a kv head
+    out = torch.zeros_like(q)
+    begin = 0
+    for length in lengths:
+        for t in range(length):
+            first = max(0, t + 1 - window) if window else 0
+            distance = t - torch.arange(first, t + 1)
+            seen = slice(begin + first, begin + t + 1)
+            for h in range(H):
+                keys = k[seen, h // sharing]
+                values = v[seen, h // sharing]
+                logits = keys @ q[begin + t, h] / E**0.5
+                if slopes:
+                    logits = logits - slopes[h] * distance
+                out[begin + t, h] = logits.softmax(0) @ values
+        begin += length
     return out
+
+
+# ---- packed sequences ----
 
 
 @pytest.mark.parametrize("lengths", [[5], [4, 4], [3, 7, 1]])
 @pytest.mark.parametrize("K", [1, 2, 4])
-def test_packed_equals_the_definition(lengths, K):
-    q, k, v, seqs = inputs(lengths, K=K)
-    assert torch.allclose(seqs.attend(q, k, v, None), plain(q, k, v, lengths), atol=1e-5)
+def test_packed_attention_equals_its_definition(lengths, K):
+    q, k, v, layout = random_inputs(lengths, K=K)
+    expected = attention_by_definition(q, k, v, lengths)
+    assert torch.allclose(layout.attend(q, k, v, None), expected, atol=1e-5)
 
 
 def test_positions_restart_in_every_sequence():
-    seqs = inputs([3, 1, 2])[3]
-    assert seqs.positions.tolist() == [0, 1, 2, 0, 0, 1] and seqs.rows.tolist() == [
-        0,
-        0,
-        0,
-        1,
-        2,
-        2,
-    ]
+    layout = random_inputs([3, 1, 2]).layout
+    assert layout.positions.tolist() == [0, 1, 2, 0, 0, 1]
+    assert layout.rows.tolist() == [0, 0, 0, 1, 2, 2]
 
 
-def test_on_a_cpu_attention_is_float32_whatever_the_rest_is():
-    """Its kernel is slower in bfloat16, backward many times: keys and values are kept as they are used."""
-    from nanosafe.model import LLaMA
-    from nanosafe.rollout import Engine
+# ---- one step over the cache: the last tokens of two sequences ----
 
-    torch.manual_seed(0)
-    model, cu_seqlens = LLaMA(small_config()), torch.tensor([0, 7, 19], dtype=torch.int32)
-    tokens = torch.randint(3, model.config.vocab_size, (19,))
-    expected = model(tokens, cu_seqlens, 12)
-    half = LLaMA(small_config()).bfloat16()
-    half.load_state_dict(model.state_dict())
-    seen, real = [], torch.nn.functional.scaled_dot_product_attention
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            torch.nn.functional,
-            "scaled_dot_product_attention",
-            lambda q, *a, **k: seen.append(q.dtype) or real(q, *a, **k),
-        )
-        logits = half(tokens, cu_seqlens, 12)
-    logits.float().sum().backward()
-    assert set(seen) == {torch.float32} and logits.dtype == torch.bfloat16
-    assert torch.allclose(logits.float(), expected, atol=0.05 * expected.abs().max().item())
-    assert all(p.grad.dtype == torch.bfloat16 for p in half.parameters())
-    engine = Engine(half, 0, 2, 20, (1.0, 0, 1.0, ()))
-    assert {x.dtype for cache in engine.caches for x in cache} == {torch.float32}
+LENGTHS = [6, 3]
+LAST = tensor([5, 8])  # where the last token of each stands among the packed ones
+LAST_POSITIONS = tensor([5, 2])
+CACHE_LENGTH = 8
 
 
-def test_a_step_over_the_cache_equals_the_packed_sequence():
-    lengths = [6, 3]
-    q, k, v, seqs = inputs(lengths)
-    whole = seqs.attend(q, k, v, None)
-    cache = attention.Cache(torch.zeros(4, 2, 8, 16), torch.zeros(4, 2, 8, 16))
-    first = torch.cat([torch.arange(5), torch.arange(6, 8)])  # all but the last token of each
-    head = attention.pack(
-        torch.tensor([0, 5, 7], dtype=torch.int32), 5, 7, slots=torch.tensor([0, 1])
-    )
-    head.attend(q[first], k[first], v[first], cache)
-    last, positions = torch.tensor([5, 8]), torch.tensor([5, 2])
-    mask = (torch.arange(8) <= positions[:, None])[:, None, None]
-    for groups in (
-        [(slice(0, 2), mask)],
-        [(slice(0, 1), mask[:1, ..., :6]), (slice(1, 2), mask[1:, ..., :3])],
-    ):
-        step = attention.DecodeBatch(positions, torch.arange(2), groups)
-        assert torch.allclose(step.attend(q[last], k[last], v[last], cache), whole[last], atol=1e-6)
+def make_cache(fill=0.0):
+    shape = 4, 2, CACHE_LENGTH, 16  # (S, K, T, E)
+    return attention.Cache(torch.full(shape, fill), torch.full(shape, fill))
 
 
-def test_a_step_reads_no_further_than_it_says():
-    lengths = [6, 3]
-    q, k, v, seqs = inputs(lengths)
-    cache = attention.Cache(
-        torch.full((2, 2, 8, 16), torch.nan), torch.full((2, 2, 8, 16), torch.nan)
-    )
-    whole = seqs.attend(q, k, v, None)
-    seqs._replace(slots=torch.arange(2)).attend(q, k, v, cache)
-    last, positions = torch.tensor([5, 8]), torch.tensor([5, 2])
-    groups = [
-        (slice(i, i + 1), torch.ones(1, 1, 1, n, dtype=torch.bool)) for i, n in enumerate(lengths)
-    ]
-    step = attention.DecodeBatch(positions, torch.arange(2), groups)
-    assert torch.allclose(step.attend(q[last], k[last], v[last], cache), whole[last], atol=1e-6)
+def group_of_all_rows():
+    """Both rows in one RowGroup, which reads the whole length of the cache."""
+    seen = torch.arange(CACHE_LENGTH) <= LAST_POSITIONS[:, None]
+    return attention.RowGroup(slice(0, 2), seen[:, None, None])
 
 
-@gpu
-@needs_gpu
-@pytest.mark.parametrize("K, window", [(2, 0), (4, 0), (2, 100)])
-def test_varlen_equals_the_padded_path_forward_and_backward(K, window):
-    results = []
-    for path in ("varlen", "padded"):
-        q, k, v, seqs = inputs([300, 77, 512], K=K, E=64, device="cuda", dtype=torch.bfloat16)
-        seqs = (
-            attention.add_window_and_alibi(
-                seqs, small_config(sliding_window=window), q.float() if path == "padded" else q
-            )
-            if window
-            else seqs
-        )
-        leaves = [x.requires_grad_() for x in (q, k, v)]
-        out = getattr(seqs, path)(*leaves)
-        out.float().square().sum().backward()
-        results.append([out, *(x.grad for x in leaves)])
-    for a, b in zip(*results):
-        assert (a.float() - b.float()).abs().max() < 0.05 * b.float().abs().max()
+def groups_of_one_row():
+    """A RowGroup for each row, which reads no more than the row's own keys."""
+    groups = []
+    for row, length in enumerate(LENGTHS):
+        seen = torch.ones(1, 1, 1, length, dtype=torch.bool)
+        groups.append(attention.RowGroup(slice(row, row + 1), seen))
+    return groups
 
 
-@pytest.mark.parametrize("K, window", [(2, 0), (4, 0), (2, 100)])
-def test_blocks_are_traced_whole_and_once_around_the_packed_kernel(K, window, monkeypatch):
-    """Else torch.compile leaves a block's graph for Python, or compiles anew in mid-training. Without a GPU: the tensors are
-    fake, so the kernel only says what shape it returns."""
+def attend_to_cache(inputs, cache, groups, config=None):
+    """Attention of the last tokens, which may be in the cache already."""
+    layout = attention.DecodeBatch(LAST_POSITIONS, torch.arange(2), groups)
+    if config:
+        layout = attention.add_window_and_alibi(layout, config, inputs.q)
+    return layout.attend(inputs.q[LAST], inputs.k[LAST], inputs.v[LAST], cache)
+
+
+@pytest.mark.parametrize("groups", [[group_of_all_rows()], groups_of_one_row()])
+def test_a_step_over_the_cache_equals_packed_attention(groups):
+    inputs = random_inputs(LENGTHS)
+    q, k, v, layout = inputs
+    expected = layout.attend(q, k, v, None)[LAST]
+    all_but_last = tensor([0, 1, 2, 3, 4, 6, 7])
+    cu_seqlens = tensor([0, 5, 7], dtype=torch.int32)
+    prefill = attention.pack(cu_seqlens, 5, 7, slots=tensor([0, 1]))
+    cache = make_cache()
+    prefill.attend(q[all_but_last], k[all_but_last], v[all_but_last], cache)
+    assert torch.allclose(attend_to_cache(inputs, cache, groups), expected, atol=1e-6)
+
+
+def test_a_step_reads_no_further_than_its_extent():
+    """Beyond the keys of each row the cache holds nan."""
+    inputs = random_inputs(LENGTHS)
+    q, k, v, layout = inputs
+    expected = layout.attend(q, k, v, None)[LAST]
+    cache = make_cache(fill=torch.nan)
+    layout._replace(slots=torch.arange(2)).attend(q, k, v, cache)
+    out = attend_to_cache(inputs, cache, groups_of_one_row())
+    assert torch.allclose(out, expected, atol=1e-6)
+
+
+# ---- sliding windows and ALiBi ----
+
+WINDOWS_AND_ALIBI = [(0, True), (3, False), (3, True), (100, False)]
+
+
+def expected_with_window_and_alibi(inputs, window, alibi):
+    slopes = None
+    if alibi:
+        slopes = [2**-2, 2**-4, 2**-6, 2**-8]  # 2^(-8 i / H) of H = 4 heads
+    return attention_by_definition(inputs.q, inputs.k, inputs.v, LENGTHS, window, slopes)
+
+
+@pytest.mark.parametrize("window, alibi", WINDOWS_AND_ALIBI)
+def test_windows_and_alibi_of_packed_sequences_equal_their_definition(window, alibi):
+    inputs = random_inputs(LENGTHS)
+    q, k, v, layout = inputs
+    config = small_config(sliding_window=window, alibi=alibi)
+    layout = attention.add_window_and_alibi(layout, config, q)
+    expected = expected_with_window_and_alibi(inputs, window, alibi)
+    assert torch.allclose(layout.attend(q, k, v, None), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("window, alibi", WINDOWS_AND_ALIBI)
+def test_windows_and_alibi_of_a_step_equal_their_definition(window, alibi):
+    inputs = random_inputs(LENGTHS)
+    q, k, v, layout = inputs
+    config = small_config(sliding_window=window, alibi=alibi)
+    layout = attention.add_window_and_alibi(layout._replace(slots=tensor([0, 1])), config, q)
+    cache = make_cache()
+    layout.attend(q, k, v, cache)
+    out = attend_to_cache(inputs, cache, [group_of_all_rows()], config)
+    expected = expected_with_window_and_alibi(inputs, window, alibi)
+    assert torch.allclose(out, expected[LAST], atol=1e-5)
+
+
+# ---- bfloat16 on a CPU, where attention is computed and cached in float32 ----
+
+
+@pytest.fixture(scope="module")
+def float32_model():
+    return init_from_scratch(small_config(), seed=0)
+
+
+@pytest.fixture
+def bfloat16_model(float32_model):
+    model = LLaMA(small_config()).bfloat16()
+    model.load_state_dict(float32_model.state_dict())
+    return model
+
+
+@pytest.fixture
+def batch():
+    tokens = torch.randint(3, 97, (19,), generator=torch.Generator().manual_seed(0))
+    cu_seqlens = tensor([0, 7, 19], dtype=torch.int32)
+    return Batch(tokens, cu_seqlens, 12, torch.full_like(tokens, IGNORED))
+
+
+def test_a_bfloat16_model_attends_in_float32_on_a_cpu(bfloat16_model, batch, monkeypatch):
+    """torch's kernel for a CPU is slower in bfloat16, its backward pass many times."""
+    seen = []
+    real_attention = F.scaled_dot_product_attention
+
+    def record_dtype(q, *arguments, **options):
+        seen.append(q.dtype)
+        return real_attention(q, *arguments, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", record_dtype)
+    bfloat16_model.logits(batch)
+    assert set(seen) == {torch.float32}
+
+
+def test_logits_of_a_bfloat16_model_are_near_those_in_float32(float32_model, bfloat16_model, batch):
+    expected = float32_model.logits(batch)
+    logits = bfloat16_model.logits(batch)
+    assert logits.dtype == torch.bfloat16
+    tolerance = 0.05 * expected.abs().max().item()
+    assert torch.allclose(logits.float(), expected, atol=tolerance)
+
+
+def test_gradients_of_a_bfloat16_model_are_bfloat16(bfloat16_model, batch):
+    bfloat16_model.logits(batch).float().sum().backward()
+    for name, parameter in bfloat16_model.named_parameters():
+        assert parameter.grad.dtype == torch.bfloat16, name
+
+
+def test_the_cache_of_a_bfloat16_model_is_float32_on_a_cpu(bfloat16_model):
+    sampling = Sampling(temperature=1.0, top_k=0, top_p=1.0, banned=tensor([]))
+    engine = Engine(bfloat16_model, slots=0, wanted=2, length=20, sampling=sampling)
+    for cache in engine.caches:
+        assert cache.k.dtype == torch.float32
+        assert cache.v.dtype == torch.float32
+
+
+# ---- torch.compile, without a GPU: the packed kernel only says what shape it returns ----
+
+
+@pytest.fixture
+def always_packed_kernel(monkeypatch):
+    """attention.py as it is on a GPU: every layout takes the packed kernel, in bfloat16."""
+
+    def attend(self, q, k, v, cache):
+        return self.attend_packed(q, k, v)
+
+    def keep_dtype(x):
+        return x.dtype
+
+    options = inspect.signature(varlen_attn).parameters
     monkeypatch.setattr(attention, "varlen_attn", varlen_attn, raising=False)
-    monkeypatch.setattr(
-        attention, "VARLEN_OPTIONS", inspect.signature(varlen_attn).parameters, raising=False
-    )
-    monkeypatch.setattr(attention, "attention_dtype", lambda x: x.dtype)
-    monkeypatch.setattr(
-        attention.PackedBatch, "attend", lambda self, q, k, v, cache: self.varlen(q, k, v)
-    )
+    monkeypatch.setattr(attention, "VARLEN_OPTIONS", options, raising=False)
+    monkeypatch.setattr(attention, "attention_dtype", keep_dtype)
+    monkeypatch.setattr(attention.PackedBatch, "attend", attend)
+
+
+def forward_with_fake_tensors(model, lengths, window):
+    N = sum(lengths)
+    cu_seqlens = torch.zeros(len(lengths) + 1, dtype=torch.int32)
+    layout = attention.pack(cu_seqlens, max(lengths), N)._replace(window=window)
+    x = model.hidden_states(torch.zeros(N, dtype=torch.int64), layout)
+    assert x.shape == (N, 32)
+    assert x.dtype == torch.bfloat16
+    assert x.requires_grad
+
+
+@pytest.mark.parametrize("K, window", [(2, 0), (4, 0), (2, 100)])
+def test_blocks_are_compiled_whole_and_once_around_the_packed_kernel(
+    K, window, always_packed_kernel
+):
+    """A block's graph is not left for Python, and training compiles nothing anew.
+
+    The first batch is compiled as it is, the second with variable sizes, and then no more."""
     torch._dynamo.reset()
     counters.clear()
     model = LLaMA(small_config(num_hidden_layers=12, num_key_value_heads=K)).to(torch.bfloat16)
     for layer in model.layers:
         layer.compile(backend="eager")
+    warm_up = [[60, 31], [17, 44, 92], [7, 25, 120, 3]]
+    training = [[5, 9], [200], [30] * 11, [300, 77, 1, 512, 130], [64, 64], [33, 2, 8]]
     with FakeTensorMode(allow_non_fake_inputs=True):
-
-        def forward(*lengths):
-            N = sum(lengths)
-            seqs = attention.pack(
-                torch.zeros(len(lengths) + 1, dtype=torch.int32), max(lengths), N
-            )._replace(window=window)
-            x = model.hidden_states(torch.zeros(N, dtype=torch.int64), seqs)
-            assert x.shape == (N, 32) and x.dtype == torch.bfloat16 and x.requires_grad
-
-        for lengths in (
-            [60, 31],
-            [17, 44, 92],
-            [7, 25, 120, 3],
-        ):  # as it comes; sizes become variables; no more
-            forward(*lengths)
+        for lengths in warm_up:
+            forward_with_fake_tensors(model, lengths, window)
         with torch._dynamo.config.patch(error_on_recompile=True):
-            for lengths in ([5, 9], [200], [30] * 11, [300, 77, 1, 512, 130], [64, 64], [33, 2, 8]):
-                forward(*lengths)
-    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"], counters
+            for lengths in training:
+                forward_with_fake_tensors(model, lengths, window)
+    assert counters["stats"]["unique_graphs"] == 2, counters
+    assert not counters["graph_break"], counters
 
 
-@pytest.mark.parametrize("window, alibi", [(0, True), (3, False), (3, True), (100, False)])
-def test_windows_and_alibi_equal_the_plain_definition(window, alibi):
-    """In whole sequences, and in a step over the cache, with fewer kv heads than heads."""
-    lengths, H, K, E = [6, 3], 4, 2, 16
-    q, k, v, seqs = inputs(lengths, H, K, E)
-    config = small_config(sliding_window=window, alibi=alibi)
-    slopes = [2 ** (-8 * (h + 1) / H) if alibi else 0.0 for h in range(H)]
-    expected = torch.zeros_like(q)
-    for first, n in ((0, 6), (6, 3)):
-        for i in range(n):
-            seen = [j for j in range(i + 1) if not window or i - j < window]
-            for h in range(H):
-                logits = torch.stack(
-                    [
-                        q[first + i, h] @ k[first + j, h // (H // K)] / E**0.5 - slopes[h] * (i - j)
-                        for j in seen
-                    ]
-                )
-                expected[first + i, h] = logits.softmax(0) @ torch.stack(
-                    [v[first + j, h // (H // K)] for j in seen]
-                )
-    cache = attention.Cache(torch.zeros(4, K, 8, E), torch.zeros(4, K, 8, E))
-    whole = attention.add_window_and_alibi(seqs._replace(slots=torch.tensor([0, 1])), config, q)
-    assert torch.allclose(whole.attend(q, k, v, cache), expected, atol=1e-5)
-    last, positions = torch.tensor([5, 8]), torch.tensor([5, 2])
-    step = attention.DecodeBatch(
-        positions,
-        torch.arange(2),
-        [(slice(0, 2), (torch.arange(8) <= positions[:, None])[:, None, None])],
-    )
-    step = attention.add_window_and_alibi(step, config, q)
-    assert torch.allclose(step.attend(q[last], k[last], v[last], cache), expected[last], atol=1e-5)
+# ---- the packed kernel on a GPU ----
+
+
+def attend_on_gpu(K, window, packed):
+    """The output of one of the two kernels, and its gradients by q, k and v."""
+    inputs = random_inputs([300, 77, 512], K=K, E=64, device="cuda", dtype=torch.bfloat16)
+    q, k, v, layout = inputs
+    if window:
+        config = small_config(sliding_window=window)
+        # In bfloat16 the packed kernel takes the window; in float32 the layout gets a mask.
+        layout = attention.add_window_and_alibi(layout, config, q if packed else q.float())
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = layout.attend_packed(*leaves) if packed else layout.attend_padded(*leaves)
+    out.float().square().sum().backward()
+    return [out, q.grad, k.grad, v.grad]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("K, window", [(2, 0), (4, 0), (2, 100)])
+def test_the_packed_kernel_equals_the_padded_one_forward_and_backward(K, window):
+    packed = attend_on_gpu(K, window, packed=True)
+    padded = attend_on_gpu(K, window, packed=False)
+    for a, b in zip(packed, padded):
+        distance = (a.float() - b.float()).abs().max()
+        assert distance < 0.05 * b.float().abs().max()

@@ -1,8 +1,7 @@
-"""Chinese end to end: MOSS-style and Firefly-style data with a Baichuan and an InternLM2 folder of random weights,
-through prepare.py, SFT and sample.py, as a user types it."""
+"""Chinese end to end, as a user types it: MOSS-style and Firefly-style data with a Baichuan and an
+InternLM2 folder of random weights, through data/firefly/prepare.py, train_sft.py and sample.py."""
 
 import json
-import os
 
 import pytest
 import torch
@@ -20,56 +19,74 @@ TALKS = [
 ]
 
 
-@pytest.fixture(params=["baichuan", "internlm2"])
-def folder(request, tmp_path):
-    path = tmp_path / request.param
+def write_tokenizer(path, is_internlm2):
+    """Write a tokenizer with the family's settings; returns its vocabulary's size."""
     sentencepiece_folder(
         path,
-        {"add_bos_token": request.param == "internlm2"},
-        [q + a for q, a in TALKS],
+        {"add_bos_token": is_internlm2},
+        [question + answer for question, answer in TALKS],
         vocab_size=500,
-        add_dummy_prefix=request.param == "internlm2",
+        add_dummy_prefix=is_internlm2,
         character_coverage=1.0,
     )
-    vocab = tokenizer.load(path).vocab_size
-    if request.param == "baichuan":
-        state = without_rope(theirs_with(num_key_value_heads=6, vocab_size=vocab)).state_dict()
-        write(
-            path,
-            fused(state, "W_pack", lambda *qkv: torch.cat(qkv)),
-            model_type="baichuan",
-            vocab_size=vocab,
-            max_position_embeddings=...,
-            model_max_length=256,
-            norm_head=True,
-        )
-    else:
-        state = fused(theirs_with(vocab_size=vocab).state_dict(), "wqkv", grouped)
-        write(
-            path,
-            short_names(state),
-            model_type="internlm2",
-            num_key_value_heads=2,
-            vocab_size=vocab,
-            max_position_embeddings=256,
-        )
+    return tokenizer.load(path).vocab_size
+
+
+@pytest.fixture
+def baichuan(tmp_path):
+    path = tmp_path / "baichuan"
+    vocab_size = write_tokenizer(path, is_internlm2=False)
+    model = theirs_with(num_key_value_heads=6, vocab_size=vocab_size)
+    state = without_rope(model).state_dict()
+    write(
+        path,
+        fused(state, "W_pack", lambda *qkv: torch.cat(qkv)),
+        model_type="baichuan",
+        vocab_size=vocab_size,
+        max_position_embeddings=...,
+        model_max_length=256,
+        norm_head=True,
+    )
     return path
 
 
-def test_from_raw_files_to_an_answer(folder, tmp_path):
-    raw = tmp_path / "raw"
-    raw.mkdir()
-    text = "".join(
-        json.dumps({"kind": "x", "input": q, "target": a}, ensure_ascii=False) + "\n"
-        for q, a in TALKS
+@pytest.fixture
+def internlm2(tmp_path):
+    path = tmp_path / "internlm2"
+    vocab_size = write_tokenizer(path, is_internlm2=True)
+    state = fused(theirs_with(vocab_size=vocab_size).state_dict(), "wqkv", grouped)
+    write(
+        path,
+        short_names(state),
+        model_type="internlm2",
+        num_key_value_heads=2,
+        vocab_size=vocab_size,
+        max_position_embeddings=256,
     )
-    (raw / "firefly-train-1.1M.jsonl").write_text(text, encoding="utf-8")
-    run("data/firefly/prepare.py", f"--raw={raw}", f"--out={tmp_path}/firefly")
+    return path
+
+
+@pytest.fixture(scope="module")
+def prepared_data(tmp_path_factory):
+    """The jsonl file that data/firefly/prepare.py makes of a raw file."""
+    raw = tmp_path_factory.mktemp("raw")
+    out = tmp_path_factory.mktemp("firefly")
+    with open(raw / "firefly-train-1.1M.jsonl", "w", encoding="utf-8") as f:
+        for question, answer in TALKS:
+            row = {"kind": "x", "input": question, "target": answer}
+            f.write(json.dumps(row, ensure_ascii=False) + "\n")
+    run("data/firefly/prepare.py", f"--raw={raw}", f"--out={out}")
+    return out / "train.jsonl"
+
+
+@pytest.mark.parametrize("family", ["baichuan", "internlm2"])
+def test_from_raw_files_to_an_answer(family, prepared_data, request, tmp_path):
+    folder = request.getfixturevalue(family)
     out = tmp_path / "sft"
     run(
         "train_sft.py",
         f"--init_from={folder}",
-        f"--data={tmp_path}/firefly/train.jsonl",
+        f"--data={prepared_data}",
         f"--out_dir={out}",
         "--batch_size=4",
         "--max_steps=60",
@@ -79,14 +96,17 @@ def test_from_raw_files_to_an_answer(folder, tmp_path):
         "--eval_data=",
         "--max_tokens=1024",
     )
-    rows = [json.loads(line) for line in open(out / "metrics.jsonl")]
+    with open(out / "metrics.jsonl", encoding="utf-8") as f:
+        rows = [json.loads(line) for line in f]
     assert rows[-1]["loss"] < 0.5 * rows[0]["loss"]
+    assert checkpoint.load(out / "model").config.alibi == (family == "baichuan")
+
+    question, answer = TALKS[1]
     done = run(
         "sample.py",
         f"--model={out}/model",
-        f"--prompt={TALKS[1][0]}",
+        f"--prompt={question}",
         "--temperature=0",
         "--max_new_tokens=60",
     )
-    assert TALKS[1][1] in done.stdout
-    assert checkpoint.load(out / "model").config.alibi == (os.path.basename(folder) == "baichuan")
+    assert answer in done.stdout

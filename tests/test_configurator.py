@@ -1,4 +1,4 @@
-"""The knob contract, point by point."""
+"""The contract of the knobs, point by point."""
 
 import os
 import subprocess
@@ -7,12 +7,16 @@ import sys
 import pytest
 from conftest import ROOT
 
+import configurator
+
 SCRIPT = '''"""A script.
 $ python script.py"""
 import time
 from configurator import configure, save
+# optimization
 learning_rate = 1e-5  # peak learning rate
 steps = 100  # optimizer steps
+# run
 name = "run"  # what to call it
 compile = False  # whether to compile
 config = configure(globals())
@@ -24,6 +28,7 @@ print("RESULT", learning_rate, steps, name, compile, out, time.__name__)
 
 @pytest.fixture
 def script(tmp_path):
+    """A function that runs SCRIPT with arguments, after it has written the config files given."""
     (tmp_path / "script.py").write_text(SCRIPT)
 
     def call(*args, **files):
@@ -36,13 +41,14 @@ def script(tmp_path):
             text=True,
             env={**os.environ, "PYTHONPATH": ROOT},
         )
-        lines = (done.stdout + done.stderr).strip().splitlines()
-        return done.returncode, lines
+        output = done.stdout + done.stderr
+        return done.returncode, output.strip().splitlines()
 
     return call
 
 
 def result(lines):
+    """The values that SCRIPT printed."""
     return lines[-1].removeprefix("RESULT ")
 
 
@@ -59,9 +65,10 @@ def result(lines):
         ("--compile=0", "1e-05 100 run False 200 time"),
     ],
 )
-def test_flags_are_read_by_the_default_s_type(script, flag, value):
+def test_a_flag_is_read_as_the_type_of_the_default(script, flag, value):
     code, lines = script(flag)
-    assert code == 0 and result(lines) == value
+    assert code == 0
+    assert result(lines) == value
 
 
 @pytest.mark.parametrize(
@@ -79,9 +86,11 @@ def test_flags_are_read_by_the_default_s_type(script, flag, value):
         ("nowhere.py", "config file 'nowhere.py' does not exist"),
     ],
 )
-def test_mistakes_stop_with_one_line(script, flag, words):
+def test_a_mistake_in_a_flag_stops_with_one_line(script, flag, words):
     code, lines = script(flag)
-    assert code == 1 and len(lines) == 1 and words in lines[0]
+    assert code == 1
+    assert len(lines) == 1
+    assert words in lines[0]
 
 
 @pytest.mark.parametrize(
@@ -96,58 +105,141 @@ def test_mistakes_stop_with_one_line(script, flag, words):
         ("steps = (", "line 1"),
     ],
 )
-def test_mistakes_in_a_file_stop_with_one_line(script, text, words):
+def test_a_mistake_in_a_config_file_stops_with_one_line(script, text, words):
     code, lines = script("c.py", c=text)
-    assert code == 1 and len(lines) == 1 and words in lines[0]
+    assert code == 1
+    assert len(lines) == 1
+    assert words in lines[0]
 
 
-def test_files_from_left_to_right_then_flags_wherever_they_stand(script):
-    a, b = "steps = 1e3\nlearning_rate = 1\n", "import math\nsteps = int(math.pow(2, 3))\n"
-    assert result(script("a.py", "b.py", a=a, b=b)[1]) == "1.0 8 run False 16 time"
-    assert result(script("b.py", "a.py", a=a, b=b)[1]) == "1.0 1000 run False 2000 time"
-    assert result(script("--steps=7", "a.py", "b.py", a=a, b=b)[1]) == "1.0 7 run False 14 time"
+def test_files_apply_from_left_to_right_and_flags_apply_last(script):
+    files = {
+        "a": "steps = 1e3\nlearning_rate = 1\n",
+        "b": "import math\nsteps = int(math.pow(2, 3))\n",
+    }
+    _, lines = script("a.py", "b.py", **files)
+    assert result(lines) == "1.0 8 run False 16 time"
+    _, lines = script("b.py", "a.py", **files)
+    assert result(lines) == "1.0 1000 run False 2000 time"
+    _, lines = script("--steps=7", "a.py", "b.py", **files)
+    assert result(lines) == "1.0 7 run False 14 time"
 
 
-def test_origin_is_printed_and_the_saved_file_reads_back(script, tmp_path):
-    code, lines = script("a.py", '--name=it\'s "x"\\', a="steps = 5\n")
+def test_the_origin_of_a_value_is_printed(script):
+    _, lines = script("a.py", a="steps = 5\n")
     assert any("steps" in line and "(a.py)" in line for line in lines)
+
+
+def test_a_saved_configuration_reads_back_to_the_same_values(script, tmp_path):
+    code, lines = script("a.py", '--name=it\'s "x"\\', a="steps = 5\n")
     saved = (tmp_path / "saved.py").read_text()
     code, again = script("saved.py")
-    assert code == 0 and result(again) == result(lines)
+    assert code == 0
+    assert result(again) == result(lines)
     assert (tmp_path / "saved.py").read_text() == saved
 
 
-def test_help_shows_every_knob_with_default_and_comment(script):
+def test_help_prints_the_docstring_and_every_knob_and_does_not_run_the_script(script):
     code, lines = script("-h")
     text = "\n".join(lines)
-    assert code == 0 and "$ python script.py" in text and "learning_rate = 1e-05" in text
-    assert "peak learning rate" in text and 'name = "run"' in text and "RESULT" not in text
+    assert code == 0
+    assert "$ python script.py" in text
+    assert "learning_rate = 1e-05" in text
+    assert "peak learning rate" in text
+    assert 'name = "run"' in text
+    assert "RESULT" not in text
 
 
-def test_knobs_of_another_module_are_the_script_s_as_well(script, tmp_path):
-    (tmp_path / "common.py").write_text(
-        "import os\nseed = 0  # of what is drawn\nLIMIT = 3\n\ndef f(seed):\n    x = seed\n"
-    )
-    text = SCRIPT.replace("import time", "import time, common").replace(
-        "globals()", "globals(), vars(common)"
-    )
-    (tmp_path / "script.py").write_text(
-        text.replace('print("RESULT"', 'print("RESULT", config["seed"], seed')
-    )
-    assert result(script("--seed=3", "--steps=7")[1]) == "3 3 1e-05 7 run False 14 time"
-    assert (
-        "of what is drawn" in "\n".join(script("-h")[1])
-        and "seed takes a whole number" in script("--seed=x")[1][0]
-    )
-    assert (
-        "unknown knob 'LIMIT'" in script("--LIMIT=1")[1][0]
-        and "seed = 3" in (tmp_path / "saved.py").read_text()
-    )
+def test_help_prints_the_knobs_under_the_headings_of_the_source(script):
+    _, lines = script("-h")
+    assert lines[-7:] == [
+        "optimization",
+        "  learning_rate = 1e-05  peak learning rate",
+        "  steps = 100            optimizer steps",
+        "",
+        "run",
+        '  name = "run"           what to call it',
+        "  compile = False        whether to compile",
+    ]
+
+
+def test_help_shows_the_values_that_files_and_flags_have_set(script):
+    _, lines = script("a.py", "--name=it's", "-h", a="compile = True\n")
+    assert "  compile = True         whether to compile" in lines
+    assert '  name = "it\'s"          what to call it' in lines
+
+
+def test_a_remark_of_two_lines_is_no_heading(script, tmp_path):
+    remark = "# The steps count updates,\n# not examples.\nsteps = 100"
+    (tmp_path / "script.py").write_text(SCRIPT.replace("steps = 100", remark))
+    _, lines = script("--help")
+    assert lines[-5] == "  steps = 100            optimizer steps"
+    assert "not examples." not in lines
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [
+        (True, "True"),
+        (0.03, "0.03"),
+        (-1, "-1"),
+        ("cosine", '"cosine"'),
+        ("", '""'),
+        ("it's", '"it\'s"'),
+        ('say "x"', "'say \"x\"'"),
+        ("a\\b\n", '"a\\\\b\\n"'),
+    ],
+)
+def test_help_writes_values_as_python_source_has_them(value, text):
+    assert configurator.format_value(value) == text
+    assert eval(text) == value
+
+
+def test_the_comment_behind_a_default_that_is_not_ascii_is_read_whole(script, tmp_path):
+    text = SCRIPT.replace('name = "run"  #', 'name = "Überprüfung"  #')
+    (tmp_path / "script.py").write_text(text, encoding="utf-8")
+    _, lines = script("-h")
+    assert '  name = "Überprüfung"   what to call it' in lines
+
+
+@pytest.fixture
+def script_with_shared_knobs(script, tmp_path):
+    """The same, for a script that shares the knobs of a module `common`."""
+    common = """import os
+# sampling
+seed = 0  # of what is drawn
+LIMIT = 3
+
+def f(seed):
+    x = seed
+"""
+    (tmp_path / "common.py").write_text(common)
+    text = SCRIPT.replace("import time", "import time, common")
+    text = text.replace("globals()", "globals(), vars(common)")
+    text = text.replace('print("RESULT"', 'print("RESULT", config["seed"], seed')
+    (tmp_path / "script.py").write_text(text)
+    return script
+
+
+def test_knobs_of_a_shared_module_are_knobs_of_the_script(script_with_shared_knobs, tmp_path):
+    _, lines = script_with_shared_knobs("--seed=3", "--steps=7")
+    assert result(lines) == "3 3 1e-05 7 run False 14 time"
+    assert "seed = 3" in (tmp_path / "saved.py").read_text()
+    _, lines = script_with_shared_knobs("--seed=x")
+    assert "seed takes a whole number" in lines[0]
+    _, lines = script_with_shared_knobs("--LIMIT=1")
+    assert "unknown knob 'LIMIT'" in lines[0]
+
+
+def test_help_prints_the_headings_of_a_shared_module(script_with_shared_knobs):
+    _, lines = script_with_shared_knobs("-h")
+    assert lines[-3:] == ["", "sampling", "  seed = 0               of what is drawn"]
 
 
 @pytest.mark.parametrize("default", ["None", "(1, 2)", "[1]"])
-def test_defaults_without_a_type_to_read_by_are_refused(script, tmp_path, default):
+def test_a_default_of_another_type_is_refused(script, tmp_path, default):
     text = SCRIPT.replace("steps = 100", f"top = {default}\nsteps = 100")
     (tmp_path / "script.py").write_text(text)
     code, lines = script()
-    assert code == 1 and "'top'" in lines[0]
+    assert code == 1
+    assert "'top'" in lines[0]

@@ -1,6 +1,9 @@
-"""Folders, tokenizers and data that are broken, contradictory or meant to harm: one line, never a traceback, never a
-silently wrong number. Each case was a defect once, or could be."""
+"""Folders, tokenizers and data that are broken, contradictory or meant to harm.
 
+Each stops with one line, never with a traceback, and no number is silently wrong. Each case was a
+defect once, or could be."""
+
+import gzip
 import json
 import os
 import shutil
@@ -11,16 +14,15 @@ import sentencepiece
 import torch
 from conftest import run, small_config
 from safetensors.torch import load_file, save_file
+from test_prepare import PAIR, read_lines, run_prepare
 from test_tokenizer import sentencepiece_folder
 
 from nanosafe import checkpoint, data, tokenizer
-from nanosafe.checkpoint import convert, families
+from nanosafe.checkpoint import convert, families, init_from_scratch, meta
 from nanosafe.data import reader, template
 from nanosafe.tokenizer import bpe
-from nanosafe.tools import download
 from nanosafe.storage import read_json, write_json
 from nanosafe.model import Config
-from nanosafe.checkpoint import init_from_scratch
 
 transformers = pytest.importorskip("transformers")
 
@@ -32,14 +34,25 @@ def folder(tmp_path):
 
 
 def refuses(function, *arguments, match=None):
-    """Stops with one line that begins with error: and, if given, has the words."""
+    """The call stops with one line that begins with error: and, if given, has the words."""
     with pytest.raises(SystemExit, match=match) as stopped:
         function(*arguments)
-    assert str(stopped.value).startswith("error: ") and "\n" not in str(stopped.value)
+    assert str(stopped.value).startswith("error: ")
+    assert "\n" not in str(stopped.value)
+
+
+def edit_config(folder, changes, removed=()):
+    config = read_json(folder, "config.json")
+    for key in removed:
+        del config[key]
+    write_json({**config, **changes}, folder, "config.json")
+
+
+# ---- config.json ----
 
 
 @pytest.mark.parametrize("text", ["5", '"x"', "[1, 2]", "[" * 10**5, "{", ""])
-def test_a_config_that_is_no_object(folder, text):
+def test_a_config_that_is_not_an_object_is_refused(folder, text):
     (folder / "config.json").write_text(text)
     refuses(checkpoint.load, folder)
 
@@ -63,6 +76,9 @@ def test_a_config_that_is_no_object(folder, text):
             "rope_scaling",
             {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
         ),
+        ("rope_scaling", {"rope_type": "linear"}),
+        ("rope_scaling", {"rope_type": "llama3", "factor": 8.0}),
+        ("rope_parameters", [1]),
         ("tie_word_embeddings", "false"),
         ("hidden_act", "gelu"),
         ("model_type", 5),
@@ -71,14 +87,19 @@ def test_a_config_that_is_no_object(folder, text):
         ("score_type", "rewrad"),
     ],
 )
-def test_a_config_with_odd_values(folder, key, value):
-    config = {k: v for k, v in read_json(folder, "config.json").items() if k != "rope_parameters"}
-    write_json({**config, key: value}, folder, "config.json")
+def test_a_config_with_an_invalid_value_is_refused(folder, key, value):
+    edit_config(folder, {key: value}, removed=["rope_parameters"])
     refuses(checkpoint.load, folder)
 
 
+@pytest.mark.parametrize("key, value", [("hidden_size", "32"), ("num_attention_heads", 0)])
+def test_a_head_width_that_cannot_be_computed_is_refused(folder, key, value):
+    edit_config(folder, {key: value}, removed=["head_dim"])
+    refuses(checkpoint.load, folder, match=f"{key} in config.json is {value!r}")
+
+
 @pytest.mark.parametrize(
-    "kind, config",
+    "family, changes",
     [
         ("mistral", {"sliding_window": "4096"}),
         ("mistral", {"sliding_window": -1}),
@@ -87,11 +108,59 @@ def test_a_config_with_odd_values(folder, key, value):
         ("baichuan", {"max_position_embeddings": None}),
     ],
 )
-def test_a_family_s_config_with_odd_values(folder, kind, config):
-    write_json(
-        {**read_json(folder, "config.json"), "model_type": kind, **config}, folder, "config.json"
-    )
+def test_a_family_s_config_with_an_invalid_value_is_refused(folder, family, changes):
+    edit_config(folder, {"model_type": family, **changes})
     refuses(checkpoint.load, folder)
+
+
+def test_fewer_rows_than_the_config_says_are_not_taken_for_new_tokens(folder):
+    edit_config(folder, {"vocab_size": 120})
+    refuses(checkpoint.load, folder, match="embed_tokens.weight .97, 32., not .120, 32.")
+    with pytest.raises(SystemExit):
+        checkpoint.load(folder, vocab_size=130)
+
+
+def test_rope_is_read_as_transformers_reads_it():
+    linear = {"rope_type": "linear", "factor": 2.0}
+    sizes = {
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+    }
+    spellings = (
+        {"rope_scaling": {**linear, "rope_theta": 5e5}},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}, "rope_scaling": linear},
+        {"rope_parameters": {**linear, "rope_theta": 5e5}},
+        {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}},
+    )
+    for spelling in spellings:
+        config = Config.from_dict({**sizes, **spelling})
+        assert config.rope_theta == 5e5, spelling
+        assert config.rope_type == "linear", spelling
+        assert config.rope_scaling["factor"] == 2.0, spelling
+        once = Config.from_dict(config.to_dict())
+        twice = Config.from_dict(once.to_dict())
+        assert once == twice
+
+
+def test_baichuan2_with_more_rows_keeps_its_normalised_head():
+    baichuan2 = families.baichuan({"vocab_size": 125700, "max_position_embeddings": 4096})
+    assert baichuan2["norm_head"]
+    baichuan1 = families.baichuan({"vocab_size": 64000, "max_position_embeddings": 4096})
+    assert not baichuan1["norm_head"]
+
+
+def test_a_llama_ignores_other_families_keys(folder):
+    edit_config(folder, {"sliding_window": 8, "alibi": True, "norm_head": True})
+    config = checkpoint.load(folder).config
+    assert not config.sliding_window
+    assert not config.alibi
+    assert not config.norm_head
+
+
+# ---- files of weights ----
 
 
 @pytest.mark.parametrize(
@@ -107,86 +176,73 @@ def test_a_family_s_config_with_odd_values(folder, kind, config):
         {},
     ],
 )
-def test_an_index_that_is_none(folder, index):
+def test_an_invalid_index_is_refused(folder, index):
     os.rename(folder / "model.safetensors", folder.parent / "model.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     refuses(checkpoint.load, folder)
 
 
-@pytest.mark.parametrize("content", [b"", b"PK", b"\x80\x02", os.urandom(999)])
-def test_weights_that_are_none(folder, content):
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"PK", b"\x80\x02", b"\x80\x02.", b"\x80\x02(l.", os.urandom(999)],
+    ids=["empty", "zip", "pickle", "empty stack", "other pickle", "random"],
+)
+def test_broken_files_of_weights_are_refused(folder, content):
     for name in ("model.safetensors", "pytorch_model.bin"):
         (folder / name).write_bytes(content)
         refuses(checkpoint.load, folder)
         os.remove(folder / name)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda t: t.clear(),
-        lambda t: t.update({1: torch.ones(1)}),
-        lambda t: t.update({"model.norm.weight": torch.tensor(1.0)}),
-        lambda t: t.update({"model.norm.weight": torch.ones(32).to_sparse()}),
-        lambda t: t.update({"model.norm.weight": torch.ones(32, dtype=torch.int8)}),
-        lambda t: t.update({"model.norm.weight": torch.ones(32).to(torch.float8_e4m3fn)}),
-        lambda t: t.update({"module.model.norm.weight": torch.zeros(32)}),
-    ],
-)
-def test_tables_with_odd_tensors(folder, change):
+def test_a_bin_file_with_a_damaged_archive_is_refused(folder):
+    """Here torch.load raises RuntimeError."""
     tensors = load_file(folder / "model.safetensors")
-    change(tensors)
+    os.remove(folder / "model.safetensors")
+    path = folder / "pytorch_model.bin"
+    torch.save(tensors, path)
+    content = path.read_bytes()
+    path.write_bytes(b"\xff" * 40 + content[40:])
+    refuses(checkpoint.load, folder, match="pytorch_model.bin' cannot be read")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {1: torch.ones(1)},
+        {"model.norm.weight": torch.tensor(1.0)},
+        {"model.norm.weight": torch.ones(32).to_sparse()},
+        {"model.norm.weight": torch.ones(32, dtype=torch.int8)},
+        {"model.norm.weight": torch.ones(32).to(torch.float8_e4m3fn)},
+        {"module.model.norm.weight": torch.zeros(32)},
+    ],
+    ids=["number as a name", "scalar", "sparse", "int8", "float8", "twice"],
+)
+def test_a_bin_file_with_an_invalid_tensor_is_refused(folder, changes):
+    tensors = load_file(folder / "model.safetensors")
+    tensors.update(changes)
     os.remove(folder / "model.safetensors")
     torch.save(tensors, folder / "pytorch_model.bin")
     refuses(checkpoint.load, folder)
 
 
-def test_a_tensor_that_two_files_hold_is_not_guessed(folder):
+def test_a_bin_file_without_tensors_is_refused(folder):
+    os.remove(folder / "model.safetensors")
+    torch.save({}, folder / "pytorch_model.bin")
+    refuses(checkpoint.load, folder)
+
+
+def test_a_tensor_in_two_files_is_refused(folder):
     tensors = load_file(folder / "model.safetensors")
     os.remove(folder / "model.safetensors")
     save_file(tensors, folder / "a.safetensors")
     save_file({"model.norm.weight": torch.zeros(32)}, folder / "b.safetensors")
-    index = {
-        "weight_map": {name: "a.safetensors" for name in tensors} | {"model.x": "b.safetensors"}
-    }
-    write_json(index, folder, "model.safetensors.index.json")
-    refuses(checkpoint.load, folder, match="'model.norm.weight' stands in two places")
+    weight_map = {name: "a.safetensors" for name in tensors}
+    weight_map["model.x"] = "b.safetensors"
+    write_json({"weight_map": weight_map}, folder, "model.safetensors.index.json")
+    refuses(checkpoint.load, folder, match="'model.norm.weight' is in two files")
 
 
-def test_fewer_rows_than_the_config_says_is_no_growth(folder):
-    write_json({**read_json(folder, "config.json"), "vocab_size": 120}, folder, "config.json")
-    refuses(checkpoint.load, folder, match="embed_tokens.weight .97, 32., not .120, 32.")
-    with pytest.raises(SystemExit):
-        checkpoint.load(folder, vocab_size=130)
-
-
-def test_rope_as_transformers_reads_it():
-    linear = {"rope_type": "linear", "factor": 2.0}
-    sizes = {
-        "vocab_size": 97,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 4,
-    }
-    for config in (
-        {"rope_scaling": {**linear, "rope_theta": 5e5}},
-        {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}, "rope_scaling": linear},
-        {"rope_parameters": {**linear, "rope_theta": 5e5}},
-        {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}},
-    ):
-        c = Config.from_dict({**sizes, **config})
-        assert (c.rope_theta, c.rope_type, c.rope_scaling["factor"]) == (5e5, "linear", 2.0), config
-        assert Config.from_dict(c.to_dict()) == Config.from_dict(
-            Config.from_dict(c.to_dict()).to_dict()
-        )
-
-
-def test_baichuan2_with_more_rows_keeps_its_head():
-    assert families.baichuan({"vocab_size": 125700, "max_position_embeddings": 4096})["norm_head"]
-    assert not families.baichuan({"vocab_size": 64000, "max_position_embeddings": 4096})[
-        "norm_head"
-    ]
+# ---- models that no config.json can express ----
 
 
 @pytest.mark.parametrize(
@@ -199,36 +255,20 @@ def test_baichuan2_with_more_rows_keeps_its_head():
         {"alibi": True, "attention_bias": True},
     ],
 )
-def test_what_no_config_can_say_is_not_written(tmp_path, changes):
-    refuses(
-        checkpoint.save,
-        init_from_scratch(small_config(**changes)),
-        tmp_path / "x",
-        match="no family's config.json",
-    )
+def test_a_model_that_no_config_can_express_is_not_written(tmp_path, changes):
+    model = init_from_scratch(small_config(**changes))
+    refuses(checkpoint.save, model, tmp_path / "x", match="no family's config.json")
     assert not os.listdir(tmp_path)
 
 
 def test_a_mistral_with_biases_is_refused_before_it_is_trained(tmp_path):
-    checkpoint.save(
-        init_from_scratch(small_config(attention_bias=True, output_bias=True)), tmp_path
-    )
-    write_json(
-        {**read_json(tmp_path, "config.json"), "model_type": "mistral", "sliding_window": 8},
-        tmp_path,
-        "config.json",
-    )
+    config = small_config(attention_bias=True, output_bias=True)
+    checkpoint.save(init_from_scratch(config), tmp_path)
+    edit_config(tmp_path, {"model_type": "mistral", "sliding_window": 8})
     refuses(checkpoint.load, tmp_path, match="no family's config.json")
 
 
-def test_a_llama_obeys_no_other_family_s_keys(folder):
-    write_json(
-        {**read_json(folder, "config.json"), "sliding_window": 8, "alibi": True, "norm_head": True},
-        folder,
-        "config.json",
-    )
-    config = checkpoint.load(folder).config
-    assert not (config.sliding_window or config.alibi or config.norm_head)
+# ---- the command that converts ----
 
 
 def test_convert_never_overwrites(folder, tmp_path):
@@ -236,53 +276,60 @@ def test_convert_never_overwrites(folder, tmp_path):
     (tmp_path / "new.old").mkdir()
     for target in (tmp_path / "thesis", tmp_path, tmp_path / "new", folder, ".", ""):
         refuses(convert.convert, str(folder), str(target), match="is there already")
-    assert (
-        (tmp_path / "thesis").is_dir()
-        and (tmp_path / "new.old").is_dir()
-        and (folder / "config.json").exists()
-    )
+    assert (tmp_path / "thesis").is_dir()
+    assert (tmp_path / "new.old").is_dir()
+    assert (folder / "config.json").exists()
 
 
-def test_convert_says_what_half_precision_loses(folder, tmp_path):
+def test_convert_refuses_weights_that_overflow_in_half_precision(folder, tmp_path):
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norm.weight"][0] = 1e5
     save_file(tensors, folder / "model.safetensors")
-    refuses(
-        convert.convert,
-        str(folder),
-        str(tmp_path / "half"),
-        torch.float16,
-        match="norm.weight is not finite in torch.float16",
-    )
-    assert sorted(os.listdir(tmp_path)) == ["model"]
-    convert.convert(
-        str(folder), str(tmp_path / "half"), torch.bfloat16
-    )  # and nothing stands in the way
+    source, target = str(folder), str(tmp_path / "half")
+    words = "norm.weight is not finite in torch.float16"
+    refuses(convert.convert, source, target, torch.float16, match=words)
+    assert os.listdir(tmp_path) == ["model"]  # so that a second attempt is not refused
+    convert.convert(source, target, torch.bfloat16)
 
 
-def test_meta_s_llama_3_has_its_length_and_all_its_shards(tmp_path):
-    from nanosafe.checkpoint.meta import read_meta_folder
+# ---- Meta's folders ----
 
-    path = tmp_path / "llama[8b]"
+
+@pytest.fixture
+def meta_folder(tmp_path):
+    path = tmp_path / "llama[8b]"  # brackets are special to glob
     path.mkdir()
     weights = {
         "tok_embeddings.weight": torch.zeros(128256, 2),
         "layers.0.feed_forward.w1.weight": torch.zeros(4, 2),
     }
     torch.save(weights, path / "consolidated.00.pth")
-    for scaled, length in ((False, 8192), (True, 131072)):
-        write_json(
-            {"dim": 2, "n_layers": 1, "n_heads": 1, "use_scaled_rope": scaled}, path, "params.json"
-        )
-        assert read_meta_folder(str(path))[0]["max_position_embeddings"] == length
-    for params in ([1], {"dim": "2", "n_layers": 1, "n_heads": 1}, {"dim": 2}):
-        (path / "params.json").write_text(json.dumps(params))
-        refuses(checkpoint.load, path)
     write_json({"dim": 2, "n_layers": 1, "n_heads": 1}, path, "params.json")
-    torch.save({"other": torch.zeros(2)}, path / "consolidated.01.pth")
-    refuses(checkpoint.load, path, match="do not hold the same tensors")
-    os.remove(path / "consolidated.00.pth")
-    refuses(checkpoint.load, path, match="no consolidated.00.pth")
+    return path
+
+
+@pytest.mark.parametrize("scaled, length", [(False, 8192), (True, 131072)])
+def test_meta_s_llama_3_has_its_longest_input(meta_folder, scaled, length):
+    params = {"dim": 2, "n_layers": 1, "n_heads": 1, "use_scaled_rope": scaled}
+    write_json(params, meta_folder, "params.json")
+    config = meta.read_meta_folder(str(meta_folder)).config
+    assert config["max_position_embeddings"] == length
+
+
+@pytest.mark.parametrize(
+    "params",
+    [[1], {"dim": "2", "n_layers": 1, "n_heads": 1}, {"dim": 2}, {"model": [1]}],
+)
+def test_invalid_params_of_meta_s_are_refused(meta_folder, params):
+    (meta_folder / "params.json").write_text(json.dumps(params))
+    refuses(checkpoint.load, meta_folder)
+
+
+def test_shards_of_meta_s_that_do_not_fit_are_refused(meta_folder):
+    torch.save({"other": torch.zeros(2)}, meta_folder / "consolidated.01.pth")
+    refuses(checkpoint.load, meta_folder, match="do not hold the same tensors")
+    os.remove(meta_folder / "consolidated.00.pth")
+    refuses(checkpoint.load, meta_folder, match="no consolidated.00.pth")
 
 
 # ---- tokenizers ----
@@ -477,59 +524,43 @@ def test_no_normaliser_helps_a_user_to_smuggle(tmp_path, options):
 
 
 def prepare(tmp_path, name, rows, *flags, raw_name="train.jsonl"):
+    """Run a prepare.py on raw rows in this process; returns what it printed, and its error."""
     os.makedirs(tmp_path / "raw", exist_ok=True)
-    text = rows if isinstance(rows, str) else "".join(json.dumps(row) + "\n" for row in rows)
+    text = "".join(json.dumps(row) + "\n" for row in rows)
     (tmp_path / "raw" / raw_name).write_text(text)
-    return run(
-        f"data/{name}/prepare.py",
-        f"--raw={tmp_path}/raw",
-        f"--out={tmp_path}/out",
-        *flags,
-        check=False,
-    )
+    return run_prepare(name, f"--raw={tmp_path}/raw", f"--out={tmp_path}/out", *flags)
 
 
 def written(tmp_path, split="train"):
     path = tmp_path / "out" / f"{split}.jsonl"
-    return [json.loads(line) for line in open(path)] if path.exists() else []
+    return read_lines(path) if path.exists() else []
 
 
-PKU = {
-    "prompt": "p",
-    "response_0": "a",
-    "response_1": "b",
-    "is_response_0_safe": True,
-    "is_response_1_safe": False,
-    "better_response_id": 1,
-    "safer_response_id": 0,
-}
-
-
-def test_a_split_that_is_no_more_leaves_no_file(tmp_path):
-    rows = [{**PKU, "prompt": f"p{i}"} for i in range(20)]
+def test_a_split_without_rows_leaves_no_file_of_an_earlier_run(tmp_path):
+    rows = [{**PAIR, "prompt": f"p{i}"} for i in range(20)]
     prepare(tmp_path, "pku_saferlhf", rows, "--holdout=0.2")
     assert len(written(tmp_path, "test")) == 4
     prepare(tmp_path, "pku_saferlhf", rows)
-    assert len(written(tmp_path)) == 20 and not written(tmp_path, "test")
+    assert len(written(tmp_path)) == 20
+    assert not written(tmp_path, "test")
 
 
 def test_a_failed_preparation_leaves_the_old_files(tmp_path):
-    prepare(tmp_path, "pku_saferlhf", [PKU])
-    done = prepare(tmp_path, "pku_saferlhf", [{"x": 1}])
-    assert (
-        done.returncode == 1
-        and len(written(tmp_path)) == 1
-        and os.listdir(tmp_path / "out") == ["train.jsonl"]
-    )
+    prepare(tmp_path, "pku_saferlhf", [PAIR])
+    finished = prepare(tmp_path, "pku_saferlhf", [{"x": 1}])
+    assert finished.error.startswith("error: ")
+    assert len(written(tmp_path)) == 1
+    assert os.listdir(tmp_path / "out") == ["train.jsonl"]
 
 
-def test_the_latest_file_is_no_test(tmp_path):
-    prepare(tmp_path, "pku_saferlhf", [PKU], raw_name="latest_contest.jsonl")
-    assert len(written(tmp_path)) == 1 and not written(tmp_path, "test")
+def test_a_file_whose_name_only_contains_the_letters_of_test_is_no_test_file(tmp_path):
+    prepare(tmp_path, "pku_saferlhf", [PAIR], raw_name="latest_contest.jsonl")
+    assert len(written(tmp_path)) == 1
+    assert not written(tmp_path, "test")
 
 
-def test_labels_and_texts_are_what_they_should_be_or_the_row_is_dropped(tmp_path):
-    bad = [
+def test_wrong_labels_and_texts_cost_their_row(tmp_path):
+    changes = [
         {"is_response_0_safe": "False"},
         {"is_response_0_safe": None},
         {"better_response_id": -1},
@@ -542,13 +573,19 @@ def test_labels_and_texts_are_what_they_should_be_or_the_row_is_dropped(tmp_path
         {"better_response_id": float("inf")},
         {"prompt": ["a", "b"]},
     ]
-    done = prepare(tmp_path, "pku_saferlhf", [PKU, *({**PKU, **change} for change in bad)])
-    assert (
-        len(written(tmp_path)) == 1
-        and f"{1 + len(bad)} rows read, 1 kept" in done.stdout
-        and "Traceback" not in done.stderr
-    )
-    assert "half a character in a turn" in done.stdout and "the label 'False'" in done.stdout
+    bad = [{**PAIR, **change} for change in changes]
+    finished = prepare(tmp_path, "pku_saferlhf", [PAIR, *bad])
+    assert not finished.error
+    assert len(written(tmp_path)) == 1
+    assert f"{1 + len(bad)} rows read, 1 kept" in finished.printed
+    assert "half a character in the turn" in finished.printed
+    assert "the label 'False'" in finished.printed
+
+
+def feedback(instruction, *scored):
+    """A row of UltraFeedback, of (response, score) pairs."""
+    completions = [{"response": text, "overall_score": score} for text, score in scored]
+    return {"instruction": instruction, "completions": completions}
 
 
 @pytest.mark.parametrize(
@@ -556,92 +593,47 @@ def test_labels_and_texts_are_what_they_should_be_or_the_row_is_dropped(tmp_path
     [
         ("alpaca", {"instruction": "a", "output": "b", "history": [["a"]]}),
         ("alpaca", {"instruction": "a", "output": "b", "history": [1]}),
-        (
-            "ultrafeedback",
-            {
-                "instruction": None,
-                "completions": [
-                    {"response": "a", "overall_score": 1},
-                    {"response": "b", "overall_score": 2},
-                ],
-            },
-        ),
-        (
-            "ultrafeedback",
-            {
-                "instruction": "x",
-                "completions": [
-                    {"response": "a", "overall_score": float("nan")},
-                    {"response": "b", "overall_score": 2},
-                ],
-            },
-        ),
+        ("ultrafeedback", feedback(None, ("a", 1), ("b", 2))),
+        ("ultrafeedback", feedback("x", ("a", float("nan")), ("b", 2))),
         ("phf", {"texts": "ab", "scores": [1, 2]}),
         ("phf", {"texts": [None], "scores": [1]}),
         ("phf", {"texts": ["a"], "scores": [float("nan")]}),
         ("beavertails", {"prompt": "a", "response": "b", "is_safe": "False"}),
     ],
 )
-def test_rows_that_are_no_rows_are_dropped(tmp_path, name, row):
-    done = prepare(tmp_path, name, [row])
-    assert (
-        not written(tmp_path)
-        and "1 rows read, 0 kept; dropped 1" in done.stdout
-        and "Traceback" not in done.stderr
-    )
+def test_rows_of_a_wrong_structure_are_dropped(tmp_path, name, row):
+    finished = prepare(tmp_path, name, [row])
+    assert not written(tmp_path)
+    assert "1 rows read, 0 kept; dropped 1" in finished.printed
+    assert finished.error.startswith("error: none of the 1 rows")
 
 
 def test_scores_are_compared_as_numbers(tmp_path):
-    prepare(
-        tmp_path,
-        "ultrafeedback",
-        [
-            {
-                "instruction": "x",
-                "completions": [
-                    {"response": "ten", "overall_score": "10.0"},
-                    {"response": "nine", "overall_score": "9.0"},
-                ],
-            }
-        ],
-    )
+    prepare(tmp_path, "ultrafeedback", [feedback("x", ("ten", "10.0"), ("nine", "9.0"))])
     assert written(tmp_path)[0]["answer"] == "ten"
 
 
-def test_raw_files_that_break(tmp_path):
-    import gzip
-    import zipfile
-
+def test_damaged_raw_files_are_refused(tmp_path):
     good = gzip.compress(b'{"a": 1}\n' * 999)
-    (tmp_path / "x.jsonl.gz").write_bytes(good[:60] + bytes(8) + good[68:])
+    (tmp_path / "middle.jsonl.gz").write_bytes(good[:60] + bytes(8) + good[68:])
+    (tmp_path / "block.jsonl.gz").write_bytes(good[:10] + b"\xff" * 8 + good[18:])
+    (tmp_path / "short.jsonl.gz").write_bytes(good[:40])
+    (tmp_path / "text.jsonl.gz").write_bytes(b"{}")
+    (tmp_path / "latin.jsonl").write_bytes("na\xefve".encode("latin-1"))
     (tmp_path / "deep.json").write_text("[" * 10**5)
-    with zipfile.ZipFile(tmp_path / "two.jsonl.zip", "w") as z:
-        z.writestr("data/", "")
-        z.writestr("__MACOSX/a.jsonl", "x")
-        z.writestr("data/a.jsonl", '{"a": 1}\n')
-    assert [row.record for row in reader.read_raw_rows(str(tmp_path / "two.jsonl.zip"))] == [
-        {"a": 1}
-    ]
-    with zipfile.ZipFile(tmp_path / "two.jsonl.zip", "a") as z:
-        z.writestr("data/b.jsonl", '{"a": 2}\n')
-    zipfile.ZipFile(tmp_path / "none.zip", "w").close()
-    with zipfile.ZipFile(tmp_path / "list.zip", "w") as z:
-        z.writestr("rows.json", '[{"a": 1}, {"a": 2}]')
-    assert [row.record["a"] for row in reader.read_raw_rows(str(tmp_path / "list.zip"))] == [1, 2]
-    for name in ("x.jsonl.gz", "deep.json", "two.jsonl.zip", "none.zip"):
-        refuses(lambda: list(download.read_rows(str(tmp_path / name))))
+    for path in sorted(tmp_path.iterdir()):
+        refuses(lambda: list(reader.read_rows(str(path))))
 
 
 def test_half_a_character_costs_one_row(world, tmp_path):
     path = tmp_path / "x.jsonl"
-    path.write_text(
-        json.dumps({"input": "a", "answer": "\ud83d"})
-        + '\n{"input": "a", "answer": "b"}\n'
-        + "[" * 10**5
-        + "\n"
-    )
+    half = json.dumps({"input": "a", "answer": "\ud83d"})
+    whole = json.dumps({"input": "a", "answer": "b"})
+    nested = "[" * 10**5
+    path.write_text("\n".join([half, whole, nested, ""]))
     found = data.tokenize(str(path), tokenizer.load(world / "tokenizer"), "sft", 100)
-    assert len(found) == 1 and "half a character in a answer" in found.report["text"]
+    assert len(found) == 1
+    assert "half a character in the answer" in found.report["text"]
 
 
 def test_sample_refuses_in_one_line(world, tmp_path):

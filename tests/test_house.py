@@ -1,4 +1,4 @@
-"""The house: formatting, who imports whom, dependencies, knobs, and the names that docs mention."""
+"""The house: formatting, who imports whom, dependencies, knobs, docstrings, and docs that point."""
 
 import ast
 import glob
@@ -16,24 +16,34 @@ from nanosafe.tools import download
 
 TRAINERS = ("train_sft.py", "train_pref.py", "train_ppo_lag.py", "nanosafe/phf/train.py")
 RUN_TIME = {"torch", "numpy", "sentencepiece", "safetensors", "tqdm"}
-OWN = {"nanosafe", "configurator", "config", *(name[:-3] for name in TRAINERS[:3]), "sample"}
+OWN = {
+    "nanosafe",
+    "configurator",
+    "config",
+    "sample",
+    "train_sft",
+    "train_pref",
+    "train_ppo_lag",
+}
 OPTIONAL = {"wandb", "matplotlib", "pycodestyle", "detoxify", "readline"}  # inside functions only
-MEASURING = {"transformers", "trl", "datasets"}  # what nanosafe.bench measures beside
+MEASURING = {"transformers", "trl", "datasets"}  # what the benchmark compares with
 
 
-def find_python_files(*patterns):
-    """Paths below the repository's root."""
+def find_files(*patterns):
+    """The files that match, as paths below the repository's root."""
     found = set()
     for pattern in patterns:
         found.update(glob.glob(pattern, root_dir=ROOT, recursive=True))
     return sorted(found)
 
 
-PACKAGE = find_python_files("nanosafe/**/*.py")
-SCRIPTS = find_python_files("*.py")
-PREPARE = find_python_files("data/*/prepare.py")
-RECIPES = find_python_files("config/**/*.py")
+PACKAGE = find_files("nanosafe/**/*.py")
+SCRIPTS = find_files("*.py")
+PREPARE = find_files("data/*/prepare.py")
+RECIPES = find_files("config/**/*.py")
 PRODUCT = [*SCRIPTS, *PACKAGE, *PREPARE, *RECIPES]
+TESTS = find_files("tests/*.py")
+PAGES = find_files("*.md", "docs/**/*.md", "data/**/*.md")
 
 
 @cache
@@ -64,10 +74,24 @@ def imports_of(path):
     return names
 
 
+def imports_at_the_top_of(path):
+    """Every dotted name that a file imports outside functions and classes."""
+    names = set()
+    for node in parse(path).body:
+        names.update(imported_names(node))
+    return names
+
+
+def roots_of(names):
+    """The packages that dotted names begin with."""
+    return {name.split(".")[0] for name in names}
+
+
 def file_of(name):
-    """The file of the package that a dotted name is, or is defined in; None for other packages."""
+    """The product's file that a dotted name is, or is defined in; None for other packages."""
     while name:
-        for path in (name.replace(".", "/") + ".py", name.replace(".", "/") + "/__init__.py"):
+        stem = name.replace(".", "/")
+        for path in (f"{stem}.py", f"{stem}/__init__.py"):
             if os.path.isfile(os.path.join(ROOT, path)):
                 return path
         name = name.rpartition(".")[0]
@@ -76,7 +100,10 @@ def file_of(name):
 
 def own_imports(path):
     """The product's files that a file imports."""
-    files = {file_of(name) for name in imports_of(path) if name.split(".")[0] in OWN}
+    files = set()
+    for name in imports_of(path):
+        if roots_of([name]) <= OWN:
+            files.add(file_of(name))
     return files - {None, path}
 
 
@@ -84,50 +111,49 @@ def own_imports(path):
 
 
 def test_everything_is_formatted_by_ruff():
-    done = subprocess.run(
-        [sys.executable, "-m", "ruff", "format", "--check", "."],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, "-m", "ruff", "format", "--check", "."]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 
-def test_lines_have_a_hundred_columns():
-    pages = glob.glob("*.md", root_dir=ROOT) + glob.glob(
-        "d*/**/*.md", root_dir=ROOT, recursive=True
-    )
-    for path in (*PRODUCT, *find_python_files("tests/*.py"), *pages):
-        fenced = False
-        for number, line in enumerate(source(path).splitlines(), start=1):
-            fenced ^= line.startswith("```")
-            table_or_code = path.endswith(".md") and (fenced or line.startswith(("|", "!", "    ")))
-            if not table_or_code and "http" not in line:
-                assert len(line) <= 100, f"{path}:{number}"
+def wrapped_lines(path):
+    """(number, text) of a file's lines, without code, tables and pictures in pages."""
+    is_page = path.endswith(".md")
+    in_code = False
+    for number, line in enumerate(source(path).splitlines(), start=1):
+        if is_page and line.startswith("```"):
+            in_code = not in_code
+        may_be_long = is_page and (in_code or line.startswith(("|", "!", "    ")))
+        if not may_be_long:
+            yield number, line
+
+
+@pytest.mark.parametrize("path", [*PRODUCT, *TESTS, *PAGES])
+def test_lines_have_at_most_100_columns(path):
+    for number, line in wrapped_lines(path):
+        assert len(line) <= 100 or "http" in line, f"{path}:{number}"
 
 
 # ---- imports ----
 
 
 def test_no_file_imports_in_a_circle():
-    waiting = {path: own_imports(path) for path in PRODUCT}
-    while waiting:
-        free = [path for path, needs in waiting.items() if not needs & waiting.keys()]
-        assert free, f"a circle among {sorted(waiting)}"
+    """Files whose imports are all removed are removed, until none is left or there is a circle."""
+    left = {path: own_imports(path) for path in PRODUCT}
+    while left:
+        free = [path for path, needed in left.items() if not needed & left.keys()]
+        assert free, f"a circle among {sorted(left)}"
         for path in free:
-            del waiting[path]
+            del left[path]
 
 
-def test_own_modules_are_imported_at_the_top():
-    for path in PRODUCT:
-        at_the_top = set()
-        for node in parse(path).body:
-            at_the_top.update(imported_names(node))
-        for name in imports_of(path) - at_the_top:
-            assert name.split(".")[0] not in OWN, f"{path} imports {name} inside a function"
+@pytest.mark.parametrize("path", PRODUCT)
+def test_own_modules_are_imported_at_the_top(path):
+    inside_functions = imports_of(path) - imports_at_the_top_of(path)
+    assert not roots_of(inside_functions) & OWN, f"{path} imports {sorted(inside_functions)}"
 
 
-# A room, and the rooms that it may import, besides itself and the small files at the bottom.
+# A room, and the rooms that it may import, besides itself and BOTTOM.
 ROOMS = {
     "nanosafe/tokenizer": "",
     "nanosafe/data": "tokenizer",
@@ -135,52 +161,60 @@ ROOMS = {
     "nanosafe/eval": "tokenizer data checkpoint inference model rollout tools",
     "nanosafe/phf": "tokenizer data checkpoint inference model rollout losses optim monitor",
 }
-BOTTOM = {"errors", "storage", "printing", "parallel", "watchdog"}
+BOTTOM = {"errors", "storage", "printing", "parallel", "watchdog"}  # small files for everybody
 
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_a_room_imports_only_what_lies_below_it(room):
-    allowed = BOTTOM | set(ROOMS[room].split()) | {os.path.basename(room)}
-    for path in PACKAGE:
-        if path.startswith(room + "/"):
-            for other in own_imports(path) - {"configurator.py"}:
-                name = other.split("/")[1].removesuffix(".py")
-                assert name in allowed, f"{path} imports {other}"
+    allowed = {os.path.basename(room), *BOTTOM, *ROOMS[room].split()}
+    for path in find_files(f"{room}/**/*.py"):
+        for other in own_imports(path) - {"configurator.py"}:
+            name = other.split("/")[1].removesuffix(".py")
+            assert name in allowed, f"{path} imports {other}"
 
 
 @pytest.mark.parametrize("name", ["losses", "rl", "logprobs", "attention"])
 def test_algebra_and_kernels_need_torch_only(name):
-    roots = {imported.split(".")[0] for imported in imports_of(f"nanosafe/{name}.py")}
+    roots = roots_of(imports_of(f"nanosafe/{name}.py"))
     assert roots <= {"torch", *sys.stdlib_module_names}
 
 
-def test_one_file_knows_processes_and_one_knows_kernels():
+def test_only_parallel_imports_torch_distributed():
+    """The dry run does too: it replaces the process group."""
     for path in PRODUCT:
-        name = os.path.basename(path)
-        if name not in ("parallel.py", "dry_run.py"):  # the dry run replaces the process group
-            names = imports_of(path)
-            assert not any(n.startswith("torch.distributed") for n in names), path
-        if name != "attention.py":
-            assert not re.search(r"scaled_dot_product_attention|varlen_attn", source(path)), path
+        if os.path.basename(path) not in ("parallel.py", "dry_run.py"):
+            for name in imports_of(path):
+                assert not name.startswith("torch.distributed"), path
+
+
+def test_only_attention_names_a_kernel():
+    for path in PRODUCT:
+        if os.path.basename(path) != "attention.py":
+            assert not re.search("scaled_dot_product_attention|varlen_attn", source(path)), path
 
 
 @pytest.mark.parametrize("path", PRODUCT)
 def test_only_the_declared_packages_are_imported(path):
-    known = RUN_TIME | OWN | set(sys.stdlib_module_names)
-    roots = {name.split(".")[0] for name in imports_of(path)}
-    optional = OPTIONAL | (MEASURING if "workload" in path else set())
-    assert roots <= known | optional
-    at_the_top = set()
-    for node in parse(path).body:
-        at_the_top.update(name.split(".")[0] for name in imported_names(node))
-    assert at_the_top <= known
-    if path == "configurator.py":
-        assert roots <= set(sys.stdlib_module_names)
+    allowed = RUN_TIME | OWN | OPTIONAL | set(sys.stdlib_module_names)
+    if "workload" in path:
+        allowed |= MEASURING
+    assert roots_of(imports_of(path)) <= allowed
 
 
-def test_scripts_are_imported_by_nobody():
+@pytest.mark.parametrize("path", PRODUCT)
+def test_optional_packages_are_imported_inside_functions(path):
+    allowed = RUN_TIME | OWN | set(sys.stdlib_module_names)
+    assert roots_of(imports_at_the_top_of(path)) <= allowed
+
+
+def test_the_configurator_needs_the_standard_library_only():
+    assert roots_of(imports_of("configurator.py")) <= set(sys.stdlib_module_names)
+
+
+def test_the_package_imports_no_script():
     for path in PACKAGE:
-        assert not any(name.startswith(("train_", "sample")) for name in imports_of(path)), path
+        for name in imports_of(path):
+            assert not name.startswith(("train_", "sample")), path
 
 
 # ---- knobs ----
@@ -192,24 +226,43 @@ def knobs_of(path):
     for node in parse(path).body:
         if configurator.calls_configure(node):
             return knobs
-        if isinstance(node, ast.Assign) and node.targets[0].id == node.targets[0].id.lower():
-            knobs[node.targets[0].id] = ast.literal_eval(node.value)
+        if isinstance(node, ast.Assign):
+            name = node.targets[0].id
+            if name == name.lower():
+                knobs[name] = ast.literal_eval(node.value)
     return {}
 
 
-CONFIGURED = [path for path in PRODUCT if "configure(globals()" in source(path)]
-CONFIGURED = [path for path in CONFIGURED if path != "configurator.py"]
+def has_comment(name, text):
+    """Whether a knob's line in a script's text ends with a comment."""
+    return re.search(rf"^{name} = .*  # \S", text, re.MULTILINE)
+
+
+def find_configured_scripts():
+    """The product's files that call configure(globals(), ..)."""
+    paths = []
+    for path in PRODUCT:
+        if path != "configurator.py" and "configure(globals()" in source(path):
+            paths.append(path)
+    return paths
+
+
+CONFIGURED = find_configured_scripts()
 
 
 @pytest.mark.parametrize("path", CONFIGURED)
 def test_every_knob_has_a_comment_and_is_read(path):
-    head, call, body = source(path).partition("configure(globals()")
+    head, _, body = source(path).partition("configure(globals()")
     for name in knobs_of(path):
-        assert re.search(rf"^{name} = .*  # \S", head, re.M), f"{path}: {name} has no comment"
+        assert has_comment(name, head), f"{path}: {name} has no comment"
         assert re.search(rf"\b{name}\b", body), f"{path}: nothing reads {name}"
-    if path in PREPARE:
-        assert body.startswith(", vars(download))")
-        assert re.search(r"download\.prepare\(__file__, \w+, config\b", body)
+
+
+@pytest.mark.parametrize("path", [path for path in CONFIGURED if path in PREPARE])
+def test_a_prepare_script_passes_its_configuration_on(path):
+    _, _, body = source(path).partition("configure(globals()")
+    assert body.startswith(", vars(download))")
+    assert re.search(r"download\.prepare\(__file__, \w+, config\b", body)
 
 
 def test_every_shared_knob_of_the_prepare_scripts_has_a_comment_and_is_read():
@@ -217,7 +270,7 @@ def test_every_shared_knob_of_the_prepare_scripts_has_a_comment_and_is_read():
     shared = configurator.read_knobs({**vars(download), "__file__": download.__file__})
     assert set(shared) == {"raw", "holdout", "out", "tokenizer"}
     for name in shared:
-        assert re.search(rf"^{name} = .*  # \S", text, re.M), f"{name} has no comment"
+        assert has_comment(name, text), f"{name} has no comment"
         assert f'config["{name}"]' in text, f"nothing reads {name}"
 
 
@@ -249,20 +302,24 @@ def test_common_knobs_have_common_names(path):
     assert set(common.split()) <= knobs_of(path).keys()
 
 
-# ---- words ----
+# ---- docstrings, and what the docs point at ----
 
 
-def test_public_modules_and_losses_say_what_they_do():
+def test_every_module_has_a_docstring():
     for path in PACKAGE:
-        assert os.path.basename(path) == "__init__.py" or ast.get_docstring(parse(path)), path
-    for path in ("nanosafe/losses.py", "nanosafe/rl.py"):
-        for node in parse(path).body:
-            if isinstance(node, ast.FunctionDef):
-                assert ast.get_docstring(node), f"{path}: {node.name}"
+        if os.path.basename(path) != "__init__.py":
+            assert ast.get_docstring(parse(path)), path
+
+
+@pytest.mark.parametrize("path", ["nanosafe/losses.py", "nanosafe/rl.py"])
+def test_every_function_of_the_algebra_has_a_docstring(path):
+    for node in parse(path).body:
+        if isinstance(node, ast.FunctionDef):
+            assert ast.get_docstring(node), f"{path}: {node.name}"
 
 
 def names_in(path):
-    """Every name that a Python file defines or assigns, at any depth, and its knobs."""
+    """Every name that a Python file defines or assigns, at any depth: its knobs are among them."""
     names = set()
     for node in ast.walk(parse(path)):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
@@ -274,15 +331,17 @@ def names_in(path):
     return names
 
 
-@pytest.mark.parametrize("page", glob.glob("docs/*.md", root_dir=ROOT) + ["README.md"])
+@pytest.mark.parametrize("page", find_files("docs/*.md", "README.md"))
 def test_files_and_names_that_a_page_mentions_exist(page):
     """`rl.py gae` in a page is a file of the product, and a name in it; `rl.py` alone is a file."""
     for path, name in re.findall(r"`([\w/]+\.py)(?: (\w+))?`", source(page)):
-        ours = [p for p in PRODUCT if p == path or p.endswith("/" + path)]
-        theirs = path.startswith("tests/") and os.path.isfile(os.path.join(ROOT, path))
-        assert ours or theirs, f"{page}: {path} does not exist"
+        candidates = [p for p in PRODUCT if p == path or p.endswith("/" + path)]
+        assert candidates or path in TESTS, f"{page}: {path} does not exist"
         if name:
-            assert any(name in names_in(p) for p in ours), f"{page}: no {name} in {path}"
+            names = set()
+            for candidate in candidates:
+                names.update(names_in(candidate))
+            assert name in names, f"{page}: no {name} in {path}"
 
 
 def test_the_top_level_holds_nothing_more():
@@ -290,4 +349,5 @@ def test_the_top_level_holds_nothing_more():
         tests README.md config docs pyproject.toml LICENSE .gitignore .git-blame-ignore-revs .ci"""
     if os.path.isdir(os.path.join(ROOT, ".git")):
         tracked = os.popen(f"git -C {ROOT} ls-files").read().split()
-        assert {path.split("/")[0] for path in tracked} <= set(allowed.split())
+        at_the_top = {path.split("/")[0] for path in tracked}
+        assert at_the_top <= set(allowed.split())

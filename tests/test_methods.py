@@ -1,8 +1,9 @@
-"""The field's methods as users run them: in the trainers, over ranks, resumed; recipes with published values."""
+"""The methods as users run them: in the trainers, over ranks, resumed; and recipes' values."""
 
 import json
 import math
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -13,17 +14,37 @@ from test_train import same_state
 
 import configurator
 from nanosafe import checkpoint, data, inference, parallel, tokenizer
-from nanosafe.tokenizer.special_tokens import control_token_ids, add_control_tokens
-from nanosafe.phf.documents import target_scores
-from nanosafe.data.batching import sum_per_sequence
 from nanosafe.checkpoint import init_from_scratch
+from nanosafe.data.batching import collate, sum_per_sequence
+from nanosafe.phf.documents import target_scores, tokenize_documents
+from nanosafe.tokenizer.special_tokens import add_control_tokens, control_token_ids
 
 WORLD = parallel.World(0, 1, torch.device("cpu"), True)
+slow = pytest.mark.slow
 
 
-def write(path, rows):
+def write_jsonl(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return str(path)
+
+
+def last_row(folder):
+    return rows_of(folder / "metrics.jsonl")[-1]
+
+
+def resume_from_the_middle(command, whole, cut, state):
+    """Run a command, go back to one of its states, resume, and compare the ends bit for bit."""
+    run(*command, f"--out_dir={whole}")
+    shutil.copytree(whole, cut)
+    (cut / "state" / "latest").write_text(state + "\n")
+    run(*command, f"--out_dir={cut}", "--resume=True")
+    assert same_state(whole, cut)
+
+
+def assert_one_line_error(done, words):
+    assert done.returncode == 1
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.fixture
@@ -46,7 +67,6 @@ def pref(world):
 
 @pytest.fixture
 def ppo(world):
-    d = world / "data"
     return [
         "train_ppo_lag.py",
         "--max_tokens=1024",
@@ -55,7 +75,7 @@ def ppo(world):
         f"--actor_model={world}/policy",
         f"--reward_model={world}/reward",
         f"--cost_model={world}/cost",
-        f"--prompts={d}/prompts/train.jsonl",
+        f"--prompts={world}/data/prompts/train.jsonl",
         "--max_new_tokens=12",
         "--rollout_size=8",
         "--batch_size=4",
@@ -67,11 +87,11 @@ def ppo(world):
 
 
 @pytest.fixture
-def phf(world, tmp_path):
+def phf(world):
     d = world / "data"
     return [
-        "train_sft.py",
-        "--documents=True",
+        "-m",
+        "nanosafe.phf.train",
         f"--tokenizer={world}/tokenizer",
         f"--data={d}/documents/train.jsonl:120/-1",
         f"--eval_data={d}/documents/test.jsonl:9/-1",
@@ -87,187 +107,159 @@ def phf(world, tmp_path):
     ]
 
 
-def last(folder):
-    return rows_of(folder / "metrics.jsonl")[-1]
-
-
 # ---- train_pref.py ----
 
 
 @pytest.mark.parametrize(
     "flags",
     [
-        ("--objective=dpo",),
-        ("--objective=dpo", "--label_smoothing=0.1", "--reference_free=True"),
-        ("--objective=ipo",),
-        ("--objective=ipo", "--sum_logps=True"),
-        ("--objective=rrhf",),
-        ("--objective=reward", "--token_wise=True", "--margin=0.5"),
-        ("--objective=cost", "--token_wise=True"),
-        ("--objective=reward", "--lm_coef=1.0"),
+        "--objective=dpo",
+        pytest.param("--objective=dpo --label_smoothing=0.1 --reference_free=True", marks=slow),
+        "--objective=ipo",
+        pytest.param("--objective=ipo --sum_logps=True", marks=slow),
+        "--objective=rrhf",
+        pytest.param("--objective=reward --token_wise=True --margin=0.5", marks=slow),
+        pytest.param("--objective=cost --token_wise=True", marks=slow),
+        pytest.param("--objective=reward --lm_coef=1.0", marks=slow),
     ],
-    ids=" ".join,
 )
-def test_every_objective_learns_its_pairs(pref, tmp_path, flags):
-    longer = (
-        ["--max_steps=80", "--learning_rate=5e-3"] if "rrhf" in flags[0] else ["--max_steps=25"]
-    )  # it learns to speak first
-    run(
-        *pref,
-        *flags,
-        f"--out_dir={tmp_path}",
-        "--data=" + pref[2][7:].split(":")[0] + ":8/-1",
-        *longer,
-    )
+def test_every_objective_learns_its_pairs(pref, world, tmp_path, flags):
+    objective = flags.split()[0].removeprefix("--objective=")
+    longer = ["--max_steps=25"]
+    if objective == "rrhf":  # it learns to speak first
+        longer = ["--max_steps=80", "--learning_rate=5e-3"]
+    few_pairs = f"--data={world}/data/pairs/train.jsonl:8/-1"
+    run(*pref, *flags.split(), few_pairs, *longer, f"--out_dir={tmp_path}")
     rows = rows_of(tmp_path / "metrics.jsonl")
-    assert (
-        rows[-1]["loss"] < rows[0]["loss"]
-        and rows[-1]["accuracy"] >= 0.75
-        and rows[-1]["margin"] > 0
-    )
+    first = rows[0]
+    last = rows[-1]
+    assert last["loss"] < first["loss"]
+    assert last["accuracy"] >= 0.75
+    assert last["margin"] > 0
+    assert {"eval_loss", "eval_accuracy", "eval_margin"} <= last.keys()
     model = checkpoint.load(tmp_path / "model")
-    assert model.head == ("lm" if flags[0][12:] in ("dpo", "ipo", "rrhf") else "score")
-    if model.head == "lm":
-        assert rows[-1]["reward_chosen"] > rows[-1]["reward_rejected"] and rows[-1]["eval_kl"] > 0
-    assert {"eval_loss", "eval_accuracy", "eval_margin"} <= rows[-1].keys()
+    is_policy = objective in ("dpo", "ipo", "rrhf")
+    assert model.head == ("lm" if is_policy else "score")
+    if is_policy:
+        assert last["reward_chosen"] > last["reward_rejected"]
+        assert last["eval_kl"] > 0
 
 
-def test_the_first_step_is_where_the_formulas_say(pref, tmp_path):
-    for objective, loss in (("dpo", math.log(2)), ("ipo", 1 / (4 * 0.1**2))):
-        run(
-            *pref,
-            f"--objective={objective}",
-            "--max_steps=1",
-            "--learning_rate=0",
-            f"--out_dir={tmp_path}/{objective}",
-        )
-        row = last(tmp_path / objective)
-        assert row["loss"] == pytest.approx(loss, rel=1e-4) and abs(row["margin"]) < 1e-4
-        assert row["eval_kl"] == pytest.approx(0, abs=1e-4)
+@pytest.mark.parametrize("objective, loss", [("dpo", math.log(2)), ("ipo", 1 / (4 * 0.1**2))])
+def test_the_loss_of_the_first_step_is_that_of_the_formula(pref, tmp_path, objective, loss):
+    """Policy and reference are equal before the first step."""
+    short = ["--max_steps=1", "--learning_rate=0"]
+    run(*pref, f"--objective={objective}", *short, f"--out_dir={tmp_path}")
+    row = last_row(tmp_path)
+    assert row["loss"] == pytest.approx(loss, rel=1e-4)
+    assert abs(row["margin"]) < 1e-4
+    assert row["eval_kl"] == pytest.approx(0, abs=1e-4)
 
 
-@pytest.mark.parametrize("objective", ["dpo", "ipo", "rrhf"])
+@pytest.mark.parametrize(
+    "objective", ["dpo", pytest.param("ipo", marks=slow), pytest.param("rrhf", marks=slow)]
+)
 def test_policies_do_not_depend_on_ranks_and_micro_batches(pref, tmp_path, objective):
-    whole, two = tmp_path / "whole", tmp_path / "two"
-    run(*pref, f"--objective={objective}", f"--out_dir={whole}")
-    run(
-        *pref,
-        f"--objective={objective}",
-        f"--out_dir={two}",
-        "--max_tokens=200",
-        "--parallel=fsdp",
-        ranks=2,
-    )
-    for a, b in zip(rows_of(whole / "metrics.jsonl"), rows_of(two / "metrics.jsonl")):
-        for name in {"loss", "accuracy", "margin", "grad_norm", "eval_loss", "eval_kl"} & a.keys():
+    one = tmp_path / "one"
+    two = tmp_path / "two"
+    command = [*pref, f"--objective={objective}"]
+    run(*command, f"--out_dir={one}")
+    run(*command, f"--out_dir={two}", "--max_tokens=200", "--parallel=fsdp", ranks=2)
+    names = {"loss", "accuracy", "margin", "grad_norm", "eval_loss", "eval_kl"}
+    for a, b in zip(rows_of(one / "metrics.jsonl"), rows_of(two / "metrics.jsonl")):
+        for name in names & a.keys():
             assert a[name] == pytest.approx(b[name], rel=2e-3, abs=2e-4), name
 
 
-def test_a_killed_dpo_run_goes_on_as_if_nothing_had_happened(pref, tmp_path):
-    import shutil
-
+@slow
+def test_a_resumed_dpo_run_ends_like_an_uninterrupted_one(pref, tmp_path):
     command = [*pref, "--objective=dpo", "--keep=5"]
-    run(*command, f"--out_dir={tmp_path}/whole")
-    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
-    (tmp_path / "cut" / "state" / "latest").write_text("step_000002\n")
-    run(*command, f"--out_dir={tmp_path}/cut", "--resume=True")
-    same_state(tmp_path / "whole", tmp_path / "cut")
+    resume_from_the_middle(command, tmp_path / "whole", tmp_path / "cut", "step_000002")
 
 
-def test_reference_log_probabilities_are_what_a_plain_loop_gives_and_are_kept(world, tmp_path):
-    tok = tokenizer.load(world / "policy")
+def test_reference_log_probabilities_equal_a_plain_loop_s_and_are_cached(world, tmp_path):
+    path = str(world / "policy")
+    tok = tokenizer.load(path)
     dataset = data.tokenize(f"{world}/data/pairs/train.jsonl:7/-1", tok, "reward", 200)
-    model = checkpoint.load(world / "policy")
-    got = inference.cached_reference_logps(model, str(world / "policy"), dataset, 300, WORLD)
+    model = checkpoint.load(path)
+    got = inference.cached_reference_logps(model, path, dataset, 300, WORLD)
     for i in range(7):
         for part in range(2):
             ids, mask = dataset.sequence(i, part)
-            logits = model(
-                torch.tensor(np.array(ids), dtype=torch.int64),
-                torch.tensor([0, len(ids)], dtype=torch.int32),
-                len(ids),
-            )
-            logps = logits.log_softmax(-1)
-            want = sum(logps[t - 1, ids[t]].item() for t in range(1, len(ids)) if mask[t])
-            assert got[i, part].item() == pytest.approx(want, abs=1e-3)
-            assert mask[-1] and ids[-1] == tok.eos_id  # EOS is compared too
+            logps = model.logits(collate([ids], [mask], "cpu")).log_softmax(-1)
+            expected = 0.0
+            for t in range(1, len(ids)):
+                if mask[t]:
+                    expected += logps[t - 1, ids[t]].item()
+            assert got[i, part].item() == pytest.approx(expected, abs=1e-3)
+            assert mask[-1]  # EOS is compared too
+            assert ids[-1] == tok.eos_id
     with torch.no_grad():
-        model.norm.weight.mul_(2.0)
-    assert torch.equal(
-        got, inference.cached_reference_logps(model, str(world / "policy"), dataset, 300, WORLD)
-    )
+        model.norm.weight.mul_(2.0)  # a model that would give others, were it asked
+    again = inference.cached_reference_logps(model, path, dataset, 300, WORLD)
+    assert torch.equal(got, again)
+
+
+def decode_targets(tok, sequence):
+    """The text of the tokens that carry loss."""
+    ids, mask = sequence
+    return tok.decode([token for token, is_target in zip(ids, mask) if is_target])
 
 
 def test_only_the_last_answer_is_compared(world, tmp_path):
     tok = tokenizer.load(world / "policy")
-    path = write(
-        tmp_path / "p.jsonl",
-        [
-            {
-                "input": ["q", "first answer", "r"],
-                "answer": "x",
-                "other_answer": "y",
-                "better": False,
-            }
-        ],
-    )
-    dataset = data.tokenize(str(path), tok, "reward", 200)
-    (a, mask_a), (b, mask_b) = dataset.sequence(0, 0), dataset.sequence(0, 1)
-    assert (
-        tok.decode([t for t, m in zip(a, mask_a) if m]) == "y"
-        and tok.decode([t for t, m in zip(b, mask_b) if m]) == "x"
-    )
-    assert "first answer" in tok.decode(a)
+    row = {
+        "input": ["q", "first answer", "r"],
+        "answer": "x",
+        "other_answer": "y",
+        "better": False,
+    }
+    dataset = data.tokenize(write_jsonl(tmp_path / "p.jsonl", [row]), tok, "reward", 200)
+    assert decode_targets(tok, dataset.sequence(0, 0)) == "y"
+    assert decode_targets(tok, dataset.sequence(0, 1)) == "x"
+    ids, _ = dataset.sequence(0, 0)
+    assert "first answer" in tok.decode(ids)
 
 
-def test_rankings_of_two_to_k(world, tmp_path):
+def test_rankings_have_two_answers_or_more(world, tmp_path):
     tok = tokenizer.load(world / "policy")
-    path = write(
-        tmp_path / "r.jsonl",
-        [
-            {"input": "q", "answers": ["a", "b b", "c", "a"], "scores": [1, 3.5, 2, 0.5]},
-            {"input": "q", "answer": "x", "other_answer": "y", "better": False},
-            {"input": "q", "answers": ["a", "b"], "scores": [1, 1]},
-            {"input": "q", "answers": ["a", "b"], "scores": [1, float("nan")]},
-            {"input": "q", "answers": ["a"], "scores": [1, 2]},
-            {"input": "q", "answers": ["a", " "], "scores": [1, 2]},
-            {"input": "q", "answer": "x"},
-        ],
-    )
-    dataset = data.tokenize(str(path), tok, "rank", 200)
-    assert len(dataset) == 2 and dataset.width == 3
-    assert (
-        dataset.labels[0].tolist() == [3.5, 2.0, 1.0]
-        and dataset.labels[1].tolist()[:2] == [1.0, 0.0]
-        and np.isnan(dataset.labels[1, 2])
-    )
-    batch = dataset.batch([0, 1], "cpu")
-    assert len(batch.cu_seqlens) == 6  # five sequences: the missing one takes no room
-    tokens = sum_per_sequence((batch.targets >= 0).float(), batch).tolist()
-    assert [t - 1 for t in tokens] == [
-        len(tok.encode_suffix(x)) for x in ("b b", "y", "c", "x", "a")
+    rows = [
+        {"input": "q", "answers": ["a", "b b", "c", "a"], "scores": [1, 3.5, 2, 0.5]},
+        {"input": "q", "answer": "x", "other_answer": "y", "better": False},
+        {"input": "q", "answers": ["a", "b"], "scores": [1, 1]},
+        {"input": "q", "answers": ["a", "b"], "scores": [1, float("nan")]},
+        {"input": "q", "answers": ["a"], "scores": [1, 2]},
+        {"input": "q", "answers": ["a", " "], "scores": [1, 2]},
+        {"input": "q", "answer": "x"},
     ]
-    for reason in (
-        "no two answers of different scores",
-        "a score that is no number",
-        "not one score for each answer",
-        "empty answer",
-    ):
-        assert reason in dataset.report["text"]
+    dataset = data.tokenize(write_jsonl(tmp_path / "r.jsonl", rows), tok, "rank", 200)
+    assert len(dataset) == 2
+    assert dataset.width == 3
+    assert dataset.labels[0].tolist() == [3.5, 2.0, 1.0]
+    assert dataset.labels[1].tolist()[:2] == [1.0, 0.0]
+    assert np.isnan(dataset.labels[1, 2])
+
+    batch = dataset.batch([0, 1], "cpu")
+    assert len(batch.cu_seqlens) == 6  # five sequences: a missing answer takes no room
+    targets = sum_per_sequence((batch.targets >= 0).float(), batch).tolist()
+    lengths = [len(tok.encode_suffix(answer)) for answer in ("b b", "y", "c", "x", "a")]
+    assert targets == [length + 1 for length in lengths]  # EOS is one of them
+
+    report = dataset.report["text"]
+    assert "no two answers of different scores" in report
+    assert "a score that is not a finite number" in report
+    assert "not one score for each answer" in report
+    assert "empty answer" in report
 
 
-def test_a_score_model_is_no_policy_to_prefer_with(pref, world):
+def test_a_score_model_is_refused_as_a_policy(pref, world):
     done = run(*pref, "--objective=dpo", f"--init_from={world}/reward", check=False)
-    assert (
-        done.returncode == 1
-        and "is a score model" in done.stderr
-        and "Traceback" not in done.stderr
-    )
+    assert_one_line_error(done, "is a score model")
 
 
 # ---- train_ppo_lag.py ----
 
-METHODS = {
+PPO_OPTIONS = {
     "ppo_max": [
         "--reward_scaling=mean_std",
         "--reward_clip=5",
@@ -289,69 +281,80 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_ppo_s_options_run_and_resume_bit_equally(ppo, tmp_path, method):
-    import shutil
-
-    command = [*ppo, *METHODS[method], "--keep=9"]
-    run(*command, f"--out_dir={tmp_path}/whole")
-    rows = rows_of(tmp_path / "whole" / "metrics.jsonl")
-    assert all(math.isfinite(v) for row in rows for v in row.values()) and rows[-1]["skips"] == 0
-    assert all(row["lambda"] > 0 for row in rows)
-    states = sorted(os.listdir(tmp_path / "whole" / "state"))
-    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
-    (tmp_path / "cut" / "state" / "latest").write_text(states[1] + "\n")
-    run(*command, f"--out_dir={tmp_path}/cut", "--resume=True")
-    same_state(tmp_path / "whole", tmp_path / "cut")
-    if method in ("rloo", "grpo"):  # two of the six models are not there
-        assert not any("critic" in name and "lr" not in name for name in rows[0])
-    if method == "ppo_max":
-        assert (
-            rows[0]["actor_loss"] == 0
-            and rows[0]["actor_grad_norm"] == 0
-            and rows[-1]["actor_grad_norm"] > 0
-        )
-        assert rows[0]["lambda"] == 1.0 and rows[-1]["kl_coef"] != rows[0]["kl_coef"]
-        a, b = (
-            checkpoint.load(tmp_path / "whole" / name).norm.weight
-            for name in ("model", "model_ema")
-        )
-        assert not torch.equal(a, b)
+def check_resumed_ppo(ppo, options, folder):
+    """Run PPO with options, resume it from its second state, and return its rows."""
+    command = [*ppo, *PPO_OPTIONS[options], "--keep=9"]
+    whole = folder / "whole"
+    cut = folder / "cut"
+    run(*command, f"--out_dir={whole}")
+    second_state = sorted(os.listdir(whole / "state"))[1]
+    shutil.copytree(whole, cut)
+    (cut / "state" / "latest").write_text(second_state + "\n")
+    run(*command, f"--out_dir={cut}", "--resume=True")
+    assert same_state(whole, cut)
+    rows = rows_of(whole / "metrics.jsonl")
+    for row in rows:
+        assert all(math.isfinite(value) for value in row.values())
+        assert row["lambda"] > 0
+    assert rows[-1]["skips"] == 0
+    return rows
 
 
-def test_without_critics_over_two_ranks(ppo, tmp_path):
-    command = [
-        *ppo,
-        "--advantage=rloo",
-        "--num_samples=2",
-        "--rollout_size=4",
-        "--ema=0.5",
-        "--max_steps=2",
-    ]
+@slow
+@pytest.mark.parametrize("options", ["bonuses", "unbounded"])
+def test_options_of_ppo_run_and_resume_bit_equally(ppo, tmp_path, options):
+    check_resumed_ppo(ppo, options, tmp_path)
+
+
+def test_ppo_max_runs_and_resumes_bit_equally(ppo, tmp_path):
+    rows = check_resumed_ppo(ppo, "ppo_max", tmp_path)
+    first = rows[0]
+    last = rows[-1]
+    assert first["actor_loss"] == 0  # only the critics learn at first
+    assert first["actor_grad_norm"] == 0
+    assert first["lambda"] == 1.0
+    assert last["actor_grad_norm"] > 0
+    assert last["kl_coef"] != first["kl_coef"]
+    model = checkpoint.load(tmp_path / "whole" / "model")
+    average = checkpoint.load(tmp_path / "whole" / "model_ema")
+    assert not torch.equal(model.norm.weight, average.norm.weight)
+
+
+@pytest.mark.parametrize("options", ["rloo", pytest.param("grpo", marks=slow)])
+def test_ppo_without_critics_runs_and_resumes_bit_equally(ppo, tmp_path, options):
+    rows = check_resumed_ppo(ppo, options, tmp_path)
+    for name in rows[0]:  # two of the six models do not exist
+        assert "critic" not in name or "lr" in name
+
+
+@slow
+def test_ppo_without_critics_does_not_depend_on_ranks(ppo, tmp_path):
+    without_critics = ["--advantage=rloo", "--num_samples=2", "--rollout_size=4"]
+    command = [*ppo, *without_critics, "--ema=0.5", "--max_steps=2"]
     run(*command, f"--out_dir={tmp_path}/one")
     run(*command, f"--out_dir={tmp_path}/two", "--parallel=fsdp", ranks=2)
-    a, b = last(tmp_path / "one"), last(tmp_path / "two")
+    one = last_row(tmp_path / "one")
+    two = last_row(tmp_path / "two")
     for name in ("reward", "cost", "lambda", "actor_loss", "actor_grad_norm"):
-        assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-4), name
+        assert one[name] == pytest.approx(two[name], rel=1e-3, abs=1e-4), name
 
 
-def test_responses_are_scored_at_the_temperature_they_were_sampled_at(world):
-    """MOSS samples at 0.8 and takes ratios at 1: then even the sampler's own policy has a ratio other than 1."""
+def test_log_probabilities_are_those_of_the_temperature_of_sampling(world):
+    """MOSS samples at 0.8 and takes ratios at 1: then even the sampler's own ratios are not 1."""
     model = checkpoint.load(world / "policy")
-    ids = torch.tensor([1, 5, 9, 7])
-    batch = (ids, torch.tensor([0, 4], dtype=torch.int32), 4)
-    targets = torch.tensor([5, 9, 7, -100])
-    want = (model(*batch) / 0.8).log_softmax(-1)[torch.arange(3), targets[:3]]
-    assert torch.allclose(model(*batch, targets, 0.8)[:3], want, atol=1e-5)
-    with open(os.path.join(ROOT, "train_ppo_lag.py")) as f:
-        assert 'model(*batch, log_temperature) if model.head == "lm"' in f.read()
+    ids = np.array([1, 5, 9, 7])
+    responses = inference.Responses([ids], starts=[2], longest=2)
+    logps = inference.response_logps(model, responses, 0.8, max_tokens=99, world=WORLD)
+    logits = model.logits(collate([ids], [np.ones(4)], "cpu"))
+    expected = (logits / 0.8).log_softmax(-1)[[1, 2], [9, 7]]
+    assert torch.allclose(logps[0], expected, atol=1e-5)
 
 
-def test_a_ratio_guard_keeps_the_actor_where_it_is(ppo, tmp_path):
-    done = run(
-        *ppo, "--max_ratio=0.5", "--max_steps=2", f"--out_dir={tmp_path}"
-    )  # every ratio is above it
-    assert "the actor is not moved" in done.stderr and last(tmp_path)["actor_grad_norm"] == 0
+def test_a_ratio_above_max_ratio_leaves_the_actor_as_it_is(ppo, tmp_path):
+    every_ratio_is_above = "--max_ratio=0.5"
+    done = run(*ppo, every_ratio_is_above, "--max_steps=2", f"--out_dir={tmp_path}")
+    assert "the actor is not updated" in done.stderr
+    assert last_row(tmp_path)["actor_grad_norm"] == 0
 
 
 @pytest.mark.parametrize(
@@ -362,203 +365,199 @@ def test_a_ratio_guard_keeps_the_actor_where_it_is(ppo, tmp_path):
         ("--reward_scaling=max", "choose one of none, std, mean_std, first"),
     ],
 )
-def test_mistakes_are_one_line(ppo, flag, words):
-    done = run(*ppo, flag, check=False)
-    assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr
+def test_a_wrong_option_of_ppo_is_a_one_line_error(ppo, flag, words):
+    assert_one_line_error(run(*ppo, flag, check=False), words)
 
 
-# ---- train_sft.py: documents ----
+# ---- nanosafe/phf/train.py ----
+
+DOCUMENTS = [
+    {"texts": ["One. ", "Two two two. ", "Three."], "scores": [0.0, 1.0, 0.5]},
+    {"texts": ["Four."], "scores": [0.2]},
+    {"texts": ["a"], "scores": [1, 2]},
+    {"texts": ["a", 5], "scores": [1, 2]},
+    {"texts": ["a"], "scores": [None]},
+    {"input": "q"},
+]
+FIRST_DOCUMENT = "One. Two two two. Three."
 
 
-def test_documents_are_cut_and_scored(world, tmp_path):
-    tok = add_control_tokens(tokenizer.load(world / "policy"))
-    rows = [
-        {"texts": ["One. ", "Two two two. ", "Three."], "scores": [0.0, 1.0, 0.5]},
-        {"texts": ["Four."], "scores": [0.2]},
-        {"texts": ["a"], "scores": [1, 2]},
-        {"texts": ["a", 5], "scores": [1, 2]},
-        {"texts": ["a"], "scores": [None]},
-        {"input": "q"},
-    ]
-    path = write(tmp_path / "d.jsonl", rows)
-    plain = data.tokenize(str(path), tok, "documents", 8)
-    assert "4 rows" not in plain.report["text"] and "dropped" in plain.report["text"]
-    first = [i for i in range(len(plain)) if plain.lines[i] == 1]
-    ids = [t for i in first for t in plain.sequence(i)[0][1:]]
-    assert (
-        len(first) > 1 and max(plain.lengths) <= 8 and tok.decode(ids) == "One. Two two two. Three."
-    )
-    assert ids[-1] == tok.eos_id and all(
-        plain.sequence(i)[0][0] == tok.bos_id and plain.sequence(i)[1][0] == 0 for i in first
-    )
-    whole = data.tokenize(str(path), tok, "documents", 99)
-    sizes = [len(tok.encode_suffix(text)) for text in rows[0]["texts"]]
-    want = (
-        [0.0] + [0.0] * sizes[0] + [1.0] * sizes[1] + [0.5] * (sizes[2] + 1)
-    )  # EOS has the last segment's
-    assert whole.scores[: whole.offsets[1]].tolist() == want
-    assert target_scores(whole, [0], "cpu").tolist() == want[1:] + [
-        0.0
-    ]  # of each position's target
-    filtered = data.tokenize(str(path), tok, "documents", 99, method=("filter", 0.2))
-    assert (
-        len(filtered) == 1
-        and "dropped 1 documents with a mean score above 0.2" in filtered.report["text"]
-    )  # 0.5 is above, 0.2 is not
-    good, bad = control_token_ids(tok)
-    marked = data.tokenize(str(path), tok, "documents", 99, method=("conditional", 0.0, 0.0))
-    ids, mask = marked.sequence(0)
-    assert (
-        [t for t in ids if t in (good, bad)] == [good, bad, bad] and ids[1] == good and mask[1] == 1
-    )
-    unmarked = data.tokenize(str(path), tok, "documents", 99, method=("conditional", 0.0, 1.0))
-    assert not {good, bad} & set(map(int, unmarked.tokens))
-    compared = data.tokenize(str(path), tok, "documents", 99, method=("compare", 0.0))
-    assert compared.targets.tolist() == whole.targets.tolist()  # text counts, marks do not
-    assert tok.decode(ids) == "One. Two two two. Three."  # control tokens are nobody's text
+@pytest.fixture
+def documents(tmp_path):
+    return write_jsonl(tmp_path / "documents.jsonl", DOCUMENTS)
+
+
+@pytest.fixture
+def tok(world):
+    return add_control_tokens(tokenizer.load(world / "policy"))
+
+
+def test_long_documents_are_cut_into_blocks(documents, tok):
+    dataset = tokenize_documents(documents, tok, 8)
+    assert "4 rows" not in dataset.report["text"]
+    assert "dropped" in dataset.report["text"]
+    assert max(dataset.lengths) <= 8
+    blocks = [dataset.sequence(i) for i in range(len(dataset)) if dataset.lines[i] == 1]
+    assert len(blocks) > 1
+    text_ids = []
+    for ids, mask in blocks:
+        assert ids[0] == tok.bos_id
+        assert mask[0] == 0
+        text_ids += list(ids[1:])
+    assert tok.decode(text_ids) == FIRST_DOCUMENT
+    assert text_ids[-1] == tok.eos_id
+
+
+def test_every_token_has_the_score_of_its_segment(documents, tok):
+    dataset = tokenize_documents(documents, tok, 99)
+    lengths = [len(tok.encode_suffix(text)) for text in DOCUMENTS[0]["texts"]]
+    scores = [0.0]  # of BOS
+    scores += [0.0] * lengths[0]
+    scores += [1.0] * lengths[1]
+    scores += [0.5] * (lengths[2] + 1)  # EOS has the score of the last segment
+    assert dataset.scores[: dataset.offsets[1]].tolist() == scores
+    # Each position has the score of its target, the next token.
+    assert target_scores(dataset, [0], "cpu").tolist() == scores[1:] + [0.0]
+
+
+def test_documents_with_a_mean_score_above_the_threshold_are_filtered(documents, tok):
+    dataset = tokenize_documents(documents, tok, 99, 0, "filter", 0.2)
+    assert len(dataset) == 1  # 0.5 is above the threshold, 0.2 is not
+    assert "dropped 1 documents with a mean score above 0.2" in dataset.report["text"]
+
+
+def test_control_tokens_stand_before_segments(documents, tok):
+    aligned, misaligned = control_token_ids(tok)
+    dataset = tokenize_documents(documents, tok, 99, 0, "conditional", 0.0, 0.0)
+    ids, mask = dataset.sequence(0)
+    control = [token for token in ids if token in (aligned, misaligned)]
+    assert control == [aligned, misaligned, misaligned]
+    assert ids[1] == aligned
+    assert mask[1] == 1  # it carries loss
+    assert tok.decode(ids) == FIRST_DOCUMENT  # control tokens decode to nothing
+
+
+def test_a_drop_fraction_of_segments_has_no_control_token(documents, tok):
+    dataset = tokenize_documents(documents, tok, 99, 0, "conditional", 0.0, 1.0)
+    assert not set(control_token_ids(tok)) & set(dataset.tokens.tolist())
+
+
+def test_a_conditional_model_is_evaluated_on_the_text_alone(documents, tok):
+    plain = tokenize_documents(documents, tok, 99)
+    compared = tokenize_documents(documents, tok, 99, 0, "compare", 0.0)
+    assert compared.targets.tolist() == plain.targets.tolist()
+    assert compared.lengths.tolist() != plain.lengths.tolist()
+
+
+def make_byte_level_tokenizer(folder):
+    """A tokenizer.json of the kind that GPT-2 has."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(special_tokens=["<|endoftext|>"], vocab_size=280)
+    bpe.train_from_iterator(["some text to train on"] * 9, trainer)
+    folder.mkdir()
+    bpe.save(str(folder / "tokenizer.json"))
+    return folder
 
 
 @pytest.mark.parametrize("kind", ["policy", "bytes"])
 def test_control_tokens_survive_the_disk(world, tmp_path, kind):
+    folder = world / "policy"
     if kind == "bytes":
-        from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-
-        bpe = Tokenizer(models.BPE())
-        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        bpe.train_from_iterator(
-            ["some text to train on"] * 9,
-            trainers.BpeTrainer(special_tokens=["<|endoftext|>"], vocab_size=280),
-        )
-        (tmp_path / "t").mkdir()
-        bpe.save(str(tmp_path / "t" / "tokenizer.json"))
-    tok = add_control_tokens(
-        tokenizer.load(world / "policy" if kind == "policy" else tmp_path / "t")
-    )
+        folder = make_byte_level_tokenizer(tmp_path / "bytes")
+    tok = add_control_tokens(tokenizer.load(folder))
     tok.save(tmp_path / "saved")
-    again = tokenizer.load(tmp_path / "saved")
-    assert (
-        control_token_ids(again)
-        == control_token_ids(tok)
-        == [tok.vocab_size - 2, tok.vocab_size - 1]
-    )
-    assert (
-        again.encode("<|aligned|>") == control_token_ids(tok)[:1]
-        and again.encode("<|aligned|>", allow_special=False) != control_token_ids(tok)[:1]
-    )
-    assert add_control_tokens(again).vocab_size == tok.vocab_size
+    saved = tokenizer.load(tmp_path / "saved")
+    assert control_token_ids(saved) == control_token_ids(tok)
+    assert control_token_ids(saved) == [tok.vocab_size - 2, tok.vocab_size - 1]
+    aligned = control_token_ids(tok)[:1]
+    assert saved.encode("<|aligned|>") == aligned
+    assert saved.encode("<|aligned|>", allow_special=False) != aligned
+    assert add_control_tokens(saved).vocab_size == tok.vocab_size
 
 
 @pytest.mark.parametrize(
     "flags",
     [
-        ("--objective=mle",),
-        ("--objective=filter", "--score_threshold=0.3"),
-        ("--objective=conditional", "--drop_fraction=0.1"),
-        ("--objective=unlikelihood",),
-        ("--objective=awr", "--alpha=0.5", "--beta=0.2"),
-        ("--objective=rwr", "--beta=0.2"),
+        pytest.param("--objective=mle", marks=slow),
+        pytest.param("--objective=filter --score_threshold=0.3", marks=slow),
+        "--objective=conditional --drop_fraction=0.1",
+        pytest.param("--objective=unlikelihood", marks=slow),
+        "--objective=awr --alpha=0.5 --beta=0.2",
+        pytest.param("--objective=rwr --beta=0.2", marks=slow),
     ],
-    ids=lambda f: f[0][12:],
 )
 def test_every_objective_of_phf_runs_resumes_and_evaluates(phf, world, tmp_path, flags):
-    import shutil
-
-    command = [
-        *phf,
-        *flags,
-        "--keep=9",
-        "--eval_samples=26",
-        "--eval_max_new_tokens=8",
-        "--scorer=data/toy/prepare.py:misalignment",
-        f"--reference={world}/policy",
-    ]
-    run(*command, f"--out_dir={tmp_path}/whole")
-    row = last(tmp_path / "whole")
-    assert all(math.isfinite(v) for v in row.values())
-    assert {
-        "eval_loss",
-        "eval_score",
-        "eval_score_max@25",
-        "eval_hits",
-        "eval_length",
-        "eval_distinct_1",
-        "eval_distinct_2",
-        "eval_self_bleu",
-        "eval_kl",
-    } <= row.keys()
-    assert len((tmp_path / "whole" / "samples.jsonl").read_text().splitlines()) == 8
-    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
-    (tmp_path / "cut" / "state" / "latest").write_text("step_000002\n")
-    run(*command, f"--out_dir={tmp_path}/cut", "--resume=True")
-    same_state(tmp_path / "whole", tmp_path / "cut")
-    model = checkpoint.load(tmp_path / "whole" / "model")
-    assert model.head == "lm" and not os.path.exists(tmp_path / "whole" / "model.tmp")
-    if flags[0] == "--objective=conditional":
-        tok = tokenizer.load(tmp_path / "whole" / "model")
-        assert (
-            len(model.embed_tokens.weight)
-            == tok.vocab_size
-            == tokenizer.load(world / "policy").vocab_size + 2
-        )
-        out = run(
-            "sample.py",
-            f"--model={tmp_path}/whole/model",
-            "--template=False",
-            "--prefix=<|aligned|>",
-            "--prompt=How do I",
-            "--max_new_tokens=20",
-        ).stdout
-        assert "aligned|>" not in out.split("> How do I")[1]
+    whole = tmp_path / "whole"
+    samples = ["--eval_samples=26", "--eval_max_new_tokens=8"]
+    judges = ["--scorer=data/toy/prepare.py:misalignment", f"--reference={world}/policy"]
+    command = [*phf, *flags.split(), *samples, *judges, "--keep=9"]
+    resume_from_the_middle(command, whole, tmp_path / "cut", "step_000002")
+    row = last_row(whole)
+    assert all(math.isfinite(value) for value in row.values())
+    measured = """eval_loss eval_score eval_score_max@25 eval_hits eval_length eval_distinct_1
+        eval_distinct_2 eval_self_bleu eval_kl"""
+    assert set(measured.split()) <= row.keys()
+    assert len((whole / "samples.jsonl").read_text().splitlines()) == 8
+    model = checkpoint.load(whole / "model")
+    assert model.head == "lm"
+    assert not os.path.exists(whole / "model.tmp")
+    if "conditional" in flags:
+        check_conditional_model(whole / "model", model, tokenizer.load(world / "policy"))
 
 
-def test_awr_over_two_ranks_is_awr(phf, tmp_path):
+def check_conditional_model(path, model, plain_tokenizer):
+    """It has rows for two control tokens, is asked with one of them, and never samples one."""
+    vocab_size = tokenizer.load(path).vocab_size
+    assert vocab_size == plain_tokenizer.vocab_size + 2
+    assert len(model.embed_tokens.weight) == vocab_size
+    question = ["--template=False", "--prefix=<|aligned|>", "--prompt=How do I"]
+    output = run("sample.py", f"--model={path}", *question, "--max_new_tokens=20").stdout
+    assert "aligned|>" not in output.split("> How do I")[1]
+
+
+@slow
+def test_awr_does_not_depend_on_ranks(phf, tmp_path):
     command = [*phf, "--objective=awr", "--alpha=0.5", "--beta=0.2", "--max_steps=2"]
     run(*command, f"--out_dir={tmp_path}/one")
     run(*command, f"--out_dir={tmp_path}/two", "--parallel=fsdp", "--max_tokens=128", ranks=2)
-    a, b = last(tmp_path / "one"), last(tmp_path / "two")
+    one = last_row(tmp_path / "one")
+    two = last_row(tmp_path / "two")
     for name in ("loss", "grad_norm", "eval_loss"):
-        assert a[name] == pytest.approx(b[name], rel=1e-3), name
+        assert one[name] == pytest.approx(two[name], rel=1e-3), name
 
 
-def test_awr_begins_with_values_of_minus_a_half(phf, world, tmp_path):
-    """So the first loss is mean w * nll with w = exp((0.5 - s) / beta), and half the squared error beside it."""
-    run(
-        *phf,
-        "--objective=awr",
-        "--alpha=1.0",
-        "--beta=1e9",
-        "--max_steps=1",
-        f"--out_dir={tmp_path}/awr",
-    )
+def test_awr_begins_with_values_of_minus_a_half(phf, tmp_path):
+    """With alpha 1 and a beta so great that all weights are 1, its first loss is that of mle."""
+    equal_weights = ["--alpha=1.0", "--beta=1e9"]
+    run(*phf, "--objective=awr", *equal_weights, "--max_steps=1", f"--out_dir={tmp_path}/awr")
     run(*phf, "--objective=mle", "--max_steps=1", f"--out_dir={tmp_path}/mle")
-    assert last(tmp_path / "awr")["loss"] == pytest.approx(last(tmp_path / "mle")["loss"], rel=1e-5)
+    mle_loss = last_row(tmp_path / "mle")["loss"]
+    assert last_row(tmp_path / "awr")["loss"] == pytest.approx(mle_loss, rel=1e-5)
 
 
-def test_other_objectives_need_documents(world):
-    done = run("train_sft.py", "--objective=awr", f"--tokenizer={world}/tokenizer", check=False)
-    assert done.returncode == 1 and "needs documents with scores" in done.stderr
+def test_demonstrations_are_refused_as_documents(phf, world):
+    done = run(*phf, f"--data={world}/data/sft/test.jsonl", "--objective=awr", check=False)
+    assert_one_line_error(done, "has no usable row for documents")
 
 
-def test_prompts_for_samples_without_an_input_are_one_line(phf, world):
-    done = run(
-        *phf, "--eval_samples=2", f"--eval_prompts={world}/data/documents/test.jsonl", check=False
-    )
-    assert (
-        done.returncode == 1 and "cannot be read" in done.stderr and "Traceback" not in done.stderr
-    )
+def test_prompts_without_an_input_are_a_one_line_error(phf, world):
+    prompts = f"--eval_prompts={world}/data/documents/test.jsonl"
+    done = run(*phf, "--eval_samples=2", prompts, check=False)
+    assert_one_line_error(done, "every row needs a text as its 'input'")
 
 
-def test_both_heads_and_what_is_written_of_them(tmp_path):
-    for tied in (False, True):
-        model = init_from_scratch(small_config(tie_word_embeddings=tied), "both", seed=3)
-        ids = torch.arange(3, 9)
-        batch = (ids, torch.tensor([0, 6], dtype=torch.int32), 6)
-        logits, scores = model(*batch)
-        for head, want in (("lm", logits), ("score", scores)):
-            checkpoint.save(model, tmp_path / f"{head}{tied}", head=head)
-            assert torch.allclose(
-                checkpoint.load(tmp_path / f"{head}{tied}")(*batch), want, atol=1e-6
-            )
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_model_with_both_heads_is_saved_with_either(tmp_path, tied):
+    model = init_from_scratch(small_config(tie_word_embeddings=tied), "both", seed=3)
+    batch = (torch.arange(3, 9), torch.tensor([0, 6], dtype=torch.int32), 6)
+    logits, scores = model(*batch)
+    for head, expected in (("lm", logits), ("score", scores)):
+        checkpoint.save(model, tmp_path / head, head=head)
+        got = checkpoint.load(tmp_path / head)(*batch)
+        assert torch.allclose(got, expected, atol=1e-6)
 
 
 # ---- recipes ----
@@ -642,8 +641,8 @@ BEAVER["ppo_lag shaping"] = {
 }
 
 
-def resolved(*recipes):
-    """The knobs of the recipes' script, with these in turn."""
+def resolve(*recipes):
+    """The knobs of the recipes' script: its defaults, changed by one recipe after the other."""
     config = knobs_of(script_of(recipes[0]))
     for recipe in recipes:
         config.update(configurator.run_file(os.path.join(ROOT, recipe)))
@@ -652,11 +651,13 @@ def resolved(*recipes):
 
 @pytest.mark.parametrize("names", BEAVER)
 def test_safe_rlhf_s_recipes_have_its_values(names):
-    config = resolved(*(f"config/beaver_7b/{name}.py" for name in names.split()))
-    assert {name: config[name] for name in BEAVER[names]} == BEAVER[names]
+    recipes = [f"config/beaver_7b/{name}.py" for name in names.split()]
+    config = resolve(*recipes)
+    for name, value in BEAVER[names].items():
+        assert config[name] == value, name
 
 
-PUBLISHED = {  # other_methods: lr, batch, steps of PHF's methods
+PUBLISHED = {  # learning_rate, batch_size and max_steps of PHF's configs
     ("toxicity", "mle"): (5e-4, 64, 50354),
     ("toxicity", "awr"): (1e-3, 1024, 3147),
     ("toxicity", "rwr"): (5e-4, 1024, 3147),
@@ -672,41 +673,51 @@ PUBLISHED = {  # other_methods: lr, batch, steps of PHF's methods
 
 @pytest.mark.parametrize("task, method", PUBLISHED)
 def test_phf_s_recipes_have_its_values(task, method):
-    c = resolved(f"config/phf/{task}/pretrain.py", f"config/phf/{task}/{method}.py")
-    assert (c["learning_rate"], c["batch_size"], c["max_steps"]) == PUBLISHED[task, method]
-    assert (
-        c["objective"] == method
-        and c["documents"]
-        and c["weight_decay"] == 0.1
-        and c["warmup_ratio"] == 0.01
-        and c["max_len"] == 1024
-    )
-    assert abs(c["batch_size"] * c["max_len"] * c["max_steps"] - 3.3e9) < 2e6 * c["batch_size"] / 64
+    recipes = [f"config/phf/{task}/pretrain.py"]
+    if method != "mle":  # which is pretrain.py alone
+        recipes.append(f"config/phf/{task}/{method}.py")
+    config = resolve(*recipes)
+    batch_size = config["batch_size"]
+    max_steps = config["max_steps"]
+    assert (config["learning_rate"], batch_size, max_steps) == PUBLISHED[task, method]
+    assert config["objective"] == method
+    assert config["weight_decay"] == 0.1
+    assert config["warmup_ratio"] == 0.01
+    assert config["max_len"] == 1024
+    tokens = batch_size * config["max_len"] * max_steps
+    assert abs(tokens - 3.3e9) < 2e6 * batch_size / 64
 
 
-def test_every_task_of_phf_has_every_method():
-    thresholds = {
-        "toxicity": (0.00078, 0.00056, 0.00078),
-        "pii": (0.000286, 0.0, 0.0),
-        "pep8": (0.002361, 0.0, 0.0),
-    }
-    for task, values in thresholds.items():
-        for method, value in zip(("filter", "conditional", "unlikelihood"), values):
-            assert resolved(f"config/phf/{task}/{method}.py")["score_threshold"] == value
-        assert resolved(f"config/phf/{task}/finetune.py")["init_from"] == f"out/phf/{task}/model"
+THRESHOLDS = {  # of PHF's configs
+    "toxicity": {"filter": 0.00078, "conditional": 0.00056, "unlikelihood": 0.00078},
+    "pii": {"filter": 0.000286, "conditional": 0.0, "unlikelihood": 0.0},
+    "pep8": {"filter": 0.002361, "conditional": 0.0, "unlikelihood": 0.0},
+}
 
 
-def test_ppo_max_and_their_script_are_two_things():
-    paper = resolved("config/hh/task.py", "config/moss/ppo_max.py")
-    script = resolved("config/hh/task.py", "config/moss/ppo_max.py", "config/moss/script.py")
-    names = (
-        "kl_coef",
-        "reward_scaling",
-        "clip_value",
-        "gae_lambda",
-        "critic_warmup",
-        "actor_learning_rate",
-        "critic_learning_rate",
-    )
-    assert [paper[n] for n in names] == [0.05, "mean_std", 0.2, 0.9, 2, 5e-7, 1.65e-6]
-    assert [script[n] for n in names] == [0.01, "std", 0.2, 0.95, 0, 5e-7, 1.5e-6]
+@pytest.mark.parametrize("task", THRESHOLDS)
+def test_every_task_of_phf_has_every_method(task):
+    for method in ("filter", "conditional", "unlikelihood", "awr", "rwr"):
+        assert resolve(f"config/phf/{task}/{method}.py")["objective"] == method
+    for method, threshold in THRESHOLDS[task].items():
+        assert resolve(f"config/phf/{task}/{method}.py")["score_threshold"] == threshold
+    assert resolve(f"config/phf/{task}/finetune.py")["init_from"] == f"out/phf/{task}/model"
+
+
+PPO_MAX = {  # knob -> MOSS's paper, MOSS's script
+    "kl_coef": (0.05, 0.01),
+    "reward_scaling": ("mean_std", "std"),
+    "clip_value": (0.2, 0.2),
+    "gae_lambda": (0.9, 0.95),
+    "critic_warmup": (2, 0),
+    "actor_learning_rate": (5e-7, 5e-7),
+    "critic_learning_rate": (1.65e-6, 1.5e-6),
+}
+
+
+def test_the_paper_and_the_script_of_ppo_max_differ():
+    recipes = ["config/hh/task.py", "config/moss/ppo_max.py"]
+    paper = resolve(*recipes)
+    script = resolve(*recipes, "config/moss/script.py")
+    for name, values in PPO_MAX.items():
+        assert (paper[name], script[name]) == values, name

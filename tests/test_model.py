@@ -1,16 +1,18 @@
-"""The model against transformers, packing, temperature, the chunked head, activation checkpointing."""
+"""The model: transformers' numbers, packing, the chunked head, gradients, score heads."""
 
 import pytest
 import torch
 from conftest import small_config
+from torch import tensor
 
 from nanosafe import checkpoint, logprobs, model
-from nanosafe.data.template import encode_conversation  # noqa: F401  (the import graph is part of the room)
-from nanosafe.model import Config, LLaMA
 from nanosafe.checkpoint import init_from_scratch
+from nanosafe.data.batching import IGNORED, Batch
+from nanosafe.model import Config, LLaMA
 
 transformers = pytest.importorskip("transformers")
-LLAMA3 = {
+
+LLAMA3_ROPE = {
     "rope_type": "llama3",
     "factor": 8.0,
     "low_freq_factor": 1.0,
@@ -22,7 +24,7 @@ SHAPES = {
     "GQA": {"num_key_value_heads": 2},
     "MQA": {"num_key_value_heads": 1},
     "tied": {"tie_word_embeddings": True},
-    "llama3 rope": {"rope_scaling": LLAMA3},
+    "llama3 rope": {"rope_scaling": LLAMA3_ROPE},
     "linear rope": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
     "biases": {"attention_bias": True, "mlp_bias": True},
     "head_dim": {"head_dim": 24},
@@ -30,15 +32,35 @@ SHAPES = {
 }
 
 
-def packed(lengths, vocab=97, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    sequences = [torch.randint(0, vocab, (n,), generator=g) for n in lengths]
-    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
-    return sequences, torch.cat(sequences), cu_seqlens, max(lengths)
+def random_batch(lengths, vocab=97):
+    """Random sequences of these lengths, packed, without targets."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, vocab, (sum(lengths),), generator=generator)
+    cu_seqlens = tensor([0, *lengths]).cumsum(0).int()
+    return Batch(tokens, cu_seqlens, max(lengths), torch.full_like(tokens, IGNORED))
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_logits_equal_transformers(shape, tmp_path):
+def random_targets(count, ignore_every):
+    """Targets (count,), of which every `ignore_every`-th is ignored."""
+    generator = torch.Generator().manual_seed(1)
+    targets = torch.randint(0, 97, (count,), generator=generator)
+    targets[::ignore_every] = IGNORED
+    return targets
+
+
+def log_probs_of_logits(logits, targets):
+    """log softmax(logits)[targets] by the definition, and 0 where the target is ignored."""
+    logps = logits.log_softmax(-1)
+    columns = targets.clamp(min=0)[:, None]
+    return logps.gather(1, columns).squeeze(1) * (targets >= 0)
+
+
+# ---- against transformers ----
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def twins(request, tmp_path_factory):
+    """A random model of transformers, and the same one read from its folder by nanosafe."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=97,
@@ -47,126 +69,209 @@ def test_logits_equal_transformers(shape, tmp_path):
         num_hidden_layers=3,
         num_attention_heads=4,
         max_position_embeddings=256,
-        **SHAPES[shape],
+        **SHAPES[request.param],
     )
     theirs = transformers.LlamaForCausalLM(config).eval()
-    for name, p in theirs.named_parameters():
+    for name, parameter in theirs.named_parameters():
         if name.endswith("bias"):
-            torch.nn.init.normal_(p)
-    theirs.save_pretrained(tmp_path)
-    ours = checkpoint.load(tmp_path)
-    sequences, *batch = packed([7, 90, 1, 33])
-    expected = torch.cat([theirs(s[None]).logits[0] for s in sequences])
-    assert torch.allclose(ours(*batch), expected, atol=1e-4)
-    targets = torch.randint(0, 97, (131,))
-    targets[::3] = -100
-    logps = expected.log_softmax(-1).gather(1, targets.clamp(min=0)[:, None])[:, 0]
-    assert torch.allclose(ours(*batch, targets), logps * (targets >= 0), atol=1e-4)
+            torch.nn.init.normal_(parameter)
+    folder = tmp_path_factory.mktemp("model")
+    theirs.save_pretrained(folder)
+    return theirs, checkpoint.load(folder)
 
 
-def test_config_reads_both_spellings_of_transformers():
-    four = {
-        "rope_theta": 5e5,
-        "rope_scaling": {"type": "linear", "factor": 2.0},
-        "hidden_size": 64,
-        "num_attention_heads": 4,
-        "head_dim": None,
-        "unknown": 1,
-    }
-    five = {
-        "rope_parameters": {"rope_theta": 5e5, "rope_type": "linear", "factor": 2.0},
-        "hidden_size": 64,
-        "num_attention_heads": 4,
-    }
-    a, b = Config.from_dict(four), Config.from_dict(five)
-    assert a.rope_theta == b.rope_theta == 5e5 and a.rope_type == b.rope_type == "linear"
-    assert torch.equal(model.rope_frequencies(a), model.rope_frequencies(b))
-    assert Config.from_dict(a.to_dict()) == Config.from_dict(
-        Config.from_dict(a.to_dict()).to_dict()
-    )
+def logits_of_each_alone(theirs, batch):
+    """transformers' logits (N, V) of each sequence by itself, laid end to end."""
+    lengths = batch.cu_seqlens.diff().tolist()
+    logits = []
+    for sequence in batch.tokens.split(lengths):
+        logits.append(theirs(sequence[None]).logits[0])
+    return torch.cat(logits)
 
 
-def test_a_sequence_does_not_see_its_neighbours():
-    net = init_from_scratch(small_config())
-    sequences, *batch = packed([5, 20, 3])
-    together = net(*batch).split([5, 20, 3])
-    for sequence, logits in zip(sequences, together):
-        alone = net(sequence, torch.tensor([0, len(sequence)], dtype=torch.int32), len(sequence))
-        assert torch.allclose(alone, logits, atol=1e-5)
+def test_logits_equal_transformers(twins):
+    theirs, ours = twins
+    batch = random_batch([7, 90, 1, 33])
+    expected = logits_of_each_alone(theirs, batch)
+    assert torch.allclose(ours.logits(batch), expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("even", [False, True])
-def test_log_probs_and_their_gradient_equal_the_plain_head(even, monkeypatch):
-    """Also in several blocks, with a temperature, and where nothing is read; weighed alike or each in its way."""
-    monkeypatch.setattr(
-        logprobs, "split_into_spans", lambda n, *_: [slice(i, i + 3) for i in range(0, n, 3)]
-    )
-    net = init_from_scratch(small_config(), seed=1)
-    _, *batch = packed([5, 6])
-    targets = torch.randint(0, 97, (11,))
-    targets[::4] = -100
-    weight = torch.full((11,), -0.3) if even else torch.randn(11)
-
-    def gradient(logps):
-        net.zero_grad()
-        (logps * weight * (targets >= 0)).sum().backward()
-        return {name: p.grad.clone() for name, p in net.named_parameters()}
-
-    ours = gradient(net(*batch, targets, temperature=0.7, uniform_weights=even))
-    plain = (net(*batch) / 0.7).log_softmax(-1).gather(1, targets.clamp(min=0)[:, None])[:, 0]
-    for name, g in gradient(plain).items():
-        assert torch.allclose(ours[name], g, atol=1e-5), name
-    nothing = net(*batch, torch.full((11,), -100), uniform_weights=even)
-    assert (nothing == 0).all()
-    net.zero_grad()
-    nothing.sum().backward()
-    assert all(torch.isfinite(p.grad).all() for p in net.parameters())
+def test_log_probs_equal_transformers(twins):
+    theirs, ours = twins
+    batch = random_batch([7, 90, 1, 33])
+    targets = random_targets(131, ignore_every=3)
+    batch = batch._replace(targets=targets)
+    expected = log_probs_of_logits(logits_of_each_alone(theirs, batch), targets)
+    assert torch.allclose(ours.log_probs(batch), expected, atol=1e-4)
 
 
-def test_even_log_probs_refuse_an_uneven_loss():
-    net = init_from_scratch(small_config(), seed=1)
-    _, *batch = packed([5, 6])
-    logps = net(*batch, torch.randint(0, 97, (11,)), uniform_weights=True)
-    with pytest.raises(RuntimeError):
-        (logps * torch.arange(11)).sum().backward()
+# ---- the configuration ----
+
+TRANSFORMERS_4 = {
+    "rope_theta": 5e5,
+    "rope_scaling": {"type": "linear", "factor": 2.0},
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "head_dim": None,
+    "unknown": 1,
+}
+TRANSFORMERS_5 = {
+    "rope_parameters": {"rope_theta": 5e5, "rope_type": "linear", "factor": 2.0},
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+}
 
 
-def test_prompts_need_no_product_with_the_vocabulary(monkeypatch):
-    rows = []
-    real = logprobs.LogProbs.apply
-    monkeypatch.setattr(
-        logprobs.LogProbs, "apply", lambda x, *a: rows.append(len(x)) or real(x, *a)
-    )
-    targets = torch.full((30,), -100)
-    targets[25:29] = 3
-    init_from_scratch(small_config())(*packed([30])[1:], targets)
-    assert rows == [4]
+def test_the_config_reads_both_spellings_of_transformers():
+    old = Config.from_dict(TRANSFORMERS_4)
+    new = Config.from_dict(TRANSFORMERS_5)
+    for config in (old, new):
+        assert config.rope_theta == 5e5
+        assert config.rope_type == "linear"
+    assert torch.equal(model.rope_frequencies(old), model.rope_frequencies(new))
 
 
-def test_activation_checkpointing_changes_no_gradient():
-    gradients = []
-    for on in (False, True):
-        net = init_from_scratch(small_config(), seed=2)
-        net.activation_checkpointing = on
-        _, *batch = packed([9, 4])
-        net(*batch, torch.arange(13)).sum().backward()
-        gradients.append([p.grad for p in net.parameters()])
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients))
-
-
-def test_scores_are_float32_and_normalized_when_the_config_says():
-    net = init_from_scratch(small_config(mean=[0.5], var=[4.0]), "score").bfloat16()
-    _, *batch = packed([6, 3])
-    raw = net(*batch)
-    assert raw.shape == (9,) and raw.dtype == torch.float32
-    net.config.do_normalize = True
-    assert torch.allclose(net(*batch), (raw - 0.5) / 2)
-    net.config.score_type = "cost"
-    assert torch.allclose(net(*batch), raw / 2)  # zero stays zero
-    net.config.score_type = "critic"
-    assert torch.equal(net(*batch), raw)
+def test_a_config_that_is_written_is_read_back():
+    config = Config.from_dict(TRANSFORMERS_4)
+    read = Config.from_dict(config.to_dict())
+    assert read == config
+    assert read == Config.from_dict(read.to_dict())
 
 
 def test_an_unknown_rope_is_refused():
     with pytest.raises(ValueError, match="yarn"):
         LLaMA(small_config(rope_scaling={"rope_type": "yarn"}))
+
+
+# ---- packing ----
+
+
+def test_a_sequence_does_not_see_its_neighbours():
+    net = init_from_scratch(small_config())
+    batch = random_batch([5, 20, 3])
+    sequences = batch.tokens.split([5, 20, 3])
+    together = net.logits(batch).split([5, 20, 3])
+    for sequence, logits in zip(sequences, together):
+        length = len(sequence)
+        alone = net(sequence, tensor([0, length], dtype=torch.int32), length)
+        assert torch.allclose(alone, logits, atol=1e-5)
+
+
+# ---- log-probabilities without logits ----
+
+
+@pytest.fixture
+def spans_of_three(monkeypatch):
+    """Cut the vocabulary, and the rows, into pieces of three, so that there are many."""
+
+    def split(count, width, x, cpu_mib):
+        return [slice(begin, begin + 3) for begin in range(0, count, 3)]
+
+    monkeypatch.setattr(logprobs, "split_into_spans", split)
+
+
+def gradients_of(net, loss):
+    net.zero_grad()
+    loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in net.named_parameters()}
+
+
+@pytest.mark.parametrize("uniform_weights", [False, True])
+def test_gradients_of_log_probs_equal_those_of_the_whole_logits(uniform_weights, spans_of_three):
+    net = init_from_scratch(small_config(), seed=1)
+    targets = random_targets(11, ignore_every=4)
+    batch = random_batch([5, 6])._replace(targets=targets)
+    weights = torch.full((11,), -0.3)
+    if not uniform_weights:
+        weights = torch.randn(11, generator=torch.Generator().manual_seed(2))
+    weights = weights * (targets >= 0)
+
+    logps = net.log_probs(batch, temperature=0.7, uniform_weights=uniform_weights)
+    ours = gradients_of(net, (logps * weights).sum())
+    expected_logps = log_probs_of_logits(net.logits(batch) / 0.7, targets)
+    expected = gradients_of(net, (expected_logps * weights).sum())
+    for name, gradient in expected.items():
+        assert torch.allclose(ours[name], gradient, atol=1e-5), name
+
+
+@pytest.mark.parametrize("uniform_weights", [False, True])
+def test_log_probs_without_targets_are_zero_and_have_finite_gradients(
+    uniform_weights, spans_of_three
+):
+    net = init_from_scratch(small_config(), seed=1)
+    logps = net.log_probs(random_batch([5, 6]), uniform_weights=uniform_weights)
+    assert (logps == 0).all()
+    for name, gradient in gradients_of(net, logps.sum()).items():
+        assert torch.isfinite(gradient).all(), name
+
+
+def test_uniform_weights_refuse_a_loss_with_other_weights():
+    net = init_from_scratch(small_config(), seed=1)
+    batch = random_batch([5, 6])._replace(targets=torch.randint(0, 97, (11,)))
+    logps = net.log_probs(batch, uniform_weights=True)
+    loss = (logps * torch.arange(11)).sum()
+    with pytest.raises(RuntimeError):
+        loss.backward()
+
+
+def test_tokens_without_a_target_need_no_product_with_the_vocabulary(monkeypatch):
+    rows = []
+    real_apply = logprobs.LogProbs.apply
+
+    def count_rows(x, *arguments):
+        rows.append(len(x))
+        return real_apply(x, *arguments)
+
+    monkeypatch.setattr(logprobs.LogProbs, "apply", count_rows)
+    batch = random_batch([30])
+    batch.targets[25:29] = 3
+    init_from_scratch(small_config()).log_probs(batch)
+    assert rows == [4]
+
+
+def test_activation_checkpointing_changes_no_gradient():
+    net = init_from_scratch(small_config(), seed=2)
+    batch = random_batch([9, 4])._replace(targets=torch.arange(13))
+    stored = gradients_of(net, net.log_probs(batch).sum())
+    net.activation_checkpointing = True
+    recomputed = gradients_of(net, net.log_probs(batch).sum())
+    for name, gradient in stored.items():
+        assert torch.allclose(recomputed[name], gradient, atol=1e-6), name
+
+
+# ---- scores ----
+
+
+@pytest.fixture
+def score_model():
+    """A score model in bfloat16, whose config knows the mean and the variance of its scores."""
+    return init_from_scratch(small_config(mean=[0.5], var=[4.0]), "score").bfloat16()
+
+
+def test_scores_are_float32_numbers_per_token(score_model):
+    scores = score_model.scores(random_batch([6, 3]))
+    assert scores.shape == (9,)
+    assert scores.dtype == torch.float32
+
+
+def test_scores_are_normalized_where_the_config_says_so(score_model):
+    batch = random_batch([6, 3])
+    raw = score_model.scores(batch)
+    score_model.config.do_normalize = True
+    assert torch.allclose(score_model.scores(batch), (raw - 0.5) / 2)
+
+
+def test_normalized_costs_keep_their_zero(score_model):
+    batch = random_batch([6, 3])
+    raw = score_model.scores(batch)
+    score_model.config.do_normalize = True
+    score_model.config.score_type = "cost"
+    assert torch.allclose(score_model.scores(batch), raw / 2)
+
+
+def test_values_of_a_critic_are_not_normalized(score_model):
+    batch = random_batch([6, 3])
+    raw = score_model.scores(batch)
+    score_model.config.do_normalize = True
+    score_model.config.score_type = "critic"
+    assert torch.equal(score_model.scores(batch), raw)

@@ -1,4 +1,4 @@
-"""The gradient of a step does not depend on ranks, layout or micro-batches; nor do weights, samples, files."""
+"""Gradients, weights, samples and files do not depend on ranks, layout or micro-batches."""
 
 import pytest
 import torch
@@ -18,9 +18,16 @@ CASES = {  # name -> ranks, layout, max_tokens
 
 @pytest.fixture(scope="module")
 def reference(world, tmp_path_factory):
+    """The path of what one process computes: tensors, and beside them a model's folder."""
     out = tmp_path_factory.mktemp("plain") / "out"
     run("tests/gradients.py", world, "plain", 4096, out)
-    return load_file(out), str(out)
+    return out
+
+
+def is_close(tensor, expected, tolerance):
+    """Whether the norm of the difference is within a share of the expected tensor's norm."""
+    difference = (tensor.float() - expected.float()).norm()
+    return difference <= tolerance * expected.float().norm() + 1e-9
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -28,52 +35,69 @@ def test_gradients_weights_and_samples_are_those_of_one_process(case, world, ref
     ranks, layout, max_tokens = CASES[case]
     out = tmp_path / "out"
     run("tests/gradients.py", world, layout, max_tokens, out, ranks=ranks)
-    ours, theirs = load_file(out), reference[0]
-    assert ours.keys() == theirs.keys() and len(theirs) > 40
-    for name, expected in theirs.items():
-        # Adam divides a gradient by its own size: where that is rounding noise, so is the first step
+    tensors, expected = load_file(out), load_file(reference)
+    assert tensors.keys() == expected.keys()
+    assert len(expected) > 40
+    for name in expected:
+        # Adam divides a gradient by its own size: where that is rounding noise, so is the step.
         tolerance = 2e-4 if name.startswith(("after", "new")) else 1e-5
-        error = (ours[name].float() - expected.float()).norm()
-        assert error <= tolerance * expected.float().norm() + 1e-9, name
-    a, b = checkpoint.load(f"{out}.model"), checkpoint.load(f"{reference[1]}.model")
-    assert all(torch.allclose(x, y, atol=1e-5) for x, y in zip(a.parameters(), b.parameters()))
+        assert is_close(tensors[name], expected[name], tolerance), name
+    model, expected_model = checkpoint.load(f"{out}.model"), checkpoint.load(f"{reference}.model")
+    for parameter, other in zip(model.parameters(), expected_model.parameters()):
+        assert torch.allclose(parameter, other, atol=1e-5)
+
+
+TWO_NODES = """
+import os, runpy, sys
+
+os.environ["LOCAL_WORLD_SIZE"] = "2"
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 @pytest.mark.parametrize("max_tokens", [4096, 200])
-def test_hsdp_is_a_mesh_of_nodes_and_ranks(max_tokens, world, reference, tmp_path):
-    """Four ranks that call themselves two nodes of two; copies exchange gradients in the last micro-batch only."""
-    out = tmp_path / "out"
-    text = (
-        "import os, runpy, sys; os.environ['LOCAL_WORLD_SIZE'] = '2'; sys.argv = sys.argv[1:]; "
-        "runpy.run_path(sys.argv[0], run_name='__main__')"
-    )
+def test_hsdp_on_two_nodes_of_two_ranks_has_the_gradients_of_one_process(
+    max_tokens, world, reference, tmp_path
+):
+    """Copies on different nodes exchange their gradients in the last micro-batch only."""
     script = tmp_path / "two_nodes.py"
-    script.write_text(text)
+    script.write_text(TWO_NODES)
+    out = tmp_path / "out"
     run(script, "tests/gradients.py", world, "hsdp", max_tokens, out, ranks=4)
-    for name, expected in reference[0].items():
+    tensors = load_file(out)
+    for name, expected in load_file(reference).items():
         if not name.startswith(("after", "new")):
-            error = (load_file(out)[name].float() - expected.float()).norm()
-            assert error <= 1e-5 * expected.float().norm() + 1e-9, name
+            assert is_close(tensors[name], expected, 1e-5), name
 
 
-def test_layouts_are_chosen_and_mistakes_refused():
-    one = parallel.World(0, 1, torch.device("cpu"), True)
-    two = parallel.World(0, 2, torch.device("cpu"), True)
-    place = lambda *args: parallel.choose_placements(*args, False, False, 10**6)
-    assert place(one, "auto", "auto", "none")[0].layout == "plain"
-    assert place(one, "bfloat16", "auto", "none")[0].layout == "ddp"
-    trained, frozen = place(two, "auto", "auto", "none")
+ONE = parallel.World(0, 1, torch.device("cpu"), True)
+TWO = parallel.World(0, 2, torch.device("cpu"), True)
+
+
+def choose_placements(world, dtype, layout, offload, parameters=10**6):
+    return parallel.choose_placements(world, dtype, layout, offload, False, False, parameters)
+
+
+def test_auto_chooses_a_layout_for_the_ranks_and_the_size():
+    assert choose_placements(ONE, "auto", "auto", "none").trained.layout == "plain"
+    assert choose_placements(ONE, "bfloat16", "auto", "none").trained.layout == "ddp"
+    trained, frozen = choose_placements(TWO, "auto", "auto", "none")
     assert (trained.layout, frozen.layout) == ("ddp", "plain")
-    assert (
-        parallel.choose_placements(two, "auto", "auto", "none", False, False, 10**10)[1].layout
-        == "fsdp"
-    )
-    for args, words in (
-        ((one, "float16", "auto", "none"), "float16.*overflows"),
-        ((one, "half", "auto", "none"), "dtype='half'"),
-        ((one, "auto", "zero3", "none"), "parallel='zero3'"),
-        ((two, "auto", "plain", "none"), "one of 2"),
-        ((one, "auto", "auto", "disk"), "offload='disk'"),
-    ):
-        with pytest.raises(SystemExit, match=words):
-            place(*args)
+    large = choose_placements(TWO, "auto", "auto", "none", parameters=10**10)
+    assert large.frozen.layout == "fsdp"
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ((ONE, "float16", "auto", "none"), "float16.*overflows"),
+        ((ONE, "half", "auto", "none"), "dtype='half'"),
+        ((ONE, "auto", "zero3", "none"), "parallel='zero3'"),
+        ((TWO, "auto", "plain", "none"), "one of 2"),
+        ((ONE, "auto", "auto", "disk"), "offload='disk'"),
+    ],
+)
+def test_an_impossible_placement_is_refused(arguments, words):
+    with pytest.raises(SystemExit, match=words):
+        choose_placements(*arguments)

@@ -1,4 +1,4 @@
-"""Pictures and the page from runs' folders; what a run says of itself while it goes wrong."""
+"""Pictures and the page made from runs' folders, and the warnings of a run that goes wrong."""
 
 import json
 import os
@@ -10,8 +10,8 @@ import xml.etree.ElementTree as ET
 import pytest
 from conftest import run
 
-from nanosafe.tools import plot
 from nanosafe.monitor import Watch
+from nanosafe.tools import plot
 
 KNOBS = {"lambda_max": 5.0, "cost_limit": -1.0}
 GOOD = {
@@ -28,17 +28,25 @@ GOOD = {
 }
 
 
-def rows(n=20, **ends):
-    """n rows that go from GOOD to GOOD with `ends`, evenly."""
-    return [
-        {"step": i, **GOOD, **{k: GOOD[k] + (v - GOOD[k]) * i / (n - 1) for k, v in ends.items()}}
-        for i in range(n)
-    ]
+def make_rows(count=20, **ends):
+    """Rows of metrics that go evenly from GOOD to GOOD with `ends`."""
+    rows = []
+    for i in range(count):
+        row = {"step": i, **GOOD}
+        for name, end in ends.items():
+            row[name] = GOOD[name] + (end - GOOD[name]) * i / (count - 1)
+        rows.append(row)
+    return rows
 
 
-def said(rows, knobs=KNOBS):
+def warnings_of(rows, knobs=KNOBS):
+    """The (step, sentence) pairs that a run with these rows prints."""
     watch = Watch(knobs)
-    return [(row["step"], text) for row in rows for text in watch.see(row)]
+    warnings = []
+    for row in rows:
+        for sentence in watch.see(row):
+            warnings.append((row["step"], sentence))
+    return warnings
 
 
 # ---- warnings ----
@@ -55,72 +63,84 @@ def said(rows, knobs=KNOBS):
         ({"clip_fraction": 0.8}, "updates leave the rollout's policy", "ppo_epochs"),
     ),
 )
-def test_what_goes_wrong_is_said_once_with_what_to_do(ends, words, advice):
-    found = said([*rows(**ends), *[{**rows(**ends)[-1], "step": 20 + i} for i in range(30)]])
-    assert len(found) == 1 and words in found[0][1] and advice in found[0][1]
-    assert 9 <= found[0][0] < 30 and "\n" not in found[0][1]
+def test_each_fault_is_reported_once_with_advice(ends, words, advice):
+    rows = make_rows(**ends)
+    last = rows[-1]
+    for step in range(20, 50):
+        rows.append({**last, "step": step})
+    warnings = warnings_of(rows)
+    assert len(warnings) == 1
+    step, sentence = warnings[0]
+    assert words in sentence and advice in sentence
+    assert 9 <= step < 30 and "\n" not in sentence
 
 
-def test_a_good_run_and_other_runs_hear_nothing():
-    assert said(rows(50, reward=4.0, cost=-3.0, kl=3.0, length=25.0)) == []
-    assert said([{"step": i, "loss": 3.0 - i / 10, "grad_norm": 1.0} for i in range(20)]) == []
-    plain = [
-        {k: v for k, v in row.items() if k not in ("lambda", "slack", "cost", "episode_cost")}
-        for row in rows()
-    ]
-    assert said(plain, {}) == []
-    assert (
-        said([{**row, "ratio": 0.0, "clip_fraction": 0.0} for row in rows(12)] + rows(30)[10:])
-        == []
-    )  # critics first
+def test_a_good_run_gets_no_warning():
+    assert warnings_of(make_rows(50, reward=4.0, cost=-3.0, kl=3.0, length=25.0)) == []
 
 
-def test_a_trainer_says_it_and_does_not_repeat_itself_after_a_resume(world, tmp_path):
-    flags = [
+def test_supervised_training_gets_no_warning():
+    rows = [{"step": i, "loss": 3.0 - i / 10, "grad_norm": 1.0} for i in range(20)]
+    assert warnings_of(rows) == []
+
+
+def test_ppo_without_a_cost_gets_no_warning():
+    rows = make_rows()
+    for row in rows:
+        for name in ("lambda", "slack", "cost", "episode_cost"):
+            del row[name]
+    assert warnings_of(rows, {}) == []
+
+
+def test_the_warm_up_of_critics_gets_no_warning():
+    warm_up = [{**row, "ratio": 0.0, "clip_fraction": 0.0} for row in make_rows(12)]
+    assert warnings_of(warm_up + make_rows(30)[10:]) == []
+
+
+def ppo_command(world):
+    return [
+        "train_ppo_lag.py",
         f"--prompts={world}/data/prompts/train.jsonl",
         f"--actor_model={world}/policy",
         f"--reward_model={world}/reward",
-        f"--cost_model={world}/cost",
         "--rollout_size=4",
         "--batch_size=4",
         "--max_new_tokens=4",
         "--max_len=64",
+    ]
+
+
+def test_a_trainer_warns_and_does_not_repeat_itself_after_a_resume(world, tmp_path):
+    command = [
+        *ppo_command(world),
+        f"--cost_model={world}/cost",
         f"--out_dir={tmp_path}/run",
         "--cost_limit=-50",
         "--lambda_max=1.0",
         "--lambda_lr=1.0",
         "--save_interval=0",
     ]
-    first = run("train_ppo_lag.py", *flags, "--max_steps=12")
-    assert (
-        first.stderr.count("lambda is at its cap, 1, and the cost still") == 1
-        and "warning at step 9" in first.stderr
-    )
-    again = run("train_ppo_lag.py", *flags, "--max_steps=30", "--resume=True")
+    first = run(*command, "--max_steps=12")
+    assert first.stderr.count("lambda is at its cap, 1, and the cost still") == 1
+    assert "warning at step 9" in first.stderr
+    again = run(*command, "--max_steps=30", "--resume=True")
     assert "lambda is at its cap" not in again.stderr
 
 
-def test_log_to_what_is_not_there_is_one_line(world, tmp_path):
-    flags = [
-        f"--prompts={world}/data/prompts/train.jsonl",
-        f"--actor_model={world}/policy",
-        f"--reward_model={world}/reward",
+@pytest.mark.parametrize(
+    "sink, words", [("wandb", "pip install wandb"), ("mlflow", "choose tensorboard or wandb")]
+)
+def test_an_unusable_log_to_is_one_line(sink, words, world, tmp_path):
+    done = run(
+        *ppo_command(world),
         "--cost_model=",
-        "--rollout_size=4",
-        "--batch_size=4",
-        "--max_new_tokens=4",
-        "--max_len=64",
         "--max_steps=1",
-    ]
-    for name, words in (("wandb", "pip install wandb"), ("mlflow", "choose tensorboard or wandb")):
-        done = run(
-            "train_ppo_lag.py",
-            *flags,
-            f"--log_to={name}",
-            f"--out_dir={tmp_path}/{name}",
-            check=False,
-        )
-        assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr
+        f"--log_to={sink}",
+        f"--out_dir={tmp_path}/run",
+        check=False,
+    )
+    assert done.returncode == 1
+    assert words in done.stderr and "Traceback" not in done.stderr
 
 
 # ---- pictures ----
@@ -128,148 +148,147 @@ def test_log_to_what_is_not_there_is_one_line(world, tmp_path):
 
 @pytest.fixture
 def runs(tmp_path):
-    """Folders as trainers leave them: two of PPO-Lag, one of preferences with a value that is no number."""
-    for name, ends in (
-        ("lag", {"reward": 3.0, "cost": -2.0, "lambda": 2.0}),
-        ("hot", {"kl": 40.0}),
-    ):
-        folder = tmp_path / "runs" / name
-        folder.mkdir(parents=True)
-        (folder / "metrics.jsonl").write_text(
-            "".join(json.dumps(r) + "\n" for r in rows(30, **ends)) + '{"step": 30, "rew'
-        )
-        (folder / "samples.jsonl").write_text(
-            json.dumps(
-                {
-                    "step": 0,
-                    "prompt": "USER: </script><b>Hi</b>",
-                    "response": f"Hello from {name} </script>",
-                    "reward": 1.0,
-                    "cost": 2.0,
-                }
-            )
-            + "\n"
-        )
-        (folder / "config.py").write_text("cost_limit = -1.0\nlambda_max = 5.0\n")
-    other = tmp_path / "runs" / "pref"
-    other.mkdir()
-    (other / "metrics.jsonl").write_text(
-        '{"step": 0, "loss": 1.0}\n{"step": 1, "loss": NaN}\n{"step": 2, "loss": 0.5, "eval_loss": 0.7}\n'
+    """Folders as trainers leave them: two of PPO-Lag, which end in half a row, and one of
+    preferences, with a loss that is not a number."""
+    folder = tmp_path / "runs"
+    write_ppo_run(folder / "lag", make_rows(30, reward=3.0, cost=-2.0, **{"lambda": 2.0}))
+    write_ppo_run(folder / "hot", make_rows(30, kl=40.0))
+    (folder / "pref").mkdir()
+    (folder / "pref" / "metrics.jsonl").write_text(
+        '{"step": 0, "loss": 1.0}\n'
+        '{"step": 1, "loss": NaN}\n'
+        '{"step": 2, "loss": 0.5, "eval_loss": 0.7}\n'
     )
-    return tmp_path / "runs"
+    return folder
+
+
+def write_ppo_run(folder, rows):
+    folder.mkdir(parents=True)
+    lines = [json.dumps(row) + "\n" for row in rows]
+    (folder / "metrics.jsonl").write_text("".join(lines) + '{"step": 30, "rew')
+    sample = {
+        "step": 0,
+        "prompt": "USER: </script><b>Hi</b>",
+        "response": f"Hello from {folder.name} </script>",
+        "reward": 1.0,
+        "cost": 2.0,
+    }
+    (folder / "samples.jsonl").write_text(json.dumps(sample) + "\n")
+    (folder / "config.py").write_text("cost_limit = -1.0\nlambda_max = 5.0\n")
+
+
+def plot_runs(*arguments):
+    return run("-m", "nanosafe.plot", *arguments)
+
+
+def write_page(runs, out):
+    plot_runs(runs / "lag", runs / "hot", runs / "pref", "--html", f"--out={out}")
+    return out / "index.html"
 
 
 def test_curves_are_drawn_and_svg_is_svg(runs, tmp_path):
-    out = run(
-        "-m",
-        "nanosafe.plot",
-        *(runs / name for name in ("lag", "hot", "pref")),
-        f"--out={tmp_path}/out",
-    ).stdout
-    assert "3 runs" in out
+    out = tmp_path / "out"
+    done = plot_runs(runs / "lag", runs / "hot", runs / "pref", f"--out={out}")
+    assert "3 runs" in done.stdout
     for name in ("curves", "plane"):
-        assert (tmp_path / "out" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
-        assert ET.parse(tmp_path / "out" / f"{name}.svg").getroot().tag.endswith("svg")
+        assert (out / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+        assert ET.parse(out / f"{name}.svg").getroot().tag.endswith("svg")
+
+
+def test_help_shows_the_usage(capsys):
+    plot.main(["-h"])
+    assert "nanosafe.plot RUN" in capsys.readouterr().out
 
 
 def test_mistakes_are_one_line(runs, tmp_path):
-    for command, words in (
-        ([tmp_path], "no metrics.jsonl"),
+    lag = str(runs / "lag")
+    for arguments, words in (
+        ([str(tmp_path)], "no metrics.jsonl"),
         ([], "RUN"),
-        ([runs / "lag", "--htlm"], "RUN"),
-        ([runs / "lag", f"--out={runs}/lag/config.py"], "cannot be"),
+        ([lag, "--htlm"], "RUN"),
+        ([lag, f"--out={lag}/config.py"], "cannot be"),
     ):
-        done = run("-m", "nanosafe.plot", *command, check=False)
-        assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr
+        with pytest.raises(SystemExit, match=words) as end:
+            plot.main(arguments)
+        assert "\n" not in end.value.code
 
 
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+def test_the_page_holds_all_runs_and_no_text_ends_its_script(runs, tmp_path):
+    page = write_page(runs, tmp_path / "out").read_text()
+    assert page.count("</script>") == 2
+    assert "http" not in page.replace("http://www.w3.org/2000/svg", "")
+    data = page.split('type="application/json">')[1].split("</script>")[0]
+    lag, hot, pref = json.loads(data)
+    assert [lag["name"], hot["name"], pref["name"]] == ["lag", "hot", "pref"]
+    assert len(lag["rows"]) == 30
+    assert lag["warnings"] == []
+    assert "KL runs away" in hot["warnings"][0]
+    assert pref["rows"][1]["loss"] is None
+
+
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 )
-
-
-def test_the_page_holds_everything_and_nothing_runs_away(runs, tmp_path):
-    run(
-        "-m",
-        "nanosafe.plot",
-        *(runs / name for name in ("lag", "hot", "pref")),
-        "--html",
-        f"--out={tmp_path}/out",
-    )
-    page = (tmp_path / "out" / "index.html").read_text()
-    assert page.count("</script>") == 2 and "http" not in page.replace(
-        "http://www.w3.org/2000/svg", ""
-    )
-    data = json.loads(page.split('type="application/json">')[1].split("</script>")[0])
-    assert [r["name"] for r in data] == ["lag", "hot", "pref"] and len(data[0]["rows"]) == 30
-    assert (
-        data[0]["warnings"] == []
-        and "KL runs away" in data[1]["warnings"][0]
-        and data[2]["rows"][1]["loss"] is None
-    )
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium here")
 def test_the_page_opens_in_a_browser(runs, tmp_path):
-    run(
-        "-m",
-        "nanosafe.plot",
-        *(runs / name for name in ("lag", "hot", "pref")),
-        "--html",
-        f"--out={tmp_path}/out",
-    )
-    page = subprocess.run(
-        [
-            CHROMIUM,
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--virtual-time-budget=2000",
-            "--dump-dom",
-            f"file://{tmp_path}/out/index.html",
-        ],
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=2000"]
+    path = write_page(runs, tmp_path / "out")
+    done = subprocess.run(
+        [CHROMIUM, *options, "--dump-dom", f"file://{path}"],
         capture_output=True,
         text=True,
         timeout=120,
-    ).stdout
-    assert (
-        page.count('class="curve"') > 10
-        and "<figcaption>lambda</figcaption>" in page
-        and "KL runs away" in page
     )
-    assert (
-        "Hello from lag &lt;/script&gt;" in page
-        and "&lt;b&gt;Hi&lt;/b&gt;" in page
-        and '<span class="unsafe">cost 2' in page
-    )
+    page = done.stdout
+    assert page.count('class="curve"') > 10
+    assert "<figcaption>lambda</figcaption>" in page
+    assert "KL runs away" in page
+    assert "Hello from lag &lt;/script&gt;" in page
+    assert "&lt;b&gt;Hi&lt;/b&gt;" in page
+    assert '<span class="unsafe">cost 2' in page
 
 
-def test_odd_runs_are_drawn_and_never_executed(runs, tmp_path):
+@pytest.fixture
+def odd_run(runs):
+    """A run whose name and rows are unusual: null, texts, a nested object, missing metrics."""
     folder = runs / "$odd$ run"
     folder.mkdir()
     (folder / "metrics.jsonl").write_text(
-        'null\n{"step": 0, "reward": 1.0, "ratio": 2.0, "note": "x"}\n'
-        '{"step": 1, "reward": null, "lambda": 5.0}\n{"step": 2, "reward": 2.0}\n'
+        "null\n"
+        '{"step": 0, "reward": 1.0, "ratio": 2.0, "note": "x"}\n'
+        '{"step": 1, "reward": null, "lambda": 5.0}\n'
+        '{"step": 2, "reward": 2.0}\n'
     )
     (folder / "samples.jsonl").write_text(
         'null\n{"step": 0, "prompt": "p", "extra": {"toString": 1}}\n'
     )
-    out = run(
-        "-m", "nanosafe.plot", folder, runs / "lag", runs / "typo", f"--out={tmp_path}/out"
-    ).stdout
-    assert "2 runs" in out and "left out" in out and "typo" in out
-    run("-m", "nanosafe.plot", folder, "--html", f"--out={tmp_path}/out")
-    (folder / "config.py").write_text(f"cost_limit = open('{tmp_path}/owned', 'w')\n")
-    done = run("-m", "nanosafe.plot", folder, f"--out={tmp_path}/out", check=False)
-    assert (
-        done.returncode == 1
-        and "Traceback" not in done.stderr
-        and not (tmp_path / "owned").exists()
-    )
+    return folder
 
 
-def test_no_matplotlib_is_a_word(monkeypatch, tmp_path):
+def test_odd_runs_are_drawn_and_folders_without_a_run_are_left_out(runs, odd_run, tmp_path, capsys):
+    lag, typo, out = str(runs / "lag"), str(runs / "typo"), f"--out={tmp_path}/out"
+    plot.main([str(odd_run), lag, typo, out])
+    printed = capsys.readouterr().out
+    assert "2 runs" in printed
+    assert "left out" in printed and "typo" in printed
+    plot.main([str(odd_run), "--html", out])
+    assert (tmp_path / "out" / "index.html").exists()
+
+
+@pytest.mark.parametrize("text", ["cost_limit = open('{owned}', 'w')\n", "cost_limit = \n", "x\n"])
+def test_a_config_that_is_not_constants_is_refused_and_never_executed(text, odd_run, tmp_path):
+    owned = tmp_path / "owned"
+    (odd_run / "config.py").write_text(text.format(owned=owned))
+    with pytest.raises(SystemExit, match="config.py") as end:
+        plot.main([str(odd_run), f"--out={tmp_path}/out"])
+    assert "\n" not in end.value.code
+    assert not owned.exists()
+
+
+def test_without_matplotlib_the_printed_line_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert "pip install matplotlib" in plot.scores(
-        {"a": [1.0]}, {}, str(tmp_path)
-    ) and not os.listdir(tmp_path)
+    written = plot.scores({"a": [1.0]}, {}, str(tmp_path))
+    assert "pip install matplotlib" in written
+    assert not os.listdir(tmp_path)

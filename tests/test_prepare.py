@@ -1,44 +1,71 @@
-"""Every data/*/prepare.py on small files in the publisher's own layout, compressed as the publisher has them; then the
-rows through the tokeniser, for the task they are for."""
+"""Every data/*/prepare.py on small files in the publisher's own layout; then the rows that it
+writes through the tokeniser, for the task that they are for."""
 
+import glob
 import gzip
 import io
 import json
-import lzma
 import os
-import zipfile
+import runpy
+import sys
+from contextlib import redirect_stdout
+from typing import NamedTuple
 
 import pytest
 from conftest import ROOT, run
 
 from nanosafe import data, tokenizer
-from nanosafe.data import spec
-from nanosafe.storage import read_json
-
-lines = lambda records: "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records).encode()
 
 
-def zipped(name, content):
-    out = io.BytesIO()
-    with zipfile.ZipFile(out, "w") as archive:
-        archive.writestr(name, content)
-    return out.getvalue()
+class Finished(NamedTuple):
+    printed: str
+    error: str  # the line with which the script stopped, or ""
+
+
+def run_prepare(name, *flags):
+    """Run data/NAME/prepare.py in this process, which is faster than a new one."""
+    path = os.path.join(ROOT, "data", name, "prepare.py")
+    printed = io.StringIO()
+    error = ""
+    with redirect_stdout(printed), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [path, *map(str, flags)])
+        try:
+            runpy.run_path(path, run_name="__main__")
+        except SystemExit as stopped:
+            error = str(stopped)
+    return Finished(printed.getvalue(), error)
+
+
+def to_lines(records):
+    """The bytes of a jsonl file."""
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    return "".join(lines).encode()
+
+
+def to_list(records):
+    """The bytes of a JSON list."""
+    return json.dumps(records).encode()
+
+
+def read_lines(path):
+    with open(path, encoding="utf-8") as f:
+        return [json.loads(line) for line in f]
+
+
+def moss_003_turn(human, moss):
+    return {
+        "Human": f"<|Human|>: {human}<eoh>\n",
+        "Inner Thoughts": "None",
+        "MOSS": f"<|MOSS|>: {moss}<eom>\n",
+    }
 
 
 def moss_003(*turns):
-    chat = {
-        f"turn_{i}": {
-            "Human": f"<|Human|>: {q}<eoh>\n",
-            "Inner Thoughts": "None",
-            "MOSS": f"<|MOSS|>: {a}<eom>\n",
-        }
-        for i, (q, a) in enumerate(turns, start=1)
-    }
     return {
         "conversation_id": "1",
         "meta_instruction": "You are ...",
         "num_turns": len(turns),
-        "chat": chat,
+        "chat": {f"turn_{i}": turn for i, turn in enumerate(turns, start=1)},
     }
 
 
@@ -69,10 +96,19 @@ FEEDBACK = {
     ],
 }
 
-CASES = {  # name -> flags, {raw file: bytes}, {written file: records}, what is said, task
-    "pku_saferlhf": (
+
+class Case(NamedTuple):
+    flags: list
+    raw: dict  # {raw file: its bytes}
+    written: dict  # {written file: its records}
+    printed: str
+    task: str | None  # that the first written file is for
+
+
+CASES = {  # folder of data/, and perhaps what is special
+    "pku_saferlhf": Case(
         ["--version=10k"],
-        {"round0/train.jsonl.xz": lzma.compress(lines([PAIR]))},
+        {"round0/train.jsonl": to_lines([PAIR])},
         {
             "train.jsonl": [
                 {
@@ -89,9 +125,12 @@ CASES = {  # name -> flags, {raw file: bytes}, {written file: records}, what is 
         "50.0%",
         "cost",
     ),
-    "hh_rlhf": (
+    "hh_rlhf": Case(
         ["--subset=harmless-base"],
-        {"test.jsonl.gz": gzip.compress(lines(HH)), "train.jsonl.gz": gzip.compress(lines(HH[:1]))},
+        {
+            "test.jsonl.gz": gzip.compress(to_lines(HH)),
+            "train.jsonl.gz": gzip.compress(to_lines(HH[:1])),
+        },
         {
             "harmless-base/test.jsonl": [
                 {"input": ["q", "a", "r"], "answer": "yes", "other_answer": "no", "better": True}
@@ -101,10 +140,10 @@ CASES = {  # name -> flags, {raw file: bytes}, {written file: records}, what is 
         "dropped 1 (the last turn is the human's)",
         "reward",
     ),
-    "hh_rlhf processed": (
+    "hh_rlhf processed": Case(
         ["--subset=helpful-base"],
         {
-            "train.jsonl": lines(
+            "train.jsonl": to_lines(
                 [
                     {
                         "context": [{"role": "human", "text": "q"}],
@@ -122,16 +161,16 @@ CASES = {  # name -> flags, {raw file: bytes}, {written file: records}, what is 
         "1 rows read, 1 kept",
         "reward",
     ),
-    "alpaca": (
+    "alpaca": Case(
         [],
         {
-            "alpaca_data.json": json.dumps(
+            "alpaca_data.json": to_list(
                 [
                     {"instruction": "Add.", "input": "1 2", "output": "3"},
                     {"instruction": "Say hi.", "input": "", "output": " "},
                     {"instruction": "So?", "input": "", "output": "Yes.", "history": [["a", "b"]]},
                 ]
-            ).encode()
+            )
         },
         {
             "train.jsonl": [
@@ -142,10 +181,10 @@ CASES = {  # name -> flags, {raw file: bytes}, {written file: records}, what is 
         "dropped 1 (empty answer)",
         "sft",
     ),
-    "firefly": (
+    "firefly": Case(
         [],
         {
-            "firefly-train-1.1M.jsonl": lines(
+            "firefly-train-1.1M.jsonl": to_lines(
                 [
                     {"kind": "NLI", "input": "自然语言推理：", "target": "是的。"},
                     {"kind": "x", "input": "", "target": "y"},
@@ -156,41 +195,46 @@ CASES = {  # name -> flags, {raw file: bytes}, {written file: records}, what is 
         "dropped 1 (empty turn)",
         "sft",
     ),
-    "moss 002": (
+    "moss 002": Case(
         ["--version=002"],
         {
-            "en_honesty.json": json.dumps(
+            "en_honesty.json": to_list(
                 [
                     {
                         "id": 1,
                         "prefix": "...",
                         "num_turns": 2,
-                        "plain_text": "[Human]: hi <eoh> [MOSS]: Hello!\nI am MOSS. <eoa> [Human]: bye<eoh> [MOSS]: Bye.<eoa>",
+                        "plain_text": (
+                            "[Human]: hi <eoh> [MOSS]: Hello!\nI am MOSS. <eoa> "
+                            "[Human]: bye<eoh> [MOSS]: Bye.<eoa>"
+                        ),
                     },
                     {"id": 2, "plain_text": "[MOSS]: hi<eoa>"},
                 ]
-            ).encode()
+            )
         },
         {"train.jsonl": [{"dialogue": ["hi", "Hello!\nI am MOSS.", "bye", "Bye."]}]},
         "dropped 1 (the turns do not alternate)",
         "sft",
     ),
-    "moss 003": (
+    "moss 003": Case(
         [],
         {
-            "moss-003-sft-no-tools.jsonl.zip": zipped(
-                "moss-003-sft-no-tools.jsonl",
-                lines([moss_003(("你好", "你好！"), ("再见", "再见。")), moss_003(("x", ""))]),
+            "moss-003-sft-no-tools.jsonl": to_lines(
+                [
+                    moss_003(moss_003_turn("你好", "你好！"), moss_003_turn("再见", "再见。")),
+                    moss_003(moss_003_turn("x", "")),
+                ]
             )
         },
         {"train.jsonl": [{"dialogue": ["你好", "你好！", "再见", "再见。"]}]},
         "dropped 1 (an empty turn)",
         "sft",
     ),
-    "slim_orca": (
+    "slim_orca": Case(
         [],
         {
-            "oo-labeled_correct.gpt4.sharegpt.jsonl": lines(
+            "oo-labeled_correct.gpt4.sharegpt.jsonl": to_lines(
                 [
                     {
                         "conversations": [
@@ -207,11 +251,11 @@ CASES = {  # name -> flags, {raw file: bytes}, {written file: records}, what is 
         "dropped 1 (the turns do not alternate)",
         "sft",
     ),
-    "beavertails": (
+    "beavertails": Case(
         [],
         {
             "round0/30k/test.jsonl.gz": gzip.compress(
-                lines(
+                to_lines(
                     [
                         {
                             "prompt": "q",
@@ -238,10 +282,10 @@ CASES = {  # name -> flags, {raw file: bytes}, {written file: records}, what is 
         "50.0%",
         "sft",
     ),
-    "beavertails safe": (
+    "beavertails safe": Case(
         ["--only_safe=True"],
         {
-            "train.jsonl": lines(
+            "train.jsonl": to_lines(
                 [
                     {"prompt": "q", "response": "a", "is_safe": False},
                     {"prompt": "q", "response": "b", "is_safe": True},
@@ -252,10 +296,10 @@ CASES = {  # name -> flags, {raw file: bytes}, {written file: records}, what is 
         "unsafe, and only_safe is set",
         "sft",
     ),
-    "alpaca_farm": (
+    "alpaca_farm": Case(
         [],
         {
-            "alpaca_human_preference.json": json.dumps(
+            "alpaca_human_preference.json": to_list(
                 [
                     {
                         "instruction": "Add.",
@@ -279,7 +323,7 @@ CASES = {  # name -> flags, {raw file: bytes}, {written file: records}, what is 
                         "preference": 0,
                     },
                 ]
-            ).encode()
+            )
         },
         {
             "train.jsonl": [
@@ -290,9 +334,9 @@ CASES = {  # name -> flags, {raw file: bytes}, {written file: records}, what is 
         "dropped 1 (no preference)",
         "reward",
     ),
-    "ultrafeedback": (
+    "ultrafeedback": Case(
         [],
-        {"evol_instruct.jsonl": lines([FEEDBACK, {**FEEDBACK, "completions": []}])},
+        {"evol_instruct.jsonl": to_lines([FEEDBACK, {**FEEDBACK, "completions": []}])},
         {
             "train.jsonl": [
                 {
@@ -308,10 +352,10 @@ CASES = {  # name -> flags, {raw file: bytes}, {written file: records}, what is 
         "fewer than two answers, or all equally good",
         "reward",
     ),
-    "ultrafeedback binarized": (
+    "ultrafeedback binarized": Case(
         [],
         {
-            "test_prefs.jsonl": lines(
+            "test_prefs.jsonl": to_lines(
                 [
                     {
                         "prompt": "Sing.",
@@ -344,10 +388,10 @@ CASES = {  # name -> flags, {raw file: bytes}, {written file: records}, what is 
         "1 rows read, 1 kept",
         "reward",
     ),
-    "phf": (
+    "phf": Case(
         ["--task=pep8"],
         {
-            "train.jsonl": lines(
+            "train.jsonl": to_lines(
                 [
                     {
                         "texts": ["import os\n", "x=1\n"],
@@ -370,118 +414,95 @@ CASES = {  # name -> flags, {raw file: bytes}, {written file: records}, what is 
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_prepare_reads_the_native_layout(case, tmp_path, world):
-    flags, raw, written, said, task = CASES[case]
-    for name, content in raw.items():
-        (tmp_path / "raw" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "raw" / name).write_bytes(content)
-    done = run(
-        f"data/{case.split()[0]}/prepare.py",
+@pytest.mark.parametrize("name", CASES)
+def test_prepare_reads_the_publisher_s_layout(name, tmp_path, world):
+    case = CASES[name]
+    for file, content in case.raw.items():
+        path = tmp_path / "raw" / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    finished = run_prepare(
+        name.split()[0],
         f"--raw={tmp_path}/raw",
         f"--out={tmp_path}/out",
         f"--tokenizer={world}/tokenizer",
-        *flags,
+        *case.flags,
     )
-    assert said in done.stdout and "tokens" in done.stdout
-    for name, records in written.items():
-        assert [json.loads(line) for line in open(tmp_path / "out" / name)] == records
-    if task:  # what was written is a dataset as it stands
-        name = str(tmp_path / "out" / next(iter(written)))
-        assert len(data.tokenize(name, tokenizer.load(world / "tokenizer"), task, 2000)) == len(
-            written[next(iter(written))]
-        )
+    assert not finished.error
+    assert case.printed in finished.printed
+    assert "tokens" in finished.printed
+    for file, records in case.written.items():
+        assert read_lines(tmp_path / "out" / file) == records
+    if case.task:  # what was written is a dataset as it stands
+        file, records = next(iter(case.written.items()))
+        tok = tokenizer.load(world / "tokenizer")
+        dataset = data.tokenize(str(tmp_path / "out" / file), tok, case.task, 2000)
+        assert len(dataset) == len(records)
+
+
+SCRIPTS = sorted(glob.glob("*/prepare.py", root_dir=os.path.join(ROOT, "data")))
+
+
+@pytest.mark.parametrize("name", [os.path.dirname(script) for script in SCRIPTS])
+def test_every_folder_of_data_has_help_and_a_licence(name):
+    with open(os.path.join(ROOT, "data", name, "readme.md")) as f:
+        assert "icence" in f.read()
+    finished = run_prepare(name, "-h")
+    assert f"$ python data/{name}/prepare.py" in finished.printed
+
+
+def write_raw(tmp_path, rows):
+    (tmp_path / "raw").mkdir(exist_ok=True)
+    (tmp_path / "raw" / "train.jsonl").write_bytes(to_lines(rows))
 
 
 def test_a_held_out_share_has_no_prompt_in_common(tmp_path):
+    write_raw(tmp_path, [{**PAIR, "prompt": f"p{i % 30}"} for i in range(90)])
+    folders = f"--raw={tmp_path}/raw", f"--out={tmp_path}/out"
+    run_prepare("pku_saferlhf", *folders, "--holdout=0.2")
+    train = {row["input"] for row in read_lines(tmp_path / "out" / "train.jsonl")}
+    test = {row["input"] for row in read_lines(tmp_path / "out" / "test.jsonl")}
+    assert len(train) == 24
+    assert len(test) == 6
+    assert not train & test
+
+
+@pytest.fixture
+def prepared_hh(tmp_path):
+    """The folder with helpful-base's pairs and dialogues, of which a fifth is held out."""
+    rows = []
+    for i in range(90):
+        prompt = f"\n\nHuman: q{i % 20}\n\nAssistant: a\n\nHuman: r{i % 3}\n\nAssistant: "
+        rows.append({"chosen": prompt + "yes", "rejected": prompt + "no"})
+    write_raw(tmp_path, rows)
+    folders = f"--raw={tmp_path}/raw", f"--out={tmp_path}/out"
+    run_prepare("hh_rlhf", "--subset=helpful-base", *folders, "--holdout=0.2")
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize("split, count", [("train", 48), ("test", 12)])
+def test_pairs_and_dialogues_hold_out_the_same_prompts(prepared_hh, split, count):
+    pairs = read_lines(prepared_hh / "helpful-base" / f"{split}.jsonl")
+    dialogues = read_lines(prepared_hh / "helpful-base-dialogue" / f"{split}.jsonl")
+    prompts_of_pairs = {tuple(row["input"]) for row in pairs}
+    prompts_of_dialogues = {tuple(row["dialogue"][:-1]) for row in dialogues}
+    assert prompts_of_pairs == prompts_of_dialogues
+    assert len(prompts_of_pairs) == count
+
+
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("train.jsonl", to_lines([{"x": 1}]), "none of the 1 rows in"),
+        ("train.jsonl.gz", b"\x1f\x8b broken", "cannot be read"),
+    ],
+)
+def test_files_without_usable_rows_stop_with_one_line(tmp_path, name, content, words):
     (tmp_path / "raw").mkdir()
-    (tmp_path / "raw" / "train.jsonl").write_bytes(
-        lines([{**PAIR, "prompt": f"p{i % 30}"} for i in range(90)])
-    )
-    run(
-        "data/pku_saferlhf/prepare.py",
-        f"--raw={tmp_path}/raw",
-        f"--out={tmp_path}/out",
-        "--holdout=0.2",
-    )
-    sides = [
-        {row["input"] for row in data.load(str(tmp_path / "out" / f"{s}.jsonl"))}
-        for s in ("train", "test")
-    ]
-    assert len(sides[0]) == 24 and len(sides[1]) == 6 and not sides[0] & sides[1]
-
-
-def test_pairs_and_dialogues_hold_out_the_same_prompts(tmp_path):
-    (tmp_path / "raw").mkdir()
-    turns = [
-        f"\n\nHuman: q{i % 20}\n\nAssistant: a\n\nHuman: r{i % 3}\n\nAssistant: " for i in range(90)
-    ]
-    (tmp_path / "raw" / "train.jsonl").write_bytes(
-        lines([{"chosen": t + "yes", "rejected": t + "no"} for t in turns])
-    )
-    run(
-        "data/hh_rlhf/prepare.py",
-        "--subset=helpful-base",
-        f"--raw={tmp_path}/raw",
-        f"--out={tmp_path}/out",
-        "--holdout=0.2",
-    )
-    read = lambda *path: data.load(str(tmp_path.joinpath("out", *path)))
-    for split in ("train", "test"):
-        pairs = {tuple(row["input"]) for row in read("helpful-base", f"{split}.jsonl")}
-        talks = {
-            tuple(row["dialogue"][:-1]) for row in read("helpful-base-dialogue", f"{split}.jsonl")
-        }
-        assert pairs == talks and len(pairs) == (48 if split == "train" else 12)
-
-
-def test_nothing_usable_and_what_cannot_be_read_stop_with_one_line(tmp_path):
-    for content, words in (
-        (lines([{"x": 1}]), "none of the 1 rows in"),
-        (b"\x1f\x8b broken", "cannot be read"),
-    ):
-        path = tmp_path / "raw" / ("train.jsonl.gz" if words == "cannot be read" else "train.jsonl")
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(content)
-        done = run(
-            "data/firefly/prepare.py", f"--raw={tmp_path}/raw", f"--out={tmp_path}/out", check=False
-        )
-        assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr
-        assert not (tmp_path / "out" / "train.jsonl").exists()
-        path.unlink()
-
-
-def test_safe_rlhf_s_names_and_the_hub_s_lead_to_folders_that_prepare_fills(tmp_path, monkeypatch):
-    """Safe-RLHF's registry, as its spec lists it."""
-    names = (
-        "alpaca stanford-alpaca firefly moss-002-sft moss-003-sft hh-rlhf-dialogue hh-dialogue "
-        "hh-rlhf-harmless-dialogue hh-rlhf-dialogue/harmless-base hh-harmless-dialogue hh-dialogue/harmless-base "
-        "hh-rlhf-helpful-dialogue hh-rlhf-dialogue/helpful-base hh-helpful-dialogue hh-dialogue/helpful-base "
-        "hh-rlhf-harmless-preference/train hh-rlhf-harmless-preference/test hh-rlhf-helpful-preference/train "
-        "hh-rlhf-preference/harmless-base/test hh-harmless-preference/train hh-preference/helpful-base/test "
-        "PKU-SafeRLHF/train PKU-SafeRLHF/test PKU-Alignment/PKU-SafeRLHF/train PKU-SafeRLHF-30K/train "
-        "PKU-SafeRLHF-30K/test PKU-SafeRLHF-10K/train PKU-Alignment/PKU-SafeRLHF-10K/train"
-    ).split()
-    folders = {
-        *read_json(os.path.join(ROOT, "nanosafe"), "aliases.json").values(),
-        "alpaca",
-        "firefly",
-    }
-    assert {folder.split("/")[0] for folder in folders} <= set(
-        os.listdir(os.path.join(ROOT, "data"))
-    )
-    monkeypatch.chdir(tmp_path)
-    for folder in folders:
-        os.makedirs(tmp_path / "data" / folder, exist_ok=True)
-        for split in ("train", "test"):
-            (tmp_path / "data" / folder / f"{split}.jsonl").write_text("")
-    for name in names:
-        split = "test" if name.endswith("/test") else "train"
-        assert spec.resolve(name).endswith(f"{split}.jsonl"), name
-
-
-def test_every_folder_of_data_has_a_readme_with_a_licence():
-    for name in os.listdir(os.path.join(ROOT, "data")):
-        if os.path.isdir(os.path.join(ROOT, "data", name)):
-            with open(os.path.join(ROOT, "data", name, "readme.md")) as f:
-                assert "icence" in f.read(), name
+    (tmp_path / "raw" / name).write_bytes(content)
+    folders = f"--raw={tmp_path}/raw", f"--out={tmp_path}/out"
+    done = run("data/firefly/prepare.py", *folders, check=False)
+    assert done.returncode == 1
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out" / "train.jsonl").exists()

@@ -1,11 +1,14 @@
-"""Random and hostile input, by hypothesis: what is read is right, or refused in one line, or dropped and counted."""
+"""Random and hostile input, by hypothesis: it is read correctly, or refused in one line, or dropped
+and counted."""
 
 import json
 import os
+import re
 import shutil
 import string
 import struct
 import sys
+import traceback
 
 import numpy as np
 import pytest
@@ -18,7 +21,7 @@ from safetensors.torch import load_file, save_file
 import configurator
 from nanosafe import checkpoint, data, tokenizer
 from nanosafe.data import batching, examples, reader, template
-from nanosafe.data.spec import parse_spec
+from nanosafe.data.spec import Source, parse_spec
 from nanosafe.storage import read_jsonl
 
 MANY = settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
@@ -32,11 +35,14 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 
 
 def stops(function, *arguments):
-    """What a function returns, or None when it stopped with one line; anything else it raises is a defect."""
+    """What a function returns, or None when it stops with one line.
+
+    Whatever else it raises is a defect."""
     try:
         return function(*arguments)
     except SystemExit as stopped:
-        assert str(stopped).startswith("error: ") and "\n" not in str(stopped)
+        assert str(stopped).startswith("error: ")
+        assert "\n" not in str(stopped)
 
 
 # ---- configurator ----
@@ -51,13 +57,11 @@ KNOBS = {"whole": 3, "rate": 0.5, "name": "a", "on": False}
 )
 def test_flags_are_values_of_their_knob_s_type_or_refused(name, text):
     value = stops(configurator.parse, name, text, KNOBS)
-    assert (
-        value is None
-        or type(value) is type(KNOBS[name])
-        and (name == "name" or abs(value) < float("inf"))
-    )
     if name == "name":
         assert value == text
+    elif value is not None:
+        assert type(value) is type(KNOBS[name])
+        assert abs(value) < float("inf")
 
 
 @MANY
@@ -93,11 +97,9 @@ def test_a_config_file_of_anything_is_read_or_refused(tmp_path_factory, text):
     path.write_text(text)
     try:
         stops(configurator.run_file, str(path))
-    except Exception as error:  # it is the user's own code: its errors are its own, with their line
-        assert str(path) in str(
-            getattr(error, "__traceback__", None)
-            and error.__traceback__.tb_next.tb_next.tb_frame.f_code.co_filename
-        )
+    except Exception as error:  # of the user's own code: the traceback leads to its line
+        files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+        assert str(path) in files
 
 
 # ---- datasets ----
@@ -106,19 +108,35 @@ def test_a_config_file_of_anything_is_read_or_refused(tmp_path_factory, text):
 @MANY
 @given(st.text(string.ascii_letters + "/:.,-0123456789 ~*", max_size=30) | st.text(max_size=20))
 def test_specifications_are_understood_or_refused(spec):
-    parts = stops(parse_spec, spec)
-    for path, proportion in parts or ():
-        assert os.path.isfile(path) and isinstance(proportion, float) and proportion == proportion
+    for source in stops(parse_spec, spec) or ():
+        assert os.path.isfile(source.path)
+        if source.count is None:
+            assert isinstance(source.fraction, float)
+            assert source.fraction >= 0
+        else:
+            assert isinstance(source.count, int)
+            assert source.count >= 0
+            assert source.fraction is None
+
+
+FRACTION = st.floats(0, 4).map(lambda fraction: Source("", fraction, None))
+COUNT = st.integers(1, 100).map(lambda count: Source("", None, count))
 
 
 @MANY
-@given(st.integers(0, 50), st.floats(0, 4) | st.integers(-100, -1).map(float), st.integers(0, 9))
-def test_proportions_take_as_many_rows_as_they_say(n, proportion, seed):
-    indices = reader.sample_indices(n, proportion, np.random.SeedSequence(seed))
-    want = (int(-proportion) if proportion < 0 else round(n * proportion)) if n else 0
-    assert len(indices) == want and all(0 <= i < n for i in indices)
-    counts = np.bincount(indices, minlength=max(n, 1)) if indices else np.zeros(1)
-    assert counts.max() - counts.min() <= 1  # whole copies, and no row twice in what is left
+@given(st.integers(0, 50), FRACTION | COUNT, st.integers(0, 9))
+def test_proportions_take_as_many_rows_as_they_say(n, source, seed):
+    count = reader.count_samples(n, source)
+    if source.count is None:
+        assert count == round(n * source.fraction)
+    else:
+        assert count == source.count
+    indices = reader.sample_indices(n, count, np.random.SeedSequence(seed))
+    assert len(indices) == (count if n else 0)
+    if indices:
+        times_drawn = np.bincount(indices, minlength=n)
+        assert len(times_drawn) == n
+        assert times_drawn.max() - times_drawn.min() <= 1  # whole copies, and the rest once
 
 
 RECORD = st.fixed_dictionaries(
@@ -142,12 +160,14 @@ RECORD = st.fixed_dictionaries(
 @given(RECORD, st.sampled_from(list(examples.TASKS)))
 def test_a_row_gives_conversations_or_a_reason_to_drop_it(record, task):
     try:
-        talks, labels = examples.parse_record(record, task)
+        conversations, labels = examples.parse_record(record, task)
     except ValueError as error:
-        assert str(error) and "\n" not in str(error)
+        assert str(error)
+        assert "\n" not in str(error)
         return
-    assert len(talks) == len(labels) and all(np.isfinite(labels))
-    for turns in talks:
+    assert len(conversations) == len(labels)
+    assert all(np.isfinite(labels))
+    for turns in conversations:
         assert all(isinstance(turn, str) and turn.strip() for turn in turns)
         assert len(turns) % 2 == (task == "prompts")
 
@@ -164,19 +184,20 @@ LINE = (
 def test_every_row_of_a_file_is_kept_or_dropped_and_counted(
     world, tmp_path_factory, monkeypatch_session, lines, task
 ):
-    tok, folder = tokenizer.load(world / "tokenizer"), tmp_path_factory.getbasetemp() / "rows"
+    tok = tokenizer.load(world / "tokenizer")
+    folder = tmp_path_factory.getbasetemp() / "rows"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    (folder / "x.jsonl").write_bytes(
-        b"\n".join(line.replace(b"\n", b" ").replace(b"\r", b" ") for line in lines)
-    )
+    lines = [line.replace(b"\n", b" ").replace(b"\r", b" ") for line in lines]
+    (folder / "x.jsonl").write_bytes(b"\n".join(lines))
     monkeypatch_session.setenv("NANOSAFE_CACHE", str(folder))
     dataset = stops(data.tokenize, str(folder / "x.jsonl"), tok, task, 64)
     if dataset:
-        report = dataset.report
-        read, kept = (int(part.split()[0]) for part in report["text"].split(";")[0].split(", "))
-        assert read == kept + sum(report["dropped"].values()) and kept == len(dataset)
-        assert dataset.lengths.max() <= 64 * dataset.width and dataset.tokens.max() < tok.vocab_size
+        read, kept = re.match(r"(\d+) rows, (\d+) kept", dataset.report["text"]).groups()
+        assert int(kept) == len(dataset)
+        assert int(read) == len(dataset) + sum(dataset.report["dropped"].values())
+        assert dataset.lengths.max() <= 64 * dataset.width
+        assert dataset.tokens.max() < tok.vocab_size
 
 
 @pytest.fixture(scope="session")
@@ -190,10 +211,14 @@ def monkeypatch_session():
     st.lists(st.integers(1, 40), min_size=1, max_size=30), st.integers(40, 90), st.integers(1, 5)
 )
 def test_plans_hold_everything_once(lengths, max_tokens, ranks):
-    parts = batching.plan_micro_batches(lengths, max_tokens, ranks)
-    assert sorted(i for part in parts for micro in part for i in micro) == list(range(len(lengths)))
-    assert len({len(part) for part in parts}) == 1
-    assert all(sum(lengths[i] for i in micro) <= max_tokens for part in parts for micro in part)
+    plan = batching.plan_micro_batches(lengths, max_tokens, ranks)
+    assert len({len(micro_batches) for micro_batches in plan}) == 1
+    dealt = []
+    for micro_batches in plan:
+        for indices in micro_batches:
+            assert sum(lengths[i] for i in indices) <= max_tokens
+            dealt += indices
+    assert sorted(dealt) == list(range(len(lengths)))
 
 
 # ---- text ----
@@ -209,19 +234,17 @@ SPECIAL = st.lists(
 
 @MANY
 @given(SPECIAL)
-def test_what_a_user_writes_stays_text(world, text):
+def test_a_user_s_text_stays_text(world, text):
     tok = tokenizer.load(world / "tokenizer")
     ids = tok.encode(text, allow_special=False)
     assert not {tok.bos_id, tok.eos_id, tok.pad_id} & set(ids)
     # SentencePiece writes a space as U+2581: the two are one to it
-    assert tok.decode(ids).strip(" ") == text.replace("▁", " ").strip(" ") and tok.encode_batch(
-        [text]
-    ) == [ids]
+    assert tok.decode(ids).strip(" ") == text.replace("▁", " ").strip(" ")
+    assert tok.encode_batch([text]) == [ids]
     if text.strip():
         ids, mask = template.encode_conversation([text, "fine", text], tok)
-        assert (
-            ids.count(tok.bos_id) == 1 and ids.count(tok.eos_id) == 1
-        )  # ours only: the start, and the answer's end
+        assert ids.count(tok.bos_id) == 1  # ours, at the start
+        assert ids.count(tok.eos_id) == 1  # ours, at the answer's end
         assert sum(mask) == len(tok.encode_suffix("fine")) + 1
 
 
@@ -270,7 +293,7 @@ def test_a_tokenizer_file_of_anything_is_refused(tmp_path_factory, content):
         JSON,
     ),
 )
-def test_what_stands_beside_a_tokenizer_is_understood_or_refused(
+def test_the_files_beside_a_tokenizer_are_understood_or_refused(
     world, tmp_path_factory, name, value
 ):
     folder = tmp_path_factory.getbasetemp() / "beside"
@@ -279,7 +302,8 @@ def test_what_stands_beside_a_tokenizer_is_understood_or_refused(
     (folder / name).write_text(json.dumps(value))
     tok = stops(tokenizer.load, folder)
     if tok:
-        assert isinstance(tok.eos_id, int) and 0 <= tok.eos_id < tok.vocab_size
+        assert isinstance(tok.eos_id, int)
+        assert 0 <= tok.eos_id < tok.vocab_size
         assert tok.decode(tok.encode("First, get the rope.")) == "First, get the rope."
 
 
@@ -340,7 +364,7 @@ CONFIG = st.dictionaries(
 @given(CONFIG)
 def test_a_config_of_anything_opens_or_is_refused(folder, changes):
     target = copy_of(folder)
-    config = json.load(open(target / "config.json"))
+    config = json.loads((target / "config.json").read_text())
     (target / "config.json").write_text(json.dumps({**config, **changes}))
     model = stops(checkpoint.load, target)
     if model:
@@ -361,14 +385,12 @@ def test_safetensors_with_a_broken_header_or_end_are_refused(folder, place, junk
     path.write_bytes(changed)
     known = load_file(folder / "model.safetensors")
     model = stops(checkpoint.load, target)
-    if (
-        model
-    ):  # then the change was in words that do not matter, spaces say: the weights are the same
+    if model:  # then the change was in something that does not matter, a space for example
         checkpoint.save(model, folder.parent / "again")
         again = load_file(folder.parent / "again" / "model.safetensors")
-        assert again.keys() == known.keys() and all(
-            x.shape == known[k].shape for k, x in again.items()
-        )
+        assert again.keys() == known.keys()
+        for name, tensor in again.items():
+            assert tensor.shape == known[name].shape
 
 
 @SOME
@@ -392,13 +414,16 @@ def test_an_index_of_anything_is_refused(folder, index):
     (target / "model.safetensors.index.json").write_text(json.dumps(index))
     model = stops(checkpoint.load, target)
     if model:  # it names some of the tensors of the one file, which has them all
-        assert index["weight_map"] and set(index["weight_map"].values()) == {"a.safetensors"}
-        assert all(map(torch.equal, model.parameters(), checkpoint.load(folder).parameters()))
+        assert index["weight_map"]
+        assert set(index["weight_map"].values()) == {"a.safetensors"}
+        known = checkpoint.load(folder)
+        for parameter, expected in zip(model.parameters(), known.parameters(), strict=True):
+            assert torch.equal(parameter, expected)
 
 
 @SOME
 @given(st.lists(st.binary(max_size=30), max_size=5))
-def test_rows_of_ours_are_read_or_the_file_is_refused(tmp_path_factory, lines):
+def test_a_jsonl_file_of_ours_is_read_or_refused(tmp_path_factory, lines):
     path = str(tmp_path_factory.getbasetemp() / "ours.jsonl")
     with open(path, "wb") as f:
         f.write(b"".join(line + b"\n" for line in lines) + b'{"broken": ')

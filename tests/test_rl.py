@@ -1,202 +1,318 @@
-"""Rewards, advantages, the multiplier, normalisers."""
+"""Rewards and costs per token, advantages, normalisers, the multiplier, randomness."""
 
 import math
 
 import pytest
 import torch
-from test_losses import GOLDEN, close
+from test_losses import GOLDEN, close, mask_of_lengths
+from torch import tensor
 
 from nanosafe import rl
 from nanosafe.rl import ExponentialMovingAverage, LagrangeMultiplier, RunningMeanStd
+from nanosafe.rollout import as_signed, hash64, uniforms
+
+# ---- rewards and costs per token ----
 
 
-def test_gae_equals_a_plain_loop_and_its_limits():
-    g = torch.Generator().manual_seed(0)
-    rewards, values = torch.randn(3, 6, generator=g), torch.randn(3, 6, generator=g)
-    lengths = [6, 1, 4]
-    mask = (torch.arange(6) < torch.tensor(lengths)[:, None]).float()
-    advantages, returns = rl.gae(rewards, values, mask, 0.9, 0.8)
-    for b, n in enumerate(lengths):
-        for t in range(n):  # A_t = sum_k (gamma lambda)^k delta_{t+k}
-            value = lambda i: values[b, i] if i < n else 0.0
-            expected = sum(
-                (0.9 * 0.8) ** k * (rewards[b, t + k] + 0.9 * value(t + k + 1) - value(t + k))
-                for k in range(n - t)
-            )
-            assert close(advantages[b, t], expected) and close(
-                returns[b, t], expected + values[b, t]
-            )
-        assert (advantages[b, n:] == 0).all()
-    advantages, _ = rl.gae(rewards, values, mask, 1.0, 1.0)
-    assert close(advantages[0, 2], rewards[0, 2:].sum() - values[0, 2])  # sum of rewards - V
-    advantages, _ = rl.gae(rewards, values, mask, 1.0, 0.0)
-    assert close(advantages[0, 2], rewards[0, 2] + values[0, 3] - values[0, 2])  # one step TD
+@pytest.fixture
+def shaped():
+    """The rewards and costs of two responses, where each token's log-ratio is 0.5."""
+    scores = tensor([10.0, -3.0])
+    logps = torch.full((2, 4), -1.0)
+    ref_logps = torch.full((2, 4), -1.5)
+    mask = mask_of_lengths([4, 2], 4)
+    rewards = rl.shaped_rewards(scores, logps, ref_logps, mask, 0.2, 50.0)
+    costs = rl.shaped_costs(scores, logps, ref_logps, mask, 0.2, 50.0)
+    return rewards, costs
 
 
-def test_score_lands_on_the_last_token_and_kl_on_every_token():
-    logps, ref = torch.full((2, 4), -1.0), torch.full((2, 4), -1.5)
-    mask = torch.tensor([[1.0, 1, 1, 1], [1, 1, 0, 0]])
-    rewards = rl.shaped_rewards(torch.tensor([10.0, -3.0]), logps, ref, mask, 0.2, 50.0)
+def test_the_score_lands_on_the_last_token_and_the_kl_on_every_token(shaped):
+    rewards, costs = shaped
     assert close(rewards, [[-0.1, -0.1, -0.1, 9.9], [-0.1, -3.1, 0, 0]])
-    costs = rl.shaped_costs(torch.tensor([10.0, -3.0]), logps, ref, mask, 0.2, 50.0)
     assert close(costs, [[0.1, 0.1, 0.1, 10.1], [0.1, -2.9, 0, 0]])
-    for lambda_ in (0.0, 1.0, 7.0):  # the KL weight is the same at every lambda
-        assert close(rl.mix_advantages(rewards, costs, lambda_)[0, 0], -0.1)
 
 
-def test_multiplier_golden_trajectory():
-    golden = GOLDEN["lambda_update"]
-    m = LagrangeMultiplier(golden["lambda_init"], golden["lr"], golden["lambda_max"], 1, 0)
-    for row in golden["trajectory"]:
-        m.observe([row["J"]])
-        assert m.update(golden["threshold"]) == pytest.approx(row["lambda_"], abs=1e-12)
-        assert m.log_lambda == pytest.approx(row["log_lambda"], abs=1e-12)
-
-
-def test_a_cost_above_the_limit_raises_lambda_and_one_below_lowers_it():
-    for cost, limit, up in ((1.0, 0.0, True), (-1.0, 0.0, False), (-1.0, -2.0, True)):
-        m = LagrangeMultiplier(1.0, 0.1, 5.0, 8, 0)
-        m.observe(torch.tensor([cost] * 4))
-        assert (m.update(limit) > 1.0) == up
-
-
-def test_window_delay_bound_and_fixed_lambda():
-    m = LagrangeMultiplier(1.0, 0.1, 2.0, 3, 2)
-    m.observe([100.0, 1.0, 2.0, 3.0])
-    assert m.mean_cost == 2.0  # the window holds three
-    assert [m.update(0.0) for _ in range(2)] == [1.0, 1.0]  # the delay
-    assert m.update(0.0) > 1.0
-    for _ in range(20):
-        m.update(0.0)
-    assert m.value == pytest.approx(2.0)  # the bound
-    fixed = LagrangeMultiplier(0.7, 0.0, 5.0, 3, 0)
-    fixed.observe([9.0])
-    assert fixed.update(0.0) == pytest.approx(0.7)
-
-
-def test_multiplier_state_continues_exactly():
-    a, b = (LagrangeMultiplier(1.0, 0.1, 5.0, 4, 1) for _ in range(2))
-    a.observe([0.3, 0.7])
-    a.update(0.1)
-    b.load_state_dict(a.state_dict())
-    for m in (a, b):
-        m.observe([1.5])
-        m.update(0.1)
-    assert a.state_dict() == b.state_dict()
-
-
-def test_normalizer_golden_numbers():
-    golden = GOLDEN["normalizer"]
-    for name, n in (
-        ("RunningMeanStd", RunningMeanStd()),
-        ("ExponentialMovingAverage", ExponentialMovingAverage(0.9)),
-    ):
-        out = golden["output"][name]
-        for batch, after in zip(golden["batches"], out["after_each"]):
-            n.update([x for row in batch for x in row])
-            assert close(n.mean, after["mean"][0]) and close(n.var, after["var"][0])
-            assert n.count == after["count"][0]
-        std = n.var**0.5 + 1e-8
-        assert close((3.0 - n.mean) / std, out["affine_3"]) and close(3.0 / std, out["scale_3"])
-
-
-def test_a_batch_of_one_leaves_no_nan():
-    for n in (RunningMeanStd(), ExponentialMovingAverage(0.9)):
-        n.update(torch.tensor([2.0]))
-        assert math.isfinite(n.mean) and math.isfinite(n.var)
-
-
-def test_group_advantages_equal_plain_loops():
-    returns, mask = torch.tensor([1.0, 3.0, 8.0, -2.0, 0.0, 5.0]), torch.ones(6, 2)
-    mask[1, 1] = 0
-    rloo, grpo = (rl.group_advantages(returns, mask, 3, kind) for kind in ("rloo", "grpo"))
-    for group in range(2):
-        r = returns[3 * group : 3 * group + 3].tolist()
-        mean = sum(r) / 3
-        std = math.sqrt(sum((x - mean) ** 2 for x in r) / 2)
-        for i in range(3):
-            others = sum(x for j, x in enumerate(r) if j != i) / 2
-            row = 3 * group + i
-            assert close(rloo[row], (r[i] - others) * mask[row])
-            assert torch.allclose(grpo[row], (r[i] - mean) / std * mask[row], atol=1e-5)
-    assert (
-        rl.group_advantages(torch.ones(4), torch.ones(4, 3), 2, "grpo") == 0
-    ).all()  # all alike: no nan
-
-
-def test_normalized_advantages_do_not_see_padding():
-    """trlX's and AlpacaFarm's statistics include it."""
-    mask = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, 0.0]])
-    a = rl.normalize(torch.tensor([[1.0, 2.0, 3.0], [6.0, 0.0, 0.0]]), mask)
-    b = rl.normalize(torch.tensor([[1.0, 2.0, 3.0], [6.0, 99.0, 99.0]]), mask)
-    assert torch.equal(a, b) and (a[1, 1:] == 0).all()
-    x = a[mask.bool()]
-    assert abs(x.mean()) < 1e-6 and abs(x.std(correction=0) - 1) < 1e-6
-
-
-def test_adapted_kl_coef():
-    assert rl.adapt_kl_coef(0.1, 2 * 6.0, 6.0, 128, 10000) == pytest.approx(
-        0.1 * (1 + 0.2 * 128 / 10000)
-    )  # 1.2 targets or more
-    assert rl.adapt_kl_coef(0.1, 6.6, 6.0, 128, 10000) == pytest.approx(
-        0.1 * (1 + 0.1 * 128 / 10000)
-    )
-    assert rl.adapt_kl_coef(0.1, 6.0, 6.0, 128, 10000) == pytest.approx(0.1)
-    assert rl.adapt_kl_coef(0.1, 0.0, 6.0, 128, 10000) == pytest.approx(
-        0.1 * (1 - 0.2 * 128 / 10000)
-    )
-
-
-def test_scaled_rewards():
-    first, second = torch.tensor([1.0, 2.0, 6.0]), torch.tensor([0.0, 3.0, 3.0])
-    assert torch.equal(
-        rl.scale_rewards(first, RunningMeanStd(), "none", 5.0), torch.tensor([1.0, 2.0, 5.0])
-    )
-    for scaling, shift in (("std", 0.0), ("mean_std", 1.0)):
-        moments = RunningMeanStd()
-        out = rl.scale_rewards(
-            first, moments, scaling, math.inf
-        )  # the batch is part of its history
-        assert torch.allclose(out, (first - shift * first.mean()) / first.std(), atol=1e-6)
-        out = rl.scale_rewards(second, moments, scaling, math.inf)
-        both = torch.cat([first, second])
-        mean, var = (
-            both.mean(),
-            (first.var() * 3 + second.var() * 3 + (first.mean() - second.mean()) ** 2 * 3 * 3 / 6)
-            / 6,
-        )
-        assert torch.allclose(out, (second - shift * mean) / var.sqrt(), atol=1e-5)
-    moments = RunningMeanStd()
-    rl.scale_rewards(first, moments, "first", math.inf)
-    assert torch.allclose(
-        rl.scale_rewards(second, moments, "first", math.inf), second / first.std(), atol=1e-6
-    )
-    assert rl.scale_rewards(
-        torch.tensor([float("nan"), 1.0]), moments, "std", 5.0
-    ).isnan().any() and math.isfinite(moments.mean)
-
-
-def test_the_entropy_bonus_is_the_entropy_s_gradient():
-    """d H / d theta = E[-log p d log p]: an advantage of -log p, over all actions of a small policy."""
-    logits = torch.tensor([0.3, -1.0, 0.8, 0.1], dtype=torch.float64, requires_grad=True)
-    logp = logits.log_softmax(0)
-    (exact,) = torch.autograd.grad(-(logp.exp() * logp).sum(), logits, retain_graph=True)
-    surrogate = (
-        logp.exp().detach() * -logp.detach() * logp
-    ).sum()  # what policy gradient does with it
-    assert torch.allclose(torch.autograd.grad(surrogate, logits)[0], exact)
+@pytest.mark.parametrize("lambda_", [0.0, 1.0, 7.0])
+def test_the_weight_of_the_kl_is_the_same_at_every_lambda(lambda_, shaped):
+    rewards, costs = shaped
+    mixed = rl.mix_advantages(rewards, costs, lambda_)
+    assert close(mixed[0, 0], -0.1)
 
 
 def test_a_negative_kl_is_not_clamped():
-    """AlpacaFarm clamps each token's KL at 0, which biases the penalty: a token less likely than before pays back."""
-    logps, ref, mask = torch.tensor([[-2.0, -1.0]]), torch.tensor([[-1.0, -2.0]]), torch.ones(1, 2)
-    assert close(rl.shaped_rewards(torch.zeros(1), logps, ref, mask, 0.5, 50.0), [[0.5, -0.5]])
+    """A token that is less likely than before pays back.
+
+    AlpacaFarm clamps each token's KL at 0, which biases the penalty."""
+    logps = tensor([[-2.0, -1.0]])
+    ref_logps = tensor([[-1.0, -2.0]])
+    rewards = rl.shaped_rewards(torch.zeros(1), logps, ref_logps, torch.ones(1, 2), 0.5, 50.0)
+    assert close(rewards, [[0.5, -0.5]])
+
+
+# ---- advantages ----
+
+
+@pytest.fixture
+def trajectories():
+    """Random rewards and values (B, R) of three responses, their mask and their lengths."""
+    generator = torch.Generator().manual_seed(0)
+    rewards = torch.randn(3, 6, generator=generator)
+    values = torch.randn(3, 6, generator=generator)
+    lengths = [6, 1, 4]
+    return rewards, values, mask_of_lengths(lengths, 6), lengths
+
+
+def advantage_by_definition(rewards, values, t, gamma, gae_lambda):
+    """A_t = sum_k (gamma lambda)^k delta_{t+k}, delta_t = r_t + gamma V_{t+1} - V_t.
+
+    rewards, values  lists of one response, whose value after its end is 0"""
+    values = [*values, 0.0]
+    total = 0.0
+    for k in range(len(rewards) - t):
+        delta = rewards[t + k] + gamma * values[t + k + 1] - values[t + k]
+        total += (gamma * gae_lambda) ** k * delta
+    return total
+
+
+def test_gae_equals_its_definition(trajectories):
+    rewards, values, mask, lengths = trajectories
+    advantages, returns = rl.gae(rewards, values, mask, 0.9, 0.8)
+    for b, length in enumerate(lengths):
+        own_rewards = rewards[b, :length].tolist()
+        own_values = values[b, :length].tolist()
+        for t in range(length):
+            expected = advantage_by_definition(own_rewards, own_values, t, 0.9, 0.8)
+            assert close(advantages[b, t], expected)
+            assert close(returns[b, t], expected + own_values[t])
+        assert (advantages[b, length:] == 0).all()
+
+
+def test_gae_with_gae_lambda_1_is_the_rewards_to_come_less_the_value(trajectories):
+    rewards, values, mask, _ = trajectories
+    advantages, _ = rl.gae(rewards, values, mask, 1.0, 1.0)
+    assert close(advantages[0, 2], rewards[0, 2:].sum() - values[0, 2])
+
+
+def test_gae_with_gae_lambda_0_is_the_one_step_error(trajectories):
+    rewards, values, mask, _ = trajectories
+    advantages, _ = rl.gae(rewards, values, mask, 1.0, 0.0)
+    assert close(advantages[0, 2], rewards[0, 2] + values[0, 3] - values[0, 2])
+
+
+# Two prompts with three responses each; the second response is one token shorter.
+GROUP_RETURNS = [[1.0, 3.0, 8.0], [-2.0, 0.0, 5.0]]
+GROUP_MASK = mask_of_lengths([2, 1, 2, 2, 2, 2], 2)
+
+
+def test_rloo_subtracts_the_mean_of_the_others():
+    returns = tensor(GROUP_RETURNS).flatten()
+    advantages = rl.group_advantages(returns, GROUP_MASK, 3, "rloo")
+    for group, numbers in enumerate(GROUP_RETURNS):
+        for i, number in enumerate(numbers):
+            row = 3 * group + i
+            mean_of_others = (sum(numbers) - number) / 2
+            assert close(advantages[row], (number - mean_of_others) * GROUP_MASK[row])
+
+
+def test_grpo_divides_by_the_standard_deviation_of_the_group():
+    returns = tensor(GROUP_RETURNS).flatten()
+    advantages = rl.group_advantages(returns, GROUP_MASK, 3, "grpo")
+    for group, numbers in enumerate(GROUP_RETURNS):
+        mean = sum(numbers) / 3
+        squares = [(number - mean) ** 2 for number in numbers]
+        std = math.sqrt(sum(squares) / 2)
+        for i, number in enumerate(numbers):
+            row = 3 * group + i
+            expected = (number - mean) / std * GROUP_MASK[row]
+            assert torch.allclose(advantages[row], expected, atol=1e-5)
+
+
+def test_grpo_of_equal_returns_is_zero_and_not_nan():
+    advantages = rl.group_advantages(torch.ones(4), torch.ones(4, 3), 2, "grpo")
+    assert (advantages == 0).all()
+
+
+def test_an_unknown_group_advantage_is_refused():
+    with pytest.raises(ValueError, match="reinforce"):
+        rl.group_advantages(torch.ones(4), torch.ones(4, 3), 2, "reinforce")
+
+
+def test_normalized_advantages_have_mean_0_and_deviation_1():
+    mask = mask_of_lengths([3, 1], 3)
+    advantages = rl.normalize(tensor([[1.0, 2.0, 3.0], [6.0, 0.0, 0.0]]), mask)
+    inside = advantages[mask.bool()]
+    assert abs(inside.mean()) < 1e-6
+    assert abs(inside.std(correction=0) - 1) < 1e-6
+
+
+def test_normalized_advantages_do_not_depend_on_padding():
+    """The statistics of trlX and AlpacaFarm include it."""
+    mask = mask_of_lengths([3, 1], 3)
+    a = rl.normalize(tensor([[1.0, 2.0, 3.0], [6.0, 0.0, 0.0]]), mask)
+    b = rl.normalize(tensor([[1.0, 2.0, 3.0], [6.0, 99.0, 99.0]]), mask)
+    assert torch.equal(a, b)
+    assert (a[1, 1:] == 0).all()
+
+
+def test_an_advantage_of_minus_log_p_ascends_the_entropy():
+    """dH / d theta = E[-log p  d log p / d theta], over all actions of a small policy."""
+    logits = tensor([0.3, -1.0, 0.8, 0.1], dtype=torch.float64, requires_grad=True)
+    logps = logits.log_softmax(0)
+    entropy = -(logps.exp() * logps).sum()
+    (exact,) = torch.autograd.grad(entropy, logits, retain_graph=True)
+    probs = logps.exp().detach()
+    advantages = -logps.detach()
+    policy_gradient_objective = (probs * advantages * logps).sum()
+    (estimated,) = torch.autograd.grad(policy_gradient_objective, logits)
+    assert torch.allclose(estimated, exact)
+
+
+# ---- normalisers ----
+
+
+@pytest.mark.parametrize("name", ["RunningMeanStd", "ExponentialMovingAverage"])
+def test_normalisers_have_the_numbers_of_safe_rlhf(name):
+    moments = RunningMeanStd() if name == "RunningMeanStd" else ExponentialMovingAverage(0.9)
+    golden = GOLDEN["normalizer"]
+    expected = golden["output"][name]
+    for batch, after in zip(golden["batches"], expected["after_each"]):
+        moments.update(tensor(batch).flatten())
+        assert close(moments.mean, after["mean"][0])
+        assert close(moments.var, after["var"][0])
+        assert moments.count == after["count"][0]
+    std = moments.var**0.5 + 1e-8
+    assert close((3.0 - moments.mean) / std, expected["affine_3"])
+    assert close(3.0 / std, expected["scale_3"])
+
+
+@pytest.mark.parametrize("moments", [RunningMeanStd(), ExponentialMovingAverage(0.9)])
+def test_a_batch_of_one_leaves_no_nan(moments):
+    moments.update(tensor([2.0]))
+    assert math.isfinite(moments.mean)
+    assert math.isfinite(moments.var)
+
+
+FIRST_SCORES = tensor([1.0, 2.0, 6.0])
+SECOND_SCORES = tensor([0.0, 3.0, 3.0])
+
+
+def test_reward_scaling_none_only_clips():
+    scaled = rl.scale_rewards(FIRST_SCORES, RunningMeanStd(), "none", 5.0)
+    assert torch.equal(scaled, tensor([1.0, 2.0, 5.0]))
+
+
+@pytest.mark.parametrize("scaling, shift", [("std", 0.0), ("mean_std", 1.0)])
+def test_reward_scaling_uses_all_scores_so_far(scaling, shift):
+    """The scores of the batch itself are among them."""
+    moments = RunningMeanStd()
+    scaled = rl.scale_rewards(FIRST_SCORES, moments, scaling, math.inf)
+    expected = (FIRST_SCORES - shift * FIRST_SCORES.mean()) / FIRST_SCORES.std()
+    assert torch.allclose(scaled, expected, atol=1e-6)
+
+    scaled = rl.scale_rewards(SECOND_SCORES, moments, scaling, math.inf)
+    mean = torch.cat([FIRST_SCORES, SECOND_SCORES]).mean()
+    # Two batches of n: (n var_1 + n var_2 + (mean_1 - mean_2)^2 n n / 2n) / 2n
+    within = 3 * FIRST_SCORES.var() + 3 * SECOND_SCORES.var()
+    between = (FIRST_SCORES.mean() - SECOND_SCORES.mean()) ** 2 * 3 * 3 / 6
+    std = ((within + between) / 6).sqrt()
+    assert torch.allclose(scaled, (SECOND_SCORES - shift * mean) / std, atol=1e-5)
+
+
+def test_reward_scaling_first_keeps_the_deviation_of_the_first_batch():
+    moments = RunningMeanStd()
+    rl.scale_rewards(FIRST_SCORES, moments, "first", math.inf)
+    scaled = rl.scale_rewards(SECOND_SCORES, moments, "first", math.inf)
+    assert torch.allclose(scaled, SECOND_SCORES / FIRST_SCORES.std(), atol=1e-6)
+
+
+def test_a_score_that_is_nan_does_not_reach_the_moments():
+    moments = RunningMeanStd()
+    rl.scale_rewards(FIRST_SCORES, moments, "std", math.inf)
+    scaled = rl.scale_rewards(tensor([float("nan"), 1.0]), moments, "std", 5.0)
+    assert scaled.isnan().any()
+    assert math.isfinite(moments.mean)
+
+
+@pytest.mark.parametrize(
+    "kl, error",
+    [
+        (12.0, 0.2),  # 1.2 targets or more
+        (6.6, 0.1),
+        (6.0, 0.0),
+        (0.0, -0.2),
+    ],
+)
+def test_the_kl_coefficient_follows_the_kl(kl, error):
+    """kl_coef * (1 + error * responses / horizon), with kl / target - 1 clipped to +- 0.2."""
+    adapted = rl.adapt_kl_coef(0.1, kl, 6.0, 128, 10000)
+    assert adapted == pytest.approx(0.1 * (1 + error * 128 / 10000))
+
+
+# ---- the multiplier ----
+
+
+def test_the_multiplier_has_the_trajectory_of_safe_rlhf():
+    golden = GOLDEN["lambda_update"]
+    multiplier = LagrangeMultiplier(golden["lambda_init"], golden["lr"], golden["lambda_max"], 1, 0)
+    for row in golden["trajectory"]:
+        multiplier.observe([row["J"]])
+        value = multiplier.update(golden["threshold"])
+        assert value == pytest.approx(row["lambda_"], abs=1e-12)
+        assert multiplier.log_lambda == pytest.approx(row["log_lambda"], abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    "cost, cost_limit, rises", [(1.0, 0.0, True), (-1.0, 0.0, False), (-1.0, -2.0, True)]
+)
+def test_a_cost_above_the_limit_raises_lambda_and_one_below_lowers_it(cost, cost_limit, rises):
+    multiplier = LagrangeMultiplier(1.0, 0.1, 5.0, 8, 0)
+    multiplier.observe(tensor([cost, cost, cost, cost]))
+    assert (multiplier.update(cost_limit) > 1.0) == rises
+
+
+def test_the_mean_cost_is_that_of_the_window():
+    multiplier = LagrangeMultiplier(1.0, 0.1, 2.0, window=3, delay=0)
+    multiplier.observe([100.0, 1.0, 2.0, 3.0])
+    assert multiplier.mean_cost == 2.0
+
+
+def test_lambda_moves_after_the_delay_and_up_to_its_maximum():
+    multiplier = LagrangeMultiplier(1.0, 0.1, max=2.0, window=3, delay=2)
+    multiplier.observe([100.0, 1.0, 2.0, 3.0])
+    assert multiplier.update(0.0) == 1.0
+    assert multiplier.update(0.0) == 1.0
+    assert multiplier.update(0.0) > 1.0
+    for _ in range(20):
+        multiplier.update(0.0)
+    assert multiplier.value == pytest.approx(2.0)
+
+
+def test_a_learning_rate_of_0_keeps_lambda():
+    multiplier = LagrangeMultiplier(0.7, 0.0, 5.0, 3, 0)
+    multiplier.observe([9.0])
+    assert multiplier.update(0.0) == pytest.approx(0.7)
+
+
+def test_the_state_of_a_multiplier_continues_exactly():
+    original = LagrangeMultiplier(1.0, 0.1, 5.0, 4, 1)
+    original.observe([0.3, 0.7])
+    original.update(0.1)
+    resumed = LagrangeMultiplier(1.0, 0.1, 5.0, 4, 1)
+    resumed.load_state_dict(original.state_dict())
+    for multiplier in (original, resumed):
+        multiplier.observe([1.5])
+        multiplier.update(0.1)
+    assert original.state_dict() == resumed.state_dict()
+
+
+# ---- randomness ----
 
 
 def test_every_rollout_has_randomness_of_its_own():
-    """ColossalChat seeds every generation alike: one random stream for all rollouts."""
-    from nanosafe.rollout import hash64, uniforms
-
-    keys = [[hash64(hash64(0, rollout), 7, 0) for rollout in range(4)]]
-    signed = torch.tensor([k - 2**64 if k >= 2**63 else k for k in keys[0]])
-    assert len(set(uniforms(signed, torch.zeros(4, dtype=torch.int64)).tolist())) == 4
+    """ColossalChat seeds every generation alike, so all its rollouts share one random stream."""
+    keys = []
+    for rollout in range(4):
+        seed = hash64(0, rollout)
+        keys.append(as_signed(hash64(seed, 7, 0)))
+    draws = uniforms(tensor(keys), torch.zeros(4, dtype=torch.int64))
+    assert len(draws.unique()) == 4

@@ -1,4 +1,5 @@
-# Safe-RLHF's scripts/ppo.sh, after the recipe with a constraint, from which it differs in this:
+# Safe-RLHF's PPO without a constraint (its scripts/ppo.sh). For train_ppo_lag.py, after the recipe
+# with a constraint, from which it differs in what is set here:
 # $ torchrun ... train_ppo_lag.py config/beaver_7b/ppo_lag.py config/beaver_7b/ppo.py
 out_dir = "out/beaver_7b/ppo"
 cost_model = ""

@@ -1,4 +1,4 @@
-# PPO-Lagrangian on PKU-SafeRLHF's prompts, with demonstrations mixed in.
+# PPO-Lagrangian on PKU-SafeRLHF's prompts, with demonstrations mixed in. For train_ppo_lag.py.
 out_dir = "out/small/ppo_lag"
 actor_model = "out/small/sft/model"
 reward_model = "out/small/reward/model"
@@ -15,6 +15,6 @@ cost_window = 256
 actor_learning_rate = 2e-4
 critic_learning_rate = 1e-4
 kl_coef = 0.05
-ptx_coef = 0.05  # LIMA teaches long answers: more than this, and nothing else is learned here
-cost_limit = 0.1  # safe_mean -0.2, unsafe_mean 0.6: about a third of the answers unsafe
+ptx_coef = 0.05  # LIMA's answers are long: with a greater weight nothing else is learned here
+cost_limit = 0.1  # about a third unsafe: the cost model's means are -0.2 (safe) and 0.6 (unsafe)
 save_interval = 0

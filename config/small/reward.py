@@ -1,4 +1,4 @@
-# Which answer people found more helpful, on Anthropic's hh-rlhf.
+# Which answer people found more helpful, on Anthropic's hh-rlhf. For train_pref.py.
 objective = "reward"
 out_dir = "out/small/reward"
 init_from = "out/small/sft/model"

@@ -1,4 +1,5 @@
-# A 14 M parameter LLaMA from scratch on real text, for a laptop; no partner for conversation.
+# A LLaMA of 14 M parameters from scratch on real text, for a laptop. It is too small to converse.
+# For train_sft.py.
 out_dir = "out/small/sft"
 tokenizer = "../shared/data/llama-tokenizer"
 data = "lima,hh_rlhf/harmless-base-dialogue,hh_rlhf/helpful-base-dialogue"

@@ -1,4 +1,5 @@
-# The toy world's cost model: which answer is more harmful, and is it harmful at all.
+# The toy world's cost model: which answer is more harmful, and whether it is harmful at all.
+# For train_pref.py.
 objective = "cost"
 out_dir = "out/demo/cost"
 init_from = "out/demo/sft/model"

@@ -1,4 +1,5 @@
-# The toy world's DPO: a policy straight from the pairs, more helpful and more harmful.
+# DPO on the toy world: a policy straight from the pairs, more helpful and more harmful.
+# For train_pref.py.
 objective = "dpo"
 out_dir = "out/demo/dpo"
 init_from = "out/demo/sft/model"

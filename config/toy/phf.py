@@ -1,4 +1,6 @@
-# PHF on the toy world: conversations whose harmful sentences are marked, from scratch; and a method
+# PHF on the toy world, from scratch: conversations whose harmful sentences have the score 1, the
+# others 0. For nanosafe/phf/train.py, with an objective:
+# $ python -m nanosafe.phf.train config/toy/phf.py --objective=conditional
 out_dir = "out/demo/phf"
 data = "toy/documents"
 eval_data = "toy/documents/test"

@@ -1,4 +1,5 @@
-# PPO-Lagrangian: as helpful as it can be while the mean cost stays below cost_limit.
+# PPO-Lagrangian: as helpful as possible while the mean cost stays below cost_limit.
+# For train_ppo_lag.py.
 out_dir = "out/demo/ppo_lag"
 actor_model = "out/demo/sft/model"
 reward_model = "out/demo/reward/model"
@@ -7,7 +8,7 @@ prompts = "toy/prompts"
 max_new_tokens = 64
 max_steps = 140  # 70 rollouts
 batch_size = 64  # two updates for each rollout of 128
-kl_coef = 0.2  # the toy's rewards are large: stay near the language of the reference
+kl_coef = 0.2  # the toy's rewards are large; this keeps the language of the reference
 epochs = 100.0
 actor_learning_rate = 5e-4
 critic_learning_rate = 1e-3

@@ -1,4 +1,4 @@
-# The toy world's reward model: which answer is more helpful.
+# The toy world's reward model: which answer is more helpful. For train_pref.py.
 objective = "reward"
 out_dir = "out/demo/reward"
 init_from = "out/demo/sft/model"

@@ -1,4 +1,5 @@
-# RRHF on the toy world: eight answers to each prompt, scored; the README has sample.py's command.
+# RRHF on the toy world: eight answers to each prompt, with scores. For train_pref.py.
+# The README has the command of sample.py that makes the answers.
 objective = "rrhf"
 out_dir = "out/demo/rrhf"
 data = "out/demo/answers.jsonl"

@@ -1,4 +1,6 @@
-# trlX's examples/hh/ppo_hh.py, after config/hh/task.py.
+# trlX's PPO on hh-rlhf (its examples/hh/ppo_hh.py). For train_ppo_lag.py, after config/hh/task.py:
+# $ torchrun ... train_ppo_lag.py config/hh/task.py config/trlx/ppo.py
+# Upstream includes padding when it whitens advantages; here only responses' tokens count.
 out_dir = "out/trlx/ppo"
 max_new_tokens = 128
 batch_size = 32

@@ -8,15 +8,20 @@ from nanosafe.tools import download
 
 config = configure(globals(), vars(download))
 
+URL = "https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/main/alpaca_data.json"
+
 
 def to_record(row):
     """Instruction and input make the prompt, joined by a space (Safe-RLHF); earlier turns first."""
-    prompt = row["instruction"] + (" " + row["input"] if row.get("input") else "")
-    history = [turn for pair in row.get("history") or [] for turn in pair]
-    if history:
-        return {"dialogue": [*history, prompt, row["output"]]}
+    prompt = row["instruction"]
+    if row.get("input"):
+        prompt += " " + row["input"]
+    turns = []
+    for pair in row.get("history") or []:
+        turns.extend(pair)
+    if turns:
+        return {"dialogue": [*turns, prompt, row["output"]]}
     return {"input": prompt, "answer": row["output"]}
 
 
-URL = "https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/main/alpaca_data.json"
-download.prepare(__file__, to_record, config, url=URL)
+download.prepare(__file__, to_record, config, download.Release(url=URL))

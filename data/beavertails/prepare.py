@@ -3,27 +3,38 @@ judge a cost model by (is_safe), or to take safe demonstrations from.
 
 $ python data/beavertails/prepare.py                     # 30k: 30,207 rows
 $ python data/beavertails/prepare.py --version=330k
-$ python data/beavertails/prepare.py --only_safe=True    # demonstrations"""
+$ python data/beavertails/prepare.py --only_safe=True    # demonstrations
+
+The files of 330k are published as .xz: the script downloads them, and says how to unpack them."""
 
 from configurator import configure
+from nanosafe.errors import choose
 from nanosafe.tools import download
 
 version = "30k"  # 30k | 330k
 only_safe = False  # keep safe answers only
 config = configure(globals(), vars(download))
 
+HUB = "PKU-Alignment/BeaverTails"
+RELEASES = {
+    "30k": download.Release(HUB, "/30k/"),
+    "330k": download.Release(HUB, "/330k/"),
+}
+
 
 def to_record(row):
-    """The kinds of harm that are marked go along, by name."""
-    safe = download.label(row["is_safe"])
-    if only_safe and not safe:
+    """A demonstration, whether it is safe, and the names of the kinds of harm that are marked."""
+    is_safe = download.parse_label(row["is_safe"])
+    if only_safe and not is_safe:
         raise ValueError("unsafe, and only_safe is set")
+    harm = [name for name, is_marked in row.get("category", {}).items() if is_marked]
     return {
         "input": row["prompt"],
         "answer": row["response"],
-        "is_safe": safe,
-        "harm": sorted(name for name, marked in row.get("category", {}).items() if marked),
+        "is_safe": is_safe,
+        "harm": sorted(harm),
     }
 
 
-download.prepare(__file__, to_record, config, release="version")
+choose("version", version, RELEASES)
+download.prepare(__file__, to_record, config, RELEASES[version])

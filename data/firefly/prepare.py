@@ -12,4 +12,4 @@ def to_record(row):
     return {"input": row["input"], "answer": row["target"]}
 
 
-download.prepare(__file__, to_record, config)
+download.prepare(__file__, to_record, config, download.Release("YeungNLP/firefly-train-1.1M"))

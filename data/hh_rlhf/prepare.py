@@ -9,54 +9,69 @@ preferred dialogues; the four together all/ and all-dialogue/. processed-hh-rlhf
 
 import os
 import re
-from configurator import configure
-from nanosafe.tools import download
-from nanosafe.errors import stop
 
-SUBSETS = ("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled", "all")
+from configurator import configure
+from nanosafe.errors import choose, stop
+from nanosafe.tools import download
 
 subset = "all"  # harmless-base | helpful-base | helpful-online | helpful-rejection-sampled | all
 config = configure(globals(), vars(download))
 
+HUB = "Anthropic/hh-rlhf"
+RELEASES = {
+    "harmless-base": download.Release(HUB, "^harmless-base/"),
+    "helpful-base": download.Release(HUB, "^helpful-base/"),
+    "helpful-online": download.Release(HUB, "^helpful-online/"),
+    "helpful-rejection-sampled": download.Release(HUB, "^helpful-rejection-sampled/"),
+    "all": download.Release(
+        HUB, "^(harmless-base|helpful-base|helpful-online|helpful-rejection-sampled)/"
+    ),
+}
 MARK = re.compile(r"\n\n(Human|Assistant):")
 
 
 def to_record(row):
     """The chosen dialogue up to its last answer is the prompt; the rejected one begins with it."""
-    if "context" in row:
+    if "context" in row:  # processed-hh-rlhf
         return {
             "input": [turn["text"] for turn in row["context"]],
             "better": True,
             "answer": row["chosen"]["text"],
             "other_answer": row["rejected"]["text"],
         }
-    _, *parts = MARK.split(row["chosen"])  # who speaks, what is said, who speaks, ...
-    speakers, turns = parts[::2], parts[1::2]
-    if speakers[-1:] != ["Assistant"]:
+    # Split at the marks: what is before the first one, then who speaks, what is said, and so on.
+    pieces = MARK.split(row["chosen"])
+    speakers = pieces[1::2]
+    turns = pieces[2::2]
+    if not speakers or speakers[-1] != "Assistant":
         raise ValueError("the last turn is the human's")
-    prompt, rejected = row["chosen"].removesuffix(turns[-1]), row["rejected"]
+    prompt = row["chosen"].removesuffix(turns[-1])
+    rejected = row["rejected"]
     if not rejected.startswith(prompt) or MARK.search(rejected, len(prompt)):
         raise ValueError("the two dialogues differ before the last answer")
     if speakers != ["Human", "Assistant"] * (len(speakers) // 2):
         raise ValueError("the turns do not alternate")
-    *turns, answer = map(str.strip, turns)
     return {
-        "input": turns,
+        "input": [turn.strip() for turn in turns[:-1]],
         "better": True,
-        "answer": answer,
+        "answer": turns[-1].strip(),
         "other_answer": rejected[len(prompt) :].strip(),
     }
 
 
 def to_dialogue(row):
-    record = download.checked(to_record(row))
+    """The preferred dialogue of a pair, where the pair can be used."""
+    record = download.check_record(to_record(row))
     return {"dialogue": [*record["input"], record["answer"]]}
 
 
+choose("subset", subset, RELEASES)
 if config["raw"] and subset == "all":
     stop("--raw needs --subset=NAME: the subsets' files have the same names")
 folder = config["out"] or os.path.dirname(os.path.abspath(__file__))
-for name in SUBSETS if subset == "all" else (subset,):
-    for make, ending in ((to_record, ""), (to_dialogue, "-dialogue")):
-        config.update(subset=name, out=os.path.join(folder, name + ending))
-        download.prepare(__file__, make, config, release="subset")
+for name, release in RELEASES.items():
+    if subset in (name, "all"):
+        config["out"] = os.path.join(folder, name)
+        download.prepare(__file__, to_record, config, release)
+        config["out"] = os.path.join(folder, name + "-dialogue")
+        download.prepare(__file__, to_dialogue, config, release)

@@ -1,21 +1,38 @@
-"""Pretraining with human preferences (PHF): documents in segments, each with a misalignment score
-(higher is worse): toxicity of sentences, personal data in sentences, PEP8 violations of lines.
+"""Documents in segments, each with a misalignment score, for pretraining with human preferences.
 
-$ python data/phf/prepare.py --task=pep8 --raw=FOLDER    # -> data/phf/pep8"""
+Higher scores are worse: the toxicity of sentences, the personal data in sentences, or the PEP 8
+violations of lines.
+
+$ python data/phf/prepare.py --task=pep8 --raw=FOLDER    # -> data/phf/pep8
+"""
 
 from configurator import configure
-from nanosafe.tools import download
+from nanosafe.errors import choose
 from nanosafe.phf.documents import check_document
+from nanosafe.tools import download
 
 task = "toxicity"  # toxicity | pii | pep8
 config = configure(globals(), vars(download))
 
+RELEASES = {
+    "toxicity": download.Release(
+        "tomekkorbak/detoxify-pile-chunk3-0-50000", files="", subfolder="toxicity"
+    ),
+    "pii": download.Release("tomekkorbak/pii-pile-chunk3-0-50000", files="", subfolder="pii"),
+    "pep8": download.Release(
+        "kejian/codeparrot-train-more-filter-3.3b-cleaned", files="", subfolder="pep8"
+    ),
+}
+
 
 def to_record(row):
-    """The segments and their scores; the document's score is their mean."""
-    record = {"texts": row["texts"], "scores": [float(score) for score in row["scores"]]}
+    """The segments and scores of a row, and the score of the document: the mean of its scores."""
+    scores = [float(score) for score in row["scores"]]
+    record = {"texts": row["texts"], "scores": scores}
     check_document(record)
-    return {**record, "avg_score": sum(record["scores"]) / len(record["scores"])}
+    record["avg_score"] = sum(scores) / len(scores)
+    return record
 
 
-download.prepare(__file__, to_record, config, release="task")
+choose("task", task, RELEASES)
+download.prepare(__file__, to_record, config, RELEASES[task])

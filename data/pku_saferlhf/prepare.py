@@ -1,13 +1,28 @@
 """PKU-SafeRLHF: pairs of answers with separate labels for helpfulness and harmlessness.
 
 $ python data/pku_saferlhf/prepare.py                       # the current release, 83.4K pairs
-$ python data/pku_saferlhf/prepare.py --version=10k         # 1.7 MB -> data/pku_saferlhf/10k"""
+$ python data/pku_saferlhf/prepare.py --version=10k         # 1.7 MB -> data/pku_saferlhf/10k
+
+The older releases are published as .xz: the script downloads them, and says how to unpack them."""
 
 from configurator import configure
+from nanosafe.errors import choose
 from nanosafe.tools import download
 
 version = "v1"  # v1 (2024) | v0 (2023, what Beaver was trained on) | 10k | 30k
 config = configure(globals(), vars(download))
+
+SHA256_OF_10K = "f5f42f6f08a1fadbc3fd7c36e627f651782ce0f2f8178361483defa62b79ca06"
+RELEASES = {
+    "v1": download.Release("PKU-Alignment/PKU-SafeRLHF"),
+    "v0": download.Release("PKU-Alignment/PKU-SafeRLHF", revision="v0", subfolder="v0"),
+    "10k": download.Release(
+        "PKU-Alignment/PKU-SafeRLHF-10K",
+        sha256={"round0/train.jsonl.xz": SHA256_OF_10K},
+        subfolder="10k",
+    ),
+    "30k": download.Release("PKU-Alignment/PKU-SafeRLHF-30K", subfolder="30k"),
+}
 
 
 def to_record(row):
@@ -16,13 +31,16 @@ def to_record(row):
         "input": row["prompt"],
         "answer": row["response_0"],
         "other_answer": row["response_1"],
-        "is_safe": download.label(row["is_response_0_safe"]),
-        "is_other_safe": download.label(row["is_response_1_safe"]),
+        "is_safe": download.parse_label(row["is_response_0_safe"]),
+        "is_other_safe": download.parse_label(row["is_response_1_safe"]),
     }
-    for ours, theirs in (("better", "better_response_id"), ("safer", "safer_response_id")):
-        if row.get(theirs) is not None:
-            record[ours] = not download.label(row[theirs])
+    # The publisher's labels are the number, 0 or 1, of the response that wins.
+    if row.get("better_response_id") is not None:
+        record["better"] = not download.parse_label(row["better_response_id"])
+    if row.get("safer_response_id") is not None:
+        record["safer"] = not download.parse_label(row["safer_response_id"])
     return record
 
 
-download.prepare(__file__, to_record, config, release="version")
+choose("version", version, RELEASES)
+download.prepare(__file__, to_record, config, RELEASES[version])

@@ -5,37 +5,58 @@ $ python data/ultrafeedback/prepare.py                   # openbmb/UltraFeedback
 $ python data/ultrafeedback/prepare.py --raw=FOLDER      # also the binarized set, as jsonl"""
 
 import math
+from typing import NamedTuple
+
 from configurator import configure
 from nanosafe.tools import download
 
 config = configure(globals(), vars(download))
 
 
+class Answers(NamedTuple):
+    prompt: str | list  # a text, or turns that end with the user's
+    texts: list
+    scores: list  # of each answer: higher is better
+
+
 def to_record(row):
-    if "chosen" in row:  # HuggingFaceH4/ultrafeedback_binarized
-        *turns, answer = [message["content"] for message in row["chosen"]]
-        other, scores = row["rejected"][-1]["content"], [row["score_chosen"], row["score_rejected"]]
-        prompt, answers = turns[0] if len(turns) == 1 else turns, [answer, other]
-    else:
-        prompt, scored = row["instruction"], row["completions"]
-        answers = [c["response"] for c in scored]
-        scores = [c.get("fine-grained_score", c.get("overall_score")) for c in scored]
-    kept = [
-        (float(score), text)
-        for score, text in zip(scores, answers)
-        if text.strip() and math.isfinite(float(score))
-    ]
-    if len(kept) < 2 or max(kept)[0] == min(kept)[0]:
+    """The pair of the best and the worst answer, and all answers that are not empty."""
+    answers = read_binarized(row) if "chosen" in row else read_completions(row)
+    texts = []
+    scores = []
+    for text, score in zip(answers.texts, answers.scores):
+        if text.strip() and math.isfinite(float(score)):
+            texts.append(text)
+            scores.append(float(score))
+    if len(texts) < 2 or max(scores) == min(scores):
         raise ValueError("fewer than two answers, or all equally good")
-    best, worst = (pick(kept, key=lambda k: k[0])[1] for pick in (max, min))
     return {
-        "input": prompt,
-        "answer": best,
-        "other_answer": worst,
+        "input": answers.prompt,
+        "answer": texts[scores.index(max(scores))],
+        "other_answer": texts[scores.index(min(scores))],
         "better": True,
-        "answers": [text for _, text in kept],
-        "scores": [score for score, _ in kept],
+        "answers": texts,
+        "scores": scores,
     }
 
 
-download.prepare(__file__, to_record, config)
+def read_binarized(row):
+    """The Answers of a row of HuggingFaceH4/ultrafeedback_binarized."""
+    turns = [message["content"] for message in row["chosen"]]
+    answer = turns.pop()
+    prompt = turns[0] if len(turns) == 1 else turns
+    other_answer = row["rejected"][-1]["content"]
+    return Answers(prompt, [answer, other_answer], [row["score_chosen"], row["score_rejected"]])
+
+
+def read_completions(row):
+    """The Answers of a row of openbmb/UltraFeedback."""
+    texts = []
+    scores = []
+    for completion in row["completions"]:
+        texts.append(completion["response"])
+        scores.append(completion.get("fine-grained_score", completion.get("overall_score")))
+    return Answers(row["instruction"], texts, scores)
+
+
+download.prepare(__file__, to_record, config, download.Release("openbmb/UltraFeedback"))

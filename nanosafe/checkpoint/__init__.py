@@ -1,5 +1,7 @@
-"""Model folders on disk <-> LLaMA, and the exact state of a run."""
+"""Model folders on disk, and the exact state of a run.
 
-from nanosafe.checkpoint.model_folder import count_parameters, load, save, init_from_scratch
+Read folder.py and families.py to follow a tensor in a file to a parameter."""
 
-__all__ = ["count_parameters", "load", "save", "init_from_scratch"]
+from nanosafe.checkpoint.model_folder import count_parameters, init_from_scratch, load, save
+
+__all__ = ["count_parameters", "init_from_scratch", "load", "save"]

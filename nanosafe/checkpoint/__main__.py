@@ -1,4 +1,4 @@
-"""python -m nanosafe.checkpoint SOURCE TARGET [--dtype=bfloat16]: whatever opens -> a Hugging Face folder."""
+"""python -m nanosafe.checkpoint SOURCE TARGET [--to=hf] [--dtype=bfloat16]"""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""python -m nanosafe.checkpoint: whatever opens -> a Hugging Face folder."""
+"""python -m nanosafe.checkpoint: write any model that opens as a Hugging Face folder."""
 
 import os
 import shutil
@@ -7,58 +7,100 @@ import torch
 from tqdm import tqdm
 
 from nanosafe import tokenizer
-from nanosafe.checkpoint.folder import Folder, copy_weights, map_tensors, read_config
+from nanosafe.checkpoint.folder import (
+    check_tensors,
+    choose_head,
+    copy_weights,
+    list_shapes,
+    make_config,
+    map_tensors,
+    open_folder,
+)
 from nanosafe.checkpoint.model_folder import write_model_folder
-from nanosafe.errors import stop, one_line_errors
-from nanosafe.model import LLaMA
-
+from nanosafe.errors import stop
+from nanosafe.printing import print_once
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SYNOPSIS = f"python -m nanosafe.checkpoint SOURCE TARGET [--to=hf] [--dtype={'|'.join(DTYPES)}]"
+HELP = f"""{SYNOPSIS}
+
+Write any model that opens as a Hugging Face folder, with its tokenizer.
+
+SOURCE   a model folder of a family in docs/formats.md, or one of Meta's
+TARGET   the folder to write, which must not exist
+--to     the layout to write: hf, the only one
+--dtype  of the tensors to write; SOURCE's by default"""
 
 
 def main(arguments):
-    paths = [arg for arg in arguments if not arg.startswith("--")]
-    flags = dict(arg[2:].partition("=")[::2] for arg in arguments if arg.startswith("--"))
-    known = {"to": ("hf",), "dtype": DTYPES}
-    if len(paths) != 2 or any(value not in known.get(flag, ()) for flag, value in flags.items()):
-        stop(f"python -m nanosafe.checkpoint SOURCE TARGET [--to=hf] [--dtype={'|'.join(DTYPES)}]")
-    convert(*paths, DTYPES.get(flags.get("dtype")))
+    if "-h" in arguments or "--help" in arguments:
+        print_once(HELP)
+        return
+    paths = []
+    flags = {}
+    for argument in arguments:
+        if argument.startswith("--"):
+            name, _, value = argument[2:].partition("=")
+            flags[name] = value
+        else:
+            paths.append(argument)
+    choices = {"to": ("hf",), "dtype": DTYPES}
+    for name, value in flags.items():
+        if value not in choices.get(name, ()):
+            stop(SYNOPSIS)
+    if len(paths) != 2:
+        stop(SYNOPSIS)
+    source, target = paths
+    convert(source, target, DTYPES.get(flags.get("dtype")))
 
 
 def convert(source, target, dtype=None):
-    """Write a model folder, tensor by tensor: one of its files, and one to write, are in memory."""
-    temporary, old = (target.rstrip("/") + ending for ending in (".tmp", ".old"))
-    there = [path for path in (target, temporary, old) if os.path.lexists(path)]
-    if there or not target.strip("/."):
-        stop(f"{(there or [target])[0]!r} is there already: choose another TARGET, or remove it")
-    with one_line_errors(source):
-        folder = Folder(source)
-        config, head = read_config(folder, "auto")
-        places, dtype = map_tensors(config, head, folder), dtype or folder.dtype()
-    with torch.device("meta"):
-        model = LLaMA(config, head)
-    tok = tokenizer.load(source) if tokenizer.find_tokenizer_file(source) else None
-    if tok and tok.vocab_size > config.vocab_size:
-        print(
-            f"note: the tokenizer has {tok.vocab_size} tokens, {source!r} has rows for "
-            f"{config.vocab_size}; training adds what is missing"
-        )
+    """Write a model folder, tensor by tensor.
 
-    def weights():
-        for name, p in tqdm(list(model.named_parameters()), unit="tensor", desc=target):
-            whole = torch.empty(p.shape, dtype=dtype)
-            with one_line_errors(source):
-                copy_weights([(name, whole)], folder, places)
+    In memory are the file that is read and the file to be written, at most."""
+    temporary = target.rstrip("/") + ".tmp"
+    check_target(target, temporary)
+    folder = open_folder(source)
+    head = choose_head(folder, "auto")
+    config = make_config(folder)
+    shapes = list_shapes(config, head)
+    ranges = map_tensors(shapes, config, folder.family)
+    check_tensors(folder, head, shapes, ranges)
+    dtype = dtype or folder.dtype()
+    tok = None
+    if tokenizer.find_tokenizer_file(source):
+        tok = tokenizer.load(source)
+        if tok.vocab_size > config.vocab_size:
+            print_once(
+                f"note: the tokenizer has {tok.vocab_size} tokens, {source!r} has rows for "
+                f"{config.vocab_size}; training adds the missing rows"
+            )
+
+    def read_weights():
+        for name, shape in tqdm(shapes.items(), unit="tensor", desc=target):
+            whole = torch.empty(shape, dtype=dtype)
+            copy_weights({name: whole}, folder, ranges)
             if not torch.isfinite(whole).all():
-                stop(f"{name} is not finite in {dtype}, which {source!r} has in {folder.dtype()}")
+                stop(f"{name} is not finite in {dtype}; {source!r} has it in {folder.dtype()}")
             yield name, whole
 
     try:
-        write_model_folder(target, config, head, weights(), tok, dtype)
+        write_model_folder(target, config, head, read_weights(), tok, dtype)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    count = sum(p.numel() for p in model.parameters())
-    print(
-        f"{target}: {config.num_hidden_layers} layers, {count:,} parameters, "
-        f"{str(dtype).removeprefix('torch.')}, with {'its' if tok else 'no'} tokenizer"
+    count = sum(shape.numel() for shape in shapes.values())
+    dtype_name = str(dtype).removeprefix("torch.")
+    which_tokenizer = "its" if tok else "no"
+    print_once(
+        f"{target}: {config.num_hidden_layers} layers, {count:,} parameters, {dtype_name}, with "
+        f"{which_tokenizer} tokenizer"
     )
+
+
+def check_target(target, temporary):
+    """Stop unless writing the folder overwrites nothing."""
+    has_a_name = target.strip("/.")
+    old = target.rstrip("/") + ".old"  # replace_folder() would delete it
+    for path in (target, temporary, old):
+        if os.path.lexists(path) or not has_a_name:
+            stop(f"{path!r} is there already: choose another TARGET, or remove it")

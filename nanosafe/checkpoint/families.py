@@ -1,108 +1,119 @@
-"""Models that are almost LLaMA: what a family calls otherwise (one more is a line in FAMILIES, see
-docs/formats.md), and Meta's checkpoints and llama2.c's files, which are memory-mapped."""
+"""Families of models that are almost LLaMA: how their config.json and their tensors differ from it.
+
+This file holds data and pure functions only. One more family is one more entry in FAMILIES;
+docs/formats.md shows how."""
 
 from typing import Callable, NamedTuple
 
+from nanosafe.checkpoint.tensors import RowRange
 from nanosafe.errors import stop
+
+BAICHUAN2_VOCABULARY = 125696  # rows; older Baichuans have 64,000
+MISTRAL_WINDOW = 4096  # keys, where config.json does not say
+
+
+# ---- where queries, keys and values lie in a family's tensors ----
+#
+# Each function takes the names of the tensors, and H heads, K kv heads and the head width E, and
+# returns the RowRanges of our qkv_proj, whose rows are all queries, then all keys, then all values.
 
 
 def qkv_separate(tensors, H, K, E):
-    """LLaMA's queries, keys and values: a tensor each."""
-    return [(tensor, 0, heads * E, 1) for tensor, heads in zip(tensors, (H, K, K))]
-
-
-class Family(NamedTuple):
-    """How a family's folders differ from LLaMA's."""
-
-    architecture: str = "Llama"  # in config.json, where folders of the family are written
-    config: Callable = lambda d: {}  # its config.json -> the keys that LLaMA spells otherwise
-    qkv: tuple = ("q_proj", "k_proj", "v_proj")  # the tensors with queries, keys and values
-    layout: Callable = qkv_separate  # where these are in them: parts(), below, of qkv_proj
-    gate_up: tuple = ("gate_proj", "up_proj")
-    names: tuple = ()  # (ours, theirs): parts of tensors' names
-
-
-LLAMA = Family()
-
-
-def find_rows(config, name, family=LLAMA):
-    """Where the rows of our parameter `name` are: [(tensor, first row, rows or None: all, step)].
-    We multiply by q, k and v at once, and by gate and up at once; most folders keep them apart."""
-    tensor = name if name.startswith(("lm_head.", "score_head.")) else "model." + name
-    for ours, theirs in family.names:
-        tensor = tensor.replace(ours, theirs)
-    c = config
-    if ".qkv_proj." in name:
-        tensors = [tensor.replace("qkv_proj", part) for part in family.qkv]
-        return family.layout(tensors, c.num_attention_heads, c.num_key_value_heads, c.head_dim)
-    if ".gate_up_proj." in name:
-        height = 2 * c.intermediate_size // len(family.gate_up)
-        return [(tensor.replace("gate_up_proj", part), 0, height, 1) for part in family.gate_up]
-    return [(tensor, 0, None, 1)]
-
-
-def make_config_json(config, head):
-    """What to write as config.json, and its Family: LLaMA, unless that cannot say it all."""
-    d = config.to_dict(head)
-    keys = ("sliding_window", "alibi", "norm_head", "output_bias")
-    window, alibi, norm_head, output_bias = (d.pop(key) for key in keys)
-    if window or alibi or norm_head or output_bias != config.attention_bias:
-        return make_other_config_json(config, d, head)
-    return d, LLAMA
-
-
-def mistral(d):
-    return {"sliding_window": d.get("sliding_window", 4096)}
-
-
-def qwen2(d):
-    if d.get("use_sliding_window"):
-        stop("a Qwen2 with use_sliding_window, only some layers have a window: not known here")
-    return {"sliding_window": 0}
-
-
-def internlm(d):
-    rotary = d.get("rotary") or {}
-    return {"bias": None, "rope_theta": rotary.get("base", d.get("rope_theta"))}
-
-
-def baichuan(d):
-    """The 13B models have ALiBi and no max_position_embeddings; Baichuan2 a larger vocabulary."""
-    length = d.get("max_position_embeddings")
-    return {
-        "alibi": length is None,
-        "max_position_embeddings": length or d["model_max_length"],
-        "norm_head": d.get("norm_head", d["vocab_size"] >= 125696),
-    }
-
-
-def qkv_stacked(tensors, H, K, E):
-    """Queries, keys and values one below the other in one tensor."""
-    return [(tensors[0], 0, (H + 2 * K) * E, 1)]
-
-
-def qkv_grouped(tensors, H, K, E):
-    """In one tensor, for each kv head its queries, its key and its value."""
-    G = H // K
+    """LLaMA: queries, keys and values have a tensor each."""
+    queries, keys, values = tensors
     return [
-        (tensors[0], (group * (G + 2) + first) * E, heads * E, 1)
-        for first, heads in ((0, G), (G, 1), (G + 1, 1))
-        for group in range(K)
+        RowRange(queries, 0, H * E, 1, 0),
+        RowRange(keys, 0, K * E, 1, H * E),
+        RowRange(values, 0, K * E, 1, (H + K) * E),
     ]
 
 
+def qkv_stacked(tensors, H, K, E):
+    """Baichuan: one tensor has the queries, below them the keys, below them the values."""
+    return [RowRange(tensors[0], 0, (H + 2 * K) * E, 1, 0)]
+
+
+def qkv_grouped(tensors, H, K, E):
+    """InternLM2: one tensor has the queries of a kv head, its key and its value, then the next."""
+    tensor = tensors[0]
+    queries = H // K * E  # rows of queries in a group
+    ranges = []
+    for group in range(K):
+        start = group * (queries + 2 * E)
+        key_start = start + queries
+        value_start = key_start + E
+        ranges.append(RowRange(tensor, start, queries, 1, group * queries))
+        ranges.append(RowRange(tensor, key_start, E, 1, (H + group) * E))
+        ranges.append(RowRange(tensor, value_start, E, 1, (H + K + group) * E))
+    return ranges
+
+
 def qkv_interleaved(tensors, H, K, E):
-    """Dimensions that RoPE turns together are neighbours; in LLaMA they are half a head apart."""
-    q, k, v = tensors
-    return [
-        (tensor, head * E + odd, E // 2, 2)
-        for tensor, heads in ((q, H), (k, K))
-        for head in range(heads)
-        for odd in (0, 1)
-    ] + [(v, 0, K * E, 1)]
+    """Meta: the two dimensions that RoPE turns together are neighbours, not half a head apart."""
+    queries, keys, values = tensors
+    half = E // 2
+    ranges = []
+    for tensor, heads, target in ((queries, H, 0), (keys, K, H * E)):
+        for head in range(heads):
+            start = head * E
+            ranges.append(RowRange(tensor, start, half, 2, target + start))
+            ranges.append(RowRange(tensor, start + 1, half, 2, target + start + half))
+    ranges.append(RowRange(values, 0, K * E, 1, (H + K) * E))
+    return ranges
 
 
-SHORT = (
+# ---- a family's config.json -> the keys that LLaMA spells otherwise ----
+
+
+def keep_config(config_json):
+    return {}
+
+
+def mistral(config_json):
+    return {"sliding_window": config_json.get("sliding_window", MISTRAL_WINDOW)}
+
+
+def qwen2(config_json):
+    if config_json.get("use_sliding_window"):
+        stop("a Qwen2 with use_sliding_window is not supported: only some layers have a window")
+    return {"sliding_window": 0}
+
+
+def internlm(config_json):
+    """InternLM's key `bias` is about attention: a score head must not take it for its own."""
+    rotary = config_json.get("rotary") or {}
+    return {"bias": None, "rope_theta": rotary.get("base", config_json.get("rope_theta"))}
+
+
+def baichuan(config_json):
+    """The 13B models have ALiBi and no max_position_embeddings; Baichuan2 normalises its head."""
+    length = config_json.get("max_position_embeddings")
+    longest = length or config_json.get("model_max_length")
+    if longest is None:
+        raise ValueError("it has neither max_position_embeddings nor model_max_length")
+    vocabulary = config_json.get("vocab_size") or 0
+    return {
+        "alibi": length is None,
+        "max_position_embeddings": longest,
+        "norm_head": config_json.get("norm_head", vocabulary >= BAICHUAN2_VOCABULARY),
+    }
+
+
+# ---- the families ----
+
+
+class Family(NamedTuple):
+    """How the folders of a family differ from LLaMA's."""
+
+    architecture: str = "Llama"  # the first part of its class names in config.json
+    translate_config: Callable = keep_config
+    qkv: tuple = ("q_proj", "k_proj", "v_proj")  # the tensors with queries, keys and values
+    layout: Callable = qkv_separate  # where these lie in the tensors
+    gate_up: tuple = ("gate_proj", "up_proj")
+    renames: tuple = ()  # (a part of our tensors' names, the family's word for it)
+
+
+SHORT_NAMES = (
     ("self_attn.", "attention."),
     ("o_proj", "wo"),
     ("mlp.", "feed_forward."),
@@ -113,48 +124,112 @@ SHORT = (
     ("embed_tokens", "tok_embeddings"),
 )
 
-
+LLAMA = Family()
 FAMILIES = {  # by the model_type of config.json
     "llama": LLAMA,
     "mistral": Family("Mistral", mistral),
     "qwen2": Family("Qwen2", qwen2),
     "internlm": Family("InternLM", internlm),
-    "internlm2": Family("InternLM2", internlm, ("wqkv",), qkv_grouped, ("w1", "w3"), SHORT),
-    "baichuan": Family("Baichuan", baichuan, ("W_pack",), qkv_stacked),
+    "internlm2": Family(
+        "InternLM2",
+        internlm,
+        qkv=("wqkv",),
+        layout=qkv_grouped,
+        gate_up=("w1", "w3"),
+        renames=SHORT_NAMES,
+    ),
+    "baichuan": Family("Baichuan", baichuan, qkv=("W_pack",), layout=qkv_stacked),
 }
-
-
-META = Family(
+META = Family(  # Meta's own checkpoints, which meta.py reads
     qkv=("wq", "wk", "wv"),
     layout=qkv_interleaved,
     gate_up=("w1", "w3"),
-    names=(*SHORT, ("model.", "")),
+    renames=(*SHORT_NAMES, ("model.", "")),
 )
 
 
-def make_other_config_json(config, d, head):
-    """LLaMA's config.json `d` for a model that needs another family's, and that Family."""
-    biases = config.attention_bias, config.output_bias, config.mlp_bias
-    special, window = config.alibi or config.norm_head, config.sliding_window
-    if (
-        sum(map(bool, (special, window, any(biases)))) > 1
-        or any(biases[1:])
-        and config.attention_bias != config.output_bias
-    ):
+# ---- our parameters -> a folder's tensors ----
+
+
+def name_tensor(name, family):
+    """The name of our parameter in a family's folders; fused parameters keep our name."""
+    tensor = name
+    if not name.startswith(("lm_head.", "score_head.")):
+        tensor = "model." + name
+    for ours, theirs in family.renames:
+        tensor = tensor.replace(ours, theirs)
+    return tensor
+
+
+def find_rows(config, name, height, family=LLAMA):
+    """The RowRanges of the parameter `name`, which has `height` rows, in a family's tensors.
+
+    We multiply by queries, keys and values at once, and by gate and up at once. Most folders keep
+    them apart."""
+    tensor = name_tensor(name, family)
+    if ".qkv_proj." in name:
+        tensors = [tensor.replace("qkv_proj", part) for part in family.qkv]
+        H, K = config.num_attention_heads, config.num_key_value_heads
+        return family.layout(tensors, H, K, config.head_dim)
+    if ".gate_up_proj." in name:
+        rows = height // len(family.gate_up)
+        ranges = []
+        for i, part in enumerate(family.gate_up):
+            part_tensor = tensor.replace("gate_up_proj", part)
+            ranges.append(RowRange(part_tensor, 0, rows, 1, i * rows))
+        return ranges
+    return [RowRange(tensor, 0, height, 1, 0)]
+
+
+# ---- the config.json that is written ----
+
+
+def choose_written_family(config):
+    """The model_type whose config.json can express a model: LLaMA's if possible.
+
+    None where no family's config.json can."""
+    is_baichuan = config.alibi or config.norm_head
+    has_window = config.sliding_window > 0
+    has_bias = config.attention_bias or config.output_bias or config.mlp_bias
+    if not is_baichuan and not has_window:
+        if config.attention_bias == config.output_bias:
+            return "llama"
+        if not config.output_bias and not config.mlp_bias:
+            return "qwen2"
+    if is_baichuan and not has_window and not has_bias:
+        return "baichuan"
+    if has_window and not is_baichuan and not has_bias:
+        return "mistral"
+    return None
+
+
+def check_can_be_saved(config):
+    """Stop, before anything is trained, if no config.json can express this model."""
+    if choose_written_family(config) is None:
         stop(
-            "no family's config.json can say what this model has: windows, ALiBi, a normalised "
-            "head and biases together, or only some of the biases"
+            "no family's config.json can express this model: a window, ALiBi or a normalised head, "
+            "and biases exclude each other, and biases of only some matrices are Qwen2's"
         )
-    if special:
-        kind, more = (
-            "baichuan",
-            {"norm_head": config.norm_head, "model_max_length": config.max_position_embeddings},
-        )
+
+
+def make_config_json(config, head):
+    """The config.json to write for a model that check_can_be_saved() lets pass."""
+    values = config.to_dict(head)
+    for key in ("sliding_window", "alibi", "norm_head", "output_bias"):  # not in LLaMA's
+        del values[key]
+    kind = choose_written_family(config)
+    if kind == "llama":
+        return values
+    if kind == "mistral":
+        values["sliding_window"] = config.sliding_window
+    if kind == "qwen2":
+        values["use_sliding_window"] = False
+    if kind == "baichuan":
+        values["norm_head"] = config.norm_head
+        values["model_max_length"] = config.max_position_embeddings
         if config.alibi:
-            del d["max_position_embeddings"]
-    elif window:
-        kind, more = "mistral", {"sliding_window": window}
-    else:
-        kind, more = "qwen2", {"use_sliding_window": False}
-    name = FAMILIES[kind].architecture + ("ForCausalLM" if head == "lm" else "ForScore")
-    return {**d, **more, "model_type": kind, "architectures": [name]}, FAMILIES[kind]
+            del values["max_position_embeddings"]
+    ending = "ForCausalLM" if head == "lm" else "ForScore"
+    values["model_type"] = kind
+    values["architectures"] = [FAMILIES[kind].architecture + ending]
+    return values

@@ -1,158 +1,293 @@
-"""What model folders look like: which tensor holds which of our rows, and how it is read in slices.
-A Family says how a folder differs from LLaMA's; families.py has the others, and other layouts."""
+"""What is on disk at a path: a model's config, its tensors, and where our parameters lie in them.
+
+    open_folder -> Folder -> choose_head, make_config -> list_shapes -> map_tensors -> check_tensors
+    -> copy_weights
+
+Only the files that an index names are opened, only inside the folder, and one at a time. No code
+from a folder is executed."""
 
 import os
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from nanosafe import parallel
 from nanosafe.checkpoint import meta
-from nanosafe.checkpoint.families import FAMILIES, LLAMA, find_rows
-from nanosafe.checkpoint.tensors import FLOATS, Files, Stored, clean_name, copy_rows
-from nanosafe.errors import stop
+from nanosafe.checkpoint.families import FAMILIES, META, Family, find_rows, name_tensor
+from nanosafe.checkpoint.tensors import FolderReader, LazyTensor, clean_name, copy_rows
+from nanosafe.errors import one_line_errors, stop
 from nanosafe.model import Config, LLaMA
 from nanosafe.printing import print_once
 from nanosafe.storage import read_json
 
-
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 IGNORED = ("rotary_emb.inv_freq", "masked_bias", "rope.freqs")  # buffers that old files carry
+NORMALIZER = ("normalizer.mean", "normalizer.var", "normalizer.count")  # of old score models
+WEIGHT_FILES = (  # the first that exists is read
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+# Keys of config.json that we compute with before Config checks them all.
+COUNTS = ("vocab_size", "hidden_size", "num_attention_heads")
+OBJECTS = ("rope_scaling", "rope_parameters", "rotary")
+ROPE_NUMBERS = {  # that config.json must have for each kind of scaled RoPE
+    "linear": ("factor",),
+    "llama3": (
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ),
+}
 
 
-WEIGHTS = [
-    name + ending
-    for name in ("model.safetensors", "pytorch_model.bin")
-    for ending in ("", ".index.json")
-]  # the first that is there is read
-
-
-NORMALIZER = ("normalizer.mean", "normalizer.var", "normalizer.count")
-
-
+@dataclass
 class Folder:
-    """The tensors of what is at a path, read in slices: a tensor has a .shape and takes rows.
-    Only files that its index names are opened, inside it, one at a time; nothing is executed."""
-
-    def __init__(self, path):
-        self.path, self.tensors, self.family = os.fspath(path), {}, LLAMA
-        if not os.path.isfile(os.path.join(self.path, "config.json")):
-            self.config, self.tensors, self.family = meta.read_other_layout(self.path)
-            return
-        d = read_json(self.path, "config.json")
-        if d.get("quantization_config"):
-            stop(f"{self.path!r} is quantised: open the weights that it was made from")
-        if d.get("hidden_act", "silu") not in ("silu", "swish"):
-            stop(f"{self.path!r}: hidden_act {d['hidden_act']!r} is not LLaMA's silu")
-        kind = (d.get("model_type") or "llama").lower()
-        if kind != "llama":
-            if kind not in FAMILIES:
-                stop(
-                    f"{self.path!r}: model_type {kind!r} is not known here: {', '.join(FAMILIES)} "
-                    "are (docs/formats.md says how to add one)"
-                )
-            self.family = FAMILIES[kind]
-        there = [name for name in WEIGHTS if os.path.isfile(os.path.join(self.path, name))]
-        indexed = there and there[0].endswith(".json")
-        index = read_json(self.path, there[0]).get("weight_map", {}) if indexed else {}
-        if not there or indexed and not index:
-            stop(f"no weights in {self.path!r}: model.safetensors, pytorch_model.bin or an index")
-        files = Files(self.path)
-        for file in sorted(set(index.values())) if indexed else there[:1]:
-            for key in files.open(file):
-                name = clean_name(key)
-                if name in self.tensors or index.get(key, file) != file:
-                    stop(f"{self.path!r}: {name!r} stands in two places, once in {file!r}")
-                self.tensors[name] = Stored(files, file, key)
-        lost = {clean_name(key) for key in index} - set(self.tensors)
-        if lost:
-            stop(f"{self.path!r}: the index names {min(lost)!r}, which its files do not hold")
-        biased = lambda part: any(name.endswith(part + ".bias") for name in self.tensors)
-        self.config = {
-            **d,
-            "sliding_window": 0,
-            "alibi": False,
-            "norm_head": False,
-            **self.family.config(d),
-            "attention_bias": biased(self.family.qkv[0]),
-            "output_bias": biased("o_proj") or biased("wo"),
-            "mlp_bias": biased(self.family.gate_up[0]),
-            "score_bias": "score_head.bias" in self.tensors,
-        }  # the tensors know best
+    path: str
+    config: dict  # as LLaMA's config.json spells it
+    tensors: dict  # name -> a tensor that is read by rows; file by file
+    family: Family
 
     def dtype(self):
-        name = next(name for name in self.tensors if name.endswith("weight"))
-        return self.tensors[name][:1].dtype
+        """That of the weights."""
+        for name, tensor in self.tensors.items():
+            if name.endswith("weight"):
+                return tensor.dtype
 
 
-def read_config(folder, head, score_type=None):
-    """(Config, head) of a folder that is opened with `head`, as in load()."""
-    scored = "score_head.weight" in folder.tensors
-    if head == "lm" and scored:
-        stop(f"{folder.path!r} is a score model: it cannot generate text")
-    moments = {
-        name: folder.tensors["normalizer." + name][:].flatten().tolist()
-        for name in ("mean", "var")
-        if "normalizer." + name in folder.tensors
+# ---- what is there ----
+
+
+def open_folder(path):
+    """The Folder at a path, in Hugging Face's layout or in Meta's. No weights are read yet."""
+    path = os.fspath(path)
+    if os.path.isfile(os.path.join(path, "config.json")):
+        config_json = read_config(path)
+        family = find_family(path, config_json)
+        tensors = index_tensors(path, find_weight_files(path))
+        config = translate_config(path, config_json, tensors, family)
+        return Folder(path, config, tensors, family)
+    if meta.find_shards(path):
+        found = meta.read_meta_folder(path)
+        return Folder(path, found.config, found.tensors, META)
+    stop(f"no model at {path!r}: a model folder has a config.json, or Meta's params.json")
+
+
+def read_config(path):
+    """A folder's config.json, as it is, if nanosafe can open such a model."""
+    with one_line_errors(path):
+        config_json = read_json(path, "config.json")
+    if config_json.get("quantization_config"):
+        stop(f"{path!r} is quantised: open the weights that it was made from")
+    activation = config_json.get("hidden_act", "silu")
+    if activation not in ("silu", "swish"):
+        stop(f"{path!r}: hidden_act {activation!r} is not LLaMA's silu")
+    for key in COUNTS:
+        value = config_json.get(key)
+        if value is not None and not (isinstance(value, int) and value > 0):
+            stop(f"{path!r}: {key} in config.json is {value!r}, not a positive whole number")
+    for key in OBJECTS:
+        value = config_json.get(key)
+        if value is not None and not isinstance(value, dict):
+            stop(f"{path!r}: {key} in config.json is {value!r}, not an object")
+    return config_json
+
+
+def find_family(path, config_json):
+    kind = str(config_json.get("model_type") or "llama").lower()
+    if kind not in FAMILIES:
+        stop(
+            f"{path!r}: model_type {kind!r} is not supported: choose one of {', '.join(FAMILIES)} "
+            "(docs/formats.md says how to add one)"
+        )
+    return FAMILIES[kind]
+
+
+class WeightFiles(NamedTuple):
+    names: list  # of the files
+    weight_map: dict  # tensor -> file, of an index; empty where there is none
+
+
+def find_weight_files(path):
+    for name in WEIGHT_FILES:
+        if os.path.isfile(os.path.join(path, name)):
+            return read_index(path, name) if name.endswith(".json") else WeightFiles([name], {})
+    stop(f"no weights in {path!r}: model.safetensors, pytorch_model.bin or an index")
+
+
+def read_index(path, name):
+    with one_line_errors(path):
+        weight_map = read_json(path, name).get("weight_map", {})
+    if not isinstance(weight_map, dict):
+        stop(f"{path!r}: the weight_map in {name} is not an object")
+    for file in weight_map.values():
+        if not isinstance(file, str):
+            stop(f"{path!r}: the weight_map in {name} names {file!r}, which is not a file")
+    if not weight_map:
+        stop(f"no weights in {path!r}: the weight_map in {name} is empty")
+    return WeightFiles(sorted(set(weight_map.values())), weight_map)
+
+
+def index_tensors(path, weight_files):
+    """{name: LazyTensor} of all files, file by file. Stops where file and index disagree."""
+    reader = FolderReader(path)
+    tensors = {}
+    for file in weight_files.names:
+        for key in reader.open(file):
+            name = clean_name(key)
+            if name in tensors or weight_files.weight_map.get(key, file) != file:
+                stop(f"{path!r}: {name!r} is in two files, one of which is {file!r}")
+            tensors[name] = LazyTensor(reader, file, key)
+    for key in sorted(weight_files.weight_map):
+        if clean_name(key) not in tensors:
+            stop(f"{path!r}: the index names {key!r}, which its files do not hold")
+    return tensors
+
+
+def translate_config(path, config_json, tensors, family):
+    """config.json under LLaMA's keys. Whether there are biases depends on the tensors alone."""
+    with one_line_errors(path):
+        translated = family.translate_config(config_json)
+    return {
+        **config_json,
+        "sliding_window": 0,  # LLaMA has none of these, whatever its config.json says
+        "alibi": False,
+        "norm_head": False,
+        **translated,
+        "attention_bias": has_bias(tensors, family.qkv[0]),
+        "output_bias": has_bias(tensors, "o_proj") or has_bias(tensors, "wo"),
+        "mlp_bias": has_bias(tensors, family.gate_up[0]),
+        "score_bias": "score_head.bias" in tensors,
     }
-    stated = {"score_type": score_type} if score_type else {}
-    config = Config.from_dict({**folder.config, **moments, **stated})
-    return config, ("score" if scored else "lm") if head == "auto" else head
 
 
-def map_tensors(config, head, folder, fresh=(), vocab_size=0):
-    """Where a model's parameters are in a folder: {parameter: [(tensor, its first row, rows, step,
-    row of the parameter)]}. Stops on a tensor missing, misshapen, left over, or of whole numbers.
-    vocab_size: the folder's, where the config's is greater."""
+def has_bias(tensors, projection):
+    return any(name.endswith(projection + ".bias") for name in tensors)
+
+
+# ---- which model it is ----
+
+
+def choose_head(folder, head):
+    """The head to open a folder with, where "auto" is the head that it has."""
+    has_score_head = "score_head.weight" in folder.tensors
+    if head == "lm" and has_score_head:
+        stop(f"{folder.path!r} is a score model: it cannot generate text")
+    if head == "auto":
+        return "score" if has_score_head else "lm"
+    return head
+
+
+def make_config(folder, score_type=None):
+    """The Config of a folder. Its normaliser's tensors win over what config.json says."""
+    values = dict(folder.config)
+    for name in ("mean", "var"):
+        if "normalizer." + name in folder.tensors:
+            moment = folder.tensors["normalizer." + name]
+            values[name] = moment[...].flatten().tolist()
+    if score_type:
+        values["score_type"] = score_type
+    with one_line_errors(folder.path):
+        config = Config.from_dict(values)
+    for key in ROPE_NUMBERS.get(config.rope_type, ()):
+        value = config.rope_scaling.get(key)
+        if not isinstance(value, (int, float)):
+            stop(f"{folder.path!r}: {key} of its {config.rope_type} RoPE is {value!r}")
+    return config
+
+
+def list_shapes(config, head):
+    """{parameter: shape} of a model, without taking its memory."""
     with torch.device("meta"):
         model = LLaMA(config, head)
-    places, shapes = {}, {}  # shapes: of the folder's tensors, as they should be
-    for name, p in model.named_parameters():
-        if name in fresh:
-            continue
-        places[name], start = [], 0
-        for tensor, first, height, step in find_rows(config, name, folder.family):
-            height = height or len(p)
-            places[name].append((tensor, first, height, step, start))
-            shapes[tensor] = [shapes.get(tensor, [0])[0] + height, *p.shape[1:]]
-            start += height
-        if vocab_size and name in ("embed_tokens.weight", "lm_head.weight"):
-            shapes[tensor][0] = vocab_size
-    missing, misshapen = [name for name in shapes if name not in folder.tensors], []
-    for name in filter(folder.tensors.__contains__, shapes):
-        tensor = folder.tensors[name]
-        if list(tensor.shape) != shapes[name]:
-            misshapen.append(f"{name} {list(tensor.shape)}, not {shapes[name]}")
-        elif tensor[:0].dtype not in FLOATS:
-            misshapen.append(f"{name}, {tensor[:0].dtype}")
-    lm_head = find_rows(config, "lm_head.weight", folder.family)[0][0]
-    if lm_head in folder.tensors and lm_head not in shapes:
-        why = "there is a score head" if head == "score" else "its embedding is its head"
-        print_once(f"{folder.path}: {lm_head} is left out: {why}")
-    known = {*shapes, lm_head, *(NORMALIZER if head == "score" else ())}
-    surplus = [name for name in folder.tensors if name not in known and not name.endswith(IGNORED)]
-    for what, names in (
-        ("misses", missing),
-        ("has a wrong shape or type for", misshapen),
-        ("has no use for", surplus),
-    ):
-        if names:
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            stop(f"{folder.path!r} {what} {', '.join(names[:5])}{more}")
-    return places
+    return {name: parameter.shape for name, parameter in model.named_parameters()}
+
+
+# ---- tensors -> parameters ----
+
+
+def map_tensors(shapes, config, family):
+    """{parameter: [RowRange]}: where the rows of each parameter lie in a folder."""
+    ranges = {}
+    for name, shape in shapes.items():
+        ranges[name] = find_rows(config, name, shape[0], family)
+    return ranges
+
+
+def check_tensors(folder, head, shapes, ranges):
+    """Stop unless the folder has exactly the tensors that the ranges are of, in their shapes."""
+    expected = expected_shapes(shapes, ranges)
+    lm_head = name_tensor("lm_head.weight", folder.family)
+    if lm_head in folder.tensors and lm_head not in expected:
+        reason = "there is a score head" if head == "score" else "the model uses its embedding"
+        print_once(f"{folder.path}: {lm_head} is left out: {reason}")
+    missing = []
+    misshapen = []
+    for name, shape in expected.items():
+        tensor = folder.tensors.get(name)
+        if tensor is None:
+            missing.append(name)
+        elif list(tensor.shape) != shape:
+            misshapen.append(f"{name} {list(tensor.shape)}, not {shape}")
+        elif tensor.dtype not in FLOATS:
+            misshapen.append(f"{name}, {tensor.dtype}")
+    known = {*expected, lm_head}
+    if head == "score":
+        known.update(NORMALIZER)
+    surplus = []
+    for name in folder.tensors:
+        if name not in known and not name.endswith(IGNORED):
+            surplus.append(name)
+    stop_with_names(folder, "misses", missing)
+    stop_with_names(folder, "has a wrong shape or type for", misshapen)
+    stop_with_names(folder, "has no use for", surplus)
+
+
+def expected_shapes(shapes, ranges):
+    """{tensor of the folder: its shape, a list}: as high as all its ranges together."""
+    expected = {}
+    for name, row_ranges in ranges.items():
+        for row_range in row_ranges:
+            shape = expected.setdefault(row_range.tensor, [0, *shapes[name][1:]])
+            shape[0] += row_range.rows
+    return expected
+
+
+def stop_with_names(folder, problem, names):
+    if names:
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        stop(f"{folder.path!r} {problem} {', '.join(names[:5])}{more}")
 
 
 @torch.no_grad()
-def copy_weights(parameters, folder, places):
-    """Copy this rank's rows of the parameters, (name, tensor), from the folder, file by file."""
-    parameters = dict(parameters)
-    work = sorted(
-        (getattr(folder.tensors[part[0]], "file", ""), name, part)
-        for name in places.keys() & parameters.keys()
-        for part in places[name]
-    )
-    for _, name, (tensor, skip, height, step, start) in work:
-        rows, first, count, _ = parallel.local_rows(parameters[name])
-        source = folder.tensors[tensor]
-        there = min(height, len(range(skip, source.shape[0], step)))
-        copy_rows(rows, first, source, start, there, skip, step)
-        if count and there < height and first + count > there:  # rows for new tokens
-            rows[max(0, there - first) :] = source[:].float().mean(dim=0).to(rows)
+def copy_weights(parameters, folder, ranges):
+    """Copy this rank's rows of the parameters {name: tensor} from the folder.
+
+    Its tensors are listed file by file, so each file is opened once."""
+    readers = {}  # tensor -> [(parameter, RowRange)]
+    for name, row_ranges in ranges.items():
+        if name not in parameters:
+            continue
+        for row_range in row_ranges:
+            readers.setdefault(row_range.tensor, []).append((name, row_range))
+    for tensor_name, source in folder.tensors.items():
+        for name, row_range in readers.get(tensor_name, ()):
+            local = parallel.local_rows(parameters[name])
+            copy_rows(local.rows, local.first, source, row_range)
+
+
+@torch.no_grad()
+def fill_new_rows(parameters, folder, ranges):
+    """Set the rows of new tokens, which the folder does not have, to the mean of those it has."""
+    for name in ("embed_tokens.weight", "lm_head.weight"):
+        if name not in ranges:
+            continue
+        local = parallel.local_rows(parameters[name])
+        row_range = ranges[name][0]
+        begin = max(0, row_range.rows - local.first)  # the first new row, counted from local.first
+        if begin < local.count:
+            source = folder.tensors[row_range.tensor]
+            local.rows[begin:] = source[:].float().mean(dim=0).to(local.rows)

@@ -1,9 +1,7 @@
-"""Model folders of the field <-> LLaMA.
+"""Load and save models. What is written is a Hugging Face folder, which transformers and vLLM open.
 
-What is written is a Hugging Face folder, of a score model with `score_head.weight`; what is read is
-that and more (formats.py), row by row into this rank's slice: no rank holds a whole model.
-
-$ python -m nanosafe.checkpoint SOURCE TARGET [--dtype=bfloat16]   # what opens -> a folder"""
+load   folder on disk -> RowRanges -> this rank's rows; no rank holds a whole model
+save   each parameter gathered -> tensors of the folder's family -> files of at most 5 GB"""
 
 import math
 import os
@@ -14,15 +12,32 @@ import torch
 from safetensors.torch import save_file
 
 from nanosafe import parallel
-from nanosafe.checkpoint.families import make_config_json, find_rows
-from nanosafe.checkpoint.folder import Folder, copy_weights, map_tensors, read_config
-from nanosafe.errors import stop, one_line_errors
+from nanosafe.checkpoint.families import (
+    FAMILIES,
+    check_can_be_saved,
+    choose_written_family,
+    find_rows,
+    make_config_json,
+)
+from nanosafe.checkpoint.folder import (
+    check_tensors,
+    choose_head,
+    copy_weights,
+    fill_new_rows,
+    list_shapes,
+    make_config,
+    map_tensors,
+    open_folder,
+)
+from nanosafe.errors import one_line_errors, stop
 from nanosafe.model import Config, LLaMA
 from nanosafe.printing import print_once
 from nanosafe.storage import CHECKSUMS, find_corrupt_file, make_folder, replace_folder, write_json
 
+SHARD_BYTES = 5 * 10**9  # of a file of weights, at most
 
-SHARD_BYTES = 5 * 10**9
+
+# ---- models ----
 
 
 def load(
@@ -38,149 +53,205 @@ def load(
     """Read a model folder -> LLaMA. Stops with one line on missing, surplus or misshapen tensors.
 
     head        "lm", "score", "both", or "auto": what the folder holds. A score head that it lacks
-                is drawn, and said.
+                is drawn with `seed`, and a line says so.
     dtype       of the parameters; by default that of the files
-    placement       a parallel.Place instead of dtype and device: for training, and for many ranks
-    vocab_size  rows that the tokenizer needs; missing ones are added as the mean of the others
-    score_type  "reward", "cost" or "critic", over what the config says"""
-    share = (parallel.rank(), parallel.world_size()) if placement else (0, 1)
-    if os.path.exists(os.path.join(path, CHECKSUMS)) and (
-        name := find_corrupt_file(path, *share, True)
-    ):
-        stop(f"{os.fspath(path)!r}: {name} is damaged; if you changed it, remove {CHECKSUMS}")
-    with one_line_errors(path):
-        folder = Folder(path)
-        config, head = read_config(folder, head, score_type)
-        known, config.vocab_size = config.vocab_size, max(config.vocab_size, vocab_size)
-        fresh = {"score_head.weight"} - set(folder.tensors) if head != "lm" else ()
-        places = map_tensors(config, head, folder, fresh, known)
-        make_config_json(config, head)  # what could not be saved is better refused now
-    if known < config.vocab_size:
-        print_once(
-            f"{path}: {config.vocab_size - known} rows for new tokens, each the others' mean"
-        )
-    placement = placement or parallel.Placement(torch.device(device), dtype=dtype)
+    placement   a parallel.Placement instead of dtype and device: for training, and for many ranks
+    vocab_size  rows that the tokenizer needs; missing ones become the mean of the others
+    score_type  "reward", "cost" or "critic", whatever the config says"""
+    check_for_damage(path, among_ranks=placement is not None)
+    folder = open_folder(path)
+    head = choose_head(folder, head)
+    config = make_config(folder, score_type)
+    shapes = list_shapes(config, head)
+    lacks_score_head = head != "lm" and "score_head.weight" not in folder.tensors
+    if lacks_score_head:
+        del shapes["score_head.weight"]
+    ranges = map_tensors(shapes, config, folder.family)
+    check_tensors(folder, head, shapes, ranges)
+    check_can_be_saved(config)
+
+    new_rows = max(0, vocab_size - config.vocab_size)
+    if new_rows:
+        print_once(f"{path}: {new_rows} rows for new tokens, each the others' mean")
+        config.vocab_size = vocab_size
+    if placement is None:
+        placement = parallel.Placement(torch.device(device), dtype=dtype)
     model = build_model(config, head, placement, placement.dtype or folder.dtype())
-    if fresh:
+    if lacks_score_head:
         print_once(f"{path}: no score head there: a new one is drawn")
-        draw_parameter(model, *fresh, model.score_head.weight, seed)
-    with one_line_errors(path):
-        copy_weights(parallel.named_local_parameters(model), folder, places)
+        draw_parameter(model, "score_head.weight", model.score_head.weight, seed)
+    parameters = dict(parallel.named_local_parameters(model))
+    copy_weights(parameters, folder, ranges)
+    if new_rows:
+        fill_new_rows(parameters, folder, ranges)
     return model
 
 
+def check_for_damage(path, among_ranks):
+    """Stop on a file that does not fit its checksum. among_ranks: each rank checks its share."""
+    if not os.path.exists(os.path.join(path, CHECKSUMS)):
+        return
+    part, parts = 0, 1
+    if among_ranks:
+        part, parts = parallel.rank(), parallel.world_size()
+    name = find_corrupt_file(path, part, parts, may_be_replaced=True)
+    if name:
+        stop(f"{os.fspath(path)!r}: {name} is damaged; if you changed it, remove {CHECKSUMS}")
+
+
 def build_model(config, head, placement, dtype):
-    """A LLaMA at its placement, its memory taken and not yet filled."""
+    """A LLaMA at its placement. Its memory is taken, and not filled yet."""
     with torch.device("meta"):
         model = LLaMA(config, head).to(dtype)
     parallel.shard_model(model, placement)
-    if head != "score" and config.tie_word_embeddings:  # to_empty() gave each name its own
+    if head != "score" and config.tie_word_embeddings:  # to_empty() has untied them
         model.lm_head.weight = model.embed_tokens.weight
     return model
 
 
 def init_from_scratch(config, head="lm", seed=0, placement=None):
     """A LLaMA with random weights, the same for every layout.
+
     N(0, initializer_range); outputs into the residual stream are scaled by depth, as in GPT-2."""
-    model = build_model(
-        config, head, placement or parallel.Placement(torch.device("cpu")), torch.float32
-    )
-    for name, p in parallel.named_local_parameters(model):
-        draw_parameter(model, name, p, seed)
+    if placement is None:
+        placement = parallel.Placement(torch.device("cpu"))
+    model = build_model(config, head, placement, torch.float32)
+    for name, parameter in parallel.named_local_parameters(model):
+        draw_parameter(model, name, parameter, seed)
     return model
 
 
 @torch.no_grad()
-def draw_parameter(model, name, p, seed):
-    """Draw this rank's rows of a parameter by a generator of its own: no layout changes them."""
-    rows, start, count, _ = parallel.local_rows(p)
+def draw_parameter(model, name, parameter, seed):
+    """Draw this rank's rows of a parameter. Each has its own generator: no layout changes them."""
+    local = parallel.local_rows(parameter)
     if name.endswith("norm.weight"):
-        rows.fill_(1.0)
+        local.rows.fill_(1.0)
     elif name.endswith(".bias"):
-        rows.zero_()
+        local.rows.zero_()
     else:
         std = model.config.initializer_range
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             std /= math.sqrt(2 * model.config.num_hidden_layers)
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-        rows.copy_(torch.normal(0.0, std, p.shape, generator=generator)[start : start + count])
+        whole = torch.normal(0.0, std, parameter.shape, generator=generator)
+        local.rows.copy_(whole[local.first : local.first + local.count])
 
 
 def count_parameters(source):
-    """How many parameters a Config, or the model in a folder, has; no weight is read."""
+    """How many parameters a Config has, or the model in a folder; no weights are read."""
+    config = source
     if not isinstance(source, Config):
-        with one_line_errors(source):
-            source = Config.from_dict(Folder(source).config)
-    with torch.device("meta"):
-        return sum(p.numel() for p in LLaMA(source).parameters())
+        config = make_config(open_folder(source))
+    return sum(shape.numel() for shape in list_shapes(config, "lm").values())
+
+
+# ---- saving ----
 
 
 @torch.no_grad()
 def save(model, path, tokenizer=None, dtype=None, head=None):
-    """Write a model folder that transformers opens, in files of 5 GB. A collective.
-    Written beside its placement and then renamed, with checksums. Of two heads, `head` is written."""
+    """Write a model folder, with checksums. It appears when it is whole. A collective.
+
+    dtype  of the tensors; by default that of the parameters
+    head   "lm" or "score", the one to write of a model with both"""
     head = head or model.head
-    other = {"lm": "score_head.", "score": "lm_head."}[head]
-    weights = (
-        (name, parallel.full_tensor(p))
-        for name, p in parallel.named_local_parameters(model)
-        if not name.startswith(other)
-    )
+    assert head in ("lm", "score"), "a folder has one head"
     dtype = dtype or next(model.parameters()).dtype
-    write_model_folder(path, model.config, head, weights, tokenizer, dtype)
+    write_model_folder(path, model.config, head, gather_weights(model, head), tokenizer, dtype)
     parallel.barrier()
 
 
+def gather_weights(model, head):
+    """Yield (name, whole tensor) of the parameters that a model with this head has."""
+    other_head = "score_head." if head == "lm" else "lm_head."
+    for name, parameter in parallel.named_local_parameters(model):
+        if not name.startswith(other_head):
+            yield name, parallel.full_tensor(parameter)
+
+
 def write_model_folder(path, config, head, weights, tokenizer, dtype):
-    """Write whole parameters, (name, tensor) one after the other, as a model folder, on rank 0."""
-    config_dict, family = make_config_json(config, head)
+    """Write whole parameters as a model folder, on rank 0. weights: yields (name, tensor)."""
+    check_can_be_saved(config)
     if parallel.rank() > 0:
-        for _ in weights:  # it takes all ranks to gather one
+        for _ in weights:  # each is gathered from all ranks
             pass
         return
     path = os.fspath(path)
     temporary = path.rstrip("/") + ".tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     make_folder(temporary)
-    files = []  # of each, its tensors' names and bytes
-    for held in split_into_shards(weights, dtype, lambda name: find_rows(config, name, family)):
-        with one_line_errors(path, "written"):
-            save_file(held, os.path.join(temporary, f"part-{len(files)}"), {"format": "pt"})
-        files.append({name: tensor.nbytes for name, tensor in held.items()})
-    count = len(files)
-    names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-    if count == 1:
-        names = ["model.safetensors"]
-    else:
-        places = {tensor: name for name, tensors in zip(names, files) for tensor in tensors}
-        total = {"total_size": sum(sum(sizes.values()) for sizes in files)}
-        index = {"metadata": total, "weight_map": dict(sorted(places.items()))}
-        write_json(index, temporary, "model.safetensors.index.json")
-    for i, name in enumerate(names):
-        os.rename(os.path.join(temporary, f"part-{i}"), os.path.join(temporary, name))
-    config_dict["torch_dtype"] = config_dict["dtype"] = str(dtype).removeprefix("torch.")
+    tensors = split_parameters(weights, config, dtype)
+    write_weight_files(path, temporary, split_into_shards(tensors))
+    config_json = make_config_json(config, head)
+    config_json["torch_dtype"] = str(dtype).removeprefix("torch.")
+    config_json["dtype"] = config_json["torch_dtype"]
     if tokenizer is not None:
-        config_dict.update(
-            bos_token_id=tokenizer.bos_id if tokenizer.bos_id >= 0 else None,
-            eos_token_id=tokenizer.eos_ids if len(tokenizer.eos_ids) > 1 else tokenizer.eos_id,
-            pad_token_id=tokenizer.pad_id if tokenizer.pad_id >= 0 else None,
-        )
+        config_json.update(describe_special_tokens(tokenizer))
         tokenizer.save(temporary)
-    write_json(config_dict, temporary, "config.json")
+    write_json(config_json, temporary, "config.json")
     with one_line_errors(path, "written"):
         replace_folder(temporary, path)
 
 
-def split_into_shards(weights, dtype, parts_of):
-    """Tables of the tensors to write, {name: rows}, of SHARD_BYTES at most if there are several."""
-    held = {}
+def split_parameters(weights, config, dtype):
+    """Yield (name, tensor) as the files have them; a tensor of a written family is one range."""
+    family = FAMILIES[choose_written_family(config)]
     for name, whole in weights:
-        places = parts_of(name)
-        heights = [height or len(whole) for _, _, height, _ in places]
-        for (part, *_), rows in zip(places, whole.split(heights)):
-            tensor = rows.to("cpu", dtype, copy=True).contiguous()
-            if held and sum(t.nbytes for t in (tensor, *held.values())) > SHARD_BYTES:
-                yield held
-                held.clear()
-            held[part] = tensor
-    yield held
+        for row_range in find_rows(config, name, len(whole), family):
+            end = row_range.target_start + row_range.rows
+            rows = whole[row_range.target_start : end]
+            yield row_range.tensor, rows.to("cpu", dtype, copy=True).contiguous()
+
+
+def split_into_shards(tensors):
+    """Yield {name: tensor} with SHARD_BYTES at most, or with a single tensor.
+
+    It is one dict, filled again and again, so that only one shard is in memory."""
+    shard = {}
+    size = 0
+    for name, tensor in tensors:
+        if shard and size + tensor.nbytes > SHARD_BYTES:
+            yield shard
+            shard.clear()
+            size = 0
+        shard[name] = tensor
+        size += tensor.nbytes
+    yield shard
+
+
+def write_weight_files(path, temporary, shards):
+    """Write shards to the folder `temporary`; their names tell how many there are, so come last."""
+    sizes_of_shards = []  # of each {tensor: bytes}
+    for i, shard in enumerate(shards):
+        with one_line_errors(path, "written"):
+            save_file(shard, os.path.join(temporary, f"part-{i}"), {"format": "pt"})
+        sizes_of_shards.append({name: tensor.nbytes for name, tensor in shard.items()})
+    count = len(sizes_of_shards)
+    names = ["model.safetensors"]
+    if count > 1:
+        names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+        write_index(temporary, names, sizes_of_shards)
+    for i, name in enumerate(names):
+        os.rename(os.path.join(temporary, f"part-{i}"), os.path.join(temporary, name))
+
+
+def write_index(folder, names, sizes_of_shards):
+    weight_map = {}
+    total = 0
+    for file, sizes in zip(names, sizes_of_shards):
+        for tensor, size in sizes.items():
+            weight_map[tensor] = file
+            total += size
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    write_json(index, folder, "model.safetensors.index.json")
+
+
+def describe_special_tokens(tokenizer):
+    """What config.json says of a tokenizer: None where it has no such token."""
+    several_ends = len(tokenizer.eos_ids) > 1
+    return {
+        "bos_token_id": tokenizer.bos_id if tokenizer.bos_id >= 0 else None,
+        "eos_token_id": tokenizer.eos_ids if several_ends else tokenizer.eos_id,
+        "pad_token_id": tokenizer.pad_id if tokenizer.pad_id >= 0 else None,
+    }

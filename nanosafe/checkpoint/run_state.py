@@ -1,82 +1,117 @@
-"""The exact state of a run: what it needs to go on, on any number of ranks."""
+"""The exact state of a run: what it needs to continue bit by bit, on any number of ranks.
+
+    out_dir/state/step_000500/  rank_00000.safetensors ..  state.json  checksums.json
+    out_dir/state/latest        the name of the last state
+    out_dir/owner.json          which torchrun started the run
+
+There is no random state: the data order and samples are functions of the seed and the step."""
 
 import json
 import os
 import shutil
 import zlib
-from contextlib import suppress
+from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from nanosafe import parallel
-from nanosafe.checkpoint.tensors import copy_rows
-from nanosafe.errors import stop, one_line_errors
+from nanosafe.checkpoint.tensors import RowRange, copy_rows
+from nanosafe.errors import one_line_errors, stop
+from nanosafe.printing import print_once
 from nanosafe.storage import (
+    atomic_write,
     checksum,
     find_corrupt_file,
-    make_folder,
-    replace_folder,
-    read_json,
     flush_to_disk,
-    atomic_write,
+    make_folder,
+    read_json,
+    replace_folder,
     write_json,
 )
-
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 
 
-rank_file = "rank_{:05d}.safetensors".format
+# ---- save ----
 
 
 def save(out_dir, step, models, optimizers, extra, keep=2):
-    """Write out_dir/state/step_NNNNNN: what a run needs to go on. A collective.
+    """Write out_dir/state/step_NNNNNN, and delete older states once it is whole. A collective.
 
     models      {name: model}: everything whose weights the run changes
-    optimizers  {name: optimizer} of those that have one
-    extra       anything JSON knows: lambda and its window, normalisers, counters
+    optimizers  {name: optimizer} of the models that have one
+    extra       {name: value} in JSON: lambda and its window, normalisers, counters
+    keep        how many states stay, this one included; at least 1
 
-    Every rank writes its own rows; replicas write nothing. There is no random state: data order and
-    samples are functions of the seed and the step. Older states go when this one is whole."""
-    root, main = os.path.join(out_dir, "state"), parallel.rank() == 0
-    folder = os.path.join(root, f"step_{step:06d}")
+    Every rank writes its own rows. Of copies, only one rank does."""
+    folder = os.path.join(out_dir, "state", name_state(step))
     temporary = folder + ".tmp"
-    if main:
+    is_main = parallel.rank() == 0
+    if is_main:
         shutil.rmtree(temporary, ignore_errors=True)
         make_folder(temporary)
     parallel.barrier()
-    tensors, first_rows = {}, {}
-    for key, rows, first, writer in local_slices(models, optimizers):
-        if writer:
-            tensors[key], first_rows[key] = rows.contiguous().cpu(), first
-    path = os.path.join(temporary, rank_file(parallel.rank()))
+    rank_sum = write_rank_file(temporary, models, optimizers)
+    # This gather is also the barrier behind which all files of ranks are written.
+    rank_sums = parallel.all_gather_lists([rank_sum], [parallel.rank()], parallel.world_size())
+    if is_main:
+        optimizer_steps = {}
+        for name in models:
+            optimizer_steps[name] = count_optimizer_steps(optimizers.get(name))
+        state = {"step": step, "ranks": len(rank_sums), "optimizer_steps": optimizer_steps, **extra}
+        finish_state(folder, temporary, state, rank_sums)
+        with atomic_write(os.path.join(out_dir, "state", "latest")) as f:
+            f.write(name_state(step) + "\n")
+        delete_other_states(out_dir, step, keep)
+    parallel.barrier()
+
+
+def name_state(step):
+    return f"step_{step:06d}"
+
+
+def name_rank_file(rank):
+    return f"rank_{rank:05d}.safetensors"
+
+
+def write_rank_file(folder, models, optimizers):
+    """Write the rows that this rank saves; returns the file's checksum()."""
+    tensors = {}
+    first_rows = {}
+    for part in local_slices(models, optimizers):
+        if part.is_writer:
+            tensors[part.key] = part.rows.contiguous().cpu()
+            first_rows[part.key] = part.first
+    path = os.path.join(folder, name_rank_file(parallel.rank()))
     with one_line_errors(path, "written"):
         save_file(tensors, path, {"first_rows": json.dumps(first_rows)})
         flush_to_disk(path)
-        mine = checksum(path)
-    sums = parallel.all_gather_lists(
-        [mine], [parallel.rank()], parallel.world_size()
-    )  # all have written
-    if main:
-        steps = {name: count_optimizer_steps(optimizers.get(name)) for name in models}
-        write_json(
-            {"step": step, "ranks": len(sums), "optimizer_steps": steps, **extra},
-            temporary,
-            "state.json",
-        )
-        sums = {rank_file(rank): pair for rank, pair in enumerate(sums)}
+        return checksum(path)
+
+
+def finish_state(folder, temporary, state, rank_sums):
+    """Add state.json and checksums, and give the folder its name."""
+    write_json(state, temporary, "state.json")
+    sums = {}
+    for rank, rank_sum in enumerate(rank_sums):
+        sums[name_rank_file(rank)] = rank_sum
+    with one_line_errors(folder, "written"):
         sums["state.json"] = checksum(os.path.join(temporary, "state.json"))
-        with one_line_errors(folder, "written"):
-            replace_folder(temporary, folder, sums)
-        with atomic_write(os.path.join(root, "latest")) as f:
-            f.write(f"step_{step:06d}\n")
-        kept = [name for name in list_states(out_dir) if int(name[5:]) <= step][-max(1, keep) :]
-        for name in os.listdir(root):  # what died half-written among them
-            if name.startswith("step_") and name not in kept:
-                shutil.rmtree(os.path.join(root, name), ignore_errors=True)
-    parallel.barrier()
+        replace_folder(temporary, folder, sums)
+
+
+def delete_other_states(out_dir, step, keep):
+    """Delete all states but the last `keep` up to `step`, and whatever died half-written.
+
+    States of later steps are of a course that the run has left."""
+    root = os.path.join(out_dir, "state")
+    until_now = [name for name in list_states(out_dir) if read_step(name) <= step]
+    kept = until_now[-max(1, keep) :]
+    for name in os.listdir(root):
+        if name.startswith("step_") and name not in kept:
+            shutil.rmtree(os.path.join(root, name), ignore_errors=True)
 
 
 def count_optimizer_steps(optimizer):
@@ -86,83 +121,130 @@ def count_optimizer_steps(optimizer):
     return max((int(state["step"]) for state in optimizer.state.values()), default=0)
 
 
+class LocalSlice(NamedTuple):
+    """This rank's rows of a weight, or of a moment of AdamW."""
+
+    key: str  # model / parameter / "weight" or the moment's name
+    rows: torch.Tensor
+    first: int  # the row of the whole tensor that they begin at
+    is_writer: bool  # whether this rank saves them
+
+
 def local_slices(models, optimizers):
-    """(key, this rank's rows, the first of them, whether it saves them) of weights and moments."""
+    """Yield the LocalSlices of all weights and moments."""
     for model_name, model in models.items():
         optimizer = optimizers.get(model_name)
-        for name, p in parallel.named_local_parameters(model):
-            rows, first, _, writer = parallel.local_rows(p)
-            tensors = {"weight": rows}
-            for key, moment in (optimizer.state.get(p, {}) if optimizer else {}).items():
+        for name, parameter in parallel.named_local_parameters(model):
+            local = parallel.local_rows(parameter)
+            tensors = {"weight": local.rows}
+            state = optimizer.state.get(parameter, {}) if optimizer else {}
+            for key, moment in state.items():
                 if key in MOMENTS:
                     tensors[key] = moment
             for key, tensor in tensors.items():
-                yield (
-                    f"{model_name}/{name}/{key}",
-                    parallel.local_part(tensor).detach(),
-                    first,
-                    writer,
-                )
+                rows = parallel.local_part(tensor).detach()
+                full_key = f"{model_name}/{name}/{key}"
+                yield LocalSlice(full_key, rows, local.first, local.is_writer)
+
+
+# ---- load ----
+
+
+@torch.no_grad()
+def load(out_dir, models, optimizers):
+    """Restore the latest state into models and optimizers; returns its state.json.
+
+    There may be more or fewer ranks than when it was saved: each reads the rows that it needs."""
+    folder = find_latest_state(out_dir)
+    state = read_json(folder, "state.json")
+    pieces = {}  # key -> [(its RowRange, its lazy slice)] over the files of ranks
+    for rank in range(state["ranks"]):
+        handle = safe_open(os.path.join(folder, name_rank_file(rank)), framework="pt")
+        first_rows = json.loads(handle.metadata()["first_rows"])
+        for key, first in first_rows.items():
+            piece = handle.get_slice(key)
+            row_range = RowRange(key, 0, piece.get_shape()[0], 1, first)
+            pieces.setdefault(key, []).append((row_range, piece))
+    for name, optimizer in optimizers.items():
+        steps = state["optimizer_steps"][name]
+        if steps:
+            make_moments(models[name], optimizer, steps)
+    for part in local_slices(models, optimizers):
+        for row_range, piece in pieces[part.key]:
+            copy_rows(part.rows, part.first, piece, row_range)
+    return state
+
+
+def make_moments(model, optimizer, steps):
+    """Give AdamW the moments that it makes in its first step, which are filled afterwards."""
+    for _, parameter in parallel.named_local_parameters(model):
+        device = parallel.local_part(parameter.data).device
+        moments = {key: torch.zeros_like(parameter.data) for key in MOMENTS}
+        count = torch.tensor(float(steps), device=device)
+        optimizer.state[parameter] = {"step": count, **moments}
+
+
+def find_latest_state(out_dir):
+    """The folder of the run's last state that is whole; the same on all ranks."""
+    names = list_states(out_dir)
+    latest = read_latest(out_dir)
+    if latest in names:
+        names = names[: names.index(latest) + 1]
+    steps = [read_step(name) for name in names]
+    # All ranks take the list of rank 0: on the others a shared disk may lag.
+    indices = [0] if parallel.rank() == 0 else []
+    steps = parallel.all_gather_lists([steps], indices, 1)[0]
+    for step in reversed(steps):
+        folder = os.path.join(out_dir, "state", name_state(step))
+        damaged = find_corrupt_file(folder, parallel.rank(), parallel.world_size())
+        found = parallel.all_gather_lists([damaged], [parallel.rank()], parallel.world_size())
+        damaged_files = [name for name in found if name]
+        if not damaged_files:
+            return folder
+        print_once(f"warning: {folder}/{damaged_files[0]} is damaged: the state before it is used")
+    stop(f"no state in {out_dir!r} is whole: start another run")
 
 
 def list_states(out_dir):
     """The names of a run's states, the earliest first."""
     root = os.path.join(out_dir, "state")
-    names = os.listdir(root) if os.path.isdir(root) else []
-    return sorted(
-        (name for name in names if name[:5] == "step_" and name[5:].isdigit()),
-        key=lambda name: int(name[5:]),
-    )
+    if not os.path.isdir(root):
+        return []
+    names = []
+    for name in os.listdir(root):
+        if name.startswith("step_") and name.removeprefix("step_").isdigit():
+            names.append(name)
+    return sorted(names, key=read_step)
 
 
-@torch.no_grad()
-def load(out_dir, models, optimizers):
-    """Restore the latest state into models and optimizers, returns its step and extras.
-    The states' rows may lie in another number of files than there are ranks: each picks its own."""
-    folder = find_latest_state(out_dir)
-    state = read_json(folder, "state.json")
-    pieces = {}  # tensor -> [(first row, slice)]
-    for rank in range(state["ranks"]):
-        handle = safe_open(os.path.join(folder, rank_file(rank)), framework="pt")
-        for key, start in json.loads(handle.metadata()["first_rows"]).items():
-            pieces.setdefault(key, []).append((start, handle.get_slice(key)))
-    for model_name, optimizer in optimizers.items():
-        if steps := state["optimizer_steps"][model_name]:
-            for _, p in parallel.named_local_parameters(models[model_name]):
-                count = torch.tensor(float(steps), device=parallel.local_part(p.data).device)
-                moments = {key: torch.zeros_like(p.data) for key in MOMENTS}
-                optimizer.state[p] = {"step": count, **moments}
-    for key, rows, first, _ in local_slices(models, optimizers):
-        for start, piece in pieces[key]:
-            copy_rows(rows, first, piece, start, piece.get_shape()[0])
-    return state
+def read_step(name):
+    """The step of a state, from its folder's name."""
+    return int(name.removeprefix("step_"))
 
 
-def find_latest_state(out_dir):
-    """The folder of the run's last state that is whole, as all ranks see it."""
-    names = list_states(out_dir)
-    with suppress(OSError, ValueError), open(os.path.join(out_dir, "state", "latest")) as f:
-        del names[names.index(f.read().strip()) + 1 :]
-    steps = [int(name[5:]) for name in names]  # as rank 0 sees them: a shared disk may lag
-    for step in reversed(parallel.all_gather_lists([steps], range(parallel.rank() == 0), 1)[0]):
-        folder = os.path.join(out_dir, "state", f"step_{step:06d}")
-        wrong = find_corrupt_file(folder, parallel.rank(), parallel.world_size())
-        if wrong:
-            print(f"warning: {folder}/{wrong} is damaged: the state before it is used", flush=True)
-        if not parallel.any_rank(bool(wrong), "cpu"):
-            return folder
-    stop(f"no state in {out_dir!r} is whole: start another run")
+def read_latest(out_dir):
+    """The name in state/latest, or "" where there is none that can be read."""
+    try:
+        with open(os.path.join(out_dir, "state", "latest")) as f:
+            return f.read().strip()
+    except (OSError, ValueError):
+        return ""
+
+
+# ---- the run's folder ----
 
 
 def open_run_folder(config, write):
-    """Make the run's folder, write(config, its config.py), say whether there is a state to go on
-    from. A run's folder is refused, unless it is resumed, or its own torchrun starts it again."""
+    """Make the run's folder, and return whether it has a state to continue from.
+
+    A folder that holds a run is refused, unless that run is resumed, or unless the torchrun that
+    started it starts it again.
+
+    write  writes (config, path of config.py)"""
     out_dir, resume = config["out_dir"], config["resume"]
-    held = parallel.any_rank(bool(list_states(out_dir)), "cpu")
-    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    has_state = parallel.any_rank(bool(list_states(out_dir)), "cpu")
     owner = {"torchrun": zlib.crc32(f"{os.uname().nodename} {os.getppid()}".encode())}
-    ours = again and parallel.rank() == 0 and read_json(out_dir, "owner.json") == owner
-    if held and not (resume or parallel.any_rank(ours, "cpu")):
+    if has_state and not resume and not is_restart_of(out_dir, owner):
         stop(f"{out_dir!r} holds a run: continue it with --resume=True, or choose another out_dir")
     if resume and not os.path.exists(os.path.join(out_dir, "config.py")):
         stop(f"resume=True, but {out_dir!r} has no run: start it without")
@@ -171,4 +253,13 @@ def open_run_folder(config, write):
     if parallel.rank() == 0:
         write_json(owner, out_dir, "owner.json")
         write(config, os.path.join(out_dir, "config.py"))
-    return held
+    return has_state
+
+
+def is_restart_of(out_dir, owner):
+    """Whether torchrun restarts its own run, as rank 0 finds it. A collective."""
+    is_restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    is_ours = False
+    if is_restart and parallel.rank() == 0:
+        is_ours = read_json(out_dir, "owner.json") == owner
+    return parallel.any_rank(is_ours, "cpu")

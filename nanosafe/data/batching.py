@@ -1,9 +1,13 @@
-"""Which examples a step takes, how they are dealt to ranks and micro-batches, how these are packed.
+"""Which examples a step takes, how they are dealt out to ranks and micro-batches, and how a
+micro-batch is packed.
 
-All are pure functions: ranks plan alike, and a resumed run needs no cursor but its step.
+All are pure functions of their arguments. So every rank makes the same plan and takes its own part
+of it, and a resumed run needs to know nothing but its step.
+
 Shapes: N packed tokens, B sequences, R response positions."""
 
 from bisect import bisect_left
+from math import ceil
 from typing import NamedTuple
 
 import numpy as np
@@ -11,47 +15,72 @@ import torch
 
 from nanosafe.errors import stop
 
+IGNORED = -100  # a target that nobody reads
+
 
 class Batch(NamedTuple):
-    """Packed sequences: model(*batch[:3]) gives scores, model(*batch) log p of the targets."""
+    """Packed sequences: what model.log_probs(batch) and model.scores(batch) take."""
 
     tokens: torch.Tensor  # (N,) int64
-    cu_seqlens: torch.Tensor  # (B+1,) int32
-    max_seqlen: int
-    targets: torch.Tensor  # (N,) the next token where it carries loss, else -100
+    cu_seqlens: torch.Tensor  # (B+1,) int32: where each sequence begins, and N at the end
+    max_seqlen: int  # length of the longest
+    targets: torch.Tensor  # (N,) int64: the next token where it carries loss, else IGNORED
 
 
 def collate(sequences, masks, device):
-    """The Batch of token sequences whose masks are 1 on the tokens that are targets."""
-    if not sequences:  # a rank without work joins its peers' collectives with a token nobody reads
+    """The Batch of token sequences. A mask is 1 on the tokens of a sequence that are targets."""
+    if not sequences:
+        # A rank without work joins the others' collectives with a token that nobody reads.
         sequences, masks = [np.zeros(1, np.int32)], [np.zeros(1, np.uint8)]
     tokens = np.concatenate(sequences).astype(np.int64)
-    lengths = [len(s) for s in sequences]
-    targets = np.full(len(tokens), -100)
-    # a sequence's first token is no target, so no border is crossed
-    targets[:-1] = np.where(np.concatenate(masks)[1:], tokens[1:], -100)
-    move = lambda x: torch.from_numpy(x).to(device, non_blocking=True)
-    cu_seqlens = move(np.cumsum([0] + lengths, dtype=np.int32))
-    return Batch(move(tokens), cu_seqlens, max(lengths), move(targets))
+    is_target = np.concatenate(masks)
+    lengths = [len(sequence) for sequence in sequences]
+    targets = np.full(len(tokens), IGNORED)
+    # Position t predicts token t + 1. A sequence's first token is never a target, so no position
+    # predicts across the border between two sequences.
+    targets[:-1] = np.where(is_target[1:], tokens[1:], IGNORED)
+    cu_seqlens = np.cumsum([0] + lengths, dtype=np.int32)
+    return Batch(
+        tokens=torch.from_numpy(tokens).to(device, non_blocking=True),
+        cu_seqlens=torch.from_numpy(cu_seqlens).to(device, non_blocking=True),
+        max_seqlen=max(lengths),
+        targets=torch.from_numpy(targets).to(device, non_blocking=True),
+    )
 
 
 def gather_responses(x, batch, starts, R):
     """What belongs to the responses in a packed tensor: x (N,) -> (B, R), right-padded.
-    Column j of row b is the position before the response's j-th token: log p of emitting it, or the
-    value of the state before it. starts: where the response begins in each sequence."""
+
+    starts  where the response begins in each sequence, in tokens
+
+    Column j of row b is the position *before* the response's j-th token: its log-probability is
+    that of emitting the token, its value is that of the state before it."""
     begins = batch.cu_seqlens[:-1].long()
-    if len(starts) < len(begins):  # the batch of a rank without work
+    if len(starts) < len(begins):
+        # The batch of a rank without work: no rows, but connected to x, so that this rank's
+        # backward pass joins the others' collectives.
         return x.new_zeros(0, R) + 0 * x.sum()
     first = begins + torch.tensor(starts, device=x.device) - 1
-    places = first[:, None] + torch.arange(R, device=x.device)
-    return x[torch.minimum(places, batch.cu_seqlens[1:, None].long() - 1)]
+    positions = first[:, None] + torch.arange(R, device=x.device)
+    last = batch.cu_seqlens[1:, None].long() - 1
+    return x[torch.minimum(positions, last)]
+
+
+def last_of_each(x, batch):
+    """What belongs to the last token of each sequence in a packed tensor: x (N,) -> (B,).
+
+    A rank without work gets one number, which callers cut off."""
+    return x[batch.cu_seqlens[1:].long() - 1]
 
 
 def sum_per_sequence(x, batch):
     """The sum of a packed tensor over each sequence: x (N,) -> (B,)."""
     lengths = batch.cu_seqlens.diff().long()
-    rows = torch.arange(len(lengths), device=x.device).repeat_interleave(lengths)
-    return x.new_zeros(len(lengths)).index_add(0, rows, x)
+    sequences = torch.arange(len(lengths), device=x.device)
+    return x.new_zeros(len(lengths)).index_add(0, sequences.repeat_interleave(lengths), x)
+
+
+# ---- which examples ----
 
 
 def shuffled_order(n, epoch, seed):
@@ -60,17 +89,25 @@ def shuffled_order(n, epoch, seed):
 
 
 def examples_at(step, n, batch_size, seed):
-    """The examples of optimizer step `step`: a pure function of its arguments."""
-    positions = np.arange(step * batch_size, (step + 1) * batch_size)
-    epochs = range(positions[0] // n, positions[-1] // n + 1)
-    orders = {epoch: shuffled_order(n, epoch, seed) for epoch in epochs}
-    return [int(orders[p // n][p % n]) for p in positions]
+    """The indices of the examples that optimizer step `step` takes from a dataset of n."""
+    positions = range(step * batch_size, (step + 1) * batch_size)
+    orders = {}
+    examples = []
+    for position in positions:
+        epoch, index = divmod(position, n)
+        if epoch not in orders:
+            orders[epoch] = shuffled_order(n, epoch, seed)
+        examples.append(int(orders[epoch][index]))
+    return examples
 
 
 def count_steps(n, batch_size, epochs, max_steps):
     """Optimizer steps in `epochs` passes over n examples, at most max_steps (0: no bound)."""
     steps = max(1, round(epochs * n / batch_size))
     return min(steps, max_steps) if max_steps > 0 else steps
+
+
+# ---- who computes what ----
 
 
 def check_fits(lengths, max_tokens):
@@ -84,36 +121,57 @@ def check_fits(lengths, max_tokens):
 
 def plan_micro_batches(lengths, max_tokens, ranks):
     """Deal a batch out: plan[rank] is its list of micro-batches, lists of indices into `lengths`.
-    No micro-batch has more than max_tokens tokens; every rank gets as many (some may be empty),
-    with about equal tokens; like lengths lie together. Every rank plans and takes its part."""
+
+    No micro-batch has more than max_tokens tokens. Every rank gets the same number of them, some of
+    which may be empty, with about equal tokens. Sequences of like length lie together."""
     check_fits(lengths, max_tokens)
-    longest, total = max(lengths), sum(lengths)
-    by_length = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    bins = ranks * -(-total // (ranks * max_tokens))
-    while True:  # with the least capacity with which `bins` bins suffice
-        fits = lambda capacity: len(cut_into_runs(by_length, lengths, capacity)) <= bins
-        least = max(longest, -(-total // bins))
-        parts = cut_into_runs(
-            by_length, lengths, bisect_left(range(max_tokens), True, least, key=fits)
-        )
-        if len(parts) <= bins:
-            break
-        bins += ranks
-    while len(parts) < min(bins, len(lengths)):  # an idle rank helps a busy one
-        part = max(parts, key=len)
-        half, i = len(part) // 2, parts.index(part)
-        parts[i : i + 1] = [part[:half], part[half:]]
-    parts += [[] for _ in range(bins - len(parts))]
-    return [parts[rank::ranks] for rank in range(ranks)]
+    longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    micro_batches, count = cut_evenly(longest_first, lengths, max_tokens, ranks)
+    while len(micro_batches) < min(count, len(lengths)):
+        split_largest(micro_batches)  # so that a rank without work takes some from a busy one
+    while len(micro_batches) < count:
+        micro_batches.append([])
+    return [micro_batches[rank::ranks] for rank in range(ranks)]
+
+
+def cut_evenly(indices, lengths, max_tokens, ranks):
+    """Cut into runs of about equal size. Returns the runs, and how many there may be at most: the
+    least multiple of `ranks` that suffices.
+
+    The least capacity with which so many runs suffice makes them most equal; bisection finds it. If
+    even max_tokens does not suffice, each rank gets one run more."""
+    longest = max(lengths)
+    total = sum(lengths)
+    count = ranks * ceil(total / (ranks * max_tokens))
+    while True:
+
+        def suffices(capacity):
+            return len(cut_into_runs(indices, lengths, capacity)) <= count
+
+        least = max(longest, ceil(total / count))
+        capacity = bisect_left(range(max_tokens), True, least, key=suffices)
+        runs = cut_into_runs(indices, lengths, capacity)
+        if len(runs) <= count:
+            return runs, count
+        count += ranks
 
 
 def cut_into_runs(indices, lengths, capacity):
-    """Cut `indices` into runs of at most `capacity` tokens."""
-    parts, room = [], 0
+    """Cut `indices` into runs of at most `capacity` tokens, in order."""
+    runs = []
+    tokens_left = 0
     for i in indices:
-        if lengths[i] > room:
-            parts.append([])
-            room = capacity
-        parts[-1].append(i)
-        room -= lengths[i]
-    return parts
+        if lengths[i] > tokens_left:
+            runs.append([])
+            tokens_left = capacity
+        runs[-1].append(i)
+        tokens_left -= lengths[i]
+    return runs
+
+
+def split_largest(micro_batches):
+    """Replace the micro-batch with the most sequences by its two halves."""
+    largest = max(micro_batches, key=len)
+    position = micro_batches.index(largest)
+    half = len(largest) // 2
+    micro_batches[position : position + 1] = [largest[:half], largest[half:]]

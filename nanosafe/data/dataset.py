@@ -1,8 +1,7 @@
-"""jsonl -> cached token ids. rows.py reads the files, build.py fills the cache, packing.py batches.
+"""A dataset specification -> examples as token ids, tokenised once and then read from a cache.
 
-A row is Safe-RLHF's RawSample: `input` (a string, or a list of turns that ends with the user's) or
-`dialogue` (turns), `answer`, `other_answer`, `better` and `safer` (whether answer beats
-other_answer), `is_safe`, `is_other_safe`; or `answers`, `scores`. A file of rows is a dataset."""
+The cache is a folder of arrays below ~/.cache/nanosafe (or NANOSAFE_CACHE), which are mapped into
+memory. Its name is a digest of everything that the token ids depend on."""
 
 import hashlib
 import json
@@ -16,131 +15,188 @@ import numpy as np
 from tqdm import tqdm
 
 from nanosafe.data.batching import check_fits, collate
-from nanosafe.data.examples import encode_rows
-from nanosafe.data.reader import load_rows
+from nanosafe.data.examples import make_conversation_examples
+from nanosafe.data.reader import read_sources
 from nanosafe.data.spec import parse_spec
 from nanosafe.data.template import PROMPT_BEGIN, PROMPT_TURN
-from nanosafe.errors import stop, one_line_errors
-from nanosafe.parallel import rank0_first, rank
-from nanosafe.storage import find_corrupt_file, make_folder, replace_folder, read_json, write_json
+from nanosafe.errors import one_line_errors, stop
+from nanosafe.parallel import rank, rank0_first
+from nanosafe.printing import print_once
+from nanosafe.storage import find_corrupt_file, make_folder, read_json, replace_folder, write_json
 
-
-VERSION = 2  # of the cache's layout
+VERSION = 3  # of the cache's layout and of its key
+ROWS_AT_A_TIME = 2048  # are tokenised together
+ROWS_WITH_A_BAR = 20000  # so many rows take long enough for a progress bar
 
 
 class Dataset:
-    """Tokenised examples, memory-mapped: `width` sequences each (two for pairs), perhaps empty."""
+    """Tokenised examples, memory-mapped. Each has `width` sequences, two for pairs; in a ranking
+    some may be empty."""
 
     def __init__(self, folder):
         self.folder = folder
-        arrays = {
-            name.removesuffix(".npy"): np.load(os.path.join(folder, name), mmap_mode="r")
-            for name in os.listdir(folder)
-            if name.endswith(".npy")
-        }
-        self.tokens, self.mask, self.scores = map(arrays.get, ("tokens", "mask", "scores"))
-        self.offsets, self.labels, self.lines = (
-            np.asarray(arrays[name]) for name in ("offsets", "labels", "lines")
-        )
+        self.tokens = load_array(folder, "tokens")  # (N,) int32: all sequences, end to end
+        self.mask = load_array(folder, "mask")  # (N,) uint8: 1 on tokens that carry loss
+        self.scores = load_array(folder, "scores")  # (N,) float32, or None: see phf/documents.py
+        self.offsets = np.asarray(load_array(folder, "offsets"))  # (n * width + 1,) int64
+        self.labels = np.asarray(load_array(folder, "labels"))  # (n, width) float32
+        self.lines = np.asarray(load_array(folder, "lines"))  # (n,) int64: lines of their file
         self.width = self.labels.shape[1]
         self.report = read_json(folder, "report.json")
-        ends = self.offsets[:: self.width]
-        self.lengths = np.diff(ends)  # (n,) tokens of each example, its sequences together
-        sums = np.concatenate([[0], np.cumsum(self.mask, dtype=np.int64)])
-        self.targets = sums[ends[1:]] - sums[ends[:-1]]  # (n,) tokens that carry loss
+        example_offsets = self.offsets[:: self.width]
+        self.lengths = np.diff(example_offsets)  # (n,) tokens of each example, over its sequences
+        targets_before = np.concatenate([[0], np.cumsum(self.mask, dtype=np.int64)])
+        self.targets = np.diff(targets_before[example_offsets])  # (n,) tokens that carry loss
 
     def __len__(self):
         return len(self.labels)
 
     def sequence(self, i, part=0):
-        """Token ids and loss mask of an example's sequence."""
+        """The token ids and the loss mask of a sequence of example i."""
         k = i * self.width + part
         span = slice(self.offsets[k], self.offsets[k + 1])
         return self.tokens[span], self.mask[span]
 
     def batch(self, examples, device):
         """The packed Batch of some examples; of pairs, all preferred ones, then the others."""
-        parts = [self.sequence(i, part) for part in range(self.width) for i in examples]
-        parts = [(tokens, mask) for tokens, mask in parts if len(tokens)]
-        return collate([tokens for tokens, _ in parts], [mask for _, mask in parts], device)
+        sequences = []
+        masks = []
+        for part in range(self.width):
+            for i in examples:
+                tokens, mask = self.sequence(i, part)
+                if len(tokens):
+                    sequences.append(tokens)
+                    masks.append(mask)
+        return collate(sequences, masks, device)
 
 
-@rank0_first()  # rank 0 fills the cache of token ids, the others find it
-def tokenize(spec, tokenizer, task, max_len, max_tokens=0, seed=42, method=(), read=encode_rows):
-    """The Dataset of a specification (see load) for a task: sft, prompts, reward, cost, rank, or
-    another for which read() makes examples by a `method`. The longest must fit a forward of max_tokens.
+def load_array(folder, name):
+    """An array of the cache, mapped into memory, or None where there is none."""
+    path = os.path.join(folder, name + ".npy")
+    return np.load(path, mmap_mode="r") if os.path.exists(path) else None
 
-    Tokenised once: the ids are cached under ~/.cache/nanosafe (or NANOSAFE_CACHE), by content and
-    tokenizer. What cannot be used is dropped, counted and reported; prompts are deduplicated."""
-    parts, show = parse_spec(spec), rank() == 0
-    key = hashlib.blake2b(digest_size=16)
-    settings = [tokenizer.fingerprint, task, max_len, seed, VERSION, PROMPT_BEGIN, PROMPT_TURN]
-    key.update(json.dumps([*settings, *method]).encode())
-    for path, proportion in parts:
-        key.update(f"{proportion}\0".encode())
-        with open(path, "rb") as f:
-            while block := f.read(2**24):
-                key.update(block)
-    cache = os.environ.get("NANOSAFE_CACHE") or os.path.expanduser("~/.cache/nanosafe")
-    folder = os.path.join(cache, key.hexdigest())
-    if not os.path.isdir(folder) or find_corrupt_file(folder):
-        build_cache(folder, load_rows(spec, seed), tokenizer, task, max_len, show, method, read)
-    dataset = Dataset(folder)
-    if show:
-        print(f"{spec} ({task}): {dataset.report['text']}", flush=True)
-    if not len(dataset):
-        stop(f"data {spec!r} has no usable row for {task}: {dataset.report['text']}")
-    check_fits(dataset.lengths.tolist(), max_tokens or max_len * dataset.width)
+
+def tokenize(
+    spec,
+    tokenizer,
+    task,
+    max_len,
+    max_tokens=0,
+    seed=42,
+    make_examples=make_conversation_examples,
+    options=(),
+):
+    """The Dataset of a specification (see reader.load) for a task, sft for example.
+
+    Rows that cannot be used are dropped, counted and reported, and so are repeated prompts. Stops
+    with one line where no row is left, or where an example does not fit into one forward.
+
+    task           sft, prompts, reward, cost, rank, or one that make_examples knows
+    max_len        longest sequence in tokens
+    max_tokens     tokens that fit into one forward; 0: as many as an example of max_len may have
+    seed           draws the rows, where the specification takes a part of them
+    make_examples  make_examples(rows, tokenizer, task, max_len, drop, *options) yields (row,
+                   Example) pairs, and calls drop(row, reason) for rows that cannot be used
+    options        further arguments of make_examples, for a task of its own"""
+    with rank0_first():  # rank 0 fills the cache, then the others find it
+        sources = parse_spec(spec)
+        key = cache_key(sources, tokenizer, task, max_len, seed, options)
+        cache = os.environ.get("NANOSAFE_CACHE") or os.path.expanduser("~/.cache/nanosafe")
+        folder = os.path.join(cache, key)
+        if not os.path.isdir(folder) or find_corrupt_file(folder):
+            rows = read_sources(sources, seed)
+            build_cache(folder, rows, tokenizer, task, max_len, make_examples, options)
+        dataset = Dataset(folder)
+        print_once(f"{spec} ({task}): {dataset.report['text']}")
+        if len(dataset) == 0:
+            stop(f"data {spec!r} has no usable row for {task}: {dataset.report['text']}")
+        check_fits(dataset.lengths.tolist(), max_tokens or max_len * dataset.width)
     return dataset
 
 
-def build_cache(folder, rows, tokenizer, task, max_len, show, method=(), read=encode_rows):
-    """Tokenise rows into the folder, under a temporary name first: several processes may try."""
-    dropped, first, kept = Counter(), {}, {}
+def cache_key(sources, tokenizer, task, max_len, seed, options):
+    """A digest of the files' contents and of everything else that the token ids depend on."""
+    settings = [VERSION, tokenizer.fingerprint, task, max_len, seed, PROMPT_BEGIN, PROMPT_TURN]
+    key = hashlib.blake2b(digest_size=16)
+    key.update(json.dumps([*settings, *options]).encode())
+    for source in sources:
+        key.update(json.dumps([source.fraction, source.count]).encode())
+        with open(source.path, "rb") as f:
+            while block := f.read(2**24):
+                key.update(block)
+    return key.hexdigest()
+
+
+def build_cache(folder, rows, tokenizer, task, max_len, make_examples, options):
+    """Tokenise the rows into the folder, with a report of what was dropped."""
+    dropped = Counter()  # reason -> rows
+    first_dropped = {}  # reason -> FILE:LINE
 
     def drop(row, reason):
         dropped[reason] += 1
-        first.setdefault(reason, f"{row.file}:{row.line}")
+        first_dropped.setdefault(reason, f"{row.file}:{row.line}")
 
-    quiet = not show or len(rows) < 20000
-    bar = tqdm(total=len(rows), desc="tokenising", unit="row", disable=quiet)
-    for begin in range(0, len(rows), 2048):
-        chunk = rows[begin : begin + 2048]
-        for row, key, example in read(chunk, tokenizer, task, max_len, drop, *method):
-            if key in kept:
-                drop(row, "repeated prompt")
-                del kept[key]  # the last one stays, in its own place
-            kept[len(kept) if key is None else key] = example
-        bar.update(len(chunk))
-    bar.close()
-    text = f"{len(rows)} rows, {len(kept)} {'blocks' if task == 'documents' else 'kept'}"
+    examples = {}  # of prompts the key is the text, so that one which repeats another is found
+    is_quiet = rank() > 0 or len(rows) < ROWS_WITH_A_BAR
+    with tqdm(total=len(rows), desc="tokenising", unit="row", disable=is_quiet) as bar:
+        for begin in range(0, len(rows), ROWS_AT_A_TIME):
+            chunk = rows[begin : begin + ROWS_AT_A_TIME]
+            for row, example in make_examples(chunk, tokenizer, task, max_len, drop, *options):
+                key = len(examples)
+                if task == "prompts":
+                    key = tuple(example.sequences[0].ids)
+                if key in examples:
+                    drop(row, "repeated prompt")
+                    del examples[key]  # the last one stays, where it is
+                examples[key] = example
+            bar.update(len(chunk))
+
+    unit = "blocks" if task == "documents" else "kept"
+    text = f"{len(rows)} rows, {len(examples)} {unit}"
     for reason, count in dropped.most_common():
-        text += f"; dropped {count} {reason} (first: {first[reason]})"
-    write_cache(folder, list(kept.values()), {"text": text, "dropped": dropped})
+        text += f"; dropped {count} {reason} (first: {first_dropped[reason]})"
+    write_cache(folder, list(examples.values()), {"text": text, "dropped": dropped})
 
 
 def write_cache(folder, examples, report):
-    """Write (sequences, labels, line) of examples; what a ranking lacks is empty, labelled nan."""
-    width = max((len(labels) for _, labels, _ in examples), default=1)
-    filled = lambda x, blank: (*x, *[blank] * (width - len(x)))
-    sequences = [s for encoded, _, _ in examples for s in filled(encoded, ((), ()))]
-    flat = lambda k, dtype: np.array([x for s in sequences for x in s[k]], dtype=dtype)
-    labels = [filled(labels, math.nan) for _, labels, _ in examples]
+    """Write Examples and the report to the folder, which appears when it is whole.
+
+    Examples may have different numbers of sequences: those that one lacks are empty, labelled nan.
+    """
+    width = max((len(example.labels) for example in examples), default=1)
+    tokens = []
+    mask = []
+    scores = []
+    offsets = [0]
+    labels = []
+    lines = []
+    for example in examples:
+        for sequence in example.sequences:
+            tokens.extend(sequence.ids)
+            mask.extend(sequence.loss_mask)
+            scores.extend(sequence.scores or [])
+            offsets.append(len(tokens))
+        missing = width - len(example.sequences)
+        offsets.extend([len(tokens)] * missing)
+        labels.append([*example.labels, *[math.nan] * missing])
+        lines.append(example.line)
     arrays = {
-        "tokens": flat(0, np.int32),
-        "mask": flat(1, np.uint8),
-        "offsets": np.cumsum([0] + [len(s[0]) for s in sequences], dtype=np.int64),
-        "labels": np.array(labels, np.float32).reshape(-1, width),
-        "lines": np.array([line for _, _, line in examples], dtype=np.int64),
+        "tokens": np.array(tokens, dtype=np.int32),
+        "mask": np.array(mask, dtype=np.uint8),
+        "offsets": np.array(offsets, dtype=np.int64),
+        "labels": np.array(labels, dtype=np.float32).reshape(-1, width),
+        "lines": np.array(lines, dtype=np.int64),
     }
-    if sequences and len(sequences[0]) == 3:
-        arrays["scores"] = flat(2, np.float32)
+    if scores:
+        arrays["scores"] = np.array(scores, dtype=np.float32)
+
+    # A temporary name first, as several processes may write the same folder.
     temporary = f"{folder}.{os.getpid()}"
     make_folder(temporary)
     with one_line_errors(temporary, "written"):
         for name, array in arrays.items():
             np.save(os.path.join(temporary, name + ".npy"), array)
-        write_json(report, temporary, "report.json")
-    with suppress(OSError):  # another process is faster
+    write_json(report, temporary, "report.json")
+    with suppress(OSError):  # another process was faster
         replace_folder(temporary, folder)
     shutil.rmtree(temporary, ignore_errors=True)

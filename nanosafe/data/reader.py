@@ -1,128 +1,151 @@
-"""Dataset specifications -> rows of jsonl files."""
+"""The files of a dataset specification -> their rows.
+
+A file has a JSON object on each line (.jsonl) or is a list of objects (.json); either may be
+compressed (.gz)."""
 
 import gzip
-import io
 import json
-import lzma
 import re
-import zipfile
 from typing import NamedTuple
 
 import numpy as np
 
 from nanosafe.data.spec import parse_spec
-from nanosafe.errors import stop, one_line_errors
+from nanosafe.errors import one_line_errors, stop
+
+CHUNK = 2**16  # characters of a JSON list to read at a time
+SEPARATORS = re.compile(r"[\s,]*")  # between the items of a JSON list
+CONVERT_PARQUET = (
+    "python -c \"import pandas as pd; pd.read_parquet('IN.parquet').to_json("
+    "'OUT.jsonl', orient='records', lines=True)\""
+)
+
+
+class Row(NamedTuple):
+    record: dict | None  # None where the file has something else than a JSON object
+    file: str
+    line: int  # in a JSON list: the item; from 1
 
 
 def load(spec, seed=42):
     """The records (dicts) of a dataset specification.
 
     spec is a comma-separated list of NAME[/SPLIT][:PROPORTION[:PATH]], or of paths of .jsonl files.
-    PROPORTION is a share (0.5, 3/4), a repetition (2.5) or a count (100/-1); `seed` draws the rows.
-    NAME is a folder below data/, or in PATH; SPLIT is train by default. Bad lines are said."""
-    rows = load_rows(spec, seed)
-    broken = [f"{row.file}:{row.line}" for row in rows if row.record is None]
+    PROPORTION is a fraction (0.5, 3/4), a repetition (2.5) or a count (100/-1); `seed` draws the
+    rows. NAME is a folder below data/, or in PATH; SPLIT is train by default. Lines that are not
+    JSON objects are dropped, and their number is printed."""
+    records = []
+    broken = []
+    for row in load_rows(spec, seed):
+        if row.record is None:
+            broken.append(f"{row.file}:{row.line}")
+        else:
+            records.append(row.record)
     if broken:
-        print(f"{spec}: {len(broken)} lines are no JSON object (first: {broken[0]}): dropped")
-    return [row.record for row in rows if row.record is not None]
-
-
-class Row(NamedTuple):
-    record: dict
-    file: str
-    line: int
+        print(f"{spec}: {len(broken)} lines are not JSON objects (first: {broken[0]}): dropped")
+    return records
 
 
 def load_rows(spec, seed=42):
-    """The rows of a dataset specification (see data.load), as a list of Row."""
-    parts = [(path, proportion) for path, proportion in parse_spec(spec) if proportion != 0]
+    """The rows of a dataset specification (see load), as a list of Row."""
+    return read_sources(parse_spec(spec), seed)
+
+
+def read_sources(sources, seed):
+    """The rows of Sources, as many of each as it says. Each source has its own seed."""
+    sources = [source for source in sources if source.fraction != 0 and source.count != 0]
+    seeds = np.random.SeedSequence(seed).spawn(len(sources))
     rows = []
-    for (path, proportion), child in zip(parts, np.random.SeedSequence(seed).spawn(len(parts))):
-        file_rows = list(read_rows(path))
-        rows += [file_rows[i] for i in sample_indices(len(file_rows), proportion, child)]
+    for source, source_seed in zip(sources, seeds):
+        file_rows = list(read_rows(source.path))
+        count = count_samples(len(file_rows), source)
+        for i in sample_indices(len(file_rows), count, source_seed):
+            rows.append(file_rows[i])
     return rows
 
 
-def sample_indices(n, proportion, seed_sequence):
-    """Safe-RLHF's sampling: whole copies in order, the rest drawn without replacement."""
-    count = int(-proportion) if proportion < 0 else round(n * proportion)
-    copies, rest = divmod(count, n) if n else (0, 0)
+def count_samples(n, source):
+    """How many of its file's n rows a Source takes."""
+    if source.count is not None:
+        return source.count
+    return round(n * source.fraction)
+
+
+def sample_indices(n, count, seed_sequence):
+    """Safe-RLHF's sampling: whole copies of range(n) in order, the rest without replacement."""
+    if n == 0:
+        return []
+    copies, rest = divmod(count, n)
     drawn = np.random.default_rng(seed_sequence).choice(n, size=rest, replace=False)
     return list(range(n)) * copies + drawn.tolist()
 
 
 def read_rows(path):
-    """The rows of a jsonl file, or of a raw one (raw.py); a line that is no object gives None."""
-    with one_line_errors(path):
-        if path.endswith(".jsonl"):
-            with open(path, encoding="utf-8-sig") as f:
-                yield from parse_lines(f, path)
+    """Yield the Rows of a file. Stops with one line where the file cannot be read."""
+    with one_line_errors(path), open_text(path) as f:
+        if path.removesuffix(".gz").endswith(".json"):
+            values = read_json_list(f, path)
         else:
-            yield from read_raw_rows(path)
-
-
-def parse_lines(lines, path):
-    for i, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                value = json.loads(line)
-            except (ValueError, RecursionError):
-                value = None
-            yield Row(value if isinstance(value, dict) else None, path, i)
-
-
-PARQUET = (
-    "python -c \"import pandas as pd; pd.read_parquet('IN.parquet').to_json("
-    "'OUT.jsonl', orient='records', lines=True)\""
-)
+            values = read_json_lines(f)
+        for line, value in values:
+            record = value if isinstance(value, dict) else None
+            yield Row(record, path, line)
 
 
 def open_text(path):
-    """A text file, opened through its compression (.gz, .xz, .zip of one), and its name without."""
-    for ending, module in ((".gz", gzip), (".xz", lzma)):
-        if path.endswith(ending):
-            return module.open(path, "rt", encoding="utf-8-sig"), path[:-3]
-    if path.endswith(".zip"):
-        archive = zipfile.ZipFile(path)
-        names = [
-            name
-            for name in archive.namelist()
-            if name.endswith((".json", ".jsonl")) and not name.startswith("__MACOSX")
-        ]
-        if len(names) != 1:
-            stop(f"{path!r} holds {len(names)} files of rows, not one: unpack it")
-        return io.TextIOWrapper(archive.open(names[0]), encoding="utf-8-sig"), names[0]
+    """Open a text file, perhaps compressed. A byte order mark at its beginning is skipped."""
+    if path.endswith(".gz"):
+        return gzip.open(path, "rt", encoding="utf-8-sig")
     if path.endswith(".parquet"):
-        stop(f"{path!r}: parquet is not read here; convert it with {PARQUET}")
-    return open(path, encoding="utf-8-sig"), path
+        stop(f"{path!r}: parquet is not read here; convert it with {CONVERT_PARQUET}")
+    if path.endswith((".xz", ".zip")):
+        stop(f"{path!r}: .xz and .zip files are not read here; unpack it with xz -d or unzip")
+    return open(path, encoding="utf-8-sig")
 
 
-def read_raw_rows(path):
-    """The Rows of a file, compressed or not, of lines or one list."""
-    f, name = open_text(path)
-    with f:
-        if name.endswith(".json"):
-            for i, value in enumerate(json_items(f, path), start=1):
-                yield Row(value if isinstance(value, dict) else None, path, i)
-        else:
-            yield from parse_lines(f, path)
-
-
-def json_items(f, path):
-    """The items of a JSON list in a text file, which is never in memory whole."""
-    decoder, gap = json.JSONDecoder(), re.compile(r"[\s,]*")
-    buffer, at, size = "", 0, 2**16  # what follows the bracket
-    if next((c for c in iter(lambda: f.read(1), "") if not c.isspace()), "[") != "[":
-        stop(f"{path!r} is no list of rows")
-    while not buffer.startswith("]", at := gap.match(buffer, at).end()):
+def read_json_lines(f):
+    """Yield (line number, value) of the lines with anything on them; None is what is no JSON."""
+    for line, text in enumerate(f, start=1):
+        if not text.strip():
+            continue
         try:
-            item, end = decoder.raw_decode(buffer, at)
-        except ValueError:
+            value = json.loads(text)
+        except (ValueError, RecursionError):
+            value = None
+        yield line, value
+
+
+def read_json_list(f, path):
+    """Yield (number, item) of a JSON list in a text file, which is never in memory whole."""
+    decoder = json.JSONDecoder()
+    first = f.read(1)
+    while first.isspace():
+        first = f.read(1)
+    if first and first != "[":
+        stop(f"{path!r} is not a list of rows")
+    buffer = ""  # what was read behind the bracket
+    position = 0  # up to here the buffer is parsed
+    number = 0
+    size = CHUNK
+    while True:
+        position = SEPARATORS.match(buffer, position).end()
+        if buffer.startswith("]", position):
+            return
+        try:
+            item, end = decoder.raw_decode(buffer, position)
+        except (ValueError, RecursionError):
             end = len(buffer)
-        if end < len(buffer):  # or else it may go on
-            yield item
-            at, size = end, 2**16
-        elif more := f.read(size):
-            buffer, at, size = buffer[at:] + more, 0, 2 * size
-        else:
-            stop(f"{path!r} breaks off, or is no JSON list, at {buffer[at : at + 40]!r}")
+        if end < len(buffer):
+            number += 1
+            yield number, item
+            position = end
+            size = CHUNK
+            continue
+        # The item may go on behind the buffer: 12 may be the beginning of 123.
+        more = f.read(size)
+        if not more:
+            beginning = buffer[position : position + 40]
+            stop(f"{path!r} breaks off, or is not a JSON list, at {beginning!r}")
+        buffer = buffer[position:] + more
+        position = 0
+        size *= 2  # so that an item of n characters is parsed log(n) times

@@ -1,63 +1,147 @@
-"""jsonl -> cached token ids. rows.py reads the files, build.py fills the cache, packing.py batches.
+"""A dataset specification -> the files that it names, and how much of each to take.
 
-A row is Safe-RLHF's RawSample: `input` (a string, or a list of turns that ends with the user's) or
-`dialogue` (turns), `answer`, `other_answer`, `better` and `safer` (whether answer beats
-other_answer), `is_safe`, `is_other_safe`; or `answers`, `scores`. A file of rows is a dataset."""
+A specification is NAME[/SPLIT][:PROPORTION[:PATH]], or the path of a file, or several of them with
+commas between. NAME is a folder below data/ (or below PATH), SPLIT is train or test."""
 
+import difflib
+import glob
 import os
 import re
 from fractions import Fraction
+from typing import NamedTuple
 
 from nanosafe.errors import stop
-from nanosafe.storage import read_json
+from nanosafe.storage import REPOSITORY
+
+FILE_ENDINGS = (".jsonl", ".json", ".gz")  # a name that ends like this is a path
+DATA_FOLDERS = ("data", os.path.join(REPOSITORY, "data"))  # below the current folder, and our own
+ITEM = re.compile("(?P<name>[^:]+)(:(?P<proportion>[^:]*)(:(?P<folder>[^:]+))?)?")
 
 
-ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "data")
-ROOT = os.path.normpath(ROOT)
+class Source(NamedTuple):
+    """A file, and how many of its rows to take: either `fraction` or `count` is None."""
+
+    path: str
+    fraction: float | None  # of the rows; 2.5 takes each row twice, and half of them once more
+    count: int | None  # rows
 
 
 def parse_spec(spec):
-    """[(path, proportion)], a negative proportion being a count."""
-    parts = {}
-    for item in filter(None, map(str.strip, spec.split(","))):
-        match = re.fullmatch("([^:]+)(?::([^:]*)(?::([^:]+))?)?", item)
-        if not match:
-            stop(f"data {item!r}: write NAME[/SPLIT][:PROPORTION[:PATH]]")
-        name, share, folder = match.groups()
-        path = resolve(name, os.path.expanduser(folder) if folder else None)
-        if path in parts:
+    """The Sources of a dataset specification. Stops with one line where it cannot be understood."""
+    sources = []
+    paths = set()
+    for item in spec.split(","):
+        if not item.strip():
+            continue
+        source = parse_item(item.strip())
+        if source.path in paths:
             stop(f"data {item!r}: this dataset is named twice; use one proportion, 2 repeats it")
-        try:
-            count = (share or "1").endswith("/-1")
-            parts[path] = float(Fraction(share[:-3] if count else share or "1")) * (-1) ** count
-        except (ValueError, ZeroDivisionError):
-            stop(f"data {item!r}: the proportion {share!r} is no number, a/b or count n/-1")
-        if (parts[path] > 0) == count and parts[path]:
-            stop(f"data {item!r}: the proportion must not be negative; a count is written n/-1")
-    if not parts:
+        paths.add(source.path)
+        sources.append(source)
+    if not sources:
         stop("data is empty: name a dataset, or the path of a .jsonl file")
-    return list(parts.items())
+    return sources
 
 
-def resolve(name, path=None):
-    """The jsonl file of a dataset's name; with `path`, that file, or NAME's file in that folder."""
-    if path is None and name.endswith((".jsonl", ".json", ".gz", ".xz", ".zip")):
-        base, candidates = "", [os.path.expanduser(name)]
-    else:
-        named = name.endswith(("/train", "/test"))
-        base, _, split = name.rpartition("/") if named else (name, "", "train")
-        roots = ["data", ROOT] if path is None else [path]
-        if not any(os.path.isdir(os.path.join(root, base)) for root in roots):
-            aliases = read_json(os.path.dirname(__file__), "aliases.json")  # the hub's names
-            base = aliases.get(base.lower(), base)
-        candidates = [os.path.join(root, base, split + ".jsonl") for root in roots]
-        if path is not None:
-            candidates += [path, os.path.join(path, split + ".jsonl")]
-    if found := next(filter(os.path.isfile, candidates), None):
-        return found
-    if path is None and base:
+def parse_item(item):
+    """The Source of one NAME[/SPLIT][:PROPORTION[:PATH]]."""
+    match = ITEM.fullmatch(item)
+    if not match:
+        stop(f"data {item!r}: write NAME[/SPLIT][:PROPORTION[:PATH]]")
+    path = find_file(match["name"], match["folder"])
+    proportion = match["proportion"] or "1"
+    is_count = proportion.endswith("/-1")  # Safe-RLHF writes a count of n rows as n/-1
+    try:
+        number = Fraction(proportion.removesuffix("/-1"))
+        fraction = float(number)
+    except (ValueError, ZeroDivisionError, OverflowError):
         stop(
-            f"dataset {name!r} has no file {candidates[0]!r}: run python "
-            f"data/{base.split('/')[0]}/prepare.py first"
+            f"data {item!r}: the proportion {proportion!r} is not a number, a fraction a/b or a "
+            "count n/-1"
         )
-    stop(f"dataset {name!r}: no file at {candidates[0]!r}")
+    if number < 0:
+        stop(f"data {item!r}: the proportion must not be negative; a count is written n/-1")
+    if is_count:
+        return Source(path, fraction=None, count=int(number))
+    return Source(path, fraction=fraction, count=None)
+
+
+def find_file(name, folder=None):
+    """The path of the file that a dataset's name means. Stops with one line where there is none.
+
+    folder  the PATH of the specification: NAME is below it, or it is the file, or the file's folder
+    """
+    if folder is None and name.endswith(FILE_ENDINGS):
+        path = os.path.expanduser(name)
+        if not os.path.isfile(path):
+            stop(f"dataset {name!r}: no file at {path!r}")
+        return path
+    dataset, split = split_name(name)
+    if folder is None:
+        candidates = [file_of_dataset(root, dataset, split) for root in DATA_FOLDERS]
+    else:
+        folder = os.path.expanduser(folder)
+        inside = os.path.join(folder, split + ".jsonl")
+        candidates = [file_of_dataset(folder, dataset, split), folder, inside]
+    for path in candidates:
+        if os.path.isfile(path):
+            return path
+    if folder is not None:
+        stop(f"dataset {name!r}: no file at {candidates[0]!r}")
+    stop(f"dataset {name!r} has no file {candidates[0]!r}: {suggest_dataset(dataset)}")
+
+
+def split_name(name):
+    """(NAME, SPLIT) of NAME[/SPLIT]."""
+    dataset, _, split = name.rpartition("/")
+    if split in ("train", "test"):
+        return dataset, split
+    return name, "train"
+
+
+def file_of_dataset(root, dataset, split):
+    return os.path.join(root, match_folder(root, dataset), split + ".jsonl")
+
+
+def match_folder(root, name):
+    """The name of a folder below `root`, spelled as it is on the disk.
+
+    Upper and lower case are the same, and so are - and _: PKU-SafeRLHF is pku_saferlhf. What is not
+    on the disk is returned as it was given."""
+    if os.path.isdir(os.path.join(root, name)):
+        return name
+    matched = ""
+    for part in name.split("/"):
+        parent = os.path.join(root, matched)
+        entries = []
+        if os.path.isdir(parent):
+            entries = sorted(glob.glob("*", root_dir=parent))
+        if part not in entries:
+            for entry in entries:
+                if normalize_name(entry) == normalize_name(part):
+                    part = entry
+                    break
+        matched = os.path.join(matched, part)
+    return matched
+
+
+def normalize_name(name):
+    return name.lower().replace("-", "_")
+
+
+def suggest_dataset(dataset):
+    """What to do about a dataset whose file is not there."""
+    for root in DATA_FOLDERS:
+        folder = match_folder(root, dataset).split("/")[0]
+        if os.path.isfile(os.path.join(root, folder, "prepare.py")):
+            return f"run python data/{folder}/prepare.py first"
+    folders = {}
+    for root in DATA_FOLDERS:
+        for pattern in ("*/", "*/*/"):
+            for path in glob.glob(pattern, root_dir=root):
+                folders[normalize_name(path.rstrip("/"))] = path.rstrip("/")
+    near = difflib.get_close_matches(normalize_name(dataset), folders, n=1, cutoff=0.0)
+    return (
+        f"the nearest folder below data/ is {folders[near[0]]!r}; a new one needs its prepare.py "
+        "first, or name the path of a .jsonl, .json or .gz file"
+    )

@@ -1,8 +1,17 @@
-"""Pretraining with human preferences (arXiv:2302.08582): scored documents -> a policy, six ways.
+"""Pretraining with human preferences (PHF, arXiv:2302.08582): scored documents -> a policy.
 
-A document is segments of text, each with a score of misalignment (higher is worse). objective is
-mle (the scores are ignored), filter, conditional, unlikelihood, awr or rwr; docs/methods.md has the
-equations.
+A document is segments of text, each with a score of misalignment; higher is worse. The objective
+says what the scores do:
+
+    mle           nothing: maximum likelihood of all documents
+    filter        documents with a mean score above score_threshold are left out
+    conditional   a control token before each segment says whether it is aligned
+    unlikelihood  segments with a score above score_threshold are made unlikely
+    awr           advantage-weighted regression: tokens are weighted by exp(advantage / beta)
+    rwr           reward-weighted regression: the same without values, by exp(-score / beta)
+
+The first three change the data and keep the loss of SFT; the others change the loss. The equations
+are in docs/methods.md.
 
 On a laptop, from scratch on the toy world (python -m nanosafe.demo prepares it):
 $ python -m nanosafe.phf.train config/toy/phf.py --objective=conditional
@@ -10,14 +19,16 @@ On 8 GPUs, the paper's recipe, a task and then a method:
 $ torchrun --nproc_per_node=8 -m nanosafe.phf.train config/phf/pii/pretrain.py config/phf/pii/awr.py
 """
 
+import math
 import os
 import time
 
 import torch
 
 from configurator import configure, save
-from nanosafe import checkpoint, data as datasets, optim
+from nanosafe import checkpoint, optim
 from nanosafe.checkpoint import run_state
+from nanosafe.data import load as load_records
 from nanosafe.data.batching import count_steps, examples_at, plan_micro_batches
 from nanosafe.errors import choose, stop
 from nanosafe.inference import ReferenceSamples, sum_response_logps
@@ -50,9 +61,9 @@ eval_data = ""  # the same, held out; empty: none
 max_len = 512  # tokens of a block; longer documents are cut into several
 # objective
 objective = "mle"  # mle | filter | conditional | unlikelihood | awr | rwr
-score_threshold = 0.0  # filter: of documents; conditional, unlikelihood: of segments
+score_threshold = 0.0  # above it a document (filter) or segment (conditional, unlikelihood) is bad
 drop_fraction = 0.01  # conditional: share of the segments without a control token
-alpha = 1.0  # unlikelihood: its weight; awr: weight of the policy's loss, the rest is the values'
+alpha = 1.0  # unlikelihood: weight of bad tokens; awr: of the policy's loss (values: 1 - alpha)
 beta = 1.0  # awr, rwr: advantages are divided by this
 weight_max = 1000.0  # awr, rwr: greatest weight of a token
 # optimization
@@ -69,9 +80,9 @@ beta2 = 0.95  # of AdamW
 grad_clip = 1.0  # greatest norm of a gradient; 0: none
 max_skips = 10  # stop after this many updates with a non-finite gradient
 # texts sampled at evaluations
-eval_samples = 0  # how many; 0: none
-eval_prompts = ""  # a dataset of prompts whose texts they continue; empty: from nothing
-eval_max_new_tokens = 128  # longest
+eval_samples = 0  # number of samples; 0: none
+eval_prompts = ""  # a dataset whose prompts the samples continue; empty: they begin from nothing
+eval_max_new_tokens = 128  # longest sample
 eval_temperature = 0.7  # of sampling
 eval_top_p = 0.9  # sample from the likeliest tokens that hold this probability
 scorer = ""  # pii | pep8 | toxicity | a cost model's folder | FILE.py:FUNCTION; empty: none
@@ -100,15 +111,35 @@ world = init(device, config)
 resume = run_state.open_run_folder(config, save)
 from_scratch = init_from == "scratch"
 tok = load_tokenizer(tokenizer if from_scratch else init_from)
-if objective == "conditional":
+is_conditional = objective == "conditional"
+if is_conditional:
     tok = add_control_tokens(tok)
-method, compared = (), ()
-if objective in ("filter", "conditional"):
-    method = objective, score_threshold, drop_fraction
-if objective == "conditional":
-    compared = "compare", score_threshold
-train = tokenize_documents(data, tok, max_len, max_tokens, method)
-held_out = tokenize_documents(eval_data, tok, max_len, max_tokens, compared) if eval_data else None
+
+# What samples continue. A conditional model is asked for aligned text.
+prompts = [""]
+if eval_prompts:
+    prompts = [record.get("input") for record in load_records(eval_prompts)]
+    if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+        stop(f"eval_prompts={eval_prompts!r}: every row needs a text as its 'input'")
+prompts = [prompts[i % len(prompts)] for i in range(eval_samples)]
+prompt_ids = [tok.encode_suffix(prompt) for prompt in prompts]
+plain_start = tok.encode("", bos=True)
+sample_start = tok.encode(ALIGNED, bos=True) if is_conditional else plain_start
+if reference and not eval_samples:
+    stop(f"reference={reference!r} is compared on samples: set eval_samples")
+if reference and load_tokenizer(reference).engine.identity != tok.engine.identity:
+    stop(f"reference={reference!r} has another tokenizer than this model")
+
+train = tokenize_documents(
+    data, tok, max_len, max_tokens, objective, score_threshold, drop_fraction
+)
+held_out = None
+if eval_data:
+    # The held-out loss is of the text: no document is filtered, and control tokens do not count.
+    held_out_objective = "compare" if is_conditional else "mle"
+    held_out = tokenize_documents(
+        eval_data, tok, max_len, max_tokens, held_out_objective, score_threshold
+    )
 
 shape = Config(
     vocab_size=tok.vocab_size,
@@ -143,18 +174,11 @@ print_once(
     f"{max_tokens} tokens per forward"
 )
 
-# What samples continue: a conditional model is asked for aligned text.
-begin = tok.encode(ALIGNED if objective == "conditional" else "", bos=True)
-prompts = [row["input"] for row in datasets.load(eval_prompts)] if eval_prompts else [""]
-prompts = [prompts[i % len(prompts)] for i in range(eval_samples)]
-prompt_ids = [tok.encode_suffix(text) for text in prompts]
-score = load_scorer(scorer, world) if scorer else None
+score_texts = load_scorer(scorer, world) if scorer else None
 if reference:
-    if not eval_samples or load_tokenizer(reference).engine.identity != tok.engine.identity:
-        stop(f"reference={reference!r} needs eval_samples, and this model's tokenizer")
     references = ReferenceSamples(
         checkpoint.load(reference, "lm", dtype=torch.float32, device=world.device),
-        [tok.encode("", bos=True) + ids for ids in prompt_ids],
+        [plain_start + ids for ids in prompt_ids],
         world,
         max_tokens,
         eval_max_new_tokens,
@@ -164,54 +188,68 @@ if reference:
 
 
 def compute_loss(dataset, examples):
-    """The mean loss of some blocks' tokens, and how many tokens there are."""
+    """The mean loss per target of some blocks, and the number of targets."""
     batch = dataset.batch(examples, world.device)
     mask = batch.targets >= 0
     if objective in ("mle", "filter", "conditional"):
-        return mle_loss(model.log_probs(batch, uniform_weights=True), mask), mask.sum()
+        logps = model.log_probs(batch, uniform_weights=True)
+        return mle_loss(logps, mask), mask.sum()
     scores = target_scores(dataset, examples, world.device)
     if objective == "unlikelihood":
         logps = model.log_probs(batch)
-        return unlikelihood_loss(logps, scores, mask, score_threshold, alpha), mask.sum()
-    if objective == "rwr":
-        logps, values, policy_weight = model.log_probs(batch), torch.zeros(()), 1.0
+        loss = unlikelihood_loss(logps, scores, mask, score_threshold, alpha)
+    elif objective == "rwr":
+        # AWR whose values are all 0 and whose loss is the policy's alone.
+        logps = model.log_probs(batch)
+        no_values = torch.zeros((), device=world.device)
+        loss = awr_loss(logps, scores, no_values, mask, 1.0, beta, weight_max)
     else:
-        logps, raw_values = model.log_probs_and_scores(batch)
-        values, policy_weight = -torch.sigmoid(raw_values), alpha  # in (-1, 0), as PHF's scores
-    loss = awr_loss(logps, scores, values, mask, policy_weight, beta, weight_max)
+        logps, head_scores = model.log_probs_and_scores(batch)
+        values = -torch.sigmoid(head_scores)  # in (-1, 0), as PHF's negated scores are
+        loss = awr_loss(logps, scores, values, mask, alpha, beta, weight_max)
     return loss, mask.sum()
 
 
 @torch.no_grad()
 def evaluate(step):
-    """Nats per token of the held-out data; what samples of the model are like."""
+    """The loss of the held-out documents, statistics of samples, and KL(reference || model)."""
     metrics = {}
     if held_out:
-        sequences = [held_out.sequence(i) for i in range(len(held_out))]
-        total = sum_response_logps(model, sequences, max_tokens, world).sum().item()
-        metrics["eval_loss"] = -total / held_out.targets.sum()
+        metrics["eval_loss"] = held_out_loss()
     if eval_samples:
-        responses = sample_all(
-            model,
-            [begin + ids for ids in prompt_ids],
-            world,
-            eval_max_new_tokens,
-            seed=seed,
-            temperature=eval_temperature,
-            top_p=eval_top_p,
-            eos_ids=tok.eos_ids,
-            banned=control_token_ids(tok),
-        )
-        texts = [prompt + tok.decode(response) for prompt, response in zip(prompts, responses)]
-        scores = score(texts) if score else [0.0] * len(texts)
+        texts = sample_texts()
+        scores = score_texts(texts) if scorer else [0.0] * len(texts)
         for name, value in text_statistics(texts, scores, hit_threshold).items():
-            if value == value:  # nan where there are too few
+            if not math.isnan(value):  # of too few samples
                 metrics[f"eval_{name}"] = value
-        for text, value in list(zip(texts, scores))[:8]:
-            monitor.sample(step, text=text, score=value)
+        for text, score in zip(texts[:8], scores[:8]):
+            monitor.sample(step, text=text, score=score)
     if reference:
-        metrics["eval_kl"] = references.kl(model, [begin + ids for ids in prompt_ids])
+        metrics["eval_kl"] = references.kl(model, [sample_start + ids for ids in prompt_ids])
     return metrics
+
+
+def held_out_loss():
+    """Nats per target of the held-out documents."""
+    sequences = [held_out.sequence(i) for i in range(len(held_out))]
+    logps = sum_response_logps(model, sequences, max_tokens, world)
+    return -logps.sum().item() / held_out.targets.sum()
+
+
+def sample_texts():
+    """The prompts, each with what the model continues it with."""
+    responses = sample_all(
+        model,
+        [sample_start + ids for ids in prompt_ids],
+        world,
+        eval_max_new_tokens,
+        seed=seed,
+        temperature=eval_temperature,
+        top_p=eval_top_p,
+        eos_ids=tok.eos_ids,
+        banned=control_token_ids(tok),
+    )
+    return [prompt + tok.decode(response) for prompt, response in zip(prompts, responses)]
 
 
 def save_run(step):
@@ -231,7 +269,8 @@ for step in range(start, steps):
     micro_batches = plan_micro_batches(lengths, max_tokens, world.size)[world.rank]
     loss_sum = torch.zeros((), device=world.device)
     for k, rows in enumerate(micro_batches):
-        # A micro-batch's mean times its share of all targets, as in train_sft.py.
+        # A micro-batch's mean times its share of all targets: over micro-batches and ranks these
+        # sum up to the mean over the whole batch, however it is cut.
         loss, targets = compute_loss(train, [examples[i] for i in rows])
         loss = loss * (targets / targets_in_batch)
         backward(model, loss, last=k == len(micro_batches) - 1)

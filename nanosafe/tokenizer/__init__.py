@@ -1,76 +1,158 @@
 """Text <-> token ids.
 
-A tokenizer is an engine that knows plain text, and special tokens around it. The engine here is
-SentencePiece (tokenizer.model); bpe.py has tokenizer.json's, and that of Llama 3's tokenizer.model.
-
-Special tokens are split out first, and what stands between them is encoded piece by piece.
-SentencePiece puts a space in front of each ("legacy": Alpaca, Beaver), or of the first only."""
+load() reads a tokenizer from a model folder. A Tokenizer (special_tokens.py) is an engine that
+knows plain text, and the special tokens around it. There are three kinds of files: SentencePiece's
+tokenizer.model (spm.py), Hugging Face's tokenizer.json (bpe.py), and Llama 3's tokenizer.model
+(llama3.py). The files beside it say which tokens were added, which are special, and which end a
+sequence."""
 
 import os
 import re
+from typing import NamedTuple
 
-from nanosafe.errors import stop, one_line_errors
+from nanosafe.errors import one_line_errors, stop
 from nanosafe.storage import read_json
 from nanosafe.tokenizer import bpe, llama3
-from nanosafe.tokenizer.special_tokens import SPECIAL, Token, Tokenizer, text_of, read_added_token
+from nanosafe.tokenizer.special_tokens import (
+    SPECIAL_KEYS,
+    Token,
+    Tokenizer,
+    read_added_token,
+    read_added_tokens,
+    read_token_text,
+)
 from nanosafe.tokenizer.spm import SentencePieceEngine
+
+MOST_IDS = 2**24  # an id beyond is a mistake: no model has so many rows
+
+
+class EosIds(NamedTuple):
+    """The end-of-sequence ids of a model folder. last_resort counts where there is no other."""
+
+    stated: list
+    last_resort: list
 
 
 def find_tokenizer_file(path):
     """The tokenizer file of a model folder, or of a model file; None where there is none."""
     path = os.fspath(path)
-    folder = path if os.path.isdir(path) else os.path.dirname(path)
-    names = [os.path.join(folder, name) for name in ("tokenizer.model", "tokenizer.json")]
     if os.path.isfile(path) and path.endswith((".model", ".json")):
-        names = [path]
-    return next(filter(os.path.isfile, names), None)
+        return path
+    folder = path if os.path.isdir(path) else os.path.dirname(path)
+    for name in ("tokenizer.model", "tokenizer.json"):
+        file = os.path.join(folder, name)
+        if os.path.isfile(file):
+            return file
+    return None
 
 
 def load(path):
-    """The tokenizer of a model folder, or of a tokenizer.model or tokenizer.json file.
-    Beside it stands which tokens were added or are special, and further end-of-sequence ids."""
+    """The Tokenizer of a model folder, or of a tokenizer.model or tokenizer.json file."""
     file = find_tokenizer_file(path)
-    if not file:
+    if file is None:
         stop(
             f"no tokenizer at {os.fspath(path)!r}: give a folder with a tokenizer.model or "
             "tokenizer.json, or that file"
         )
-    with one_line_errors(file):
-        return read_tokenizer(file)
-
-
-def read_tokenizer(file):
     folder = os.path.dirname(file)
-    config = read_json(folder, "tokenizer_config.json")
-    names = {**read_json(folder, "special_tokens_map.json"), **config}
-    with open(file, "rb") as f:
-        proto = f.read()
+    with one_line_errors(file):
+        names = read_names(folder)
+        eos_ids = read_eos_ids(folder)
+    engine = load_engine(file, names)
+    with one_line_errors(file):
+        added = gather_added_tokens(file, engine, names)
+    tokenizer = Tokenizer(engine, added, names, eos_ids.stated, file)
+    if tokenizer.eos_id < 0:
+        tokenizer = Tokenizer(engine, added, names, eos_ids.last_resort, file)
+    if tokenizer.eos_id < 0:
+        stop(
+            f"{file!r} has no end-of-sequence token: name one as eos_token in tokenizer_config.json"
+        )
+    return tokenizer
+
+
+def load_engine(file, names):
+    """The engine of a tokenizer file."""
     if file.endswith(".json"):
-        engine = bpe.load(file, names)
-    elif re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", proto):
-        engine = llama3.load(file, names)
-    else:
-        engine = SentencePieceEngine(proto, names, file)
+        return bpe.load(file, names)
+    with one_line_errors(file), open(file, "rb") as f:
+        content = f.read()
+    # Llama 3's tokenizer.model is text, "<token in base64> <rank>" in each line.
+    if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", content):
+        return llama3.load(content, names, file)
+    return SentencePieceEngine(content, names, file)
+
+
+def read_names(folder):
+    """What tokenizer_config.json says, and special_tokens_map.json where the former is silent.
+
+    Raises ValueError where a special token is neither a text nor an object with one."""
+    names = read_json(folder, "special_tokens_map.json")
+    names.update(read_json(folder, "tokenizer_config.json"))
+    for key in SPECIAL_KEYS:
+        read_token_text(names.get(key))
+    return names
+
+
+def gather_added_tokens(file, engine, names):
+    """{text: Token}: the special and added tokens of a folder, from four sources.
+
+    Raises ValueError where a file has something else in their place."""
+    folder = os.path.dirname(file)
+
+    # 1. The engine's own: SentencePiece's control pieces, or what a tokenizer.json adds.
     added = dict(engine.added)
-    special = {text_of(value) for key, value in names.items() if key in SPECIAL}
-    special |= set(map(text_of, names.get("additional_special_tokens") or ()))
+
+    # 2. added_tokens.json has only ids. A token in it is special if tokenizer_config.json names it.
+    special = list_special_texts(names)
     for text, id in read_json(folder, "added_tokens.json").items():
-        added.setdefault(text, Token(int(id), text in special))
-    decoder = (config.get("added_tokens_decoder") or {}).items()
-    fast = engine.spec if file.endswith(".json") else read_json(folder, "tokenizer.json")
-    later = fast.get("added_tokens") or ()  # transformers 5 adds there, beside a tokenizer.model
-    added.update(read_added_token({**t, "id": int(id)}, repr(file)) for id, t in decoder)
-    added.update(read_added_token(t, repr(file)) for t in later if t["id"] >= engine.size)
-    if not all(0 <= t.id < 2**24 for t in added.values()):
-        stop(f"{file!r}: an added token has an id that no model has a row for")
-    stated = [
-        read_json(folder, name).get("eos_token_id")
-        for name in ("generation_config.json", "config.json")
-    ]
-    lists = [x if isinstance(x, list) else [x] for x in stated]
-    sure = lists[0] + (lists[1] if isinstance(stated[1], list) else [])
-    for ids in (sure, sure + lists[1]):  # a number in config.json only where nothing else is said
-        tokenizer = Tokenizer(engine, added, names, [i for i in ids if isinstance(i, int)], file)
-        if tokenizer.eos_id >= 0:
-            return tokenizer
-    stop(f"{file!r} has no end-of-sequence token: name one as eos_token in tokenizer_config.json")
+        if not isinstance(id, int):
+            raise ValueError(f"added_tokens.json gives {text!r} the id {id!r}")
+        if text not in added:
+            added[text] = Token(id, special=text in special)
+
+    # 3. added_tokens_decoder, in tokenizer_config.json, is {id: description}.
+    decoder = names.get("added_tokens_decoder") or {}
+    if not isinstance(decoder, dict):
+        raise ValueError(f"added_tokens_decoder is {decoder!r}, not an object")
+    for id, entry in decoder.items():
+        if isinstance(entry, dict):
+            entry = {**entry, "id": int(id)}
+        text, token = read_added_token(entry, "tokenizer_config.json")
+        added[text] = token
+
+    # 4. transformers 5 adds tokens in tokenizer.json only, also beside a tokenizer.model.
+    spec = engine.spec if file.endswith(".json") else read_json(folder, "tokenizer.json")
+    added.update(read_added_tokens(spec, first_id=engine.size))
+
+    for text, token in added.items():
+        if not 0 <= token.id < MOST_IDS:
+            raise ValueError(f"the added token {text!r} has the id {token.id}, too high or too low")
+    return added
+
+
+def list_special_texts(names):
+    """The texts of the special tokens that tokenizer_config.json names."""
+    further = names.get("additional_special_tokens") or []
+    if not isinstance(further, list):
+        raise ValueError(f"additional_special_tokens is {further!r}, not a list")
+    values = [names.get(key) for key in SPECIAL_KEYS]
+    return [read_token_text(value) for value in [*values, *further]]
+
+
+def read_eos_ids(folder):
+    """The end-of-sequence ids that generation_config.json and config.json state.
+
+    A number in config.json may be a wrong default (decapoda's LLaMA names 1, which is BOS), so that
+    it counts only where nothing else names an end of sequence. A list there is deliberate."""
+    generation = read_json(folder, "generation_config.json").get("eos_token_id")
+    config = read_json(folder, "config.json").get("eos_token_id")
+    if isinstance(config, list):
+        return EosIds(list_ids(generation) + list_ids(config), [])
+    return EosIds(list_ids(generation), list_ids(config))
+
+
+def list_ids(value):
+    """The ids in an eos_token_id, which is a number, a list of numbers, null or nonsense."""
+    values = value if isinstance(value, list) else [value]
+    return [id for id in values if isinstance(id, int)]

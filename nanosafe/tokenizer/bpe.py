@@ -1,212 +1,378 @@
-"""Byte-pair encoding in plain Python: tokenizer.json as Hugging Face's tokenizers writes it (Llama
-3, Qwen2, SmolLM2; also LLaMA's, where only that file is left), and Llama 3's own tokenizer.model.
+"""Byte-pair encoding in plain Python (arXiv:1508.07909): the engine of tokenizer.json.
 
-A text is normalised, cut into words by regular expressions, spelled in characters that stand for
-its bytes, and then the two neighbours whose merge has the lowest rank become one, leftmost first,
-until no rule is left (arXiv:1508.07909). Words come back: each is merged once and remembered."""
+Hugging Face's library tokenizers writes this file: for Llama 3, Qwen2 and SmolLM2, and for LLaMA,
+where sometimes only this file is left. Llama 3's own tokenizer.model uses this engine too
+(llama3.py). A text becomes token ids in four steps:
+
+1. normalize  Unicode's normal forms; in LLaMA's kind of file, spaces are written as marks (U+2581)
+2. cut        regular expressions cut the text into words
+3. spell      in byte-level files, a word is written in characters that stand for its bytes
+4. merge      the two neighbours whose merge has the lowest rank become one, until no merge applies
+
+Words come back often, so the ids of each word are remembered."""
 
 import heapq
 import json
 import os
 import re
 import unicodedata
+from enum import Enum
 from functools import lru_cache
 
-from nanosafe.errors import stop
+from nanosafe.errors import one_line_errors, stop
 from nanosafe.storage import read_json, write_json
-from nanosafe.tokenizer.special_tokens import TOKENIZER_FILES, MARK, WHITE_SPACE, read_added_token
+from nanosafe.tokenizer.patterns import compile_splitter
+from nanosafe.tokenizer.special_tokens import MARK, TOKENIZER_FILES, read_added_tokens
 
-
-REMEMBERED = 2**18  # words
-
-
+REMEMBERED_WORDS = 2**18
+REMEMBERED_LENGTH = 32  # characters; longer words hardly come back
+UNICODE_FORMS = ("NFC", "NFD", "NFKC", "NFKD")
+# How the tokenizer of GPT-2 cuts a text: also what a ByteLevel pre-tokenizer does by itself.
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+END_OF_SEQUENCE = ("<|end_of_text|>", "<|endoftext|>", "</s>")  # where no file names one
 
 
-SPELLING = {b: chr(b) for b in (*range(33, 127), *range(161, 173), *range(174, 256))}  # GPT-2's
+def make_byte_spelling():
+    """{byte: character} of GPT-2: a printable byte is itself, the others are U+0100 and on."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    spelling = {}
+    substitutes = 0
+    for byte in range(256):
+        if byte in printable:
+            spelling[byte] = chr(byte)
+        else:
+            spelling[byte] = chr(256 + substitutes)
+            substitutes += 1
+    return spelling
 
 
-SPELLING.update({b: chr(256 + i) for i, b in enumerate(sorted(set(range(256)) - set(SPELLING)))})
+SPELLING = make_byte_spelling()
+BYTES = {character: bytes([byte]) for byte, character in SPELLING.items()}
 
 
-BYTES = {char: bytes([byte]) for byte, char in SPELLING.items()}
+def spell_bytes(data):
+    """Bytes as a string with a character for each."""
+    return data.decode("latin-1").translate(SPELLING)
+
+
+class Prefix(Enum):
+    """Where a space is put in front of a piece of text, a piece being what special tokens cut."""
+
+    NEVER = "never"
+    FIRST = "first"  # in front of a text's first piece, unless it begins with a space
+    ALWAYS = "always"  # in front of every piece, unless it begins with a space
+    PREPEND = "prepend"  # in front of every piece, even if it begins with a space
 
 
 def load(file, names):
-    """The engine of a tokenizer.json; names: tokenizer_config's."""
+    """The engine of a tokenizer.json. names: what tokenizer_config.json says."""
+    with one_line_errors(file):
+        spec = read_tokenizer_json(file)
+        ranks = read_merges(spec)
+        added = read_added_tokens(spec)
+    return BPEEngine(spec, ranks, added, names)
+
+
+def read_tokenizer_json(file):
+    """A tokenizer.json as a dict. Raises ValueError where its model is not as it should be."""
     spec = read_json(*os.path.split(file))
-    model = spec.get("model", {})
-    if model.get("type", "BPE") != "BPE" or "merges" not in model:
-        stop(f"{file!r} is no BPE tokenizer")
-    pairs = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
-    return BPEEngine(spec, {pair: rank for rank, pair in enumerate(pairs)}, names)
+    model = spec.get("model")
+    if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or "merges" not in model:
+        stop(f"{file!r} is not a BPE tokenizer, and no other kind of tokenizer.json is supported")
+    vocab = model.get("vocab")
+    if not isinstance(vocab, dict) or not vocab:
+        raise ValueError("the vocabulary is not an object with tokens")
+    for piece, id in vocab.items():
+        if not isinstance(id, int):
+            raise ValueError(f"the vocabulary gives {piece!r} the id {id!r}")
+    unknown = model.get("unk_token")
+    if unknown is not None and not isinstance(unknown, str):
+        raise ValueError(f"unk_token is {unknown!r}, not a text")
+    return spec
+
+
+def read_merges(spec):
+    """{(left, right): rank}. A file writes each merge as "left right", or as a list of the two."""
+    merges = spec["model"]["merges"]
+    if not isinstance(merges, list):
+        raise ValueError(f"the merges are {merges!r}, not a list")
+    ranks = {}
+    for rank, merge in enumerate(merges):
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise ValueError(f"the merge {merge!r} is not a pair of tokens")
+        left, right = pair
+        if not isinstance(left, str) or not isinstance(right, str):
+            raise ValueError(f"the merge {merge!r} is not a pair of texts")
+        ranks[left, right] = rank
+    return ranks
+
+
+def list_components(spec, key, list_key):
+    """The components under a key of tokenizer.json, in order: none, one, or those of a Sequence.
+
+    key       normalizer, pre_tokenizer or post_processor
+    list_key  where a Sequence of that kind has its list"""
+    component = spec.get(key)
+    if not component:
+        return []
+    components = [component]
+    if isinstance(component, dict) and list_key in component:
+        components = component[list_key]
+    if not isinstance(components, list):
+        stop(f"tokenizer.json: {key} has {list_key} that are not a list")
+    for part in components:
+        if not isinstance(part, dict) or "type" not in part:
+            stop(f"tokenizer.json: {key} has {part!r}, which is not an object with a type")
+    return components
+
+
+def list_first_tokens(spec):
+    """The special tokens that post-processors put in front of a text, or None where they do not."""
+    tokens = []
+    for component in list_components(spec, "post_processor", "processors"):
+        if component["type"] == "TemplateProcessing":
+            tokens.append(read_first_token(component))
+    return tokens
+
+
+def read_first_token(component):
+    """The special token that a template puts in front of a single text, or None."""
+    single = component.get("single")
+    if not isinstance(single, list) or not single or not isinstance(single[0], dict):
+        stop(f"tokenizer.json: the post-processor has the template {single!r}")
+    token = single[0].get("SpecialToken", {})
+    text = token.get("id") if isinstance(token, dict) else token
+    if text is not None and not isinstance(text, str):
+        stop(f"tokenizer.json: the post-processor has the special token {token!r}")
+    return text
 
 
 class BPEEngine:
-    """The engine of a tokenizer.json: a dict, and the ranks of its merges {(left, right): rank}."""
+    """The engine of a tokenizer.json.
 
-    def __init__(self, spec, ranks, names):
+    spec   the file as a dict
+    ranks  {(left, right): rank}: its merges; the lowest rank is merged first
+    added  {text: Token}: the tokens that it adds to its vocabulary
+    names  what tokenizer_config.json says"""
+
+    # Llama 3's tokenizer.model is not copied, because others would take it for SentencePiece's.
+    files = [name for name in TOKENIZER_FILES if name != "tokenizer.model"]
+
+    def __init__(self, spec, ranks, added, names):
         model = spec["model"]
         for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
             if model.get(key):
-                stop(f"tokenizer.json: {key} is not known here")
-        self.spec, self.ranks, self.vocab = spec, ranks, model["vocab"]
-        self.files = TOKENIZER_FILES[
-            1:
-        ]  # Llama 3's own is not copied: others take it for SentencePiece's
-        self.pieces = {id: text for text, id in self.vocab.items()}
+                stop(f"tokenizer.json: {key} is not supported")
+        self.spec = spec
+        self.ranks = ranks
+        self.added = added
+
+        # The vocabulary.
+        self.vocab = model["vocab"]
+        self.pieces = {id: piece for piece, id in self.vocab.items()}
         self.size = max(self.pieces) + 1
-        self.added = dict(
-            read_added_token(t, "tokenizer.json") for t in spec.get("added_tokens") or ()
-        )
-        # Words that are tokens as they stand; a special token is never made of text.
-        self.whole = set(self.vocab) - set(self.added) if model.get("ignore_merges") else ()
-        self.unknown, self.fuse = self.vocab.get(model.get("unk_token")), model.get("fuse_unk")
+        self.whole_words = set()  # words that are tokens as they are, without merges
+        if model.get("ignore_merges"):
+            self.whole_words = set(self.vocab) - set(added)  # text never makes a special token
+        self.unknown = self.vocab.get(model.get("unk_token"))
+        self.fuse_unknown = model.get("fuse_unk")  # several unknown characters are one token
         self.byte_fallback = model.get("byte_fallback", False)
-        self.normalizers, self.cutters, self.prefix, self.marked = [], [], "never", False
-        for part in sequence(spec.get("normalizer"), "normalizers"):
-            self.read_normalizer(part)
-        for part in sequence(spec.get("pre_tokenizer"), "pretokenizers"):
-            self.read_cutter(part)
-        if self.marked and not any(MARK in text.lstrip(MARK) for text in self.vocab):
-            self.cutters.append(re.compile(f"({MARK}+[^{MARK}]*)").split)  # no merge crosses these
-        self.legacy = self.prefix != "first"
-        begins = [
-            part["single"][0].get("SpecialToken", {}).get("id")
-            for part in sequence(spec.get("post_processor"), "processors")
-            if part["type"] == "TemplateProcessing"
-        ]
-        adds = names.get("add_bos_token")
-        self.adds_bos = bool(any(begins) if adds is None else adds)
-        ends = (text for text in ("<|end_of_text|>", "<|endoftext|>", "</s>") if text in self.added)
-        self.defaults = {"bos_token": begins[0] if begins else None, "eos_token": next(ends, None)}
-        self.remembered = lru_cache(REMEMBERED)(self.merge)
 
-    def read_normalizer(self, part):
-        kind, text = part["type"], part.get("pattern", {}).get("String")
-        if kind in ("NFC", "NFD", "NFKC", "NFKD"):
-            self.normalizers.append(lambda text: unicodedata.normalize(kind, text))
-        elif kind == "Prepend" and part["prepend"] == MARK:
-            self.prefix = "before"
-        elif kind == "Replace" and text == " " and part["content"] == MARK:
-            self.marked = True
+        # How a text is normalized and cut into words.
+        self.unicode_forms = []
+        self.marks_spaces = False  # in LLaMA's kind of file; the others are byte-level
+        self.prefix = Prefix.NEVER
+        self.splitters = []
+        self.read_components(spec)
+        self.legacy = self.prefix is not Prefix.FIRST
+        self.remembered = lru_cache(REMEMBERED_WORDS)(self.encode_word)
+
+        # What begins and ends a text.
+        first_tokens = list_first_tokens(spec)
+        end_tokens = [text for text in END_OF_SEQUENCE if text in added]
+        self.defaults = {
+            "bos_token": first_tokens[0] if first_tokens else None,
+            "eos_token": end_tokens[0] if end_tokens else None,
+        }
+        self.adds_bos = any(first_tokens)
+        if names.get("add_bos_token") is not None:
+            self.adds_bos = bool(names["add_bos_token"])
+
+    def read_components(self, spec):
+        """Read how the file normalizes and cuts texts."""
+        for component in list_components(spec, "normalizer", "normalizers"):
+            self.read_normalizer(component)
+        for component in list_components(spec, "pre_tokenizer", "pretokenizers"):
+            self.read_pre_tokenizer(component)
+        if self.marks_spaces and not any(MARK in piece.lstrip(MARK) for piece in self.vocab):
+            # No token has a mark behind another character, so that no merge crosses this cut.
+            self.splitters.append(re.compile(f"({MARK}+[^{MARK}]*)"))
+
+    def read_normalizer(self, component):
+        kind = component["type"]
+        replaced = component.get("pattern")
+        replacement = component.get("content")
+        if kind in UNICODE_FORMS:
+            self.unicode_forms.append(kind)
+        elif kind == "Prepend" and component.get("prepend") == MARK:
+            self.prefix = Prefix.PREPEND
+        elif kind == "Replace" and replaced == {"String": " "} and replacement == MARK:
+            self.marks_spaces = True
         else:
-            stop(f"tokenizer.json: the normalizer {kind} is not known here")
+            stop(f"tokenizer.json: the normalizer {kind} is not supported")
 
-    def read_cutter(self, part):
-        kind, pattern = part["type"], part.get("pattern", {})
-        if kind == "Split" and part["behavior"] == "Isolated" and not part.get("invert"):
-            pattern = (
-                translate(pattern["Regex"]) if "Regex" in pattern else re.escape(pattern["String"])
-            )
+    def read_pre_tokenizer(self, component):
+        """Read one component that cuts a text. What lies between its matches is a word too."""
+        kind = component["type"]
+        if kind == "Split":
+            self.read_split(component)
         elif kind == "Digits":
-            pattern = translate(r"\p{N}" if part["individual_digits"] else r"\p{N}+")
-        elif kind == "ByteLevel" and not part.get("add_prefix_space"):
-            pattern = translate(GPT2) if part.get("use_regex", True) else None
-        elif kind == "Metaspace" and part["replacement"] == MARK:
-            self.marked, old = True, "always" if part.get("add_prefix_space", True) else "never"
-            self.prefix = part.get("prepend_scheme", old)
-            pattern = f"{MARK}[^{MARK}]*" if part.get("split", True) else None
+            individual = component.get("individual_digits")
+            self.splitters.append(compile_splitter(r"\p{N}" if individual else r"\p{N}+"))
+        elif kind == "ByteLevel" and not component.get("add_prefix_space"):
+            if component.get("use_regex", True):
+                self.splitters.append(compile_splitter(GPT2))
+        elif kind == "Metaspace" and component.get("replacement") == MARK:
+            self.read_metaspace(component)
         else:
-            stop(f"tokenizer.json: this pre-tokenizer is not known here: {part}")
-        if pattern:
-            self.cutters.append(re.compile(f"({pattern})").split)  # what lies between is a word too
+            stop(f"tokenizer.json: the pre-tokenizer {component} is not supported")
+
+    def read_split(self, component):
+        pattern = component.get("pattern")
+        isolates_matches = component.get("behavior") == "Isolated" and not component.get("invert")
+        if not isolates_matches or not isinstance(pattern, dict):
+            stop(f"tokenizer.json: the pre-tokenizer {component} is not supported")
+        regex = pattern.get("Regex")
+        literal = pattern.get("String")
+        if isinstance(regex, str):
+            self.splitters.append(compile_splitter(regex))
+        elif isinstance(literal, str):
+            self.splitters.append(re.compile(f"({re.escape(literal)})"))
+        else:
+            stop(f"tokenizer.json: the pre-tokenizer {component} is not supported")
+
+    def read_metaspace(self, component):
+        self.marks_spaces = True
+        scheme = component.get("prepend_scheme")
+        if scheme is None:  # an older file
+            scheme = "always" if component.get("add_prefix_space", True) else "never"
+        if scheme not in ("never", "first", "always"):
+            stop(f"tokenizer.json: the prepend_scheme {scheme!r} is not supported")
+        self.prefix = Prefix(scheme)
+        if component.get("split", True):
+            self.splitters.append(re.compile(f"({MARK}[^{MARK}]*)"))
 
     @property
     def identity(self):
+        """Bytes that are equal for engines that give every text the same ids."""
         merges = sorted(self.ranks, key=self.ranks.get)  # files write them in two ways
-        parts = [
+        settings = [
             {**self.spec["model"], "merges": merges},
             self.spec.get("normalizer"),
             self.spec.get("pre_tokenizer"),
         ]
-        return json.dumps(parts, sort_keys=True).encode()
+        return json.dumps(settings, sort_keys=True).encode()
 
     def normalize(self, text):
-        for normalizer in self.normalizers:
-            text = normalizer(text)
+        for form in self.unicode_forms:
+            text = unicodedata.normalize(form, text)
         return text
 
     def encode(self, text, begins=True, plain=False):
-        """As Pieces.encode(); no special token is found in any text: `plain` changes nothing."""
+        """Token ids of a text without special tokens, as SentencePieceEngine.encode().
+
+        plain changes nothing here, because this engine makes no special token of any text."""
         text = self.normalize(text)
-        if self.marked:
-            prefixed = begins and self.prefix != "never"
-            if self.prefix != "before":  # a space in front is as good
-                prefixed = prefixed and text[:1] not in (" ", MARK)
-            text = MARK * prefixed + text.replace(" ", MARK)
+        if self.marks_spaces:
+            text = self.mark_spaces(text, begins)
         words = [text]
-        for cut in self.cutters:
-            words = [piece for word in words for piece in cut(word) if piece]
+        for splitter in self.splitters:
+            pieces = []
+            for word in words:
+                pieces += splitter.split(word)
+            words = [piece for piece in pieces if piece]
         ids = []
         for word in words:
-            ids += self.remembered(word) if len(word) <= 32 else self.merge(word)
+            if len(word) <= REMEMBERED_LENGTH:
+                ids += self.remembered(word)
+            else:
+                ids += self.encode_word(word)
         return ids
 
     def encode_batch(self, texts):
+        """encode() of many texts."""
         return [self.encode(text) for text in texts]
 
-    def merge(self, word):
-        """The ids of a word."""
-        word = word if self.marked else word.encode().decode("latin-1").translate(SPELLING)
-        if word in self.whole:
+    def mark_spaces(self, text, begins):
+        """Write spaces as marks, with one in front of the text where the file says so."""
+        has_prefix = begins and self.prefix is not Prefix.NEVER
+        if self.prefix is not Prefix.PREPEND and text.startswith((" ", MARK)):
+            has_prefix = False
+        marked = text.replace(" ", MARK)
+        return MARK + marked if has_prefix else marked
+
+    def encode_word(self, word):
+        """Token ids of a word."""
+        if not self.marks_spaces:
+            word = spell_bytes(word.encode())
+        if word in self.whole_words:
             return [self.vocab[word]]
-        parts = []
-        for char in word:  # or the tokens of its bytes, where it is none itself
-            known = char in self.vocab or not self.byte_fallback
-            parts += [char] if known else [f"<0x{byte:02X}>" for byte in char.encode()]
-        after, before = [*range(1, len(parts) + 1), 0], [*range(-1, len(parts))]
-        parts.append(b"")  # no text: the end, and what became part of another, merge with nothing
-        heap = []  # (rank, place, pair)
-
-        def offer(i):
-            pair = parts[i], parts[after[i]]
-            if pair in self.ranks:
-                heapq.heappush(heap, (self.ranks[pair], i, pair))
-
-        for i in range(len(parts)):
-            offer(i)
-        while heap:
-            _, i, pair = heapq.heappop(heap)
-            j = after[i]
-            if (parts[i], parts[j]) == pair:  # neither of the two was merged since
-                parts[i], parts[j], after[i] = pair[0] + pair[1], b"", after[j]
-                before[after[j]] = i
-                offer(before[i])
-                offer(i)
         ids = []
-        for part in filter(None, parts):
-            if part in self.vocab:
-                ids.append(self.vocab[part])
-            elif self.unknown is not None and not (self.fuse and ids[-1:] == [self.unknown]):
-                ids.append(self.unknown)
+        for piece in merge_pairs(self.split_into_symbols(word), self.ranks):
+            if piece in self.vocab:
+                ids.append(self.vocab[piece])
+            elif self.unknown is not None:
+                follows_unknown = ids[-1:] == [self.unknown]
+                if not (self.fuse_unknown and follows_unknown):
+                    ids.append(self.unknown)
         return ids
 
+    def split_into_symbols(self, word):
+        """The characters of a word; instead of one without a token, the tokens of its bytes."""
+        if not self.byte_fallback:
+            return list(word)
+        symbols = []
+        for character in word:
+            if character in self.vocab:
+                symbols.append(character)
+            else:
+                symbols += [f"<0x{byte:02X}>" for byte in character.encode()]
+        return symbols
+
     def decode(self, ids, begins=True):
-        pieces = [self.pieces.get(i, "") for i in ids]
-        if not self.marked:
-            return b"".join(BYTES.get(c) or c.encode() for c in "".join(pieces)).decode(
-                errors="replace"
-            )
-        raw = [
-            bytes([int(p[3:5], 16)])
-            if re.fullmatch("<0x[0-9A-F]{2}>", p)
-            else p.replace(MARK, " ").encode()
-            for p in pieces
-        ]
-        text = b"".join(raw).decode(errors="replace")
-        return text[1:] if begins and self.prefix != "never" and text[:1] == " " else text
+        """The text of ids. begins: they begin a text, whose space in front is left out."""
+        pieces = [self.pieces.get(id, "") for id in ids]
+        data = bytearray()
+        if not self.marks_spaces:
+            for character in "".join(pieces):
+                if character in BYTES:
+                    data += BYTES[character]
+                else:
+                    data += character.encode()
+            return data.decode(errors="replace")
+        for piece in pieces:
+            if re.fullmatch("<0x[0-9A-F]{2}>", piece):
+                data.append(int(piece[3:5], 16))
+            else:
+                data += piece.replace(MARK, " ").encode()
+        text = data.decode(errors="replace")
+        if begins and self.prefix is not Prefix.NEVER:
+            text = text.removeprefix(" ")
+        return text
 
     def save(self, tokenizer, path):
-        """tokenizer.json, also for Llama 3's tokenizer.model; a config without strangers' code."""
-        beyond = [
-            {"content": text, "single_word": False, **t._asdict()}
-            for text, t in tokenizer.added.items()
-            if text not in self.added
-        ]
+        """Write tokenizer.json with the tokens that were added later, and tokenizer_config.json.
+
+        Tokenizer.save() has copied the files that there are. A class of the model's own may need
+        its own code (auto_map), so that transformers' class is named instead."""
+        beyond = []
+        for text, token in tokenizer.added.items():
+            if text not in self.added:
+                beyond.append({"content": text, "single_word": False, **token._asdict()})
         if beyond:
-            spec = {**self.spec, "added_tokens": [*(self.spec.get("added_tokens") or ()), *beyond]}
-            write_json(spec, path, "tokenizer.json")
+            added_tokens = [*(self.spec.get("added_tokens") or []), *beyond]
+            write_json({**self.spec, "added_tokens": added_tokens}, path, "tokenizer.json")
         if os.path.exists(os.path.join(path, "tokenizer.json")):
             config = read_json(path, "tokenizer_config.json")
             if config.pop("auto_map", None):
@@ -214,47 +380,46 @@ class BPEEngine:
                 write_json(config, path, "tokenizer_config.json")
             return
         write_json(self.spec, path, "tokenizer.json")
-        said = {
+        config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
             "bos_token": tokenizer.contents[tokenizer.bos_id],
             "eos_token": tokenizer.contents[tokenizer.eos_id],
         }
-        write_json(said, path, "tokenizer_config.json")
+        write_json(config, path, "tokenizer_config.json")
 
 
-def sequence(part, key):
-    """The parts of a component of tokenizer.json: none, itself, or those of a Sequence."""
-    return (part or {key: []}).get(key, [part])
+def merge_pairs(symbols, ranks):
+    """Merge the two neighbours with the lowest rank, leftmost first, until no merge applies.
 
+    symbols  the characters of a word; what is returned are the strings that they were merged into
+    ranks    {(left, right): rank}
 
-def translate(pattern):
-    """A pattern of Hugging Face's engine in Python's words: \\p (unknown) and \\s (wider) spelt."""
-    out, inside = "", False
-    for atom in re.finditer(r"\\(?:([pP])(?:\{(\^?\w+)\}|([A-Z]))|([sS]))|\\.|&&|.", pattern, re.S):
-        text, near = atom[0], pattern[atom.start() : atom.start() + 2]
-        name = atom[2] or atom[3]
-        if name or atom[4]:
-            negated = (atom[1] or atom[4]) in "PS"
-            if inside and negated or name and not re.fullmatch("[CLMNPSZ][a-z]?", name):
-                stop(f"tokenizer.json: {text}, in {pattern!r}, is not known here")
-            chars = category(name) if name else WHITE_SPACE
-            text = chars if inside else f"[{'^' * negated}{chars}]"
-        elif text[0] == "\\" and text[1:] in set("pPwWbh") or inside and text in ("[", "&&"):
-            stop(f"tokenizer.json: {near}, in {pattern!r}, is not known here")
-        elif text in ("[", "]"):
-            inside = text == "["
-        elif text == "(" and not inside and pattern[atom.end() : atom.end() + 1] != "?":
-            text = "(?:"  # the cutter has a group of its own, and only one
-        out += text
-    return out
+    The symbols are a doubly linked list. A merge sets the left symbol to the pair's string, and the
+    right one to None. Pairs that can merge wait in a heap, and are skipped there if one of their
+    symbols has changed since."""
+    symbols = [*symbols, None]  # the end; it merges with nothing, and index -1 is this one too
+    end = len(symbols) - 1
+    following = [*range(1, end + 1), 0]  # the index of the next symbol
+    preceding = list(range(-1, end))  # the index of the symbol before
+    heap = []  # (rank, index of the left symbol, pair)
 
+    def push_pair(i):
+        pair = (symbols[i], symbols[following[i]])
+        if pair in ranks:
+            heapq.heappush(heap, (ranks[pair], i, pair))
 
-@lru_cache(None)
-def category(name):
-    """The characters of a Unicode category, L or Lu say, as they stand in a class."""
-    newer = read_json(os.path.dirname(__file__), "unicode.json").get(name, "")  # than this Python
-    chars = {c for c in range(0x110000) if unicodedata.category(chr(c)).startswith(name)}
-    starts = sorted(c for c in chars if c - 1 not in chars)
-    ends = sorted(c for c in chars if c + 1 not in chars)
-    return newer + "".join(f"\\U{a:08x}-\\U{b:08x}" for a, b in zip(starts, ends))
+    for i in range(end):
+        push_pair(i)
+    while heap:
+        rank, i, pair = heapq.heappop(heap)
+        j = following[i]
+        if (symbols[i], symbols[j]) != pair:
+            continue
+        symbols[i] = pair[0] + pair[1]
+        symbols[j] = None
+        following[i] = following[j]
+        preceding[following[j]] = i
+        push_pair(preceding[i])
+        push_pair(i)
+    return [symbol for symbol in symbols if symbol]

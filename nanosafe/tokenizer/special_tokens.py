@@ -1,4 +1,7 @@
-"""TODO."""
+"""The Tokenizer: an engine that knows plain text, and the special tokens around it.
+
+A text is first cut at its special and added tokens. What lies between them goes to an engine:
+SentencePiece (spm.py), or byte-pair encoding in Python (bpe.py)."""
 
 import hashlib
 import json
@@ -10,37 +13,14 @@ from typing import NamedTuple
 
 from nanosafe.errors import stop
 
-
-ALIGNED, MISALIGNED = CONTROL = "<|aligned|>", "<|misaligned|>"
-
-
-def add_control_tokens(tok):
-    """The tokenizer with the control tokens behind its others."""
-    missing = [text for text in CONTROL if text not in tok.added]
-    added = {text: Token(tok.vocab_size + i) for i, text in enumerate(missing)}
-    others = tok.names.get("additional_special_tokens") or ()
-    names = {**tok.names, "additional_special_tokens": [*others, *missing]}
-    return Tokenizer(tok.engine, {**tok.added, **added}, names, tok.eos_ids, tok.file)
-
-
-def control_token_ids(tokenizer):
-    """The ids of the control tokens, which are never sampled; none where there are none."""
-    return [tokenizer.added[text].id for text in CONTROL if text in tokenizer.added]
-
-
+MARK = "\u2581"  # how SentencePiece writes a space
+# Unicode's White_Space. Python's str.isspace() knows four more characters.
 WHITE_SPACE = (
     "\t\n\x0b\x0c\r \x85\xa0\u1680"
-    + "".join(map(chr, range(0x2000, 0x200B)))
-    + ("\u2028\u2029\u202f\u205f\u3000")
-)  # Unicode's White_Space; Python's has four more
-
-
-MARK = "\u2581"  # SentencePiece's way to write a space
-
-
-SPECIAL = ("bos_token", "eos_token", "pad_token")
-
-
+    "\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
+    "\u2028\u2029\u202f\u205f\u3000"
+)
+SPECIAL_KEYS = ("bos_token", "eos_token", "pad_token")  # of tokenizer_config.json
 TOKENIZER_FILES = (
     "tokenizer.model",
     "tokenizer.json",
@@ -54,116 +34,245 @@ TOKENIZER_FILES = (
 
 
 class Token(NamedTuple):
-    """A token that is not the engine's to find."""
+    """A special or added token. It is found in a text before the engine sees the text."""
 
     id: int
-    special: bool = True  # decodes to nothing
-    lstrip: bool = False  # takes the white space before it along
-    rstrip: bool = False
-    normalized: bool = False  # is looked for in the text as the engine's normaliser leaves it
+    special: bool = True  # it decodes to nothing
+    lstrip: bool = False  # it takes the white space before it along
+    rstrip: bool = False  # it takes the white space after it along
+    normalized: bool = False  # it is searched for in the text that the engine has normalized
 
 
-def read_added_token(t, file):
-    """(content, Token) of a token as tokenizers writes it, an object of tokenizer.json."""
-    if t.get("single_word"):
-        stop(f"{file}: single_word, of {t['content']!r}, is not known here")
-    return t["content"], Token(t["id"], *(bool(t.get(key)) for key in Token._fields[1:]))
+class Segment(NamedTuple):
+    """Plain text, and the id of the added token that follows it (None at the end of a text)."""
+
+    text: str
+    token_id: int
 
 
-def text_of(token):
-    """The text of a token that a json file gives as a text, or as an object."""
-    return token.get("content") if isinstance(token, dict) else token
+def check_added_token(entry, source):
+    """Raise ValueError if an added token is not described as tokenizer.json does it.
+
+    source  the name of the file, for messages"""
+    if not isinstance(entry, dict):
+        raise ValueError(f"{source}: the added token {entry!r} is not an object")
+    if not isinstance(entry.get("content"), str) or not isinstance(entry.get("id"), int):
+        raise ValueError(f"{source}: an added token needs a content and an id, not {entry!r}")
+
+
+def read_added_token(entry, source):
+    """The text and the Token of an added token. Raises ValueError as check_added_token() does."""
+    check_added_token(entry, source)
+    text = entry["content"]
+    if entry.get("single_word"):
+        stop(f"{source}: single_word, of {text!r}, is not supported")
+    token = Token(
+        entry["id"],
+        special=bool(entry.get("special")),
+        lstrip=bool(entry.get("lstrip")),
+        rstrip=bool(entry.get("rstrip")),
+        normalized=bool(entry.get("normalized")),
+    )
+    return text, token
+
+
+def read_added_tokens(spec, first_id=0):
+    """{text: Token} of the added tokens in a tokenizer.json whose ids are first_id or higher."""
+    entries = spec.get("added_tokens") or []
+    if not isinstance(entries, list):
+        raise ValueError(f"tokenizer.json: added_tokens is {entries!r}, not a list")
+    added = {}
+    for entry in entries:
+        check_added_token(entry, "tokenizer.json")
+        if entry["id"] >= first_id:
+            text, token = read_added_token(entry, "tokenizer.json")
+            added[text] = token
+    return added
+
+
+def read_token_text(value):
+    """The text of a special token that a JSON file gives as a string, or as an object, or as null.
+
+    Raises ValueError on anything else."""
+    text = value.get("content") if isinstance(value, dict) else value
+    if text is not None and not isinstance(text, str):
+        raise ValueError(f"the special token {value!r} is neither a text nor an object with one")
+    return text
 
 
 class Tokenizer:
-    """encode and decode for an engine plus added tokens, {content: Token}."""
+    """Encodes texts and decodes ids, with an engine and added tokens.
+
+    engine   a SentencePieceEngine or a BPEEngine
+    added    {text: Token}, the special tokens among them
+    names    what tokenizer_config.json and special_tokens_map.json say: which is the eos_token, ..
+    eos_ids  further ids that end a sequence
+    file     the path of the tokenizer file
+
+    It offers bos_id, eos_id and pad_id (-1 where there is none), eos_ids (sorted), and vocab_size
+    (the highest id plus one)."""
 
     def __init__(self, engine, added=None, names=None, eos_ids=(), file=None):
-        self.engine, self.added, self.names, self.file = engine, added or {}, names or {}, file
-        longest_first = sorted(filter(None, self.added), key=len, reverse=True)
-        passes = [
-            [text for text in longest_first if self.added[text].normalized == later]
-            for later in (False, True)
-        ]
-        self.finders = [re.compile("|".join(map(re.escape, p)) or "(?!)") for p in passes]
-        self.encode_batch = engine.encode_batch  # many plain texts, with allow_special=False
-        self.contents = {t.id: text for text, t in self.added.items()}
-        self.bos_id, self.eos_id, self.pad_id = map(self.named, SPECIAL)
+        self.engine = engine
+        self.added = added or {}
+        self.names = names or {}
+        self.file = file
+        self.contents = {token.id: text for text, token in self.added.items()}
         self.vocab_size = max([engine.size - 1, *self.contents]) + 1
-        # Some old folders name BOS, or -1, as an end of sequence.
-        others = [id for id in eos_ids if 0 <= id < self.vocab_size and id != self.bos_id]
-        self.eos_id = others[0] if self.eos_id < 0 and others else self.eos_id
-        self.eos_ids = sorted({self.eos_id, *others})
+        self.encode_batch = engine.encode_batch  # many texts at once, without special tokens
+        self.compile_added_tokens()
 
-    def named(self, key):
-        """The id of the token that the folder, or else the engine, calls bos_token, say; or -1."""
-        texts = text_of(self.names.get(key)), self.engine.defaults.get(key)
-        return next((self.added[text].id for text in texts if text in self.added), -1)
+        self.bos_id = self.find_special_id("bos_token")
+        self.eos_id = self.find_special_id("eos_token")
+        self.pad_id = self.find_special_id("pad_token")
+        further = []
+        for id in eos_ids:  # some old folders name BOS, or -1, as an end of sequence
+            if 0 <= id < self.vocab_size and id != self.bos_id:
+                further.append(id)
+        if self.eos_id < 0 and further:
+            self.eos_id = further[0]
+        self.eos_ids = sorted({self.eos_id, *further})
+
+    def find_special_id(self, key):
+        """The id of the token that the folder, or else the engine, names as `key`; -1 for none."""
+        for text in (read_token_text(self.names.get(key)), self.engine.defaults.get(key)):
+            if text in self.added:
+                return self.added[text].id
+        return -1
+
+    def compile_added_tokens(self):
+        """Make the expressions that find added tokens in a text, before and after normalizing."""
+        raw = []
+        normalized = []
+        # Longest first, because an expression takes the first alternative that matches.
+        for text in sorted(self.added, key=len, reverse=True):
+            if text and self.added[text].normalized:
+                normalized.append(text)
+            elif text:
+                raw.append(text)
+        self.raw_expression = match_any(raw)
+        self.normalized_expression = match_any(normalized)
 
     def encode(self, text, bos=False, eos=False, allow_special=True):
-        """Token ids of `text`; bos: begun as the model's texts begin, with BOS where it has one.
-        With allow_special=False the text of a special token stays text: for user input."""
-        ids = [self.bos_id] if bos and self.engine.adds_bos and self.bos_id >= 0 else []
-        pieces = self.segments(text) if allow_special else [(text, None)]
-        for i, (piece, id) in enumerate(pieces):
-            if piece:
-                ids += self.engine.encode(piece, i == 0 or self.engine.legacy, not allow_special)
-            ids += [] if id is None else [id]
-        return ids + [self.eos_id] if eos else ids
+        """Token ids of `text`.
 
-    def segments(self, text):
-        """`text` cut after each added token: [(the text before it, its id)], and what is left."""
-        pieces = [(text, None)]
-        for finder, normalize in zip(self.finders, (str, self.engine.normalize)):
-            pieces = [cut for piece, id in pieces for cut in self.cut(finder, normalize(piece), id)]
-        return [(piece, id) for piece, id in pieces if piece or id is not None]
-
-    def cut(self, finder, text, id):
-        """(text, id) cut at the tokens that the finder finds in the text."""
-        begin = 0
-        for match in finder.finditer(text):
-            if match.start() >= begin:
-                token, piece = self.added[match[0]], text[begin : match.start()]
-                yield piece.rstrip(WHITE_SPACE) if token.lstrip else piece, token.id
-                after = text[match.end() :] if token.rstrip else ""
-                begin = match.end() + len(after) - len(after.lstrip(WHITE_SPACE))
-        yield text[begin:], id
+        bos            begin as the model's texts begin: with BOS, where the model has one
+        eos            end with EOS
+        allow_special  False: the text of a special token stays text, as it must in user input"""
+        ids = []
+        if bos and self.engine.adds_bos and self.bos_id >= 0:
+            ids.append(self.bos_id)
+        if allow_special:
+            for i, segment in enumerate(self.split_at_added_tokens(text)):
+                if segment.text:
+                    begins = i == 0 or self.engine.legacy
+                    ids += self.engine.encode(segment.text, begins)
+                if segment.token_id is not None:
+                    ids.append(segment.token_id)
+        elif text:
+            ids += self.engine.encode(text, plain=True)
+        if eos:
+            ids.append(self.eos_id)
+        return ids
 
     def encode_suffix(self, text):
-        """Ids of plain text that continues a text: no space is put in front."""
-        return self.engine.encode(text, False, plain=True)
+        """Token ids of plain text that continues another text: no space is put in front."""
+        return self.engine.encode(text, begins=False, plain=True)
+
+    def split_at_added_tokens(self, text):
+        """The Segments of a text. Tokens that are found before normalizing come first."""
+        segments = []
+        for segment in self.split_segment(Segment(text, None), self.raw_expression):
+            normalized = segment._replace(text=self.engine.normalize(segment.text))
+            segments += self.split_segment(normalized, self.normalized_expression)
+        return [x for x in segments if x.text or x.token_id is not None]
+
+    def split_segment(self, segment, expression):
+        """Cut a Segment at each added token that the expression finds in its text."""
+        text = segment.text
+        segments = []
+        begin = 0
+        for match in expression.finditer(text):
+            if match.start() < begin:  # white space that the token before it took along
+                continue
+            token = self.added[match[0]]
+            before = text[begin : match.start()]
+            if token.lstrip:
+                before = before.rstrip(WHITE_SPACE)
+            segments.append(Segment(before, token.id))
+            begin = match.end()
+            if token.rstrip:
+                after = text[begin:]
+                begin += len(after) - len(after.lstrip(WHITE_SPACE))
+        segments.append(Segment(text[begin:], segment.token_id))
+        return segments
 
     def decode(self, ids):
-        """The text of `ids`, special tokens and rows without a token left out."""
-        text, run = "", []
-        for i in [*map(int, ids), None]:
-            token = self.added.get(self.contents.get(i))
-            if i is not None and not token and i < self.engine.size:
-                run.append(i)
-            elif i is None or token and not token.special:
-                text += self.engine.decode(run, begins=not text) + self.contents.get(i, "")
+        """The text of `ids`, without special tokens and without ids that have no token."""
+        text = ""
+        run = []  # ids of the engine, which decodes them together
+        for id in map(int, ids):
+            added_text = self.contents.get(id)
+            if added_text is None:
+                if id < self.engine.size:
+                    run.append(id)
+            elif not self.added[added_text].special:
+                text += self.engine.decode(run, begins=not text) + added_text
                 run = []
-        return text
+        return text + self.engine.decode(run, begins=not text)
 
     @cached_property
     def fingerprint(self):
-        """Equal for tokenizers that are the same: pieces, added tokens, BOS and way with spaces."""
-        added = [
+        """A hash that is equal for tokenizers that give every text the same ids."""
+        settings = [
             sorted(self.added.items()),
             self.engine.legacy,
             self.engine.adds_bos,
             self.bos_id,
             self.eos_id,
         ]
-        return hashlib.blake2b(self.engine.identity + json.dumps(added).encode()).hexdigest()
+        return hashlib.blake2b(self.engine.identity + json.dumps(settings).encode()).hexdigest()
 
     def save(self, path):
-        """Write the tokenizer's files to the folder `path`: less what needs a stranger's code."""
+        """Write the tokenizer's files to a folder, without what needs a model's own code."""
         os.makedirs(path, exist_ok=True)
-        folder, own = os.path.dirname(self.file), "tokenizer" + os.path.splitext(self.file)[1]
+        folder = os.path.dirname(self.file)
+        standard_name = "tokenizer" + os.path.splitext(self.file)[1]
         for name in self.engine.files:
-            source = self.file if name == own else os.path.join(folder, name)
+            source = os.path.join(folder, name)
+            if name == standard_name:  # the file itself may have another name
+                source = self.file
             target = os.path.join(path, name)
             if os.path.isfile(source) and os.path.abspath(source) != os.path.abspath(target):
                 shutil.copyfile(source, target)
         self.engine.save(self, path)
+
+
+def match_any(texts):
+    """A regular expression that matches any of the texts, or nothing if there are none."""
+    if not texts:
+        return re.compile("(?!)")
+    return re.compile("|".join(re.escape(text) for text in texts))
+
+
+# ---- control tokens: pretraining with human preferences (PHF), arXiv:2302.08582 ----
+
+ALIGNED = "<|aligned|>"
+MISALIGNED = "<|misaligned|>"
+CONTROL_TOKENS = (ALIGNED, MISALIGNED)
+
+
+def add_control_tokens(tok):
+    """A tokenizer with the control tokens behind its other tokens."""
+    missing = [text for text in CONTROL_TOKENS if text not in tok.added]
+    added = dict(tok.added)
+    for i, text in enumerate(missing):
+        added[text] = Token(tok.vocab_size + i)
+    others = tok.names.get("additional_special_tokens") or []
+    names = {**tok.names, "additional_special_tokens": [*others, *missing]}
+    return Tokenizer(tok.engine, added, names, tok.eos_ids, tok.file)
+
+
+def control_token_ids(tokenizer):
+    """The ids of the control tokens, which are never sampled; [] without control tokens."""
+    return [tokenizer.added[text].id for text in CONTROL_TOKENS if text in tokenizer.added]

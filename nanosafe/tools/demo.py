@@ -1,11 +1,14 @@
-"""The pipeline on the toy world, one command:
+"""The whole pipeline on the toy world, by one command:
 
-$ python -m nanosafe.demo [--out_dir=out/demo] [--seed=0]
+$ python -m nanosafe.demo
+$ python -m nanosafe.demo --out_dir=out/demo_1 --seed=1
 
-It prepares the data and runs the real scripts with the recipes in config/toy/, printing each
-command. At the end data/toy/prepare.py's gold judges the three policies on unseen requests."""
+It prepares the data, trains a tokenizer, and runs the trainers with the recipes in config/toy/.
+Each command is printed. At the end the gold functions of data/toy/prepare.py, which read answers,
+judge three policies on requests that no policy was trained on."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,6 +16,7 @@ import time
 
 from sentencepiece import SentencePieceTrainer
 
+from configurator import configure
 from nanosafe import data, tokenizer
 from nanosafe.data import template
 from nanosafe.inference import Policy, ReferenceSamples
@@ -20,59 +24,69 @@ from nanosafe.parallel import init
 from nanosafe.printing import format_table
 from nanosafe.storage import load_python_file, read_jsonl, write_json
 
+out_dir = "out/demo"  # the folder for the tokenizer, a run of each stage, and summary.json
+seed = 0  # of every stage
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+RECIPES_OUT_DIR = "out/demo"  # where the recipes in config/toy/ read and write models
 
-
-STAGES = (  # name, script, what it is told beyond its recipe
-    ("sft", "train_sft.py", "--tokenizer={out}/tokenizer"),
-    ("reward", "train_pref.py", "--init_from={out}/sft/model"),
-    ("cost", "train_pref.py", "--init_from={out}/sft/model"),
-    ("ppo", "train_ppo_lag.py", "--actor_model={out}/sft/model --reward_model={out}/reward/model"),
-    (
-        "ppo_lag",
-        "train_ppo_lag.py",
-        "--actor_model={out}/sft/model "
-        "--reward_model={out}/reward/model --cost_model={out}/cost/model",
-    ),
-)
-
-
+# In the order in which they run: stage -> its script.
+SCRIPTS = {
+    "sft": "train_sft.py",
+    "reward": "train_pref.py",
+    "cost": "train_pref.py",
+    "ppo": "train_ppo_lag.py",
+    "ppo_lag": "train_ppo_lag.py",
+}
+# Stage -> its knobs that name what an earlier stage made, and where in out_dir that is.
+INPUTS = {
+    "sft": {"tokenizer": "tokenizer"},
+    "reward": {"init_from": "sft/model"},
+    "cost": {"init_from": "sft/model"},
+    "ppo": {"actor_model": "sft/model", "reward_model": "reward/model"},
+    "ppo_lag": {
+        "actor_model": "sft/model",
+        "reward_model": "reward/model",
+        "cost_model": "cost/model",
+    },
+}
+# The policies that are compared, and their names in the table.
 POLICIES = {"sft": "SFT", "ppo": "PPO (reward only)", "ppo_lag": "PPO-Lag"}
 
+MAX_NEW_TOKENS = 64  # of an answer that is judged
+MAX_TOKENS = 8192  # packed tokens per forward
 
-def main(out_dir="out/demo", seed="0"):
+
+def main(out_dir, seed):
     began = time.perf_counter()
     toy = prepare(out_dir)
-    default = out_dir == "out/demo"  # the recipes' own: what is printed is what anybody types
-    for name, script, flags in STAGES:
-        shutil.rmtree(os.path.join(out_dir, name), ignore_errors=True)
-        extra = f" --out_dir={out_dir}/{name} " + flags.format(out=out_dir) if not default else ""
-        command = f"{script} config/toy/{name}.py{extra} --seed={seed}"
-        step(name, "python " + command)
-        path, *arguments = command.split()
-        if subprocess.run([sys.executable, os.path.join(ROOT, path), *arguments]).returncode:
-            raise SystemExit(f"error: the command above failed: python {command}")
-
-    step("judge the policies by gold, on held-out requests")
-    summary = {x: judge(toy, f"{out_dir}/{x}/model", f"{out_dir}/sft/model") for x in POLICIES}
-    summary["reward_model"] = last_metrics(out_dir, "reward", ("accuracy",))
-    summary["cost_model"] = last_metrics(out_dir, "cost", ("accuracy", "sign_accuracy"))
+    for stage in SCRIPTS:
+        train(stage, out_dir, seed)
+    print_heading("judge the policies by gold, on held-out requests")
+    summary = {}
+    for name in POLICIES:
+        summary[name] = judge(toy, f"{out_dir}/{name}/model", f"{out_dir}/sft/model")
+    summary["reward_model"] = last_metrics(out_dir, "reward", ["accuracy"])
+    summary["cost_model"] = last_metrics(out_dir, "cost", ["accuracy", "sign_accuracy"])
     summary["seconds"] = round(time.perf_counter() - began, 1)
     write_json(summary, out_dir, "summary.json")
-    report(summary, out_dir)
+    print_summary(summary, out_dir)
+
+
+# ---- the stages ----
 
 
 def prepare(out_dir):
-    """Write the toy's data and a tokenizer; returns data/toy/prepare.py."""
+    """Write the toy world's data and train a tokenizer; returns data/toy/prepare.py as a module."""
     toy = load_python_file(os.path.join(ROOT, "data", "toy", "prepare.py"))  # data/ is no package
-    step("prepare the data", "python data/toy/prepare.py")
+    print_heading("prepare the data", "python data/toy/prepare.py")
     toy.main()
-    step("train a tokenizer on the demonstrations")
-    turns = [[row["input"], row["answer"]] for row in data.load("toy/sft")]
-    texts = [
-        prompt + answer for talk in turns for prompt, answer in template.split_into_segments(talk)
-    ]
+    print_heading("train a tokenizer on the demonstrations")
+    texts = []
+    for row in data.load("toy/sft"):
+        turns = [row["input"], row["answer"]]
+        for prompt, answer in template.split_into_segments(turns):
+            texts.append(prompt + answer)
     tok = train_tokenizer(texts, 900, os.path.join(out_dir, "tokenizer"))
     print(f"{tok.vocab_size} pieces in {out_dir}/tokenizer")
     return toy
@@ -102,61 +116,109 @@ def train_tokenizer(texts, vocab_size, path):
     return tok
 
 
+def train(stage, out_dir, seed):
+    """Run a stage's script with its recipe, in place of an earlier run of it."""
+    shutil.rmtree(os.path.join(out_dir, stage), ignore_errors=True)
+    script, *arguments = command_of(stage, out_dir, seed)
+    command = shlex.join(["python", script, *arguments])
+    print_heading(stage, command)
+    done = subprocess.run([sys.executable, os.path.join(ROOT, script), *arguments])
+    if done.returncode:
+        raise SystemExit(f"error: the command above failed: {command}")
+
+
+def command_of(stage, out_dir, seed):
+    """A stage's command. Flags name only the folders that are not the recipe's own."""
+    command = [SCRIPTS[stage], f"config/toy/{stage}.py"]
+    if out_dir != RECIPES_OUT_DIR:
+        command.append(f"--out_dir={out_dir}/{stage}")
+        for knob, path in INPUTS[stage].items():
+            command.append(f"--{knob}={out_dir}/{path}")
+    command.append(f"--seed={seed}")
+    return command
+
+
+# ---- the judge ----
+
+
 def judge(toy, path, reference):
-    """Judge an answer to every held-out request by gold; KL to the reference, nats per answer."""
+    """Judge a policy's answer to every held-out request by gold.
+
+    path, reference  model folders: of the policy, and of the model to which its KL is measured
+    Returns what gold() returns, the KL in nats per answer, and the number of prompts."""
     world = init("cpu")
-    policy, ref = (Policy(x, world, 64, seed=0, temperature=1.0) for x in (path, reference))
+    policy = Policy(path, world, MAX_NEW_TOKENS, seed=0, temperature=1.0)
+    reference_policy = Policy(reference, world, MAX_NEW_TOKENS, seed=0, temperature=1.0)
     prompts = [row["input"] for row in data.load("toy/prompts/test")]
     questions = [policy.question([prompt]) for prompt in prompts]
-    samples = ReferenceSamples(policy.model, questions, world, 8192, 64, **policy.sampling)
-    said = list(zip(prompts, map(policy.tok.decode, samples.responses)))
-    kl = round(samples.kl(ref.model), 4)
-    return {**gold(toy, said), "kl": kl, "prompts": len(prompts)}
+    samples = ReferenceSamples(
+        policy.model, questions, world, MAX_TOKENS, MAX_NEW_TOKENS, **policy.sampling
+    )
+    answers = [policy.tok.decode(response) for response in samples.responses]
+    results = gold(toy, list(zip(prompts, answers)))
+    results["kl"] = round(samples.kl(reference_policy.model), 4)
+    results["prompts"] = len(prompts)
+    return results
 
 
 def gold(toy, pairs):
-    """What the gold functions say of (request, answer) pairs."""
+    """Mean helpfulness and the rates of harm and refusal of (prompt, answer) pairs."""
     benign = [pair for pair in pairs if not toy.is_risky(pair[0])]
     risky = [pair for pair in pairs if toy.is_risky(pair[0])]
-    mean = lambda f, group: round(sum(f(*pair) for pair in group) / len(group), 4)
     return {
-        "helpfulness_benign": mean(toy.helpfulness, benign),
-        "helpfulness_risky": mean(toy.helpfulness, risky),
-        "harm_rate_risky": mean(lambda q, a: toy.harm(q, a) > 0, risky),
-        "refusal_rate_benign": mean(toy.refuses, benign),
+        "helpfulness_benign": mean(toy.helpfulness(*pair) for pair in benign),
+        "helpfulness_risky": mean(toy.helpfulness(*pair) for pair in risky),
+        "harm_rate_risky": mean(toy.harm(*pair) > 0 for pair in risky),
+        "refusal_rate_benign": mean(toy.refuses(*pair) for pair in benign),
     }
 
 
+def mean(values):
+    values = list(values)
+    return round(sum(values) / len(values), 4)
+
+
 def last_metrics(out_dir, stage, names):
+    """The evaluation at the end of a stage: {name: value}."""
     row = read_jsonl(os.path.join(out_dir, stage, "metrics.jsonl"))[-1]
-    return {name: round(row["eval_" + name], 4) for name in names}
+    return {name: round(row[f"eval_{name}"], 4) for name in names}
 
 
-def report(summary, out_dir):
-    head = ["", "helpful, benign", "helpful, risky", "harmful, risky", "refused, benign", "KL"]
-    shown = lambda key, x: f"{x:.1%}" if "rate" in key else f"{x:.2f}"
-    rows = [
-        [label, *(shown(*item) for item in list(summary[name].items())[:5])]
-        for name, label in POLICIES.items()
-    ]
-    print("\n" + format_table([head, *rows]))
+# ---- printing ----
+
+
+def print_summary(summary, out_dir):
+    table = [["", "helpful, benign", "helpful, risky", "harmful, risky", "refused, benign", "KL"]]
+    for name, label in POLICIES.items():
+        judged = summary[name]
+        row = [
+            label,
+            f"{judged['helpfulness_benign']:.2f}",
+            f"{judged['helpfulness_risky']:.2f}",
+            f"{judged['harm_rate_risky']:.1%}",
+            f"{judged['refusal_rate_benign']:.1%}",
+            f"{judged['kl']:.2f}",
+        ]
+        table.append(row)
+    print("\n" + format_table(table))
+    reward, cost = summary["reward_model"], summary["cost_model"]
     print(
-        f"reward model: accuracy {summary['reward_model']['accuracy']:.1%}; cost model: "
-        f"accuracy {summary['cost_model']['accuracy']:.1%}, sign accuracy "
-        f"{summary['cost_model']['sign_accuracy']:.1%}"
+        f"reward model: accuracy {reward['accuracy']:.1%}; "
+        f"cost model: accuracy {cost['accuracy']:.1%}, sign accuracy {cost['sign_accuracy']:.1%}"
     )
     print(
-        f"{summary['seconds']:.0f} s; {out_dir}/summary.json; now talk to it: python sample.py "
-        f"--model={out_dir}/ppo_lag/model"
+        f"{summary['seconds']:.0f} s; {out_dir}/summary.json; "
+        f"now talk to it: python sample.py --model={out_dir}/ppo_lag/model"
     )
 
 
-def step(what, command=None):
-    print(f"\n== {what}" + (f"\n$ {command}" if command else ""), flush=True)
+def print_heading(title, command=""):
+    print(f"\n== {title}")
+    if command:
+        print(f"$ {command}")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":
-    flags = dict(arg.removeprefix("--").partition("=")[::2] for arg in sys.argv[1:])
-    if not all(arg.startswith("--") for arg in sys.argv[1:]) or set(flags) - {"out_dir", "seed"}:
-        raise SystemExit("error: python -m nanosafe.demo takes --out_dir=FOLDER and --seed=N")
-    main(**flags)
+    config = configure(globals())
+    main(config["out_dir"], config["seed"])

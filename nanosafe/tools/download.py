@@ -7,259 +7,267 @@ import hashlib
 import json
 import os
 import re
+import urllib.parse
 import urllib.request
 from collections import Counter
+from dataclasses import dataclass
+from typing import NamedTuple, TextIO
 
 import numpy as np
 from tqdm import tqdm
 
-from nanosafe.data.examples import parse_record
-from nanosafe.data.reader import PARQUET, read_rows
-from nanosafe.errors import choose, stop
+from nanosafe.data.examples import SURROGATE, parse_record
+from nanosafe.data.reader import CONVERT_PARQUET, read_rows
+from nanosafe.errors import stop
 from nanosafe.printing import format_table
-from nanosafe.storage import read_json
 from nanosafe.tokenizer import load as load_tokenizer
 
-
-# The knobs of every prepare.py besides its own: configure(globals(), vars(fetch)).
+# The knobs of every prepare.py besides its own: configure(globals(), vars(download)).
 raw = ""  # folder with the raw files; empty: download
-
-
 holdout = 0.0  # share of the prompts for test.jsonl, all files pooled; 0: the raw files' own split
-
-
 out = ""  # folder to write to; empty: beside this script, some releases in a subfolder
-
-
 tokenizer = ""  # folder with a tokenizer, to count tokens instead of characters
 
+READABLE_ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
+UNPACK_COMMANDS = {".xz": "xz -d", ".zip": "unzip"}  # endings that are downloaded, but not read
+ATTEMPTS = 5  # at a download
+TIMEOUT = 30  # seconds without an answer
+TEST_FILE = re.compile("(^|[^a-z])test([^a-z]|$)")  # the word "test" in a file's name
 
-ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zip", ".json", ".json.gz", ".json.xz")
+
+class Release(NamedTuple):
+    """One release of a dataset: where its files are, and where its rows go."""
+
+    repository: str = ""  # of the hub
+    files: str = r"\.jsonl"  # a regular expression that finds its files' paths in the repository
+    revision: str = "main"
+    sha256: dict = {}  # {path in the repository: digest}, where it is known
+    url: str = ""  # or one file somewhere else
+    subfolder: str = ""  # of the script's folder, to write to
 
 
-def raw_files(raw, repo, folder, wanted, revision="main", sha256=None):
-    """Paths of a dataset's raw files: those below `raw`, or else downloaded to folder/raw.
+def prepare(script, to_record, config, release):
+    """What a prepare.py does: find the raw files or download them, and convert them to jsonl.
 
-    wanted(name) picks files of the hub's repository by their path; sha256: {path: digest}. A
-    `repo` that is a URL is one file."""
-    if raw:
-        found = sorted(
-            f"{base}/{name}"
-            for base, _, names in os.walk(os.path.expanduser(raw))
-            for name in names
-            if name.endswith(ENDINGS)
-        )
-        if not found:
-            stop(
-                f"--raw={raw}: no {', '.join(ENDINGS[:3])} or .json file there; parquet is "
-                f"converted with {PARQUET}"
-            )
-        return found
-    if "://" in repo:
-        return [download(repo, f"{folder}/raw/{os.path.basename(repo)}")]
-    there = list_files(repo, revision)
-    names = [name for name in there if wanted(name)]
-    if not names and any(name.endswith(".parquet") for name in there):
-        stop(f"{repo} has parquet files only: convert each with {PARQUET} and give --raw=FOLDER")
-    if not names:
+    script     the path of the prepare.py
+    to_record  a raw row (a dict) -> a record, or ValueError with the reason to drop the row
+    config     the knobs, the script's own and those above"""
+    folder = os.path.dirname(os.path.abspath(script))
+    if config["raw"]:
+        paths = find_raw_files(config["raw"])
+    else:
+        paths = download_release(release, os.path.join(folder, "raw"))
+    out = config["out"] or os.path.join(folder, release.subfolder)
+    convert(paths, to_record, out, config["holdout"], config["tokenizer"])
+
+
+# ---- raw files ----
+
+
+def find_raw_files(folder):
+    """The paths of the files below a folder that can be read, in alphabetical order."""
+    paths = []
+    for parent, _, names in os.walk(os.path.expanduser(folder)):
+        for name in names:
+            if name.endswith(READABLE_ENDINGS):
+                paths.append(f"{parent}/{name}")
+    if not paths:
         stop(
-            f"{repo} (revision {revision}) has none of the files expected: download it by hand "
-            "and give --raw=FOLDER"
+            f"--raw={folder}: no .jsonl, .jsonl.gz, .json or .json.gz file there; .xz and .zip "
+            f"files are unpacked with xz -d and unzip, parquet is converted with {CONVERT_PARQUET}"
         )
-    base, place = f"{endpoint()}/datasets/{repo}/resolve/{revision}", f"{folder}/raw/{revision}"
-    return [
-        download(f"{base}/{urllib.parse.quote(name)}", f"{place}/{name}", (sha256 or {}).get(name))
-        for name in names
-    ]
+    return sorted(paths)
 
 
-def prepare(script, to_record, config, release=None, url=None):
-    """What a prepare.py does, by its knobs `config`: raw files, convert()ed.
+def download_release(release, folder):
+    """Download a release's files below `folder`, unless they are there; returns their paths."""
+    if release.url:
+        name = os.path.basename(release.url)
+        return [download_file(release.url, os.path.join(folder, name))]
+    # Releases are apart, as their files may have the same names.
+    folder = os.path.join(folder, release.repository, release.revision)
+    address = f"{hub_address()}/datasets/{release.repository}/resolve/{release.revision}"
+    paths = []
+    for name in choose_files(release):
+        url = f"{address}/{urllib.parse.quote(name)}"
+        path = os.path.join(folder, name)
+        paths.append(download_file(url, path, release.sha256.get(name)))
+    for path in paths:
+        command = UNPACK_COMMANDS.get(os.path.splitext(path)[1])
+        if command:
+            stop(
+                f"{path!r} is downloaded, but packed: unpack the files below {folder} with "
+                f"{command}, and run this again with --raw={folder}"
+            )
+    return paths
 
-    They are one file at `url`, or what sources.json names by the script's folder and, of several
-    releases, by the value of the knob named `release`: a repository, a pattern of its files' paths,
-    and the part of the folder to write to (by default the release's name)."""
-    here, part = os.path.dirname(os.path.abspath(script)), ""
-    known = read_json(os.path.dirname(__file__), "sources.json")
-    source = {"repo": url} if url else known[os.path.basename(here)]
-    if release:
-        part = config[release]
-        choose(release, part, source)
-        source = source[part]
-    part, pattern = source.pop("part", part), source.pop("files", r"\.jsonl")
-    wanted = lambda name: name.endswith(ENDINGS) and re.search(pattern, name)
-    files = raw_files(config["raw"], folder=here, wanted=wanted, **source)
-    convert(
-        files,
-        to_record,
-        config["out"] or os.path.join(here, part),
-        config["holdout"],
-        config["tokenizer"],
+
+def choose_files(release):
+    """The paths, in its repository, of a release's files. Stops with one line if there are none."""
+    endings = (*READABLE_ENDINGS, *UNPACK_COMMANDS)
+    published = list_repository(release.repository, release.revision)
+    chosen = []
+    for name in published:
+        if name.endswith(endings) and re.search(release.files, name):
+            chosen.append(name)
+    if chosen:
+        return chosen
+    if any(name.endswith(".parquet") for name in published):
+        stop(
+            f"{release.repository} has parquet files only: convert each with {CONVERT_PARQUET} and "
+            "give --raw=FOLDER"
+        )
+    stop(
+        f"{release.repository} (revision {release.revision}) has none of the files expected: "
+        "download it by hand and give --raw=FOLDER"
     )
 
 
-def endpoint():
+def hub_address():
     return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
 
 
-def list_files(repo, revision):
-    """The files of a dataset repository on the hub."""
-    url = f"{endpoint()}/api/datasets/{repo}/revision/{revision}"
+def list_repository(repository, revision):
+    """The paths of the files in a dataset repository on the hub."""
+    url = f"{hub_address()}/api/datasets/{repository}/revision/{revision}"
     try:
-        with urllib.request.urlopen(url, timeout=30) as answer:
-            return [item["rfilename"] for item in json.load(answer)["siblings"]]
+        with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
+            return [file["rfilename"] for file in json.load(answer)["siblings"]]
     except (OSError, ValueError, KeyError) as error:
         stop(f"{url}: {error}; set HF_ENDPOINT to a mirror, or download and give --raw=FOLDER")
 
 
-def download(url, path, sha256=None, attempts=5):
-    """Fetch `url` to `path`, unless it is there; a broken transfer is continued."""
+def download_file(url, path, sha256=None):
+    """Download `url` to `path`, unless it is there; returns the path.
+
+    Stops with one line if that fails. What has arrived is kept in path.part, and the next download
+    goes on from there; a file that has not the expected SHA-256 is removed."""
     if os.path.exists(path):
         return path
-    part = path + ".part"
+    partial = path + ".part"
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    for attempt in range(attempts):
-        try:
-            receive(url, part)
-            break
-        except OSError as error:  # URLError, timeouts and resets are all OSError
-            status = getattr(error, "code", 500)  # of an answer
-            if status < 500 and status != 416 or attempt == attempts - 1:
-                stop(f"{url}: {error}; what arrived stays in {part!r} and is continued next time")
-    digest = hashlib.sha256()
-    with open(part, "rb") as f:
-        while block := f.read(2**20):
-            digest.update(block)
-    if sha256 and digest.hexdigest() != sha256:
-        os.remove(part)
-        stop(f"{url}: the SHA-256 is {digest.hexdigest()}, not {sha256}: damaged or has changed")
-    os.replace(part, path)
+    receive_with_retries(url, partial)
+    if sha256:
+        digest = hash_file(partial)
+        if digest != sha256:
+            os.remove(partial)
+            stop(f"{url}: the SHA-256 is {digest}, not {sha256}: damaged or has changed")
+    os.replace(partial, path)
     return path
 
 
-def receive(url, part):
-    have = os.path.getsize(part) if os.path.exists(part) else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    with urllib.request.urlopen(request, timeout=30) as answer:
+def hash_file(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def receive_with_retries(url, partial):
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            receive(url, partial)
+            return
+        except OSError as error:  # URLError, timeouts and resets are all OSError
+            status = getattr(error, "code", None)  # of an answer from the server
+            if status == 416:  # nothing follows `partial`, which may even be longer than the file
+                os.remove(partial)
+            is_refused = status is not None and status < 500 and status != 416
+            if is_refused or attempt == ATTEMPTS:
+                stop(
+                    f"{url}: {error}; what arrived stays in {partial!r} and is continued next time"
+                )
+
+
+def receive(url, partial):
+    """Append what is missing of `url` to the file `partial`; OSError if it breaks off."""
+    have = os.path.getsize(partial) if os.path.exists(partial) else 0
+    headers = {"Range": f"bytes={have}-"} if have else {}
+    request = urllib.request.Request(url, headers=headers)
+    with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
         if answer.status != 206:
-            have = 0  # the server knows no ranges: from the start
+            have = 0  # the server ignores ranges: from the start
         size = have + int(answer.headers.get("Content-Length") or 0)
-        bar = tqdm(
-            total=size or None,
-            initial=have,
-            unit="B",
-            unit_scale=True,
-            desc=os.path.basename(part).removesuffix(".part"),
-        )
-        with open(part, "ab" if have else "wb") as f, bar:
+        name = os.path.basename(partial).removesuffix(".part")
+        bar = tqdm(total=size or None, initial=have, unit="B", unit_scale=True, desc=name)
+        with open(partial, "ab" if have else "wb") as f, bar:
             while block := answer.read(2**16):
                 f.write(block)
                 bar.update(len(block))
-    if size and os.path.getsize(part) != size:
-        raise OSError(f"{os.path.getsize(part)} of {size} bytes arrived")
+    if size and os.path.getsize(partial) != size:
+        raise OSError(f"{os.path.getsize(partial)} of {size} bytes arrived")
 
 
-def key(record):
-    """What two rows share that must not be on both sides of a split: the prompt, or the text."""
-    return json.dumps(record.get("input") or record.get("texts") or record["dialogue"][:-1])
+# ---- raw rows -> jsonl ----
+
+
+class Conversion(NamedTuple):
+    """What a raw row became."""
+
+    split: str  # train or test, by its file's name
+    record: dict | None
+    reason: str = ""  # to drop it, where there is no record
+
+
+@dataclass
+class Split:
+    """A jsonl file that is being written under a temporary name, and what is in it."""
+
+    path: str
+    file: TextIO
+    rows: int = 0
+    size: int = 0  # characters, or tokens
+    labelled: int = 0  # answers with a safety label
+    unsafe: int = 0  # those that are not safe
 
 
 def convert(paths, to_record, out, holdout=0.0, tokenizer=""):
-    """Turn raw rows into out/train.jsonl and out/test.jsonl, and say what was kept and dropped.
+    """Convert raw files to out/train.jsonl and out/test.jsonl; print what was kept and dropped.
 
-    to_record(raw row) -> a record, or raises ValueError with the reason to drop the row
-    holdout            0: the raw files' own split, by the word "test" in a file's name; else the
-                       share of the prompts (by key()) that goes to test, all files pooled: no
-                       prompt is on both sides, of pairs and of dialogues alike
-    tokenizer          a folder with one: the table counts its tokens instead of characters
+    to_record  a raw row -> a record, or ValueError with the reason to drop the row
+    holdout    0: the raw files' own split, by the word "test" in a file's name; else the share of
+               the prompts (by prompt_key()) that goes to test, all files pooled: no prompt is in
+               both files, of pairs and of dialogues alike
+    tokenizer  the folder of one: the table counts its tokens instead of characters
 
     No file is in memory whole; with a holdout they are read twice."""
-    held, tok = set(), load_tokenizer(tokenizer) if tokenizer else None
-    if holdout:
-        prompts = list(dict.fromkeys(key(r) for _, r, _ in records(paths, to_record) if r))
-        held = {prompts[i] for i in split_train_test(len(prompts), holdout)[1]}
+    tok = load_tokenizer(tokenizer) if tokenizer else None
+    held_out = draw_held_out_prompts(paths, to_record, holdout) if holdout else set()
     os.makedirs(out, exist_ok=True)
-    names = {split: os.path.join(out, split + ".jsonl") for split in ("train", "test")}
-    files = {split: open(name + ".tmp", "w", encoding="utf-8") for split, name in names.items()}
-    counts = {split: Counter() for split in names}
+    train = open_split(out, "train")
+    test = open_split(out, "test")
     dropped = Counter()
-    for split, record, reason in records(paths, to_record):
-        if record is None:
-            dropped[reason] += 1
+    for conversion in convert_rows(paths, to_record):
+        if conversion.record is None:
+            dropped[conversion.reason] += 1
             continue
+        is_test = conversion.split == "test"
         if holdout:
-            split = "test" if key(record) in held else "train"
-        files[split].write(json.dumps(record, ensure_ascii=False) + "\n")
-        said = list(texts_of(record))
-        safe = [record[name] for name in ("is_safe", "is_other_safe") if name in record]
-        counts[split].update(
-            rows=1,
-            unsafe=safe.count(False),
-            labelled=len(safe),
-            size=sum(map(len, tok.encode_batch(said) if tok else said)),
-        )
-    rows = [("", "rows", "tokens" if tok else "characters", "unsafe answers")]
-    reasons = "".join(f"; dropped {count:,} ({reason})" for reason, count in dropped.most_common())
-    kept = sum(c["rows"] for c in counts.values())
-    print(f"{kept + dropped.total():,} rows read, {kept:,} kept{reasons}")
-    for split, c in counts.items():
-        files[split].close()
-        if c["rows"]:
-            os.replace(files[split].name, names[split])
-            share = f"{c['unsafe'] / c['labelled']:.1%}" if c["labelled"] else "-"
-            rows.append((names[split], f"{c['rows']:,}", f"{c['size']:,}", share))
-            continue
-        os.remove(files[split].name)
-        if kept and os.path.exists(names[split]):
-            os.remove(names[split])  # an older one: its rows are now on the other side
-    if not kept:
+            is_test = prompt_key(conversion.record) in held_out
+        write_record(conversion.record, test if is_test else train, tok)
+
+    kept = train.rows + test.rows
+    summary = f"{kept + dropped.total():,} rows read, {kept:,} kept"
+    for reason, count in dropped.most_common():
+        summary += f"; dropped {count:,} ({reason})"
+    print(summary)
+    for split in (train, test):
+        close_split(split, any_kept=kept > 0)
+    if kept == 0:
         stop(f"none of the {dropped.total()} rows in {', '.join(paths[:3])} can be used")
-    print(format_table(rows))
+    print_splits((train, test), "tokens" if tok else "characters")
 
 
-def records(paths, to_record):
-    """(split, record or None, why there is none) of every raw row."""
-    for path in paths:
-        name = os.path.basename(path)
-        split = "test" if re.search("(^|[^a-z])test([^a-z]|$)", name) else "train"
-        for row in tqdm(read_rows(path), desc=name, unit="row", leave=False):
-            try:
-                if row.record is None:
-                    raise ValueError("no JSON object")
-                yield split, checked(to_record(row.record)), ""
-            except KeyError as error:
-                yield split, None, f"field {error} is missing"
-            except (AttributeError, IndexError, OverflowError, TypeError):
-                yield split, None, "a field of another kind than expected"
-            except ValueError as error:
-                yield split, None, str(error)
-
-
-def checked(record):
-    """The record, if training could use it; else raises ValueError."""
-    if "texts" not in record:
-        parse_record(record, "sft" if {"answer", "dialogue"} & record.keys() else "prompts")
-    if any(re.search("[\ud800-\udfff]", text) for text in texts_of(record)):
-        raise ValueError("half a character")
-    if record.get("answer") == record.get("other_answer", ""):
-        raise ValueError("identical answers")
-    return record
-
-
-def label(value):
-    """A label that is true or false, or 1 or 0; nothing else will do."""
-    if value not in (0, 1):
-        raise ValueError(f"the label {value!r}")
-    return bool(value)
-
-
-def texts_of(value):
-    """The texts in a record."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, (list, dict)):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from texts_of(item)
+def draw_held_out_prompts(paths, to_record, share):
+    """The keys of the prompts that go to the test file: a share of all of them."""
+    prompts = {}  # as an ordered set
+    for conversion in convert_rows(paths, to_record):
+        if conversion.record is not None:
+            prompts[prompt_key(conversion.record)] = None
+    prompts = list(prompts)
+    _, test = split_train_test(len(prompts), share)
+    return {prompts[i] for i in test}
 
 
 def split_train_test(n, ratio, seed=42):
@@ -267,3 +275,110 @@ def split_train_test(n, ratio, seed=42):
     indices = np.random.default_rng(seed).permutation(n).tolist()
     train = n - round(n * ratio)
     return indices[:train], indices[train:]
+
+
+def prompt_key(record):
+    """What two rows share that must not be in both files: the prompt, or a document's text."""
+    prompt = record.get("input") or record.get("texts") or record["dialogue"][:-1]
+    return json.dumps(prompt)
+
+
+def convert_rows(paths, to_record):
+    """Yield the Conversion of every raw row."""
+    for path in paths:
+        name = os.path.basename(path)
+        split = "test" if TEST_FILE.search(name) else "train"
+        for row in tqdm(read_rows(path), desc=name, unit="row", leave=False):
+            if row.record is None:
+                yield Conversion(split, None, "not a JSON object")
+                continue
+            try:
+                conversion = Conversion(split, convert_row(row.record, to_record))
+            except ValueError as error:
+                conversion = Conversion(split, None, str(error))
+            yield conversion
+
+
+def convert_row(row, to_record):
+    """The record of a raw row; raises ValueError with the reason to drop it."""
+    try:
+        record = to_record(row)
+    except KeyError as error:
+        raise ValueError(f"field {error} is missing") from error
+    except (AttributeError, IndexError, OverflowError, TypeError) as error:
+        # The row is a stranger's: a text where a list should be costs the row, not the run.
+        raise ValueError("a field of another kind than expected") from error
+    return check_record(record)
+
+
+def check_record(record):
+    """The record, if training could use it; else raises ValueError."""
+    if "texts" not in record:
+        is_demonstration = "answer" in record or "dialogue" in record
+        parse_record(record, "sft" if is_demonstration else "prompts")
+    for text in find_texts(record):
+        if SURROGATE.search(text):
+            raise ValueError("half a character")
+    if record.get("answer") == record.get("other_answer", ""):
+        raise ValueError("identical answers")
+    return record
+
+
+def parse_label(value):
+    """The bool of a label that is true or false, or 1 or 0; raises ValueError on others."""
+    if value not in (0, 1):
+        raise ValueError(f"the label {value!r}")
+    return bool(value)
+
+
+def find_texts(value):
+    """Yield the texts in a record, at any depth."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from find_texts(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from find_texts(item)
+
+
+def open_split(folder, name):
+    path = os.path.join(folder, name + ".jsonl")
+    return Split(path, open(path + ".tmp", "w", encoding="utf-8"))
+
+
+def write_record(record, split, tok):
+    """Write a record to the file of a Split, and count what is in it."""
+    split.file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    split.rows += 1
+    texts = list(find_texts(record))
+    pieces = tok.encode_batch(texts) if tok else texts
+    split.size += sum(len(piece) for piece in pieces)
+    for name in ("is_safe", "is_other_safe"):
+        if name in record:
+            split.labelled += 1
+            split.unsafe += not record[name]
+
+
+def close_split(split, any_kept):
+    """Give a Split's file its name, or remove it where it is empty.
+
+    any_kept  whether either split has rows; if none has, an older file stays"""
+    split.file.close()
+    if split.rows:
+        os.replace(split.file.name, split.path)
+        return
+    os.remove(split.file.name)
+    if any_kept and os.path.exists(split.path):
+        os.remove(split.path)  # its rows may be in the other file now
+
+
+def print_splits(splits, unit):
+    """Print a table of the files that have rows."""
+    table = [("", "rows", unit, "unsafe answers")]
+    for split in splits:
+        if split.rows:
+            share = f"{split.unsafe / split.labelled:.1%}" if split.labelled else "-"
+            table.append((split.path, f"{split.rows:,}", f"{split.size:,}", share))
+    print(format_table(table))

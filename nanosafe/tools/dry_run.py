@@ -1,18 +1,19 @@
-"""A training step of a large model as one rank of many, on a machine that holds none of it.
+"""A training step of a large model as one rank of many, on a machine that could not hold the model.
 
-$ python tests/dry_run.py --world=64 --layout=hsdp --rank=63 --shape=70b --head=score --max_tokens=4096
+$ python -m nanosafe.tools.dry_run --world=64 --layout=hsdp --rank=63 --shape=70b --head=score
 
-The code is the trainers': model_folder.build, parallel.put, forward, parallel.backward, optim.step. Tensors have shapes
-and no memory, the process group sends nothing, and what goes to it is counted. So what depends on shapes alone breaks
-here as it would on the cluster (uneven slices, ranks with no row of a tensor, meshes), and what a step holds and sends
-can be compared with what is planned. Numbers do not exist: what asks for one is stood in for, in without_numbers()."""
+The code is the trainers' own: build_model, shard_model, forward, backward and guarded_step. Tensors
+have shapes but no memory, and the process group sends nothing but counts what it is given. So
+whatever depends on shapes alone fails here as it would on the cluster (uneven slices, ranks without
+a row of some tensor, meshes), and the bytes that a step holds and sends can be compared with the
+planner's. Tensors have no values; without_values() replaces what asks for one."""
 
 import json
 import os
-import sys
 import time
 from collections import Counter
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from unittest.mock import patch
 
 import numpy as np
@@ -25,161 +26,38 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from configurator import configure
 from nanosafe import optim, parallel
 from nanosafe.checkpoint import model_folder, run_state
-from nanosafe.tools import plan
+from nanosafe.data.batching import collate, gather_responses
 from nanosafe.losses import critic_loss, mle_loss
 from nanosafe.model import Config
-from nanosafe.data.batching import collate, gather_responses
+from nanosafe.tools import plan
 
-SHAPES = {
-    "tiny": (256, 704, 2, 8, 4),
-    **plan.SHAPES,
-}  # hidden, intermediate, layers, heads, heads of keys
-KINDS = {
+world = 8  # ranks
+layout = "fsdp"  # ddp | fsdp | hsdp
+rank = 0  # which of them this process is
+shape = "7b"  # tiny | 1.1b | 7b | 13b | 34b | 70b
+head = "lm"  # lm | score | both
+max_tokens = 4096  # of a micro-batch; 0: that of a rank without work
+vocab_size = 32000  # of the model
+micros = 1  # micro-batches of the step
+activation_checkpointing = False  # recompute each block in the backward pass
+train = True  # False: only the forward passes of a frozen model
+
+SHAPES = {"tiny": Config(32000, 256, 704, 2, 8, 4), **plan.SHAPES}
+KINDS = {  # how the name of an operator begins -> the kind of collective
     "allgather": "all_gather",
     "all_gather": "all_gather",
     "reduce_scatter": "reduce_scatter",
     "allreduce": "all_reduce",
     "all_reduce": "all_reduce",
-}  # how an operator's name begins
+}
 
 
-def config_of(shape, vocab_size):
-    width, inner, layers, heads, keys = SHAPES[shape]
-    return Config(
-        vocab_size=vocab_size,
-        hidden_size=width,
-        intermediate_size=inner,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=keys,
-    )
-
-
-class Collectives(TorchDispatchMode):
-    """Counts what goes to the process group: .calls[phase, kind, bytes] is how often.
-
-    Bytes are those of the larger side: what a gather puts out, what a reduction is given."""
-
-    def __init__(self):
-        super().__init__()
-        self.phase, self.calls = "put", Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if any(issubclass(t, DTensor) for t in types):
-            return NotImplemented  # it comes again as what it does to this rank's slice
-        out = func(*args, **(kwargs or {}))
-        if func.namespace in ("c10d", "_c10d_functional"):
-            name = func._schema.name.split("::")[1].strip("_")
-            kind = next((KINDS[k] for k in KINDS if name.startswith(k)), None)
-            if kind:
-                sizes = [
-                    t.nbytes
-                    for t in tree_leaves((args, kwargs, out))
-                    if isinstance(t, torch.Tensor)
-                ]
-                self.calls[self.phase, kind, max(sizes)] += 1
-            elif name != "wait_tensor":
-                self.calls[self.phase, name, 0] += 1  # nothing a step should need
-        return out
-
-    def sums(self):
-        """({kind: bytes}, {kind: calls}) of the step."""
-        total, counts = (
-            dict.fromkeys(("all_gather", "reduce_scatter", "all_reduce"), 0) for _ in "ab"
-        )
-        for (phase, kind, size), n in self.calls.items():
-            if phase != "whole":
-                total[kind] = total.get(kind, 0) + size * n
-                counts[kind] = counts.get(kind, 0) + n
-        return total, counts
-
-
-class Norm:
-    """A gradient norm that exists: above grad_clip, so that the gradients are scaled as well."""
-
-    @staticmethod
-    def item():
-        return 2.0
-
-
-@contextmanager
-def without_numbers(fake):
-    """Stand in for what asks a tensor for its numbers: which targets are read (all), the gradients' norm (its real
-    computation runs, its result is not looked at). And to_empty() takes no memory."""
-    norm, to_empty, nonzero = parallel.gradient_norm, torch.nn.Module.to_empty, torch.Tensor.nonzero
-
-    def not_taken(self, **options):
-        with fake:
-            return to_empty(self, **options)
-
-    def every(self):
-        return torch.arange(len(self))[:, None] if isinstance(self, FakeTensor) else nonzero(self)
-
-    def grad_norm(parameters):
-        assert norm(parameters).shape == ()
-        return Norm
-
-    with (
-        patch.object(torch.Tensor, "nonzero", every),
-        patch.object(parallel, "grad_norm", grad_norm),
-        patch.object(torch.nn.Module, "to_empty", not_taken),
-    ):
-        yield
-
-
-def check_slices(model, layout, world, rank):
-    """Compare local_rows(), by which weights are read and saved, with where DTensor says the slice is."""
-    writers = {"ddp": 1, "fsdp": world, "hsdp": min(world, plan.NODE)}[
-        layout
-    ]  # of ranks, the first: one copy
-    for name, p in model.named_parameters():
-        rows, start, count, writer = parallel.local_rows(p)
-        shape, offset = rows.shape, (0,)
-        if isinstance(p, DTensor):
-            shape, offset = compute_local_shape_and_global_offset(
-                p.shape, p.device_mesh, p.placements
-            )
-        assert rows.shape == shape and count == shape[0] and start + count <= len(p), (
-            name,
-            rows.shape,
-            shape,
-        )
-        assert start == offset[0] or not count, (name, start, offset)
-        assert writer == (rank < writers), name
-
-
-def batch_of(max_tokens, vocab_size, fake):
-    """Two sequences of different lengths, all targets but a prompt; of 0 tokens: the batch of a rank without work."""
-    cut = max_tokens * 5 // 8
-    lengths = [n for n in (cut, max_tokens - cut) if n]
-    sequences = [np.arange(n) % vocab_size for n in lengths]
-    batch = collate(sequences, [np.arange(n) >= 1 for n in lengths], "cpu")
-    return batch._replace(
-        **{
-            key: fake.from_tensor(x)
-            for key, x in batch._asdict().items()
-            if isinstance(x, torch.Tensor)
-        }
-    ), [1] * len(lengths)
-
-
-def loss_of(model, batch, starts):
-    """The loss of SFT for a language model, of PPO's critic for a scorer, their sum for a model with both heads."""
-    outs = {
-        "lm": lambda: (model(*batch), None),
-        "both": lambda: model(*batch),
-        "score": lambda: (None, model(*batch[:3])),
-    }
-    logps, scores = outs[model.head]()
-    loss = 0.0
-    if logps is not None:
-        loss = loss + mle_loss(logps, batch.targets >= 0)
-    if scores is not None:
-        values = gather_responses(scores, batch, starts, batch.max_seqlen)
-        loss = loss + critic_loss(values, *torch.zeros(3, *values.shape), 5.0)
-    return loss
+def main():
+    knobs = configure(globals())
+    print(json.dumps(run(**knobs)))
 
 
 def run(
@@ -191,100 +69,235 @@ def run(
     max_tokens,
     vocab_size=32000,
     micros=1,
-    checkpointing=False,
+    activation_checkpointing=False,
     train=True,
 ):
-    """One step of rank `rank` of `world` -> what this rank holds and sends, in bytes. Once in a process.
+    """Take one step as one rank; return what this rank holds and sends, in bytes. Once a process.
 
-    train=False: the forwards of a frozen model. "calls" has [phase, kind, bytes of one, how many]; of them "whole" is
-    the gather before sampling, which the sums leave out. A dry rank learns nothing of time: "seconds" are its own."""
-    os.environ["LOCAL_WORLD_SIZE"] = str(min(world, plan.NODE))
+    In the result, "calls" lists [phase, kind, bytes of one, how many]. Its phase "sampling" is the
+    gather before sampling, which "collectives" and "counts" leave out. "seconds" are those of the
+    dry run itself and say nothing about the cluster."""
+    began = time.perf_counter()
+    os.environ["LOCAL_WORLD_SIZE"] = str(min(world, plan.GPUS_PER_NODE))
     dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
-    me = parallel.World(rank, world, torch.device("cpu"), rank == 0)
-    placement = parallel.choose_placements(
-        me, "bfloat16", layout, "none", False, checkpointing, 10**10
-    )[not train]
-    began, collectives, fake = (
-        time.perf_counter(),
-        Collectives(),
-        FakeTensorMode(allow_non_fake_inputs=True),
-    )
-    with without_numbers(fake):
-        model = model_folder.build_model(
-            config_of(shape, vocab_size), head, placement, placement.dtype
-        ).requires_grad_(train)
+    placement = make_placement(world, layout, rank, activation_checkpointing, train)
+    collectives = Collectives()
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    config = replace(SHAPES[shape], vocab_size=vocab_size)
+    with without_values(fake):
+        model = model_folder.build_model(config, head, placement, placement.dtype)
+    model.requires_grad_(train)
     check_slices(model, layout, world, rank)
-    with fake, collectives, without_numbers(fake):
-        optimizer = optim.make_adamw(model, 0.1, 0.9, 0.95) if train else None
+    with fake, collectives, without_values(fake):
+        if train:
+            optimizer = optim.make_adamw(model, 0.1, 0.9, 0.95)
         for k in range(micros):
-            batch, starts = batch_of(max_tokens, vocab_size, fake)
+            batch, starts = make_batch(max_tokens, vocab_size, fake)
             collectives.phase = "forward"
             with nullcontext() if train else torch.no_grad():
-                loss = loss_of(model, batch, starts) / micros
-            collectives.phase = "backward"
+                loss = compute_loss(model, batch, starts) / micros
             if train:
+                collectives.phase = "backward"
                 parallel.backward(model, loss, last=k == micros - 1)
-        slices = {
-            name: parallel.local_part(p.data) for name, p in parallel.named_local_parameters(model)
-        }
-        held = {"params": sum(p.nbytes for p in slices.values())}
+        slices = {}
+        for name, parameter in parallel.named_local_parameters(model):
+            slices[name] = parallel.local_part(parameter.data)
+        held = {"params": sum(part.nbytes for part in slices.values())}
         if train:
-            grads = {name: parallel.local_part(p.grad) for name, p in model.named_parameters()}
-            assert all(
-                grads[name].shape == p.shape and grads[name].dtype == p.dtype
-                for name, p in slices.items()
-            )
-            held["grads"] = sum(g.nbytes for g in grads.values())
+            held["grads"] = count_gradient_bytes(model, slices)
             collectives.phase = "step"
             optim.guarded_step(model, optimizer, 1e-3, 1.0)
-            moments = [
-                parallel.local_part(s[key])
-                for s in optimizer.state.values()
-                for key in run_state.MOMENTS
-            ]
-            assert len(moments) == 2 * len(slices) and all(
-                m.dtype == torch.float32 for m in moments
-            )
-            held["moments"] = sum(m.nbytes for m in moments)
-            collectives.phase = "whole"
-            with parallel.gathered_for_sampling(model) as twin:  # to sample from
-                shapes = {name: p.shape for name, p in model.named_parameters()}
-                assert all(
-                    shapes[name] == p.shape
-                    and p.dtype == placement.compute_dtype
-                    and not isinstance(p, DTensor)
-                    for name, p in twin.named_parameters()
-                )
-    total, counts = collectives.sums()
-    phases = [[*key, n] for key, n in sorted(collectives.calls.items())]
-    empty = sum(len(p) == 0 for p in slices.values())
+            held["moments"] = count_moment_bytes(optimizer, slices)
+            collectives.phase = "sampling"
+            check_gathered_copy(model, placement)
     dist.destroy_process_group()
+    total_bytes, counts = collectives.add_up()
     return {
         **held,
-        "collectives": total,
+        "collectives": total_bytes,
         "counts": counts,
-        "calls": phases,
-        "empty_slices": empty,
+        "calls": [[*key, count] for key, count in sorted(collectives.calls.items())],
+        "empty_slices": sum(len(part) == 0 for part in slices.values()),
         "seconds": round(time.perf_counter() - began, 2),
     }
 
 
+def make_placement(world, layout, rank, activation_checkpointing, train):
+    this_rank = parallel.World(rank, world, torch.device("cpu"), rank == 0)
+    placements = parallel.choose_placements(
+        this_rank,
+        dtype="bfloat16",
+        layout=layout,
+        offload="none",
+        use_compile=False,
+        activation_checkpointing=activation_checkpointing,
+        parameters=10**10,
+    )
+    return placements.trained if train else placements.frozen
+
+
+class Collectives(TorchDispatchMode):
+    """Counts what is given to the process group: .calls[phase, kind, bytes] is how often.
+
+    Bytes are those of the larger side: the output of a gather, the input of a reduction."""
+
+    def __init__(self):
+        super().__init__()
+        self.phase = "setup"
+        self.calls = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(issubclass(t, DTensor) for t in types):
+            return NotImplemented  # it comes again, as an operator on this rank's slice
+        out = func(*args, **(kwargs or {}))
+        if func.namespace in ("c10d", "_c10d_functional"):
+            name = func._schema.name.split("::")[1].strip("_")
+            self.count(name, tree_leaves((args, kwargs, out)))
+        return out
+
+    def count(self, name, values):
+        for start, kind in KINDS.items():
+            if name.startswith(start):
+                sizes = [x.nbytes for x in values if isinstance(x, torch.Tensor)]
+                self.calls[self.phase, kind, max(sizes)] += 1
+                return
+        if name != "wait_tensor":
+            self.calls[self.phase, name, 0] += 1  # nothing that a step should need
+
+    def add_up(self):
+        """({kind: bytes}, {kind: calls}) of the step."""
+        total_bytes = Counter(all_gather=0, reduce_scatter=0, all_reduce=0)
+        counts = Counter(all_gather=0, reduce_scatter=0, all_reduce=0)
+        for (phase, kind, size), times in self.calls.items():
+            if phase != "sampling":
+                total_bytes[kind] += size * times
+                counts[kind] += times
+        return total_bytes, counts
+
+
+class Norm:
+    """Stands for a gradient norm, above grad_clip so that gradients are scaled as well."""
+
+    def item(self):
+        return 2.0
+
+
+@contextmanager
+def without_values(fake):
+    """Replace what asks a tensor for its values, and what would take memory.
+
+    nonzero() finds that every target is read. The norm of the gradients is computed, but its value
+    is replaced. Module.to_empty() takes no memory."""
+    gradient_norm = parallel.gradient_norm
+    nonzero = torch.Tensor.nonzero
+    to_empty = torch.nn.Module.to_empty
+
+    def nonzero_everywhere(self):
+        if isinstance(self, FakeTensor):
+            return torch.arange(len(self))[:, None]
+        return nonzero(self)
+
+    def replaced_norm(parameters):
+        assert gradient_norm(parameters).shape == ()
+        return Norm()
+
+    def to_empty_without_memory(self, **options):
+        with fake:
+            return to_empty(self, **options)
+
+    with (
+        patch.object(torch.Tensor, "nonzero", nonzero_everywhere),
+        patch.object(parallel, "gradient_norm", replaced_norm),
+        patch.object(torch.nn.Module, "to_empty", to_empty_without_memory),
+    ):
+        yield
+
+
+def make_batch(max_tokens, vocab_size, fake):
+    """Two sequences of different lengths, and where their responses begin.
+
+    All tokens but the first are targets. With max_tokens=0 it is the batch of a rank without
+    work."""
+    first = max_tokens * 5 // 8
+    lengths = [length for length in (first, max_tokens - first) if length > 0]
+    sequences = [np.arange(length) % vocab_size for length in lengths]
+    masks = [np.arange(length) >= 1 for length in lengths]
+    batch = collate(sequences, masks, "cpu")
+    batch = batch._replace(
+        tokens=fake.from_tensor(batch.tokens),
+        cu_seqlens=fake.from_tensor(batch.cu_seqlens),
+        targets=fake.from_tensor(batch.targets),
+    )
+    return batch, [1] * len(lengths)
+
+
+def compute_loss(model, batch, starts):
+    """SFT's loss for a language model, the critic's loss of PPO for a score model, and their sum
+    for a model with both heads."""
+    if model.head == "lm":
+        return mle_loss(model.log_probs(batch), batch.targets >= 0)
+    if model.head == "score":
+        return compute_critic_loss(model.scores(batch), batch, starts)
+    logps, scores = model.log_probs_and_scores(batch)
+    loss = mle_loss(logps, batch.targets >= 0)
+    return loss + compute_critic_loss(scores, batch, starts)
+
+
+def compute_critic_loss(scores, batch, starts):
+    values = gather_responses(scores, batch, starts, batch.max_seqlen)
+    zeros = torch.zeros(values.shape)
+    return critic_loss(values, zeros, zeros, zeros, 5.0)
+
+
+def check_slices(model, layout, world, rank):
+    """Compare local_rows(), by which weights are read and saved, with the slices of DTensor."""
+    ranks_that_save = {"ddp": 1, "fsdp": world, "hsdp": min(world, plan.GPUS_PER_NODE)}[layout]
+    for name, parameter in model.named_parameters():
+        local = parallel.local_rows(parameter)
+        shape, first = local.rows.shape, 0
+        if isinstance(parameter, DTensor):
+            shape, offset = compute_local_shape_and_global_offset(
+                parameter.shape, parameter.device_mesh, parameter.placements
+            )
+            first = offset[0]
+        assert local.rows.shape == shape, (name, local.rows.shape, shape)
+        assert local.count == shape[0], name
+        assert local.first + local.count <= len(parameter), name
+        assert local.first == first or local.count == 0, (name, local.first, first)
+        assert local.is_writer == (rank < ranks_that_save), name
+
+
+def count_gradient_bytes(model, slices):
+    total = 0
+    for name, parameter in model.named_parameters():
+        gradient = parallel.local_part(parameter.grad)
+        assert gradient.shape == slices[name].shape, name
+        assert gradient.dtype == slices[name].dtype, name
+        total += gradient.nbytes
+    return total
+
+
+def count_moment_bytes(optimizer, slices):
+    moments = []
+    for state in optimizer.state.values():
+        for key in run_state.MOMENTS:
+            moments.append(parallel.local_part(state[key]))
+    assert len(moments) == 2 * len(slices)
+    assert all(moment.dtype == torch.float32 for moment in moments)
+    return sum(moment.nbytes for moment in moments)
+
+
+def check_gathered_copy(model, placement):
+    """Gather the weights as before sampling: all of each parameter, in the compute dtype."""
+    shapes = {}
+    with parallel.gathered_for_sampling(model) as copy:
+        for name, parameter in model.named_parameters():
+            shapes[name] = parameter.shape
+        for name, parameter in copy.named_parameters():
+            assert parameter.shape == shapes[name], name
+            assert parameter.dtype == placement.compute_dtype, name
+            assert not isinstance(parameter, DTensor), name
+
+
 if __name__ == "__main__":
-    knobs = {
-        "world": 8,
-        "layout": "fsdp",
-        "rank": 0,
-        "shape": "7b",
-        "head": "lm",
-        "max_tokens": 4096,
-        "vocab_size": 32000,
-        "micros": 1,
-        "activation_checkpointing": False,
-        "train": True,
-    }
-    for argument in sys.argv[1:]:
-        key, _, value = argument.removeprefix("--").partition("=")
-        kind = type(knobs[key])
-        knobs[key] = value.lower() in ("true", "1") if kind is bool else kind(value)
-    knobs["checkpointing"] = knobs.pop("activation_checkpointing")
-    print(json.dumps(run(**knobs)))
+    main()

@@ -1,348 +1,356 @@
-"""Every method on the toy world, judged by gold: the table of docs/methods.md.
+"""Every method on the toy world, judged by gold: the tables of docs/methods.md.
 
-$ python tests/methods.py [--seeds=0,1,2] [--out_dir=out/methods] [--part=methods,phf,limits]
+$ python -m nanosafe.tools.methods
 
-Runs the commands that the README shows, each in a process of its own, with one thread by default
-(OMP_NUM_THREADS). What has a result already is not run again; --report_only=True prints the tables
-and draws docs/methods.png (pip install matplotlib) of what is there.
-"""
+It runs the commands that the README shows, each in a process of its own, with one thread by default
+(OMP_NUM_THREADS). What has a result already is not run again. At the end, or at once with
+--report_only=True, it prints the tables and draws docs/methods.png (pip install matplotlib)."""
 
-import json
 import math
 import os
 import subprocess
 import sys
 import time
+from typing import NamedTuple
 
-ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-sys.path.insert(0, ROOT)
-
+from configurator import configure
 from nanosafe import data
+from nanosafe.printing import print_once
+from nanosafe.storage import REPOSITORY, load_python_file, read_json, read_jsonl, write_json
 from nanosafe.tools import demo
-from nanosafe.storage import load_python_file  # noqa: E402
 
-MODELS = "--actor_model={o}/sft/model --reward_model={o}/reward/model"
-LAG = MODELS + " --cost_model={o}/cost/model"
-SAMPLE = "sample.py --model={o}/sft/model --prompts=toy/prompts --num_samples=8 --max_new_tokens=64 --reward_model={o}/reward/model "
-PREF = "train_pref.py config/toy/{k}.py --init_from={o}/sft/model"
-SEED = " --seed={s} --out_dir={o}/{k}"
-METHODS = {  # key -> label, commands; the judged model is {o}/{key}/model
-    "sft": ("SFT", ["train_sft.py config/toy/sft.py --tokenizer={o}/tokenizer" + SEED]),
-    "reward": ("", [PREF + SEED]),
-    "cost": ("", [PREF + SEED]),
-    "best_of_8": (
-        "best of 8 samples",
-        [
-            "sample.py --model={o}/sft/model --prompts=toy/prompts/test --num_samples=8 --max_new_tokens=64 "
-            "--reward_model={o}/reward/model --write=sft --out={o}/best_of_8.jsonl --seed={s}"
-        ],
+seeds = "0,1,2"  # with commas between; the limits are tried with the first one only
+out_dir = "out/methods"  # a folder for each seed
+part = "methods,phf,limits"  # which of these
+report_only = False  # run nothing: print the tables of what has a result
+
+
+class Method(NamedTuple):
+    label: str  # in the table; empty: a score model, which others need
+    commands: list[str]
+
+
+# {out} is the folder of a seed, {name} the method's: its model is in {out}/{name}/model.
+RUN = " --seed={seed} --out_dir={out}/{name}"
+PREFERENCES = "train_pref.py config/toy/{name}.py --init_from={out}/sft/model"
+PPO = "train_ppo_lag.py config/toy/ppo.py"
+PPO_LAG = "train_ppo_lag.py config/toy/ppo_lag.py"
+REWARD = " --actor_model={out}/sft/model --reward_model={out}/reward/model"
+REWARD_AND_COST = REWARD + " --cost_model={out}/cost/model"
+SAMPLE_8 = (
+    "sample.py --model={out}/sft/model --prompts=toy/prompts --num_samples=8 --max_new_tokens=64"
+    " --reward_model={out}/reward/model --seed={seed}"
+)
+BEST_OF_8 = SAMPLE_8.replace("toy/prompts", "toy/prompts/test")
+SAMPLE_AGAIN = (
+    "sample.py --model={out}/ppo_lag/model --prompts=toy/prompts --num_samples=4"
+    " --max_new_tokens=64 --out={out}/round2/answers.jsonl --seed={seed}"
+    " --reward_model={out}/reward/model"
+)
+ANNOTATE = (
+    "data/toy/prepare.py --annotate={out}/round2/answers.jsonl --out={out}/round2/pairs.jsonl"
+)
+TRAIN_AGAIN = (
+    "train_pref.py config/toy/KIND.py --init_from={out}/KIND/model"
+    " --data=toy/pairs:4000/-1,{out}/round2/pairs.jsonl --learning_rate=3e-4"
+    " --out_dir={out}/round2/KIND"
+)
+PPO_LAG_AGAIN = (
+    PPO_LAG + " --actor_model={out}/ppo_lag/model --reward_model={out}/round2/reward/model"
+    " --cost_model={out}/round2/cost/model"
+)
+METHODS = {
+    "sft": Method("SFT", ["train_sft.py config/toy/sft.py --tokenizer={out}/tokenizer" + RUN]),
+    "reward": Method("", [PREFERENCES + RUN]),
+    "cost": Method("", [PREFERENCES + RUN]),
+    "best_of_8": Method(
+        "best of 8 samples", [BEST_OF_8 + " --write=sft --out={out}/best_of_8.jsonl"]
     ),
-    "rft": (
+    "rft": Method(
         "RFT: SFT on the best of 8",
         [
-            SAMPLE + "--write=sft --out={o}/best.jsonl --seed={s}",
-            "train_sft.py config/toy/rft.py --init_from={o}/sft/model --data={o}/best.jsonl" + SEED,
+            SAMPLE_8 + " --write=sft --out={out}/best.jsonl",
+            "train_sft.py config/toy/rft.py --init_from={out}/sft/model --data={out}/best.jsonl"
+            + RUN,
         ],
     ),
-    "dpo": ("DPO", [PREF + SEED]),
-    "ipo": ("IPO", [PREF + SEED]),
-    "rrhf": (
+    "dpo": Method("DPO", [PREFERENCES + RUN]),
+    "ipo": Method("IPO", [PREFERENCES + RUN]),
+    "rrhf": Method(
         "RRHF, 8 answers ranked",
-        [SAMPLE + "--out={o}/answers.jsonl --seed={s}", PREF + " --data={o}/answers.jsonl" + SEED],
-    ),
-    "ppo": ("PPO", ["train_ppo_lag.py config/toy/ppo.py " + MODELS + SEED]),
-    "ppo_max": (
-        "PPO-max",
-        ["train_ppo_lag.py config/toy/ppo.py config/toy/ppo_max.py " + MODELS + SEED],
-    ),
-    "shaping": (
-        "PPO, fixed shaping",
-        ["train_ppo_lag.py config/toy/ppo_lag.py --lambda_init=1 --lambda_lr=0 " + LAG + SEED],
-    ),
-    "ppo_lag": ("PPO-Lag", ["train_ppo_lag.py config/toy/ppo_lag.py " + LAG + SEED]),
-    "rloo_lag": (
-        "RLOO-Lag, no critics",
-        ["train_ppo_lag.py config/toy/ppo_lag.py config/toy/rloo_lag.py " + LAG + SEED],
-    ),
-    "grpo_lag": (
-        "GRPO-Lag, no critics",
         [
-            "train_ppo_lag.py config/toy/ppo_lag.py config/toy/rloo_lag.py --advantage=grpo "
-            + LAG
-            + SEED
+            SAMPLE_8 + " --out={out}/answers.jsonl",
+            PREFERENCES + " --data={out}/answers.jsonl" + RUN,
         ],
     ),
-    "ppo_lag_2": (
+    "ppo": Method("PPO", [PPO + REWARD + RUN]),
+    "ppo_max": Method("PPO-max", [PPO + " config/toy/ppo_max.py" + REWARD + RUN]),
+    "shaping": Method(
+        "PPO, fixed shaping",
+        [PPO_LAG + " --lambda_init=1 --lambda_lr=0" + REWARD_AND_COST + RUN],
+    ),
+    "ppo_lag": Method("PPO-Lag", [PPO_LAG + REWARD_AND_COST + RUN]),
+    "rloo_lag": Method(
+        "RLOO-Lag, no critics",
+        [PPO_LAG + " config/toy/rloo_lag.py" + REWARD_AND_COST + RUN],
+    ),
+    "grpo_lag": Method(
+        "GRPO-Lag, no critics",
+        [PPO_LAG + " config/toy/rloo_lag.py --advantage=grpo" + REWARD_AND_COST + RUN],
+    ),
+    "ppo_lag_2": Method(
         "PPO-Lag, two rounds",
         [
-            "sample.py --model={o}/ppo_lag/model --prompts=toy/prompts --num_samples=4 --max_new_tokens=64 "
-            "--out={o}/round2/answers.jsonl --seed={s} --reward_model={o}/reward/model",
-            "data/toy/prepare.py --annotate={o}/round2/answers.jsonl --out={o}/round2/pairs.jsonl",
-            *(
-                "train_pref.py config/toy/" + name + ".py --init_from={o}/" + name + "/model "
-                "--data=toy/pairs:4000/-1,{o}/round2/pairs.jsonl --learning_rate=3e-4 --out_dir={o}/round2/"
-                + name
-                for name in ("reward", "cost")
-            ),
-            "train_ppo_lag.py config/toy/ppo_lag.py --actor_model={o}/ppo_lag/model --reward_model={o}/round2/reward/model "
-            "--cost_model={o}/round2/cost/model" + SEED,
+            SAMPLE_AGAIN,
+            ANNOTATE,
+            TRAIN_AGAIN.replace("KIND", "reward"),
+            TRAIN_AGAIN.replace("KIND", "cost"),
+            PPO_LAG_AGAIN + RUN,
         ],
     ),
 }
+# A greater KL weight makes the policy answer smoothly to lambda, and a slow lambda waits for it;
+# with the demo's settings the two chase each other.
+LIMITED = (
+    PPO_LAG + REWARD_AND_COST + " --cost_limit={limit} --max_steps=240 --kl_coef=1.0"
+    " --actor_lr_schedule=constant --lambda_lr=0.02 --lambda_init=0.8 --out_dir={out}/{name}"
+)
 LIMITS = (-4.5, -4.0, -3.0, -2.0, -1.0)
+PRETRAINING = (
+    "-m nanosafe.phf.train config/toy/phf.py --objective={name} --tokenizer={out}/tokenizer"
+    " --seed={seed} --out_dir={out}/phf/{name}"
+)
 OBJECTIVES = ("mle", "filter", "conditional", "unlikelihood", "awr", "rwr")
+COLUMNS = {  # of the table of methods -> the metric, the factor and the format of a number
+    "helpful, benign": ("helpfulness_benign", 1, "{:.2f}"),
+    "helpful, risky": ("helpfulness_risky", 1, "{:.2f}"),
+    "harmful, risky": ("harm_rate_risky", 100, "{:.1f}%"),
+    "refused, benign": ("refusal_rate_benign", 100, "{:.1f}%"),
+    "KL": ("kl", 1, "{:.2f}"),
+}
+PHF_COLUMNS = {
+    "held-out loss": "eval_loss",
+    "score, mean": "eval_score",
+    "score_max@25": "eval_score_max@25",
+    "KL from MLE, nats": "eval_kl",
+    "distinct bigrams": "eval_distinct_2",
+    "self-BLEU": "eval_self_bleu",
+}
 
 
-def run(command, log):
-    """Run a command of the README; returns its seconds."""
+def main():
+    knobs = configure(globals())
+    numbers = [int(text) for text in knobs["seeds"].split(",")]
+    parts = knobs["part"].split(",")
+    if not knobs["report_only"]:
+        for seed in numbers:
+            run_seed(knobs["out_dir"], seed, parts, with_limits=seed == numbers[0])
+    report(knobs["out_dir"], numbers)
+
+
+# ---- runs ----
+
+
+def run_seed(out_dir, seed, parts, with_limits):
+    """Run what has no result yet."""
+    out = f"{out_dir}/{seed}"
+    toy = load_python_file(os.path.join(REPOSITORY, "data", "toy", "prepare.py"))
+    keep_result(out, "tokenizer", make_tokenizer, out)
+    for name in METHODS:
+        if "methods" in parts or name in ("sft", "reward", "cost"):
+            keep_result(out, name, run_method, toy, out, seed, name)
+    if "phf" in parts:
+        for objective in OBJECTIVES:
+            keep_result(out, f"phf_{objective}", run_phf, out, seed, objective)
+    if "limits" in parts and with_limits:
+        for limit in LIMITS:
+            keep_result(out, f"limit_{limit}", run_limit, toy, out, limit)
+
+
+def keep_result(out, name, function, *arguments):
+    """Write what a function returns to out/name.json, unless that exists."""
+    if not os.path.exists(os.path.join(out, name + ".json")):
+        print_once(f"{time.strftime('%H:%M')} {out} {name}")
+        result = function(*arguments)
+        os.makedirs(out, exist_ok=True)
+        write_json(result, out, name + ".json")
+
+
+def run_command(command, out):
+    """Run a command of the README, with its output in out/log.txt; returns its seconds."""
     began = time.perf_counter()
-    path, *flags = command.split()
-    with open(log, "a") as f:
-        f.write(f"\n$ python {command}\n")
-        f.flush()
-        done = subprocess.run(
-            [sys.executable, os.path.join(ROOT, path), *flags],
-            stdout=f,
-            stderr=f,
-            env={"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": ROOT},
-        )
+    words = command.split()
+    if words[0] != "-m":
+        words[0] = os.path.join(REPOSITORY, words[0])
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": REPOSITORY}
+    with open(os.path.join(out, "log.txt"), "a") as log:
+        log.write(f"\n$ python {command}\n")
+        log.flush()
+        done = subprocess.run([sys.executable, *words], stdout=log, stderr=log, env=environment)
     if done.returncode:
-        raise SystemExit(f"error: python {command} failed: see {log}")
+        raise SystemExit(f"error: python {command} failed: see {log.name}")
     return time.perf_counter() - began
 
 
-def result(folder, key, make):
-    """make()'s dict, kept in folder/key.json; what is there is not made again."""
-    path = os.path.join(folder, key + ".json")
-    if not os.path.exists(path):
-        print(f"{time.strftime('%H:%M')} {folder} {key}", flush=True)
-        value = make()
-        os.makedirs(folder, exist_ok=True)
-        with open(path, "w") as f:
-            json.dump(value, f, indent=1)
-    with open(path) as f:
-        return json.load(f)
+def make_tokenizer(out):
+    return {"vocab": len(demo.prepare(out).ASKS)}
 
 
-def last_row(folder):
-    with open(os.path.join(folder, "metrics.jsonl")) as f:
-        return json.loads(f.readlines()[-1])
-
-
-def run_method(toy, o, seed, key):
-    commands = [c.format(o=o, s=seed, k=key) for c in METHODS[key][1]]
-    seconds = sum(run(c, f"{o}/log.txt") for c in commands)
-    if key in ("reward", "cost"):
-        return {
-            "seconds": seconds,
-            **{k: v for k, v in last_row(f"{o}/{key}").items() if "eval" in k},
-        }
-    if key == "best_of_8":  # its KL has a closed form, of which this is the upper bound
-        judged = demo.gold(
-            toy, [(row["input"], row["answer"]) for row in data.load(f"{o}/best_of_8.jsonl")]
-        )
-        judged["kl"] = math.log(8) - 7 / 8
+def run_method(toy, out, seed, name):
+    seconds = 0.0
+    for command in METHODS[name].commands:
+        seconds += run_command(command.format(out=out, seed=seed, name=name), out)
+    if name in ("reward", "cost"):
+        return {"seconds": seconds, **read_evaluation(f"{out}/{name}")}
+    if name == "best_of_8":
+        answers = [(row["input"], row["answer"]) for row in data.load(f"{out}/best_of_8.jsonl")]
+        judged = demo.gold(toy, answers)
+        judged["kl"] = math.log(8) - 7 / 8  # an upper bound of the best of n: log n - (n - 1) / n
     else:
-        judged = demo.judge(toy, f"{o}/{key}/model", f"{o}/sft/model")
+        judged = demo.judge(toy, f"{out}/{name}/model", f"{out}/sft/model")
     return {**judged, "seconds": seconds}
 
 
-def run_limit(toy, o, limit):
-    """PPO-Lag under another limit. A greater KL weight makes the policy's answer to lambda smooth, and a slow lambda
-    waits for it: with the demo's setting the two chase each other. The error is that of means of 16 rollouts, since
+def run_phf(out, seed, objective):
+    command = PRETRAINING.format(out=out, seed=seed, name=objective)
+    if objective != "mle":
+        command += f" --reference={out}/phf/mle/model"
+    run_command(command, out)
+    return read_evaluation(f"{out}/phf/{objective}")
+
+
+def read_evaluation(folder):
+    """The metrics of held-out data in the last row of a run."""
+    row = read_jsonl(os.path.join(folder, "metrics.jsonl"))[-1]
+    return {name: value for name, value in row.items() if name.startswith("eval_")}
+
+
+def run_limit(toy, out, limit):
+    """PPO-Lag under another limit. The error is that of the means of 16 rollouts each, since
     neighbouring rollouts are alike."""
-    out = f"{o}/limit_{limit}"
-    run(
-        f"train_ppo_lag.py config/toy/ppo_lag.py {LAG.format(o=o)} --cost_limit={limit} --max_steps=240 --kl_coef=1.0 "
-        f"--actor_lr_schedule=constant --lambda_lr=0.02 --lambda_init=0.8 --out_dir={out}",
-        f"{o}/log.txt",
-    )
-    with open(f"{out}/metrics.jsonl") as f:
-        rows = [json.loads(line) for line in f][-160::2]  # the last 80 rollouts
-    costs = [sum(row["cost"] for row in rows[i : i + 16]) / 16 for i in range(0, 80, 16)]
-    mean = sum(costs) / len(costs)
-    error = math.sqrt(sum((c - mean) ** 2 for c in costs) / (len(costs) - 1) / len(costs))
+    name = f"limit_{limit}"
+    run_command(LIMITED.format(out=out, limit=limit, name=name), out)
+    rows = read_jsonl(f"{out}/{name}/metrics.jsonl")
+    rows = rows[-160::2]  # one of the last 80 rollouts each
+    means = []
+    for start in range(0, 80, 16):
+        means.append(sum(row["cost"] for row in rows[start : start + 16]) / 16)
+    mean = sum(means) / len(means)
+    squares = sum((x - mean) ** 2 for x in means)
     return {
-        **demo.judge(toy, f"{out}/model", f"{o}/sft/model"),
+        **demo.judge(toy, f"{out}/{name}/model", f"{out}/sft/model"),
         "cost": mean,
-        "error": error,
+        "error": math.sqrt(squares / (len(means) - 1) / len(means)),
         "lambda": sum(row["lambda"] for row in rows) / len(rows),
     }
 
 
-def run_phf(o, seed, objective):
-    reference = "" if objective == "mle" else f" --reference={o}/phf/mle/model"
-    run(
-        f"train_sft.py config/toy/phf.py --objective={objective} --tokenizer={o}/tokenizer --seed={seed} "
-        f"--out_dir={o}/phf/{objective}{reference}",
-        f"{o}/log.txt",
-    )
-    return {k: v for k, v in last_row(f"{o}/phf/{objective}").items() if k.startswith("eval_")}
+# ---- tables ----
 
 
-def spread(values, form="{:.2f}"):
+def report(out_dir, seeds):
+    report_methods(out_dir, seeds)
+    first = f"{out_dir}/{seeds[0]}"
+    limits = {limit: read_json(first, f"limit_{limit}.json") for limit in LIMITS}
+    limits = {limit: result for limit, result in limits.items() if result}
+    report_limits(limits)
+    if limits:
+        draw(limits, {name: read_json(first, name + ".json") for name in ("sft", "ppo")})
+    report_phf(out_dir, seeds)
+
+
+def read_results(out_dir, seeds, name):
+    """The results of all seeds that have one."""
+    results = [read_json(f"{out_dir}/{seed}", name + ".json") for seed in seeds]
+    return [result for result in results if result]
+
+
+def report_methods(out_dir, seeds):
+    rows = []
+    for name, method in METHODS.items():
+        results = read_results(out_dir, seeds, name)
+        if method.label and results:
+            row = [method.label]
+            for metric, factor, form in COLUMNS.values():
+                row.append(format_spread([factor * result[metric] for result in results], form))
+            seconds = sum(result["seconds"] for result in results) / len(results)
+            rows.append([*row, f"{seconds:.0f}"])
+    print_markdown(["method", *COLUMNS, "seconds"], rows)
+
+
+def report_limits(limits):
+    rows = []
+    for limit, result in limits.items():
+        row = [
+            limit,
+            f"{result['cost']:.2f} ± {result['error']:.2f}",
+            f"{result['lambda']:.2f}",
+            f"{result['helpfulness_benign']:.2f}",
+            f"{result['harm_rate_risky']:.1%}",
+            f"{result['refusal_rate_benign']:.1%}",
+        ]
+        rows.append(row)
+    head = ["cost_limit", "mean cost, last 80 rollouts", "lambda"]
+    print_markdown([*head, "helpful, benign", "harmful, risky", "refused, benign"], rows)
+
+
+def report_phf(out_dir, seeds):
+    rows = []
+    for objective in OBJECTIVES:
+        results = read_results(out_dir, seeds, f"phf_{objective}")
+        if results:
+            row = [objective]
+            for metric in PHF_COLUMNS.values():
+                values = [result[metric] for result in results if metric in result]
+                row.append(format_spread(values, "{:.3f}") if values else "")
+            rows.append(row)
+    print_markdown(["objective", *PHF_COLUMNS], rows)
+
+
+def format_spread(values, form):
+    """The mean, the least and the greatest of some values."""
     mean = sum(values) / len(values)
     return f"{form.format(mean)} ({form.format(min(values))} to {form.format(max(values))})"
 
 
-def report(out_dir, seeds):
-    def load(seed, key):
-        path = f"{out_dir}/{seed}/{key}.json"
-        return json.load(open(path)) if os.path.exists(path) else None
-
-    head = [
-        "method",
-        "helpful, benign",
-        "helpful, risky",
-        "harmful, risky",
-        "refused, benign",
-        "KL",
-        "seconds",
-    ]
-    rows = []
-    for key, (label, _) in METHODS.items():
-        found = [x for x in (load(s, key) for s in seeds) if x]
-        if label and found:
-            column = lambda name, scale=1, form="{:.2f}": spread(
-                [scale * x[name] for x in found], form
-            )
-            rows.append(
-                [
-                    label,
-                    column("helpfulness_benign"),
-                    column("helpfulness_risky"),
-                    column("harm_rate_risky", 100, "{:.1f}%"),
-                    column("refusal_rate_benign", 100, "{:.1f}%"),
-                    column("kl"),
-                    f"{sum(x['seconds'] for x in found) / len(found):.0f}",
-                ]
-            )
-    markdown(head, rows)
-    rows = [(limit, x) for limit in LIMITS if (x := load(seeds[0], f"limit_{limit}"))]
-    markdown(
-        [
-            "cost_limit",
-            "mean cost, last 80 rollouts",
-            "lambda",
-            "helpful, benign",
-            "harmful, risky",
-            "refused, benign",
-        ],
-        [
-            [
-                limit,
-                f"{x['cost']:.2f} ± {x['error']:.2f}",
-                f"{x['lambda']:.2f}",
-                f"{x['helpfulness_benign']:.2f}",
-                f"{x['harm_rate_risky']:.1%}",
-                f"{x['refusal_rate_benign']:.1%}",
-            ]
-            for limit, x in rows
-        ],
-    )
-    if rows:
-        draw(rows, {key: load(seeds[0], key) for key in ("sft", "ppo", "ppo_lag")})
-    names = ("loss", "score", "score_max@25", "kl", "distinct_2", "self_bleu")
-    lines = []
-    for objective in OBJECTIVES:
-        found = [x for x in (load(s, f"phf_{objective}") for s in seeds) if x]
-        if found:
-            lines.append(
-                [
-                    objective,
-                    *(
-                        spread([x["eval_" + n] for x in found], "{:.3f}")
-                        if "eval_" + n in found[0]
-                        else ""
-                        for n in names
-                    ),
-                ]
-            )
-    markdown(
-        [
-            "objective",
-            "held-out loss",
-            "score, mean",
-            "score_max@25",
-            "KL from MLE, nats",
-            "distinct bigrams",
-            "self-BLEU",
-        ],
-        lines,
-    )
-
-
-def markdown(head, rows):
+def print_markdown(head, rows):
     print(f"\n| {' | '.join(head)} |\n|{'---|' * len(head)}")
     for row in rows:
-        print(f"| {' | '.join(map(str, row))} |")
+        print(f"| {' | '.join(str(cell) for cell in row)} |")
 
 
-def draw(rows, policies):
-    """The harm-helpfulness picture over cost_limit."""
+def draw(limits, policies):
+    """Draw harm and helpfulness as cost_limit changes, and whether the limits are kept."""
     import matplotlib
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    left.plot(
-        [100 * x["harm_rate_risky"] for _, x in rows],
-        [x["helpfulness_benign"] for _, x in rows],
-        "o-",
-        label="PPO-Lag",
-    )
-    for limit, x in rows:
-        left.annotate(
-            f" {limit:g}",
-            (100 * x["harm_rate_risky"], x["helpfulness_benign"]),
-            va="top",
-            fontsize=8,
-        )
-    for key, label in (("sft", "SFT"), ("ppo", "PPO")):
-        if policies[key]:
-            left.plot(
-                100 * policies[key]["harm_rate_risky"],
-                policies[key]["helpfulness_benign"],
-                "s",
-                label=label,
-            )
-    left.set(
-        xlabel="harmful requests answered, %",
-        ylabel="helpfulness to harmless requests",
-        ylim=(0, 4),
-    )
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    harm = [100 * result["harm_rate_risky"] for result in limits.values()]
+    helpfulness = [result["helpfulness_benign"] for result in limits.values()]
+    left.plot(harm, helpfulness, "o-", label="PPO-Lag")
+    for limit, x, y in zip(limits, harm, helpfulness):
+        left.annotate(f" {limit:g}", (x, y), va="top", fontsize=8)
+    for name, label in (("sft", "SFT"), ("ppo", "PPO")):
+        result = policies[name]
+        if result:
+            x, y = 100 * result["harm_rate_risky"], result["helpfulness_benign"]
+            left.plot(x, y, "s", label=label)
+    left.set_xlabel("harmful requests answered, %")
+    left.set_ylabel("helpfulness to harmless requests")
+    left.set_ylim(0, 4)
     left.legend(fontsize=8)
-    limits = [limit for limit, _ in rows]
-    right.plot(limits, limits, color="gray", lw=1, label="the limit")
-    right.errorbar(
-        limits,
-        [x["cost"] for _, x in rows],
-        [2 * x["error"] for _, x in rows],
-        fmt="o",
-        capsize=3,
-        label="mean cost ± 2 standard errors",
-    )
+    values = list(limits)
+    costs = [result["cost"] for result in limits.values()]
+    errors = [2 * result["error"] for result in limits.values()]
+    right.plot(values, values, color="gray", lw=1, label="the limit")
+    label = "mean cost ± 2 standard errors"
+    right.errorbar(values, costs, errors, fmt="o", capsize=3, label=label)
     right.set(xlabel="cost_limit", ylabel="mean cost, last 80 rollouts")
     right.legend(fontsize=8)
-    fig.savefig(os.path.join(ROOT, "docs", "methods.png"), dpi=110)
-
-
-def main(seeds="0,1,2", out_dir="out/methods", part="methods,phf,limits", report_only="False"):
-    seeds = [int(s) for s in seeds.split(",")]
-    toy = load_python_file(os.path.join(demo.ROOT, "data", "toy", "prepare.py"))
-    for seed in seeds if report_only == "False" else ():
-        o = f"{out_dir}/{seed}"
-        result(o, "tokenizer", lambda: {"vocab": len(demo.prepare(o).ASKS)})
-        for key in METHODS:
-            if "methods" in part or key in ("sft", "reward", "cost"):
-                result(o, key, lambda: run_method(toy, o, seed, key))
-        for objective in OBJECTIVES if "phf" in part else ():
-            result(o, f"phf_{objective}", lambda: run_phf(o, seed, objective))
-        for limit in LIMITS if "limits" in part and seed == seeds[0] else ():
-            result(o, f"limit_{limit}", lambda: run_limit(toy, o, limit))
-    report(out_dir, seeds)
+    figure.savefig(os.path.join(REPOSITORY, "docs", "methods.png"), dpi=110)
 
 
 if __name__ == "__main__":
-    main(**dict(arg.removeprefix("--").partition("=")[::2] for arg in sys.argv[1:]))
+    main()

@@ -1,25 +1,36 @@
-"""Pictures of runs, PNG and SVG, by matplotlib (pip install matplotlib); and a page to browse.
+"""Pictures of runs as PNG and SVG, drawn with matplotlib (pip install matplotlib), or a web page.
 
-$ python -m nanosafe.plot out/demo/*                   # curves of several runs -> out/plots
-$ python -m nanosafe.plot out/demo/* --html [--out=FOLDER]   # one page: curves, samples"""
+$ python -m nanosafe.plot RUN ... [--out=out/plots]          # the curves of several runs
+$ python -m nanosafe.plot RUN ... --html [--out=out/plots]   # one page with curves and samples
+
+RUN is the folder that a trainer writes, for example out/demo/ppo_lag."""
 
 import ast
 import json
+import math
 import os
 import sys
 from pathlib import Path
 
-from nanosafe.errors import stop, one_line_errors
+from nanosafe.errors import one_line_errors, stop
 from nanosafe.monitor import Watch
 from nanosafe.storage import make_folder, read_jsonl
 
-
-COLOURS = ("#c0392b", "#2458a8", "#3a8f4d", "#b8860b", "#7d3c98", "#555555")
-
-
-NONE = "; no pictures: pip install matplotlib"
-
-
+RED = "#c0392b"
+BLUE = "#2458a8"
+GREEN = "#3a8f4d"
+GOLD = "#b8860b"
+PURPLE = "#7d3c98"
+GREY = "#555555"
+COLOURS = (RED, BLUE, GREEN, GOLD, PURPLE, GREY)
+STYLE = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "font.size": 9,
+    "legend.frameon": False,
+    "svg.hashsalt": "nanosafe",
+    "text.parse_math": False,
+}
 PANELS = {  # metric -> title
     "reward": "reward",
     "episode_cost": "mean cost (dotted: its limit)",
@@ -35,83 +46,123 @@ PANELS = {  # metric -> title
     "margin": "margin",
     "grad_norm": "gradient norm",
 }
+NO_PICTURES = "; no pictures: pip install matplotlib"
+USAGE = "python -m nanosafe.plot RUN ... [--out=FOLDER] [--html]"
 
 
-def figure(rows=1, columns=1, width=4.2, height=3.1):
-    """(figure, axes) of matplotlib, without a window; None where it is missing."""
+def make_figure(rows=1, columns=1, width=4.2, height=3.1):
+    """(figure, axes) of matplotlib without a window, or None where matplotlib is missing.
+
+    width, height  of each of the rows x columns panels, in inches"""
     try:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError:
         return None
-    matplotlib.rcParams.update(
-        {
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "font.size": 9,
-            "legend.frameon": 0,
-            "axes.prop_cycle": matplotlib.cycler(color=COLOURS),
-            "svg.hashsalt": "nanosafe",
-            "text.parse_math": 0,
-        }
-    )
-    drawn = Figure(figsize=(columns * width, rows * height), layout="constrained")
-    return drawn, drawn.subplots(rows, columns, squeeze=False)
+    matplotlib.rcParams.update(STYLE)
+    matplotlib.rcParams["axes.prop_cycle"] = matplotlib.cycler(color=COLOURS)
+    figure = Figure(figsize=(columns * width, rows * height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def save(drawn, out_dir, name):
-    """Write a figure as PNG and SVG; returns what to say of it."""
-    drawn.savefig(os.path.join(out_dir, name + ".png"), dpi=144, metadata={"Software": None})
-    drawn.savefig(os.path.join(out_dir, name + ".svg"), metadata={"Date": None})
+def save_figure(figure, out_dir, name):
+    """Write a figure as PNG and SVG; return the names of the files, to be printed."""
+    figure.savefig(os.path.join(out_dir, name + ".png"), dpi=144, metadata={"Software": None})
+    figure.savefig(os.path.join(out_dir, name + ".svg"), metadata={"Date": None})
     return f", {name}.png, {name}.svg"
 
 
+def repeat_colours(count):
+    return [COLOURS[i % len(COLOURS)] for i in range(count)]
+
+
+# ---- evaluations ----
+
+
 def arena(scores, policies, out_dir):
-    """Each policy's answers in the plane of cost and reward, and their mean; of many, ratings."""
-    more = len(scores) > 2
-    if not (made := figure(1, len(scores) + more, 3.3)):
-        return NONE
-    drawn, (axes,) = made
-    costs, rewards = ([x for s in scores.values() for x in s[k]] for k in ("cost", "reward"))
-    for axis, color, (name, said) in zip(axes, COLOURS * len(scores), scores.items()):
-        axis.scatter(said["cost"], said["reward"], s=6, alpha=0.3, linewidths=0, color=color)
-        (x, *xs), (y, *ys) = policies[name]["cost"], policies[name]["reward"]
-        axis.plot(xs, [y, y], [x, x], ys, color="black", lw=1)
-        axis.scatter(x, y, s=70, color=color, edgecolors="black", zorder=3)
+    """Draw each policy's answers in the plane of cost and reward, and the ratings of more than two.
+
+    scores    {policy: {"cost": one per answer, "reward": one per answer}}
+    policies  {policy: {"cost": (mean, low, high), "reward": the same, "unsafe", "safe", "helpful"}}
+    """
+    has_ratings = len(scores) > 2
+    made = make_figure(1, len(scores) + has_ratings, 3.3)
+    if made is None:
+        return NO_PICTURES
+    figure, axes = made
+    costs, rewards = [], []
+    for values in scores.values():
+        costs += values["cost"]
+        rewards += values["reward"]
+    colours = dict(zip(scores, repeat_colours(len(scores))))
+    for axis, (name, values) in zip(axes[0], scores.items()):
         axis.set(
             xlabel="cost",
             title=f"{name}: {policies[name]['unsafe']:.1%} unsafe",
             xlim=(min(costs) - 1, max(1, *costs) + 1),
             ylim=(min(rewards) - 1, max(rewards) + 1),
         )
-        axis.axvspan(0, axis.get_xlim()[1], color=COLOURS[0], alpha=0.07, lw=0)
-        axis.annotate("unsafe", (0.98, 0.02), xycoords="axes fraction", ha="right", color="grey")
-        if more:
-            x, y = policies[name]["safe"], policies[name]["helpful"]
-            axes[-1].scatter(x, y, s=70, color=color, edgecolors="black")
-            axes[-1].annotate(name, (x, y), xytext=(7, 4), textcoords="offset points")
-    axes[0].set_ylabel("reward")
-    if more:
-        axes[-1].set(xlabel="rating: safe", ylabel="rating: helpful", title="ratings")
-        axes[-1].margins(0.3)
-    return save(drawn, out_dir, "arena")
+        draw_answers(axis, values, policies[name], colours[name])
+    axes[0, 0].set_ylabel("reward")
+    if has_ratings:
+        draw_ratings(axes[0, -1], policies, colours)
+    return save_figure(figure, out_dir, "arena")
+
+
+def draw_answers(axis, values, policy, colour):
+    """A policy's answers as points, their mean with its interval, and the side that is unsafe."""
+    axis.scatter(values["cost"], values["reward"], s=6, alpha=0.3, linewidths=0, color=colour)
+    cost, cost_low, cost_high = policy["cost"]
+    reward, reward_low, reward_high = policy["reward"]
+    axis.plot([cost_low, cost_high], [reward, reward], color="black", lw=1)
+    axis.plot([cost, cost], [reward_low, reward_high], color="black", lw=1)
+    axis.scatter(cost, reward, s=70, color=colour, edgecolors="black", zorder=3)
+    axis.axvspan(0, axis.get_xlim()[1], color=RED, alpha=0.07, lw=0)
+    axis.annotate("unsafe", (0.98, 0.02), xycoords="axes fraction", ha="right", color="grey")
+
+
+def draw_ratings(axis, policies, colours):
+    for name, colour in colours.items():
+        position = policies[name]["safe"], policies[name]["helpful"]
+        axis.scatter(*position, s=70, color=colour, edgecolors="black")
+        axis.annotate(name, position, xytext=(7, 4), textcoords="offset points")
+    axis.set(xlabel="rating: safe", ylabel="rating: helpful", title="ratings")
+    axis.margins(0.3)
 
 
 def scores(groups, curves, out_dir):
-    """How the scores of two groups are distributed; said probabilities against what came true."""
-    if not (made := figure(1, 2)):
-        return NONE
-    drawn, ((left, right),) = made
-    flat = [x for values in groups.values() for x in values]
-    for (name, x), color in zip(groups.items(), (COLOURS[1], COLOURS[0])):
-        left.hist(x, 60, (min(flat), max(flat)), alpha=0.6, label=f"{name} ({len(x)})", color=color)
-    left.set(xlabel="score", ylabel="answers")
-    right.plot([0, 1], [0, 1], color="grey", lw=1, ls=":")
+    """Draw how the scores of two groups are distributed, and how well probabilities are calibrated.
+
+    groups  {name: scores}
+    curves  {name: [(probability given, share that came true, how many pairs)]}"""
+    made = make_figure(1, 2)
+    if made is None:
+        return NO_PICTURES
+    figure, axes = made
+    draw_histograms(axes[0, 0], groups)
+    draw_calibration(axes[0, 1], curves)
+    return save_figure(figure, out_dir, "scores")
+
+
+def draw_histograms(axis, groups):
+    every = []
+    for values in groups.values():
+        every += list(values)
+    limits = min(every), max(every)
+    for (name, values), colour in zip(groups.items(), (BLUE, RED)):
+        axis.hist(values, 60, limits, alpha=0.6, label=f"{name} ({len(values)})", color=colour)
+    axis.set(xlabel="score", ylabel="answers")
+    axis.legend()
+
+
+def draw_calibration(axis, curves):
+    axis.plot([0, 1], [0, 1], color="grey", lw=1, ls=":")
     for name, points in curves.items():
-        said, true, counts = zip(*points)
-        (line,) = right.plot(said, true, marker="o", ms=3, label=name)
+        given = [point[0] for point in points]
+        observed = [point[1] for point in points]
+        (line,) = axis.plot(given, observed, marker="o", ms=3, label=name)
         for x, y, count in points:
-            right.annotate(
+            axis.annotate(
                 str(count),
                 (x, y),
                 xytext=(3, -8),
@@ -119,111 +170,192 @@ def scores(groups, curves, out_dir):
                 fontsize=6,
                 color=line.get_color(),
             )
-    right.set(xlabel="probability given", ylabel="share that was so", title="calibration")
-    left.legend()
-    right.legend()
-    return save(drawn, out_dir, "scores")
+    axis.set(xlabel="probability given", ylabel="share that was so", title="calibration")
+    axis.legend()
+
+
+# ---- runs ----
 
 
 def read_run(folder, name):
-    """{"name", "config", "rows", "samples", "warnings"} of a run's folder; nothing is executed."""
-    path = Path(folder, "config.py")
-    with one_line_errors(folder):
-        source = path.read_text(encoding="utf-8") if path.exists() else ""
-        config = {x.targets[0].id: ast.literal_eval(x.value) for x in ast.parse(source).body}
-        rows, samples = (
-            [
-                row
-                for row in read_jsonl(os.path.join(folder, file + ".jsonl"))
-                if isinstance(row, dict)
-            ]
-            for file in ("metrics", "samples")
-        )
-        rows = [{key: x for key, x in row.items() if type(x) in (int, float)} for row in rows]
-        watch = Watch(config)
-        warnings = [f"step {row['step']}: {text}" for row in rows for text in watch.see(row)]
+    """A run's folder as {"name", "config", "rows", "samples", "warnings"}. Nothing is executed."""
+    config = read_config(folder)
+    rows = []
+    for row in read_rows(folder, "metrics.jsonl"):
+        numbers = {key: value for key, value in row.items() if type(value) in (int, float)}
+        if "step" in numbers:
+            rows.append(numbers)
+    watch = Watch(config)
+    warnings = []
+    for row in rows:
+        for sentence in watch.see(row):
+            warnings.append(f"step {row['step']}: {sentence}")
+    samples = read_rows(folder, "samples.jsonl")
     return {"name": name, "config": config, "rows": rows, "samples": samples, "warnings": warnings}
 
 
-def curves(runs, out_dir):
-    """All runs' curves, a panel for each metric; faint, and over them a running mean."""
-    seen = lambda run, name: [(row["step"], row[name]) for row in run["rows"] if name in row]
-    shown = [name for name in PANELS if any(len(seen(run, name)) > 1 for run in runs)]
-    if not shown or not (made := figure(-(-len(shown) // 3), min(3, len(shown)))):
-        return NONE if shown else "; no metrics to draw"
-    drawn, axes = made
-    for axis, name in zip(axes.flat, shown):
-        for run in (run for run in runs if len(seen(run, name)) > 1):
-            steps, values = zip(*seen(run, name))
-            half = len(values) // 40
-            near = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
-            means = [sum(part) / len(part) for part in near]
-            axis.plot(steps, values, color=run["colour"], alpha=0.25, lw=0.8)
-            axis.plot(steps, means, color=run["colour"], lw=1.6, label=run["name"])
-            if name == "episode_cost":
-                axis.axhline(run["config"].get("cost_limit", 0), color=run["colour"], ls=":")
-        axis.set_title(PANELS[name])
+def read_config(folder):
+    """The knobs in a run's config.py, which is parsed and not executed."""
+    path = Path(folder, "config.py")
+    if not path.exists():
+        return {}
+    with one_line_errors(path):
+        source = path.read_text(encoding="utf-8")
+    try:
+        statements = ast.parse(source).body
+    except SyntaxError as error:
+        stop(f"{path}, line {error.lineno}: {error.msg}")
+    config = {}
+    for node in statements:
+        if not isinstance(node, ast.Assign) or not isinstance(node.targets[0], ast.Name):
+            stop(f"{path}, line {node.lineno}: only NAME = VALUE is read")
+        try:
+            config[node.targets[0].id] = ast.literal_eval(node.value)
+        except (ValueError, TypeError):
+            stop(f"{path}, line {node.lineno}: the value is not a constant; nothing is executed")
+    return config
+
+
+def read_rows(folder, name):
+    """The objects in a run's jsonl file."""
+    rows = read_jsonl(os.path.join(folder, name))
+    return [row for row in rows if isinstance(row, dict)]
+
+
+def points_of(run, metric):
+    """The (step, value) pairs of a metric in a run."""
+    return [(row["step"], row[metric]) for row in run["rows"] if metric in row]
+
+
+def draw_curves(runs, out_dir):
+    """Draw all runs' curves, one panel per metric: faint, with their running means over them."""
+    metrics = []
+    for metric in PANELS:
+        if any(len(points_of(run, metric)) > 1 for run in runs):
+            metrics.append(metric)
+    if not metrics:
+        return "; no metrics to draw"
+    made = make_figure(math.ceil(len(metrics) / 3), min(3, len(metrics)))
+    if made is None:
+        return NO_PICTURES
+    figure, axes = made
+    for axis, metric in zip(axes.flat, metrics):
+        for run in runs:
+            points = points_of(run, metric)
+            if len(points) > 1:
+                draw_curve(axis, run, points)
+                if metric == "episode_cost":
+                    limit = run["config"].get("cost_limit", 0)
+                    axis.axhline(limit, color=run["colour"], ls=":")
+        axis.set_title(PANELS[metric])
         axis.legend(fontsize=7)
-    for axis in axes.flat[len(shown) :]:
+    for axis in axes.flat[len(metrics) :]:
         axis.set_axis_off()
-    return save(drawn, out_dir, "curves")
+    return save_figure(figure, out_dir, "curves")
 
 
-def plane(runs, out_dir):
-    """Each constrained run's way through the plane of cost and reward, before to after."""
-    runs = [run for run in runs if any("episode_cost" in row for row in run["rows"])]
-    if not runs or not (made := figure(width=5, height=4)):
-        return ""
-    drawn, ((axis,),) = made
+def draw_curve(axis, run, points):
+    steps = [step for step, _ in points]
+    values = [value for _, value in points]
+    half = len(values) // 40
+    means = []
+    for i in range(len(values)):
+        near = values[max(0, i - half) : i + half + 1]
+        means.append(sum(near) / len(near))
+    axis.plot(steps, values, color=run["colour"], alpha=0.25, lw=0.8)
+    axis.plot(steps, means, color=run["colour"], lw=1.6, label=run["name"])
+
+
+def draw_plane(runs, out_dir):
+    """Draw each constrained run's way through the plane of cost and reward."""
+    constrained = []
     for run in runs:
-        rows, colour = [r for r in run["rows"] if {"cost", "reward"} <= r.keys()], run["colour"]
-        n = max(1, len(rows) // 20)
-        x, y = (
-            [
-                sum(row[key] for row in rows[k : k + n]) / len(rows[k : k + n])
-                for k in range(0, len(rows), n)
-            ]
-            for key in ("cost", "reward")
-        )
-        axis.plot(x, y, color=colour, lw=1, label=run["name"])
-        axis.scatter(x[:1], y[:1], s=50, facecolors="white", edgecolors=colour, zorder=3)
-        axis.scatter(x[-1:], y[-1:], s=50, color=colour, zorder=3)
+        if any("episode_cost" in row for row in run["rows"]):
+            constrained.append(run)
+    made = make_figure(width=5, height=4) if constrained else None
+    if made is None:
+        return ""
+    figure, axes = made
+    axis = axes[0, 0]
+    for run in constrained:
+        rows = [row for row in run["rows"] if "cost" in row and "reward" in row]
+        size = max(1, len(rows) // 20)
+        costs = mean_of_blocks([row["cost"] for row in rows], size)
+        rewards = mean_of_blocks([row["reward"] for row in rows], size)
+        colour = run["colour"]
+        axis.plot(costs, rewards, color=colour, lw=1, label=run["name"])
+        hollow = {"facecolors": "white", "edgecolors": colour}
+        axis.scatter(costs[:1], rewards[:1], s=50, zorder=3, **hollow)
+        axis.scatter(costs[-1:], rewards[-1:], s=50, zorder=3, color=colour)
         axis.axvline(run["config"].get("cost_limit", 0.0), color=colour, ls=":")
     axis.set(xlabel="cost (dotted: its limit)", ylabel="reward", title="before (hollow) and after")
     axis.legend()
-    return save(drawn, out_dir, "plane")
+    return save_figure(figure, out_dir, "plane")
 
 
-def page(runs, path):
-    """One page that needs nothing else: curves to look into, samples to browse."""
+def mean_of_blocks(values, size):
+    """The means of consecutive blocks of `size` values."""
+    means = []
+    for start in range(0, len(values), size):
+        block = values[start : start + size]
+        means.append(sum(block) / len(block))
+    return means
+
+
+def write_page(runs, path):
+    """Write a page that needs no other file: curves to look into, samples to browse."""
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-    finite = json.loads(json.dumps(runs), parse_constant=lambda _: None)  # JSON has no NaN
-    data = json.dumps(finite).replace("<", "\\u003c")  # no text ends the script
+    text = json.dumps(runs)
+    finite = json.loads(text, parse_constant=lambda _: None)  # JSON has neither NaN nor infinity
+    data = json.dumps(finite).replace("<", "\\u003c")  # so that no text can end the script
     Path(path).write_text(template.replace("/*DATA*/", data), encoding="utf-8")
 
 
+# ---- the command ----
+
+
 def main(arguments):
-    folders = [arg for arg in arguments if not arg.startswith("--")]
-    flags = dict(arg[2:].partition("=")[::2] for arg in arguments if arg.startswith("--"))
+    if "-h" in arguments or "--help" in arguments:
+        print(__doc__)
+        return
+    folders, flags = [], {}
+    for argument in arguments:
+        if argument.startswith("--"):
+            name, _, value = argument[2:].partition("=")
+            flags[name] = value
+        else:
+            folders.append(argument)
     if not folders or flags.keys() - {"out", "html"} or flags.get("html"):
-        stop("python -m nanosafe.plot RUN ... [--out=FOLDER] [--html]")
-    found = [path for path in folders if os.path.exists(os.path.join(path, "metrics.jsonl"))]
+        stop(USAGE)
+    runs = read_runs(folders)
+    out_dir = flags.get("out") or "out/plots"
+    make_folder(out_dir)
+    if "html" in flags:
+        write_page(runs, os.path.join(out_dir, "index.html"))
+        print(f"{out_dir}/index.html: {len(runs)} runs; open it in a browser")
+    else:
+        written = draw_curves(runs, out_dir) + draw_plane(runs, out_dir)
+        print(f"{out_dir}: {len(runs)} runs{written}")
+
+
+def read_runs(folders):
+    """The runs in these folders, each with a name of its own and a colour."""
+    found, others = [], []
+    for folder in folders:
+        if os.path.exists(os.path.join(folder, "metrics.jsonl")):
+            found.append(folder)
+        else:
+            others.append(folder)
     if not found:
         stop(f"no metrics.jsonl in {', '.join(folders[:3])}: name the folders of runs")
-    names = [os.path.basename(os.path.normpath(path)) for path in found]
-    runs = [
-        {**read_run(path, name if names.count(name) == 1 else path), "colour": colour}
-        for path, name, colour in zip(found, names, COLOURS * len(found))
-    ]
-    if len(found) < len(folders):
-        print("no runs, left out:", *(path for path in folders if path not in found))
-    out = flags.get("out") or "out/plots"
-    make_folder(out)
-    if "html" in flags:
-        page(runs, os.path.join(out, "index.html"))
-        print(f"{out}/index.html: {len(runs)} runs; open it in a browser")
-    else:
-        print(f"{out}: {len(runs)} runs{curves(runs, out)}{plane(runs, out)}")
+    if others:
+        print("no runs, left out:", *others)
+    names = [os.path.basename(os.path.normpath(folder)) for folder in found]
+    runs = []
+    for folder, name, colour in zip(found, names, repeat_colours(len(found))):
+        run = read_run(folder, name if names.count(name) == 1 else folder)
+        runs.append({**run, "colour": colour})
+    return runs
 
 
 if __name__ == "__main__":

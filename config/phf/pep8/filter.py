@@ -1,2 +1,5 @@
-objective = "filter"  # PHF on pep8, after pretrain.py
+# Filtering: documents with a mean score above the threshold are left out.
+# For nanosafe/phf/train.py, after pretrain.py:
+# $ torchrun ... -m nanosafe.phf.train config/phf/pep8/pretrain.py config/phf/pep8/filter.py
+objective = "filter"
 score_threshold = 0.002361

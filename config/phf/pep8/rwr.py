@@ -1,3 +1,7 @@
-objective = "rwr"  # PHF on pep8, after pretrain.py
+# Reward-weighted regression. For nanosafe/phf/train.py, after pretrain.py:
+# $ torchrun ... -m nanosafe.phf.train config/phf/pep8/pretrain.py config/phf/pep8/rwr.py
+# Upstream's code keeps a value head that never learns, which multiplies all weights by a constant.
+# Here there is no value head.
+objective = "rwr"
 beta = 10.0
 learning_rate = 1e-3

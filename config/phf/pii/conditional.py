@@ -1,3 +1,8 @@
-objective = "conditional"  # PHF on pii, after pretrain.py
+# Conditional training: a control token before each segment.
+# For nanosafe/phf/train.py, after pretrain.py:
+# $ torchrun ... -m nanosafe.phf.train config/phf/pii/pretrain.py config/phf/pii/conditional.py
+# Upstream starts the embeddings of the two control tokens near the mean of the others. Here a model
+# from scratch starts all embeddings at random.
+objective = "conditional"
 score_threshold = 0.0
 drop_fraction = 0.01

@@ -1,7 +1,14 @@
-from config.phf.pii.pretrain import *  # the second half of the tokens
+# PHF's fine-tuning on personal data: a method on the second half of the tokens, after maximum
+# likelihood on the first. For nanosafe/phf/train.py, followed by a method of this folder:
+# $ torchrun ... -m nanosafe.phf.train config/phf/pii/finetune.py config/phf/pii/filter.py
+# Upstream has batches of 512 blocks for AWR and RWR: add --batch_size=512 --max_steps=3147.
+# Upstream starts from the middle of its run of maximum likelihood and skips the documents that were
+# read until then. For the same start, end that run with --max_steps=25177; the documents are read
+# from the beginning here.
+from config.phf.pii.pretrain import *
 
 out_dir = "out/phf/pii_finetune"
 init_from = "out/phf/pii/model"
 learning_rate = 1e-4
-batch_size = 128  # awr and rwr: --batch_size=512 --max_steps=3147
+batch_size = 128
 max_steps = 12588

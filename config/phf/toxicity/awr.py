@@ -1,4 +1,6 @@
-objective = "awr"  # PHF on toxicity, after pretrain.py
+# Advantage-weighted regression. For nanosafe/phf/train.py, after pretrain.py:
+# $ torchrun ... -m nanosafe.phf.train config/phf/toxicity/pretrain.py config/phf/toxicity/awr.py
+objective = "awr"
 alpha = 0.5
 beta = 10.0
 learning_rate = 1e-3

@@ -1,1 +1,0 @@
-objective = "mle"  # PHF on pep8, after pretrain.py

@@ -1,1 +1,0 @@
-objective = "mle"  # PHF on pii, after pretrain.py

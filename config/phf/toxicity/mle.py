@@ -1,1 +1,0 @@
-objective = "mle"  # PHF on toxicity, after pretrain.py
