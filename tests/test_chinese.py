@@ -4,7 +4,6 @@ InternLM2 folder of random weights, through data/firefly/prepare.py, train_sft.p
 import json
 
 import pytest
-import torch
 from conftest import run
 from test_formats import fuse, make_internlm2_state, make_theirs, remove_rope, stack, write
 from test_tokenizer import sentencepiece_folder
@@ -44,9 +43,9 @@ def baichuan(tmp_path):
         fuse(state, "W_pack", stack),
         model_type="baichuan",
         vocab_size=vocab_size,
-        max_position_embeddings=...,
         model_max_length=256,
         norm_head=True,
+        removed=("max_position_embeddings",),
     )
     return path
 
