@@ -6,7 +6,7 @@ import json
 import random
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run
 
 from nanosafe import data
 from nanosafe.tools import demo
@@ -171,8 +171,12 @@ def test_a_short_demo_runs_from_data_to_table(tmp_path, monkeypatch, capfd):
             command += ["--rollout_size=16", "--batch_size=16", "--max_new_tokens=16"]
         return command
 
+    def run_stage(command):
+        return run(*command[1:], cwd=tmp_path, check=False)
+
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(demo, "command_of", short_command_of)
+    monkeypatch.setattr(demo.subprocess, "run", run_stage)
     monkeypatch.setattr(demo, "MAX_NEW_TOKENS", 16)
     monkeypatch.setattr(
         demo.data, "load", lambda spec: load(spec + ":40/-1" if "prompts" in spec else spec)
