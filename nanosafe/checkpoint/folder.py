@@ -181,6 +181,25 @@ def choose_head(folder, head):
     return head
 
 
+def check_score_model(path, score_type=None):
+    """Stop unless a folder holds a score model of the type that is asked for. No weights are read.
+
+    score_type  "reward" or "cost"; None: either of them
+
+    A folder that states no type passes: load() says what it is taken as."""
+    folder = open_folder(path)
+    if "score_head.weight" not in folder.tensors:
+        stop(f"{folder.path!r} is a policy: it has no score head")
+    stated = folder.config.get("score_type")
+    allowed = (score_type,) if score_type else ("reward", "cost")
+    if stated and stated not in allowed:
+        asked = " or ".join(allowed)
+        stop(
+            f"{folder.path!r} is given as a {asked} model, but its config.json says score_type "
+            f"{stated!r}: give the folder of a {asked} model"
+        )
+
+
 def make_config(folder, score_type=None):
     """The Config of a folder. Its normaliser's tensors win over what config.json says."""
     values = dict(folder.config)
