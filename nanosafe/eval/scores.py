@@ -24,7 +24,7 @@ from nanosafe.tools import plot
 
 # model and data
 model = "out/demo/cost/model"  # the score model's folder
-objective = "auto"  # reward | cost; auto: what its config.json says; without a word there: reward
+objective = "auto"  # reward | cost; auto: what its config.json says, else reward
 data = "toy/cost/test"  # pairs: NAME[/SPLIT][:PROPORTION[:PATH]] or a .jsonl
 max_len = 2048  # longer conversations are left out
 # results
