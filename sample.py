@@ -111,7 +111,8 @@ def load_scorers(world):
     scorers = {}
     for name, folder in (("reward", reward_model), ("cost", cost_model)):
         if folder:
-            scorers[name] = ScoreModel(folder, world, choose_dtype(dtype, world), max_tokens)
+            scorer_dtype = choose_dtype(dtype, world)
+            scorers[name] = ScoreModel(folder, world, scorer_dtype, max_tokens, name)
     return scorers
 
 

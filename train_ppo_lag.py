@@ -165,6 +165,9 @@ log_temperature = temperature or 1.0  # greedy responses get the model's own log
 tok = load_tokenizer(actor_model)
 reward_tok = load_tokenizer(reward_model)
 cost_tok = load_tokenizer(cost_model) if cost_model else None
+checkpoint.check_score_model(reward_model, "reward")
+if cost_model:
+    checkpoint.check_score_model(cost_model, "cost")
 check_fits([max_len], max_tokens)
 prompt_data = tokenize(prompts, tok, "prompts", max_len - 1)
 ptx = tokenize(ptx_data, tok, "sft", max_len, max_tokens) if ptx_data else None

@@ -11,7 +11,6 @@ import torch
 from tqdm import tqdm
 
 from nanosafe import checkpoint, tokenizer
-from nanosafe.checkpoint.folder import open_folder
 from nanosafe.data.batching import (
     collate,
     gather_responses,
@@ -250,16 +249,22 @@ class Policy:
 
 
 class ScoreModel:
-    """A reward or cost model's folder, which scores texts or token ids at their ends."""
+    """A reward or cost model's folder, which scores texts or token ids at their ends.
 
-    def __init__(self, path, world, dtype=None, max_tokens=8192):
+    score_type  "reward" or "cost": the folder must not state another; None: what it states"""
+
+    def __init__(self, path, world, dtype=None, max_tokens=8192, score_type=None):
         self.world = world
         self.max_tokens = max_tokens
         self.tok = tokenizer.load(path)
-        if "score_head.weight" not in open_folder(path).tensors:
-            stop(f"{path!r} is a policy: it has no score head")
+        checkpoint.check_score_model(path, score_type)
         self.model = checkpoint.load(
-            path, "score", dtype=dtype, device=world.device, vocab_size=self.tok.vocab_size
+            path,
+            "score",
+            dtype=dtype,
+            device=world.device,
+            vocab_size=self.tok.vocab_size,
+            score_type=score_type,
         )
 
     def __call__(self, texts):

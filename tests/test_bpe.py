@@ -4,6 +4,7 @@ against both."""
 import base64
 import os
 import re
+import shutil
 import time
 import unicodedata
 from pathlib import Path
@@ -21,6 +22,7 @@ from nanosafe.storage import read_json, write_json
 from nanosafe.tokenizer import bpe, patterns
 
 LLAMA = os.path.join(ROOT, "..", "shared", "data", "llama-tokenizer", "tokenizer.model")
+RANKS = "nanosafe.tokenizer.llama3.RANKS"  # tests have fewer
 TEXTS = 20000
 
 
@@ -128,6 +130,32 @@ def test_a_special_token_is_never_made_of_text(tmp_path):
     assert id not in ours.encode("ZZZ", allow_special=False)
 
 
+@pytest.mark.parametrize("key", [True, False], ids=["as a key", "as a file"])
+@pytest.mark.parametrize("kind", ["byte-level", "sentencepiece"])
+def test_the_chat_template_of_the_base_folder_is_not_exported(
+    kind, key, families, world, tmp_path, capsys
+):
+    """nanosafe trains in another template, so that others would ask the model in a wrong one."""
+    source = families["qwen2"].folder if kind == "byte-level" else world / "tokenizer"
+    base, exported = tmp_path / "base", tmp_path / "exported"
+    shutil.copytree(source, base)
+    config = read_json(base, "tokenizer_config.json")
+    if key:
+        write_json({**config, "chat_template": "{{ x }}"}, base, "tokenizer_config.json")
+    else:
+        (base / "chat_template.jinja").write_text("{{ x }}")
+    ours = tokenizer.load(base)
+    ours.save(exported)
+    ours.save(exported)
+    assert not (exported / "chat_template.jinja").exists()
+    assert "chat_template" not in read_json(exported, "tokenizer_config.json")
+    assert capsys.readouterr().out.count("its chat template is not written") == 1
+    again = tokenizer.load(exported)
+    assert again.fingerprint == ours.fingerprint
+    for name, value in config.items():
+        assert read_json(exported, "tokenizer_config.json")[name] == value
+
+
 @pytest.mark.parametrize(
     "part, words",
     [
@@ -188,9 +216,10 @@ def llama3(families, tmp_path_factory):
     return folder, ranks
 
 
-def test_llama_3_s_own_file_equals_tiktoken(llama3):
+def test_llama_3_s_own_file_equals_tiktoken(llama3, monkeypatch):
     tiktoken = pytest.importorskip("tiktoken")
     folder, ranks = llama3
+    monkeypatch.setattr(RANKS, len(ranks))
     ours = tokenizer.load(folder)
     special = {text: token.id for text, token in ours.added.items()}
     theirs = tiktoken.Encoding(
@@ -210,9 +239,10 @@ def test_llama_3_s_own_file_equals_tiktoken(llama3):
     assert ours.vocab_size == n + 256
 
 
-def test_llama_3_s_own_file_is_written_as_tokenizer_json(llama3, tmp_path):
+def test_llama_3_s_own_file_is_written_as_tokenizer_json(llama3, tmp_path, monkeypatch):
     transformers = pytest.importorskip("transformers")
-    folder, _ = llama3
+    folder, ranks = llama3
+    monkeypatch.setattr(RANKS, len(ranks))
     ours = tokenizer.load(folder)
     ours.save(tmp_path)
     assert sorted(os.listdir(tmp_path)) == ["tokenizer.json", "tokenizer_config.json"]
@@ -226,7 +256,27 @@ def test_llama_3_s_own_file_is_written_as_tokenizer_json(llama3, tmp_path):
         assert again.encode(text, bos=True) == ids
 
 
-def test_llama_3_1_has_other_special_tokens(tmp_path):
+def test_only_as_many_ranks_as_llama_3_has_are_taken_for_llama_3_s(tmp_path):
+    """Llama 4's file has about 200,000, and is cut by another rule, so its ids would be wrong."""
+    tokens = [bytes([i]) for i in range(256)]
+    tokens += [bytes([i, j]) for i in range(256) for j in range(256)]
+    tokens += [b"abc" + i.to_bytes(3, "big") for i in range(140000)]
+    for count in (200000, 127999):
+        ranks = {token: rank for rank, token in enumerate(tokens[:count])}
+        write_tiktoken_file(tmp_path / "tokenizer.model", ranks)
+        with pytest.raises(SystemExit, match=f"has {count} tokens with ranks, but .* has 128000"):
+            tokenizer.load(tmp_path)
+    ranks = {token: rank for rank, token in enumerate(tokens[:128000])}
+    write_tiktoken_file(tmp_path / "tokenizer.model", ranks)
+    assert tokenizer.load(tmp_path).vocab_size == 128256
+    ranks[tokens[0]] = 128000  # a gap: rank 0 is nobody's
+    write_tiktoken_file(tmp_path / "tokenizer.model", ranks)
+    with pytest.raises(SystemExit, match="Llama 3's tokenizer.model has 128000"):
+        tokenizer.load(tmp_path)
+
+
+def test_llama_3_1_has_other_special_tokens(tmp_path, monkeypatch):
+    monkeypatch.setattr(RANKS, 256)
     ranks = {bytes([i]): i for i in range(256)}
     write_tiktoken_file(tmp_path / "tokenizer.model", ranks)
     (tmp_path / "params.json").write_text('{"use_scaled_rope": true}')

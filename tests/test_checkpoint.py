@@ -299,6 +299,40 @@ def test_a_folder_without_a_score_head_gets_a_new_one_and_says_so(folder, capsys
     assert torch.equal(weight, again.score_head.weight)
 
 
+@pytest.mark.parametrize("stated", ["reward", "cost", "critic"])
+def test_a_score_model_is_only_what_its_config_says(stated, tmp_path):
+    checkpoint.save(init_from_scratch(small_config(score_type=stated), "score"), tmp_path)
+    for asked in ("reward", "cost"):
+        if asked == stated:
+            checkpoint.check_score_model(tmp_path, asked)
+            continue
+        words = f"given as a {asked} model, but its config.json says score_type '{stated}'"
+        with pytest.raises(SystemExit, match=words):
+            checkpoint.check_score_model(tmp_path, asked)
+    if stated == "critic":
+        with pytest.raises(SystemExit, match="given as a reward or cost model"):
+            checkpoint.check_score_model(tmp_path)
+    else:
+        checkpoint.check_score_model(tmp_path)
+
+
+@pytest.mark.parametrize("asked", ["reward", "cost"])
+def test_a_score_model_that_states_no_type_is_taken_as_asked(asked, tmp_path, capsys):
+    checkpoint.save(init_from_scratch(small_config(), "score"), tmp_path)
+    edit_config(tmp_path, {}, removed=["score_type"])
+    checkpoint.check_score_model(tmp_path, asked)
+    assert checkpoint.load(tmp_path, "score", score_type=asked).config.score_type == asked
+    words = f"states no score_type: it is taken as a {asked} model"
+    assert capsys.readouterr().out.count(words) == 1
+    checkpoint.load(tmp_path, "score", score_type="critic")  # which any score model may become
+    assert capsys.readouterr().out == ""
+
+
+def test_a_policy_is_not_a_score_model(folder):
+    with pytest.raises(SystemExit, match="is a policy: it has no score head"):
+        checkpoint.check_score_model(folder, "reward")
+
+
 def test_a_score_model_cannot_generate(tmp_path):
     checkpoint.save(init_from_scratch(small_config(), "score"), tmp_path)
     with pytest.raises(SystemExit, match="is a score model"):

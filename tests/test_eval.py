@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import shutil
 
 import judge_server
 import numpy as np
@@ -291,6 +292,8 @@ TWICE = "--models=A={world}/policy,B={world}/policy"
         ([TWICE, "--temperature=nan"], "temperature=nan"),
         ([TWICE, "--max_new_tokens=0"], "max_new_tokens=0 is 1 or more"),
         ([TWICE, "--reward_model={world}/policy"], "is a policy: it has no score head"),
+        ([TWICE, "--reward_model={world}/cost"], "is given as a reward model, but its config.json"),
+        ([TWICE, "--cost_model={world}/reward"], "is given as a cost model, but its config.json"),
         ([TWICE, "--device=tpu"], "device='tpu'"),
     ],
 )
@@ -347,6 +350,35 @@ def test_scores_are_those_of_a_plain_loop(objective, call, world, tmp_path):
         assert summary["sign_accuracy"][0] == pytest.approx(np.mean(signs))
     assert "wrong by" in printed
     assert (tmp_path / "scores.png").stat().st_size > 5000
+
+
+def test_a_score_model_is_tested_as_what_its_config_says(call, world, tmp_path):
+    def error(name, objective):
+        model, data = f"--model={world}/{name}", f"--data={world}/data/cost/test.jsonl:9/-1"
+        flags = [model, data, f"--objective={objective}", f"--out_dir={tmp_path}/s"]
+        return call("scores", *flags, check=False).error
+
+    assert "given as a reward model, but its config.json says score_type 'cost'" in error(
+        "cost", "reward"
+    )
+    assert "given as a cost model, but its config.json says score_type 'reward'" in error(
+        "reward", "cost"
+    )
+
+
+def test_a_score_model_that_states_no_type_is_tested_as_a_reward_model(call, world, tmp_path):
+    """Unless objective says otherwise. What it is taken as is printed once."""
+    folder = tmp_path / "untyped"
+    shutil.copytree(world / "cost", folder)
+    config = read_json(folder / "config.json")
+    del config["score_type"]
+    (folder / "config.json").write_text(json.dumps(config))
+    data = f"--data={world}/data/cost/test.jsonl:9/-1"
+    for objective, taken in (("auto", "reward"), ("cost", "cost")):
+        flags = [f"--model={folder}", data, f"--objective={objective}", f"--out_dir={tmp_path}/s"]
+        printed = call("scores", *flags).printed
+        assert printed.count(f"states no score_type: it is taken as a {taken} model") == 1
+        assert f" pairs ({taken})" in printed
 
 
 def test_dropped_rows_are_counted_by_their_reason(call, world, tmp_path):

@@ -539,13 +539,50 @@ def test_a_folder_saved_without_a_head_gets_a_score_head_and_is_no_policy(tmp_pa
 
 
 def test_a_head_that_is_left_out_is_named(tmp_path, capsys):
-    state = make_theirs().state_dict()
+    state = copy_state(make_theirs(tie_word_embeddings=True))
+    assert torch.equal(state["lm_head.weight"], state["model.embed_tokens.weight"])
     write(tmp_path, state, model_type="llama", num_key_value_heads=K, tie_word_embeddings=True)
-    checkpoint.load(tmp_path)
+    model = checkpoint.load(tmp_path)
+    assert model.lm_head.weight is model.embed_tokens.weight
     out = capsys.readouterr().out
     assert "lm_head.weight is left out: the model uses its embedding" in out
     checkpoint.load(tmp_path, "score")
     assert "lm_head.weight is left out: there is a score head" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("row", [None, V - 1], ids=["all rows", "the last row only"])
+@pytest.mark.parametrize("family", ["llama", "internlm2"])
+def test_a_head_that_differs_from_the_embedding_is_untied(family, row, tmp_path, capsys):
+    """config.json ties the two, and the files hold both: transformers 5 unties them, too."""
+    theirs = make_theirs()
+    if row is not None:
+        with torch.no_grad():
+            theirs.lm_head.weight[:row] = theirs.model.embed_tokens.weight[:row]
+    state = theirs.state_dict() if family == "llama" else make_internlm2_state(theirs)
+    source, saved, converted = tmp_path / "source", tmp_path / "saved", tmp_path / "converted"
+    options = {"model_type": family, "num_key_value_heads": K, "tie_word_embeddings": True}
+    write(source, state, **options)
+    expected = logits_of(theirs)
+    model = check_logits(source, expected)
+    out = capsys.readouterr().out
+    assert out.count(".weight differs from the embedding, to which its config.json ties it") == 1
+    checkpoint.save(model, saved)
+    convert.main([str(source), str(converted)])
+    for folder in (saved, converted):
+        assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is False
+        assert_equal_tensors(read_saved(folder), theirs.state_dict())
+        assert torch.equal(logits_of(open_in_transformers(folder)), expected)
+    assert checkpoint.count_parameters(source) == sum(p.numel() for p in theirs.parameters())
+    if family == "llama":
+        assert torch.equal(logits_of(open_in_transformers(source)), expected)
+
+
+def test_a_head_that_does_not_fit_a_tied_embedding_is_refused(tmp_path):
+    state = copy_state(make_theirs())
+    state["lm_head.weight"] = state["lm_head.weight"][:-1]
+    write(tmp_path, state, model_type="llama", num_key_value_heads=K, tie_word_embeddings=True)
+    with pytest.raises(SystemExit, match="wrong shape or type for lm_head.weight"):
+        checkpoint.load(tmp_path)
 
 
 def test_a_tensor_that_only_the_index_has_stops_the_load(tmp_path):

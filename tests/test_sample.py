@@ -71,6 +71,9 @@ def test_a_conversation_at_the_keyboard(script_flags):
     [
         ("--model={world}/reward", "is a score model"),
         ("--model=nowhere", "no tokenizer at"),
+        ("--reward_model={world}/cost", "is given as a reward model, but its config.json"),
+        ("--cost_model={world}/reward", "is given as a cost model, but its config.json"),
+        ("--cost_model={world}/policy", "is a policy: it has no score head"),
         ("--dtype=int8", "dtype='int8'"),
     ],
 )

@@ -81,6 +81,11 @@ def test_a_cost_model_scores_whole_texts(world):
         assert score == pytest.approx(last_score(model, ids), abs=1e-5)
 
 
+def test_a_reward_model_is_not_a_scorer_of_harm(world):
+    with pytest.raises(SystemExit, match="is given as a cost model, but its config.json"):
+        scorers.load_scorer(str(world / "reward"), WORLD)
+
+
 def test_a_function_of_the_user_s_own_is_a_scorer(tmp_path):
     (tmp_path / "own.py").write_text("def shout(text):\n    return text.count('!')\n")
     score = scorers.load_scorer(f"{tmp_path}/own.py:shout", WORLD)

@@ -201,6 +201,34 @@ def test_a_reward_model_may_have_another_tokenizer_but_a_critic_may_not(trainers
 @pytest.mark.parametrize(
     "flag, words",
     [
+        ("--reward_model={world}/cost", "cost' is given as a reward model, but its config.json"),
+        ("--cost_model={world}/reward", "reward' is given as a cost model, but its config.json"),
+        ("--reward_model={world}/policy", "policy' is a policy: it has no score head"),
+        ("--cost_model={world}/policy", "policy' is a policy: it has no score head"),
+    ],
+)
+def test_a_wrong_reward_or_cost_model_is_refused(flag, words, trainers, world, tmp_path):
+    flags = [*trainers["ppo_lag"], f"--out_dir={tmp_path}", flag.format(world=world)]
+    done = run(*flags, check=False)
+    assert done.returncode == 1
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_critic_may_begin_as_a_policy_and_a_cost_model_as_a_reward_model(
+    trainers, world, tmp_path
+):
+    critics = [f"--reward_critic={world}/policy", f"--cost_critic={world}/reward"]
+    done = run(*trainers["ppo_lag"], *critics, "--max_steps=2", f"--out_dir={tmp_path}/ppo")
+    assert done.stdout.count("no score head there: a new one is drawn") == 1
+    flags = [*without(trainers["cost"], "init_from"), f"--init_from={world}/reward"]
+    run(*flags, "--max_steps=1", f"--out_dir={tmp_path}/cost")
+    assert checkpoint.load(tmp_path / "cost" / "model").config.score_type == "cost"
+
+
+@pytest.mark.parametrize(
+    "flag, words",
+    [
         ("--dtype=float16", "overflows"),
         ("--parallel=zero3", "parallel='zero3'"),
         ("--data=nowhere", "prepare.py first"),

@@ -2,6 +2,7 @@
 
 Read folder.py and families.py to follow a tensor in a file to a parameter."""
 
+from nanosafe.checkpoint.folder import check_score_model
 from nanosafe.checkpoint.model_folder import count_parameters, init_from_scratch, load, save
 
-__all__ = ["count_parameters", "init_from_scratch", "load", "save"]
+__all__ = ["check_score_model", "count_parameters", "init_from_scratch", "load", "save"]

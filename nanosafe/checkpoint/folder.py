@@ -23,6 +23,7 @@ from nanosafe.storage import read_json
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 IGNORED = ("rotary_emb.inv_freq", "masked_bias", "rope.freqs")  # buffers that old files carry
+ROWS_AT_ONCE = 4096  # of two matrices that are compared
 NORMALIZER = ("normalizer.mean", "normalizer.var", "normalizer.count")  # of old score models
 WEIGHT_FILES = (  # the first that exists is read
     "model.safetensors",
@@ -181,9 +182,33 @@ def choose_head(folder, head):
     return head
 
 
+def check_score_model(path, score_type=None):
+    """Stop unless a folder holds a score model of the type that is asked for. No weights are read.
+
+    score_type  "reward" or "cost"; None: either of them
+
+    A folder that states no type passes: load() says what it is taken as."""
+    folder = open_folder(path)
+    if "score_head.weight" not in folder.tensors:
+        stop(f"{folder.path!r} is a policy: it has no score head")
+    stated = folder.config.get("score_type")
+    allowed = (score_type,) if score_type else ("reward", "cost")
+    if stated and stated not in allowed:
+        asked = " or ".join(allowed)
+        stop(
+            f"{folder.path!r} is given as a {asked} model, but its config.json says score_type "
+            f"{stated!r}: give the folder of a {asked} model"
+        )
+
+
 def make_config(folder, score_type=None):
-    """The Config of a folder. Its normaliser's tensors win over what config.json says."""
+    """The Config of a folder. Its tensors win over what config.json says.
+
+    These are a normaliser's, and an LM head that is not the embedding, to which config.json ties
+    it: with a head of its own, the model is not tied."""
     values = dict(folder.config)
+    if values.get("tie_word_embeddings") is True and has_own_lm_head(folder):
+        values["tie_word_embeddings"] = False
     for name in ("mean", "var"):
         if "normalizer." + name in folder.tensors:
             moment = folder.tensors["normalizer." + name]
@@ -197,6 +222,22 @@ def make_config(folder, score_type=None):
         if not isinstance(value, (int, float)):
             stop(f"{folder.path!r}: {key} of its {config.rope_type} RoPE is {value!r}")
     return config
+
+
+def has_own_lm_head(folder):
+    """Whether the files hold an LM head, and it is not equal to the embedding. Reads both."""
+    head = folder.tensors.get(name_tensor("lm_head.weight", folder.family))
+    embedding = folder.tensors.get(name_tensor("embed_tokens.weight", folder.family))
+    if head is None or embedding is None:
+        return False
+    if head.shape != embedding.shape or len(head.shape) != 2:
+        return True
+    rows_of_head = head[:]  # whole: the other may be in another file, and each is opened once
+    for begin in range(0, len(rows_of_head), ROWS_AT_ONCE):
+        rows = slice(begin, begin + ROWS_AT_ONCE)
+        if not torch.equal(rows_of_head[rows].double(), embedding[rows].double()):
+            return True
+    return False
 
 
 def list_shapes(config, head):
@@ -224,6 +265,11 @@ def check_tensors(folder, head, shapes, ranges):
     if lm_head in folder.tensors and lm_head not in expected:
         reason = "there is a score head" if head == "score" else "the model uses its embedding"
         print_once(f"{folder.path}: {lm_head} is left out: {reason}")
+    if lm_head in expected and folder.config.get("tie_word_embeddings"):
+        print_once(
+            f"{folder.path}: {lm_head} differs from the embedding, to which its config.json ties "
+            "it (tie_word_embeddings): the two are not tied"
+        )
     missing = []
     misshapen = []
     for name, shape in expected.items():

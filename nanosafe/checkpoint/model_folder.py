@@ -57,7 +57,8 @@ def load(
     dtype       of the parameters; by default that of the files
     placement   a parallel.Placement instead of dtype and device: for training, and for many ranks
     vocab_size  rows that the tokenizer needs; missing ones become the mean of the others
-    score_type  "reward", "cost" or "critic", whatever the config says"""
+    score_type  "reward", "cost" or "critic", whatever the config says. A script that only reads
+                scores calls check_score_model() first."""
     check_for_damage(path, among_ranks=placement is not None)
     folder = open_folder(path)
     head = choose_head(folder, head)
@@ -66,6 +67,12 @@ def load(
     lacks_score_head = head != "lm" and "score_head.weight" not in folder.tensors
     if lacks_score_head:
         del shapes["score_head.weight"]
+    if "score_head.weight" in shapes and score_type != "critic":
+        if not folder.config.get("score_type"):
+            print_once(
+                f"{path}: its config.json states no score_type: it is taken as a "
+                f"{config.score_type} model"
+            )
     ranges = map_tensors(shapes, config, folder.family)
     check_tensors(folder, head, shapes, ranges)
     check_can_be_saved(config)

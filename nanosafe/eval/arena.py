@@ -13,6 +13,7 @@ import itertools
 from typing import NamedTuple
 
 from configurator import configure
+from nanosafe.checkpoint import check_score_model
 from nanosafe.data import load
 from nanosafe.data.examples import parse_record
 from nanosafe.errors import stop
@@ -265,6 +266,8 @@ make_folder(out_dir)
 world = init(device, config)
 for folder in (*players.values(), reward_model, cost_model):
     load_tokenizer(folder)  # stops here, before any work, where a folder is no model
+check_score_model(reward_model, "reward")
+check_score_model(cost_model, "cost")
 prompts = read_prompts(data)
 uids = [hash_prompt(turns) for turns in prompts.turns]
 
@@ -276,7 +279,7 @@ for name, folder in players.items():
 
 scores = {name: {} for name in players}
 for kind, folder in (("reward", reward_model), ("cost", cost_model)):
-    scorer = ScoreModel(folder, world, choose_dtype("auto", world), max_tokens)
+    scorer = ScoreModel(folder, world, choose_dtype("auto", world), max_tokens, kind)
     for name in players:
         scores[name][kind] = score_answers(scorer, answers[name])
     del scorer

@@ -24,7 +24,7 @@ from nanosafe.tools import plot
 
 # model and data
 model = "out/demo/cost/model"  # the score model's folder
-objective = "auto"  # reward | cost; auto: what its config.json says
+objective = "auto"  # reward | cost; auto: what its config.json says, else reward
 data = "toy/cost/test"  # pairs: NAME[/SPLIT][:PROPORTION[:PATH]] or a .jsonl
 max_len = 2048  # longer conversations are left out
 # results
@@ -182,9 +182,9 @@ def print_mistakes(rows, count):
 choose("objective", objective, ("auto", "reward", "cost"))
 make_folder(out_dir)
 world = init(device, config)
-scorer = ScoreModel(model, world, choose_dtype("auto", world), max_tokens)
-if objective == "auto":
-    objective = "cost" if scorer.model.config.score_type == "cost" else "reward"
+asked_type = None if objective == "auto" else objective
+scorer = ScoreModel(model, world, choose_dtype("auto", world), max_tokens, asked_type)
+objective = scorer.model.config.score_type
 pairs = read_pairs(data, objective, scorer.tok, max_len)
 
 scores = score_pairs(scorer, pairs.usable)

@@ -60,7 +60,7 @@ def load_scorer(name, world):
     if colon and path.endswith(".py"):
         return make_own_scorer(path, function_name)
     if os.path.isdir(name):
-        return ScoreModel(name, world)
+        return ScoreModel(name, world, score_type="cost")
     stop(f"scorer {name!r}: choose pii, pep8, toxicity, a cost model's folder, or FILE.py:NAME")
 
 

@@ -22,7 +22,12 @@ from functools import lru_cache
 from nanosafe.errors import one_line_errors, stop
 from nanosafe.storage import read_json, write_json
 from nanosafe.tokenizer.patterns import compile_splitter
-from nanosafe.tokenizer.special_tokens import MARK, TOKENIZER_FILES, read_added_tokens
+from nanosafe.tokenizer.special_tokens import (
+    MARK,
+    NOT_EXPORTED,
+    TOKENIZER_FILES,
+    read_added_tokens,
+)
 
 REMEMBERED_WORDS = 2**18
 REMEMBERED_LENGTH = 32  # characters; longer words hardly come back
@@ -365,7 +370,8 @@ class BPEEngine:
         """Write tokenizer.json with the tokens that were added later, and tokenizer_config.json.
 
         Tokenizer.save() has copied the files that there are. A class of the model's own may need
-        its own code (auto_map), so that transformers' class is named instead."""
+        its own code (auto_map), so that transformers' class is named instead. A chat template in
+        tokenizer_config.json is left out, too."""
         beyond = []
         for text, token in tokenizer.added.items():
             if text not in self.added:
@@ -375,9 +381,11 @@ class BPEEngine:
             write_json({**self.spec, "added_tokens": added_tokens}, path, "tokenizer.json")
         if os.path.exists(os.path.join(path, "tokenizer.json")):
             config = read_json(path, "tokenizer_config.json")
-            if config.pop("auto_map", None):
-                config["tokenizer_class"] = "PreTrainedTokenizerFast"
-                write_json(config, path, "tokenizer_config.json")
+            kept = {key: value for key, value in config.items() if key not in NOT_EXPORTED}
+            if config.get("auto_map"):
+                kept["tokenizer_class"] = "PreTrainedTokenizerFast"
+            if kept != config:
+                write_json(kept, path, "tokenizer_config.json")
             return
         write_json(self.spec, path, "tokenizer.json")
         config = {

@@ -2,12 +2,13 @@
 
 Each line is a token in base64 and its rank, which is also its id. The file says neither how texts
 are cut into words nor which special tokens follow: that is written here, as the tokenizer.json that
-Hugging Face has for the same tokenizer. So bpe.py can encode with it, and save it for others."""
+Hugging Face has for the same tokenizer. So bpe.py can encode with it, and save it for others. Other
+models' files look the same, and are refused."""
 
 import base64
 import os
 
-from nanosafe.errors import one_line_errors
+from nanosafe.errors import one_line_errors, stop
 from nanosafe.storage import read_json
 from nanosafe.tokenizer.bpe import BPEEngine, spell_bytes
 from nanosafe.tokenizer.special_tokens import read_added_tokens
@@ -16,6 +17,8 @@ LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# The file does not say whose it is. Llama 4's, with about 200,000 ranks, cuts texts in another way.
+RANKS = 128000
 # 256 special tokens follow the others. Those without a name of their own are "reserved".
 SPECIAL_COUNT = 256
 SPECIAL_TOKENS = {
@@ -37,6 +40,12 @@ def load(content, names, file):
     with one_line_errors(file):
         vocab = read_vocab(content)
         special_tokens = name_special_tokens(is_llama_3_1(os.path.dirname(file)))
+    if set(vocab.values()) != set(range(RANKS)):
+        stop(
+            f"{file!r} has {len(vocab)} tokens with ranks, but Llama 3's tokenizer.model has "
+            f"{RANKS}. How texts are cut for another model is not known: use its tokenizer.json, in "
+            "a folder without tokenizer.model"
+        )
     ranks = find_merges(vocab)
     spec = make_tokenizer_json(vocab, ranks, special_tokens)
     return BPEEngine(spec, ranks, read_added_tokens(spec), names)

@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from nanosafe.errors import stop
+from nanosafe.printing import print_once
 
 MARK = "\u2581"  # how SentencePiece writes a space
 # Unicode's White_Space. Python's str.isspace() knows four more characters.
@@ -29,8 +30,10 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
-    "chat_template.jinja",
 )
+CHAT_TEMPLATE = "chat_template.jinja"  # or the key in NOT_EXPORTED
+# Keys of tokenizer_config.json: the model's own code, and a template that we did not train in.
+NOT_EXPORTED = ("auto_map", "chat_template")
 
 
 class Token(NamedTuple):
@@ -120,6 +123,7 @@ class Tokenizer:
         self.contents = {token.id: text for text, token in self.added.items()}
         self.vocab_size = max([engine.size - 1, *self.contents]) + 1
         self.encode_batch = engine.encode_batch  # many texts at once, without special tokens
+        self.said_what_is_left_out = False  # save() says it once
         self.compile_added_tokens()
 
         self.bos_id = self.find_special_id("bos_token")
@@ -234,9 +238,20 @@ class Tokenizer:
         return hashlib.blake2b(self.engine.identity + json.dumps(settings).encode()).hexdigest()
 
     def save(self, path):
-        """Write the tokenizer's files to a folder, without what needs a model's own code."""
+        """Write the tokenizer's files to a folder, without what needs a model's own code.
+
+        A chat template is left out, too: others would ask the model in it, but it is not what
+        nanosafe trains in (data/template.py)."""
         os.makedirs(path, exist_ok=True)
         folder = os.path.dirname(self.file)
+        has_template = os.path.isfile(os.path.join(folder, CHAT_TEMPLATE))
+        has_template = has_template or bool(self.names.get("chat_template"))
+        if has_template and not self.said_what_is_left_out:
+            self.said_what_is_left_out = True
+            print_once(
+                f"{folder}: its chat template is not written with the model: nanosafe trains in "
+                "Safe-RLHF's template"
+            )
         standard_name = "tokenizer" + os.path.splitext(self.file)[1]
         for name in self.engine.files:
             source = os.path.join(folder, name)

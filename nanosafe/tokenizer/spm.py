@@ -8,6 +8,7 @@ from nanosafe.errors import stop
 from nanosafe.storage import write_json
 from nanosafe.tokenizer.special_tokens import (
     MARK,
+    NOT_EXPORTED,
     SPECIAL_KEYS,
     TOKENIZER_FILES,
     WHITE_SPACE,
@@ -120,10 +121,11 @@ class SentencePieceEngine:
     def save(self, tokenizer, path):
         """Write tokenizer_config.json for transformers' LlamaTokenizer, and added_tokens.json.
 
-        A model's own class may need its own code (auto_map), which is left out."""
+        A model's own class may need its own code (auto_map), which is left out, as is a chat
+        template."""
         config = {"add_bos_token": True, "add_eos_token": False, "legacy": self.legacy}
         for key, value in tokenizer.names.items():
-            if key != "auto_map":
+            if key not in NOT_EXPORTED:
                 config[key] = value
         config["tokenizer_class"] = "LlamaTokenizer"
         config["clean_up_tokenization_spaces"] = False

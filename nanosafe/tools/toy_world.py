@@ -27,7 +27,8 @@ def make_world(toy, folder):
             texts.append(prompt + answer)
     tok = demo.train_tokenizer(texts, 500, str(folder / "tokenizer"))
     for name, head in (("policy", "lm"), ("reward", "score"), ("cost", "score")):
-        config = small_config(vocab_size=tok.vocab_size)
+        score_type = "cost" if name == "cost" else "reward"
+        config = small_config(vocab_size=tok.vocab_size, score_type=score_type)
         model = checkpoint.init_from_scratch(config, head, seed=len(name))
         checkpoint.save(model, folder / name, tok)
     return folder
