@@ -7,6 +7,7 @@ $ python sample.py --model=... --prompts=toy/prompts/test:20/-1        # a file 
 $ python sample.py --model=... --prompt="..." --best_of=8 --reward_model=out/demo/reward/model
 $ python sample.py --prompts=toy/prompts --num_samples=8 --reward_model=R --write=sft --out=F"""
 
+from collections import Counter
 from functools import partial
 from typing import NamedTuple
 
@@ -337,10 +338,12 @@ if out:
         write_rows(samples)
     close()
 elif questions:
+    attempts = Counter()  # question -> how often it was answered: asked again, it goes on from there
     for turns in questions:
         print(f"\n> {turns[-1]}", flush=True)
-        for attempt in range(num_samples):
+        for _ in range(num_samples):
             for speaker in speakers:
-                speaker(turns, attempt)
+                speaker(turns, attempts[tuple(turns)])
+            attempts[tuple(turns)] += 1
 else:
     chat(speakers)

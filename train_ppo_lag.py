@@ -14,6 +14,7 @@ $ torchrun --nproc_per_node=8 train_ppo_lag.py config/beaver_7b/ppo_lag.py"""
 import math
 import os
 import time
+from collections import Counter
 
 import numpy as np
 import torch
@@ -277,10 +278,14 @@ while step < steps:
     rollout = step // updates
 
     # 1. prompts: the same on every rank
+    # A response's randomness is that of its uid: the prompt, and which of its responses it is. A
+    # rollout can hold a prompt twice, as at an epoch's border: its responses are counted through.
     uids, questions = [], []
+    sampled = Counter()  # prompt -> how many responses to it the rollout has so far
     for example in examples_at(rollout, len(prompt_data), rollout_size, seed):
-        for sample in range(num_samples):
-            uids.append((example, sample))
+        for _ in range(num_samples):
+            uids.append((example, sampled[example]))
+            sampled[example] += 1
             questions.append(prompt_data.sequence(example)[0].tolist())
     limits = [min(max_new_tokens, max_len - len(question)) for question in questions]
 
