@@ -219,6 +219,7 @@ class Policy:
             "temperature": temperature,
             "top_k": top_k,
             "top_p": top_p,
+            "name": repr(path),
         }
 
     def question(self, turns, template=True, prefix=""):
