@@ -176,12 +176,13 @@ def watch_tokens(tok, stop_texts, screen=None, interrupts=()):
 
 def fit_question(policy, turns):
     """A conversation's ids, without its oldest turns where the model could not read them all."""
-    room = policy.model.config.max_position_embeddings - max_new_tokens
+    room = max(0, policy.model.config.max_position_embeddings - max_new_tokens)
     question = policy.question(turns, template, prefix)
     while len(question) > room and len(turns) > 2:
         turns = turns[2:]
         print(f"[the oldest turn is left out: {room} tokens of questions fit]", flush=True)
         question = policy.question(turns, template, prefix)
+    policy.check_length([question])
     return question
 
 
@@ -370,7 +371,7 @@ if out:
         write_rows(samples, left_out)
     close()
 elif questions:
-    attempts = Counter()  # question -> how often it was answered: asked again, it goes on from there
+    attempts = Counter()  # question -> answers until now; one that is asked twice goes on counting
     for turns in questions:
         print(f"\n> {turns[-1]}", flush=True)
         for _ in range(num_samples):

@@ -33,7 +33,13 @@ from nanosafe.data.batching import (
 )
 from nanosafe.data.template import retokenize
 from nanosafe.errors import choose, stop
-from nanosafe.inference import Responses, last_token_scores, response_logps, response_values
+from nanosafe.inference import (
+    Responses,
+    last_token_scores,
+    response_logps,
+    response_values,
+    warn_beyond_positions,
+)
 from nanosafe.losses import actor_loss, critic_loss, masked_mean, mle_loss, sequence_mean
 from nanosafe.monitor import Monitor
 from nanosafe.parallel import MetricSums, backward, choose_placements, init
@@ -221,6 +227,10 @@ cost_critic = models.get("cost_critic")
 average = load_trained(actor_model, "lm") if ema else None
 if average:
     models["model_ema"] = average  # saved with the others; no optimizer moves it
+all_models = {**models, "reward_model": reward_model}
+if cost_model:
+    all_models["cost_model"] = cost_model
+warn_beyond_positions(all_models, max_len, f"max_len={max_len}")
 
 # the run
 multiplier = LagrangeMultiplier(lambda_init, lambda_lr, lambda_max, cost_window, lambda_delay)
