@@ -346,11 +346,11 @@ def write_rows(samples, left_out):
         if scores:
             means += f"; mean {name} {sum(scores) / len(scores):.3f}"
     dropped = [f"{count} {why}" for why, count in left_out.items() if count]
-    losses = f"; answers left out: {', '.join(dropped)}" if dropped else ""
+    reasons = f"; answers left out: {', '.join(dropped)}" if dropped else ""
     if left_out["cut at max_new_tokens"]:
-        losses += f" (max_new_tokens={max_new_tokens}: raise it, or keep them with keep_cut)"
+        reasons += f" (max_new_tokens={max_new_tokens}: raise it, or keep them with keep_cut)"
     asked = f"{len(samples)} prompts x {num_samples} answers"
-    print(f"{out}: {len(rows)} rows of {asked}{losses}{means}")
+    print(f"{out}: {len(rows)} rows of {asked}{reasons}{means}")
 
 
 # ---- run ----
