@@ -7,6 +7,7 @@ $ python sample.py --model=... --prompts=toy/prompts/test:20/-1        # a file 
 $ python sample.py --model=... --prompt="..." --best_of=8 --reward_model=out/demo/reward/model
 $ python sample.py --prompts=toy/prompts --num_samples=8 --reward_model=R --write=sft --out=F"""
 
+from collections import Counter
 from functools import partial
 from typing import NamedTuple
 
@@ -44,6 +45,7 @@ seed = 0  # the same seed and prompt give the same answer
 out = ""  # a .jsonl to write, instead of printing; empty: print
 write = "answers"  # answers (all, with scores: for rrhf) | sft (the best) | pairs (best and worst)
 keep = 1  # sft: answers kept to each prompt; with a cost_model only safe ones are
+keep_cut = False  # keep answers that max_new_tokens cut, too: trainers will put an EOS behind them
 # machine
 max_tokens = 8192  # packed tokens per forward when many answers are scored
 device = "auto"  # auto | cpu | cuda
@@ -136,6 +138,11 @@ def cut_at_stop_text(ids, tok, stop_texts):
     return tok.encode_suffix(text[: min(ends)]) + [tok.eos_id]
 
 
+def was_cut(ids, tok):
+    """Whether an answer was cut at max_new_tokens: it does not end with EOS."""
+    return ids[-1] not in tok.eos_ids
+
+
 def ends_within(text, stop_texts):
     """Whether a text that still grows ends inside a character, or perhaps inside a stop text."""
     if text.endswith("\ufffd"):
@@ -162,20 +169,21 @@ def watch_tokens(tok, stop_texts, screen=None, interrupts=()):
             text = tok.decode(kept)
             if not ends_within(text, stop_texts):
                 screen.show(text, len(ids))
-        was_cut = kept is not ids
-        return bool(interrupts) or was_cut
+        has_stop_text = kept is not ids
+        return bool(interrupts) or has_stop_text
 
     return on_token
 
 
 def fit_question(policy, turns):
     """A conversation's ids, without its oldest turns where the model could not read them all."""
-    room = policy.model.config.max_position_embeddings - max_new_tokens
+    room = max(0, policy.model.config.max_position_embeddings - max_new_tokens)
     question = policy.question(turns, template, prefix)
     while len(question) > room and len(turns) > 2:
         turns = turns[2:]
         print(f"[the oldest turn is left out: {room} tokens of questions fit]", flush=True)
         question = policy.question(turns, template, prefix)
+    policy.check_length([question])
     return question
 
 
@@ -206,7 +214,7 @@ def answer(policy, colour, scorers, stop_texts, turns, attempt):
     note = ""
     if interrupts:
         note = "stopped"
-    elif ids[-1] not in tok.eos_ids:
+    elif was_cut(ids, tok):
         note = f"cut at {max_new_tokens} tokens"
     screen.end(note, "  ".join(f"{name} {values[best]:.2f}" for name, values in scores.items()))
     if interrupts and (prompt or prompts):
@@ -218,7 +226,9 @@ def answer(policy, colour, scorers, stop_texts, turns, attempt):
 
 
 class Samples(NamedTuple):
-    """The answers to one prompt, with their scores by the models that there are."""
+    """The answers to one prompt, with their scores by the models that there are.
+
+    Without keep_cut, the answers that were cut are not among them."""
 
     turns: list
     texts: list
@@ -226,8 +236,10 @@ class Samples(NamedTuple):
     costs: list = None
 
 
-def sample_answers(policy, scorers, stop_texts, questions):
-    """num_samples answers to every question: a list of Samples."""
+def sample_answers(policy, scorers, stop_texts, questions, left_out):
+    """num_samples answers to every question: a list of Samples.
+
+    left_out  a Counter of the answers that make no data: {why: how many}"""
     tok = policy.tok
     encoded = []
     uids = []
@@ -242,34 +254,43 @@ def sample_answers(policy, scorers, stop_texts, questions):
     texts = [tok.decode(ids) for ids in answers]
     samples = []
     for i, turns in enumerate(questions):
-        span = slice(i * num_samples, (i + 1) * num_samples)
-        rewards = scores["reward"][span] if "reward" in scores else None
-        costs = scores["cost"][span] if "cost" in scores else None
-        samples.append(Samples(turns, texts[span], rewards, costs))
+        kept = []
+        for k in range(i * num_samples, (i + 1) * num_samples):
+            if keep_cut or not was_cut(answers[k], tok):
+                kept.append(k)
+        left_out["cut at max_new_tokens"] += num_samples - len(kept)
+        kept_scores = {name: [values[k] for k in kept] for name, values in scores.items()}
+        kept_texts = [texts[k] for k in kept]
+        samples.append(
+            Samples(turns, kept_texts, kept_scores.get("reward"), kept_scores.get("cost"))
+        )
     return samples
 
 
-def make_rows(samples):
+def make_rows(samples, left_out):
     """The rows that the answers to one prompt make, in the form that `write` names."""
     prompt_field = {"input": samples.turns[0] if len(samples.turns) == 1 else samples.turns}
     if write == "answers":
-        rows = [keep_all(samples)]
+        rows = keep_all(samples, left_out)
     elif write == "sft":
-        rows = keep_best(samples)
+        rows = keep_best(samples, left_out)
     else:
-        rows = pair_best_and_worst(samples)
+        rows = pair_best_and_worst(samples, left_out)
     return [{**prompt_field, **row} for row in rows]
 
 
-def keep_all(samples):
-    """All answers that are not empty, with their scores."""
+def keep_all(samples, left_out):
+    """All answers that are not empty, with their scores; no row where there is none."""
     spoken = [i for i, text in enumerate(samples.texts) if text.strip()]
+    left_out["empty"] += len(samples.texts) - len(spoken)
+    if not spoken:
+        return []
     row = {"answers": [samples.texts[i] for i in spoken]}
     if samples.rewards:
         row["scores"] = [samples.rewards[i] for i in spoken]
     if samples.costs:
         row["costs"] = [samples.costs[i] for i in spoken]
-    return row
+    return [row]
 
 
 def order_by_reward(samples):
@@ -277,25 +298,32 @@ def order_by_reward(samples):
     return sorted(range(len(samples.texts)), key=lambda i: -samples.rewards[i])
 
 
-def keep_best(samples):
+def keep_best(samples, left_out):
     """The `keep` best of the different answers; with costs, only safe ones."""
     texts = []
     for i in order_by_reward(samples):
         text = samples.texts[i]
-        is_safe = not samples.costs or samples.costs[i] <= 0
-        if text.strip() and is_safe and text not in texts:
+        if not text.strip():
+            left_out["empty"] += 1
+        elif samples.costs and samples.costs[i] > 0:
+            left_out["unsafe"] += 1
+        elif text not in texts:
             texts.append(text)
     return [{"answer": text} for text in texts[:keep]]
 
 
-def pair_best_and_worst(samples):
+def pair_best_and_worst(samples, left_out):
     """A preference pair in Safe-RLHF's fields; no row where the two rewards are equal."""
+    if not samples.texts:
+        return []
     order = order_by_reward(samples)
     best, worst = order[0], order[-1]
     answer, other_answer = samples.texts[best], samples.texts[worst]
     if not answer.strip() or not other_answer.strip():
+        left_out["in a pair with an empty one"] += len(order)
         return []
     if samples.rewards[best] == samples.rewards[worst]:
+        left_out["of one reward, without a pair"] += len(order)
         return []
     row = {"answer": answer, "other_answer": other_answer, "better": True}
     if samples.costs:
@@ -305,12 +333,12 @@ def pair_best_and_worst(samples):
     return [row]
 
 
-def write_rows(samples):
+def write_rows(samples, left_out):
     rows = []
     rewards = []
     costs = []
     for of_prompt in samples:
-        rows += make_rows(of_prompt)
+        rows += make_rows(of_prompt, left_out)
         rewards += of_prompt.rewards or []
         costs += of_prompt.costs or []
     write_jsonl(rows, out)
@@ -318,7 +346,12 @@ def write_rows(samples):
     for name, scores in (("reward", rewards), ("cost", costs)):
         if scores:
             means += f"; mean {name} {sum(scores) / len(scores):.3f}"
-    print(f"{out}: {len(rows)} rows of {len(samples)} prompts x {num_samples} answers{means}")
+    dropped = [f"{count} {why}" for why, count in left_out.items() if count]
+    reasons = f"; answers left out: {', '.join(dropped)}" if dropped else ""
+    if left_out["cut at max_new_tokens"]:
+        reasons += f" (max_new_tokens={max_new_tokens}: raise it, or keep them with keep_cut)"
+    asked = f"{len(samples)} prompts x {num_samples} answers"
+    print(f"{out}: {len(rows)} rows of {asked}{reasons}{means}")
 
 
 # ---- run ----
@@ -333,15 +366,18 @@ for colour, policy in policies.items():
     speakers.append(partial(answer, policy, colour, scorers, stop_texts))
 
 if out:
-    samples = sample_answers(policies[""], scorers, stop_texts, questions)
+    left_out = Counter()  # why answers make no data -> how many
+    samples = sample_answers(policies[""], scorers, stop_texts, questions, left_out)
     if world.main:
-        write_rows(samples)
+        write_rows(samples, left_out)
     close()
 elif questions:
+    attempts = Counter()  # question -> answers until now; one that is asked twice goes on counting
     for turns in questions:
         print(f"\n> {turns[-1]}", flush=True)
-        for attempt in range(num_samples):
+        for _ in range(num_samples):
             for speaker in speakers:
-                speaker(turns, attempt)
+                speaker(turns, attempts[tuple(turns)])
+            attempts[tuple(turns)] += 1
 else:
     chat(speakers)

@@ -14,6 +14,7 @@ $ torchrun --nproc_per_node=8 train_ppo_lag.py config/beaver_7b/ppo_lag.py"""
 import math
 import os
 import time
+from collections import Counter
 
 import numpy as np
 import torch
@@ -32,7 +33,13 @@ from nanosafe.data.batching import (
 )
 from nanosafe.data.template import retokenize
 from nanosafe.errors import choose, stop
-from nanosafe.inference import Responses, last_token_scores, response_logps, response_values
+from nanosafe.inference import (
+    Responses,
+    last_token_scores,
+    response_logps,
+    response_values,
+    warn_beyond_positions,
+)
 from nanosafe.losses import actor_loss, critic_loss, masked_mean, mle_loss, sequence_mean
 from nanosafe.monitor import Monitor
 from nanosafe.parallel import MetricSums, backward, choose_placements, init
@@ -223,6 +230,10 @@ cost_critic = models.get("cost_critic")
 average = load_trained(actor_model, "lm") if ema else None
 if average:
     models["model_ema"] = average  # saved with the others; no optimizer moves it
+all_models = {**models, "reward_model": reward_model}
+if cost_model:
+    all_models["cost_model"] = cost_model
+warn_beyond_positions(all_models, max_len, f"max_len={max_len}")
 
 # the run
 multiplier = LagrangeMultiplier(lambda_init, lambda_lr, lambda_max, cost_window, lambda_delay)
@@ -280,10 +291,14 @@ while step < steps:
     rollout = step // updates
 
     # 1. prompts: the same on every rank
+    # A response's randomness is that of its uid: the prompt, and which of its responses it is. A
+    # rollout can hold a prompt twice, as at an epoch's border: its responses are counted through.
     uids, questions = [], []
+    sampled = Counter()  # prompt -> how many responses to it the rollout has so far
     for example in examples_at(rollout, len(prompt_data), rollout_size, seed):
-        for sample in range(num_samples):
-            uids.append((example, sample))
+        for _ in range(num_samples):
+            uids.append((example, sampled[example]))
+            sampled[example] += 1
             questions.append(prompt_data.sequence(example)[0].tolist())
     limits = [min(max_new_tokens, max_len - len(question)) for question in questions]
 

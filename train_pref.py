@@ -33,7 +33,7 @@ from nanosafe.data.batching import (
     sum_per_sequence,
 )
 from nanosafe.errors import choose, stop
-from nanosafe.inference import ReferenceSamples, cached_reference_logps
+from nanosafe.inference import ReferenceSamples, cached_reference_logps, warn_beyond_positions
 from nanosafe.losses import cost_loss, dpo_loss, ipo_loss, mean_or_zero, reward_loss, rrhf_loss
 from nanosafe.monitor import Monitor
 from nanosafe.parallel import all_reduce_sum, backward, choose_placements, init
@@ -128,6 +128,7 @@ model = checkpoint.load(
     seed=seed,
 )
 model.config.do_normalize = False  # scores are trained as they are; their moments are kept beside
+warn_beyond_positions({repr(init_from): model}, max_len, f"max_len={max_len}")
 optimizer = optim.make_adamw(model, weight_decay, beta1, beta2)
 moments = RunningMeanStd()
 if normalizer == "ema":

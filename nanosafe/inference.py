@@ -4,6 +4,7 @@ Shapes: B or n sequences, R response positions."""
 
 import hashlib
 import os
+import sys
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +22,7 @@ from nanosafe.data.batching import (
 from nanosafe.data.template import encode_conversation, retokenize
 from nanosafe.errors import choose, stop
 from nanosafe.parallel import all_reduce_sum, any_rank
+from nanosafe.printing import print_once
 from nanosafe.rollout import sample_all
 from nanosafe.storage import atomic_write
 from nanosafe.tokenizer.special_tokens import control_token_ids
@@ -146,6 +148,7 @@ class ReferenceSamples:
         self.prompts = prompts
         self.world = world
         self.max_tokens = max_tokens
+        warn_of_long_answers("the reference", model, prompts, max_new_tokens)
         self.responses = sample_all(model, prompts, world, max_new_tokens, **sampling)
         self.logps = self.sum_logps(model, prompts)
 
@@ -166,6 +169,31 @@ class ReferenceSamples:
 
 
 # ---- model folders that answer and that score ----
+
+
+def warn_beyond_positions(models, tokens, what):
+    """Say so if texts may be longer than a model was made for; returns whether it was said.
+
+    models  {what a model is called: model}; the one with the fewest positions is named
+    tokens  the longest text
+    what    where it comes from: knobs with their values"""
+    positions = {name: model.config.max_position_embeddings for name, model in models.items()}
+    name = min(positions, key=positions.get)
+    if tokens <= positions[name]:
+        return False
+    print_once(
+        f"warning: {what}: up to {tokens} tokens, but {name} was made for {positions[name]} "
+        "(max_position_embeddings); what lies beyond may be read and written badly",
+        file=sys.stderr,
+    )
+    return True
+
+
+def warn_of_long_answers(name, model, prompts, max_new_tokens):
+    """warn_beyond_positions() for a model that is to answer prompts (ids)."""
+    longest = max((len(prompt) for prompt in prompts), default=0)
+    what = f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens}"
+    return warn_beyond_positions({name: model}, longest + max_new_tokens, what)
 
 
 def choose_dtype(dtype, world):
@@ -204,6 +232,7 @@ class Policy:
                 f"temperature={temperature} and top_k={top_k} are 0 or more, top_p={top_p} is "
                 f"above 0 and at most 1, max_new_tokens={max_new_tokens} is 1 or more"
             )
+        self.path = path
         self.name = name or name_of_folder(path)
         self.world = world
         self.max_new_tokens = max_new_tokens
@@ -211,6 +240,7 @@ class Policy:
         self.model = checkpoint.load(
             path, "lm", choose_dtype(dtype, world), world.device, vocab_size=self.tok.vocab_size
         )
+        self.warned = False  # of questions that are too long
         self.sampling = {
             "eos_ids": self.tok.eos_ids,
             "banned": control_token_ids(self.tok),
@@ -218,6 +248,7 @@ class Policy:
             "temperature": temperature,
             "top_k": top_k,
             "top_p": top_p,
+            "name": repr(path),
         }
 
     def question(self, turns, template=True, prefix=""):
@@ -232,8 +263,16 @@ class Policy:
             ids = begin + self.tok.encode_suffix("".join(turns))
         return begin + self.tok.encode(prefix) + ids[len(begin) :]
 
+    def check_length(self, questions):
+        """Say once if questions (ids) and answers may be longer than the model was made for."""
+        if not self.warned:
+            self.warned = warn_of_long_answers(
+                repr(self.path), self.model, questions, self.max_new_tokens
+            )
+
     def answers(self, questions, uids, **more):
         """The responses (ids) to questions (ids) on every rank; each rank samples its share."""
+        self.check_length(questions)
         bar = tqdm(total=len(questions), desc=self.name, unit="answer", disable=not self.world.main)
         with bar:
             return sample_all(
@@ -254,6 +293,7 @@ class ScoreModel:
     score_type  "reward" or "cost": the folder must not state another; None: what it states"""
 
     def __init__(self, path, world, dtype=None, max_tokens=8192, score_type=None):
+        self.path = path
         self.world = world
         self.max_tokens = max_tokens
         self.tok = tokenizer.load(path)
@@ -266,6 +306,7 @@ class ScoreModel:
             vocab_size=self.tok.vocab_size,
             score_type=score_type,
         )
+        self.warned = False  # of texts that are too long
 
     def __call__(self, texts):
         """The scores of texts, each of which ends with EOS."""
@@ -282,6 +323,9 @@ class ScoreModel:
         if source and source.fingerprint != self.tok.fingerprint:
             ids = [retokenize(sequence, source, self.tok).tolist() for sequence in ids]
         lengths = [len(sequence) for sequence in ids]
+        if not self.warned:
+            models = {repr(self.path): self.model}
+            self.warned = warn_beyond_positions(models, max(lengths), "a text to score")
         scores = torch.zeros(len(ids), device=self.world.device)
         (micro_batches,) = plan_micro_batches(lengths, max(self.max_tokens, *lengths), 1)
         for rows in micro_batches[self.world.rank :: self.world.size]:

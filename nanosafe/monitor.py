@@ -22,6 +22,7 @@ EOS_DROP = 0.2  # in the share of responses that end by themselves
 RATIO_DISTANCE = 0.2  # of the mean ratio from 1
 CLIPPED_SHARE = 0.4  # of the tokens whose ratio is clipped
 LENGTH_GROWTH = 1.5  # times as long as at first
+EMPTY_SHARE = 0.9  # of the responses, which are nothing but EOS
 WINDOW = 5  # rows of metrics over which each number is averaged
 
 
@@ -240,6 +241,13 @@ def find_problems(first_rows, last_rows, knobs):
             f"fewer responses end: {eos_rate:.0%}, at first {first_eos_rate:.0%}; raise "
             "max_new_tokens, and look whether the reward model likes answers without an end "
             "(samples.jsonl)"
+        )
+    empty_share = eos_rate - (length - 1)  # at least: no more than length - 1 have a second token
+    if empty_share > EMPTY_SHARE:
+        problems["empty"] = (
+            f"responses are empty: at least {empty_share:.0%} are nothing but EOS; go back to an "
+            "earlier state, and raise kl_coef or lower actor_learning_rate; if it was so from the "
+            "first step, look at actor_model"
         )
     if length > LENGTH_GROWTH * first_length and reward > first_reward:
         problems["length"] = (

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from nanosafe import attention
+from nanosafe.errors import stop
 from nanosafe.model import linear
 from nanosafe.parallel import all_gather_lists, gathered_for_sampling
 
@@ -32,6 +33,9 @@ CPU_CACHE_BYTES = 4 * 2**30  # memory that the cache assumes to be free on a CPU
 CACHE_STEP = 64  # the cache's length is a multiple of this
 CPU_GROUP = 16  # rows that read as much of the cache as the longest of them, on a CPU
 CDF_BLOCK = 128  # tokens of the vocabulary whose probabilities are summed first
+# Stands for the token of a row whose logits are not finite: the host reads the tokens anyway, so
+# finding a broken model costs no synchronisation of its own.
+NO_TOKEN = -1
 
 
 class Sampling(NamedTuple):
@@ -59,6 +63,7 @@ def generate(
     banned=(),
     on_finish=None,
     on_token=None,
+    name="the policy",
 ):
     """Sample one response for each prompt.
 
@@ -75,8 +80,10 @@ def generate(
     banned          ids that are never sampled
     on_finish()     is called for every response that is finished
     on_token(i, t)  is called for every token t of prompt i; if it returns true, that is the last
+    name            what the model is called where its weights turn out to be broken
 
-    Returns the responses, lists of ids in the order of the prompts, EOS included when sampled."""
+    Returns the responses, lists of ids in the order of the prompts, EOS included when sampled.
+    Stops with one line where the logits are not finite."""
     if len(prompts) == 0:
         return []
     limits = max_new_tokens
@@ -95,7 +102,7 @@ def generate(
         temperature, top_k, top_p, torch.tensor(banned, dtype=torch.int64).to(device)
     )
     engine = Engine(model, slots, len(prompts), length, sampling)
-    scheduler = Scheduler(engine, prompts, keys, limits, set(eos_ids), on_finish, on_token)
+    scheduler = Scheduler(engine, prompts, keys, limits, set(eos_ids), on_finish, on_token, name)
     while scheduler.waiting or scheduler.live:
         scheduler.refill()
         if scheduler.live:
@@ -119,7 +126,7 @@ def sample_all(model, prompts, world, max_new_tokens, uids=None, **sampling):
 class Scheduler:
     """The host's side: which prompt is in which row, and what its response is so far."""
 
-    def __init__(self, engine, prompts, keys, limits, eos_ids, on_finish, on_token):
+    def __init__(self, engine, prompts, keys, limits, eos_ids, on_finish, on_token, name):
         self.engine = engine
         self.prompts = prompts
         self.keys = keys
@@ -127,6 +134,7 @@ class Scheduler:
         self.eos_ids = eos_ids
         self.on_finish = on_finish
         self.on_token = on_token
+        self.name = name
         self.responses = [[] for _ in prompts]
         # The longest prompt is taken first, from the end of this list: rows of like length lie
         # together, and the last response to end belongs to a short prompt.
@@ -153,6 +161,11 @@ class Scheduler:
 
         Rows are visited from the last one down, so that the row that moves into a freed one has
         been visited before."""
+        if NO_TOKEN in tokens:
+            stop(
+                f"{self.name} gives logits that are not finite: its weights are broken, or "
+                "temperature, by which they are divided, is too small"
+            )
         for row in reversed(range(first_row, first_row + len(tokens))):
             i, token = self.live[row], tokens[row - first_row]
             self.responses[i].append(token)
@@ -257,7 +270,9 @@ class Engine:
             seen = self.columns[:extent] <= positions[rows, None]  # (rows, extent)
             groups.append(attention.RowGroup(rows, seen[:, None, None]))
         layout = attention.DecodeBatch(positions, self.rows[:n], groups)
-        x = self.model.hidden_states(self.tokens[:n], layout, self.caches)
+        # Rows beyond the live ones may hold NO_TOKEN, which has no embedding.
+        tokens = self.tokens[:n].clamp(min=0)
+        x = self.model.hidden_states(tokens, layout, self.caches)
         logits = linear(x, self.head)
         draw = positions - self.prompt_lengths[:n] + 1
         self.tokens[:n] = sample_tokens(logits, self.keys[:n], draw, *self.sampling)
@@ -302,16 +317,23 @@ class Engine:
 def sample_tokens(logits, keys, draw, temperature, top_k, top_p, banned):
     """Tokens (n,) from logits (n, V).
 
-    keys, draw  (n,): a row's uniform number is the draw-th of its key's stream"""
+    keys, draw  (n,): a row's uniform number is the draw-th of its key's stream
+
+    A row whose logits are not finite gets NO_TOKEN. The largest logit tells: it is nan where any
+    is nan, and inf where any is inf; -inf is a token of probability 0, as banned ones are."""
     if len(banned):
         logits = logits.index_fill(1, banned, -torch.inf)
     if temperature == 0:
-        return logits.argmax(dim=-1)
-    logits = logits.float() / temperature
-    weights = logits.sub_(logits.amax(dim=-1, keepdim=True)).exp_()
-    if top_k or top_p < 1:
-        weights = filter_probs(weights / weights.sum(dim=-1, keepdim=True), top_k, top_p)
-    return inverse_cdf(weights, uniforms(keys, draw))
+        tokens = logits.argmax(dim=-1)
+        largest = logits.gather(1, tokens[:, None])
+    else:
+        logits = logits.float() / temperature
+        largest = logits.amax(dim=-1, keepdim=True)
+        weights = logits.sub_(largest).exp_()
+        if top_k or top_p < 1:
+            weights = filter_probs(weights / weights.sum(dim=-1, keepdim=True), top_k, top_p)
+        tokens = inverse_cdf(weights, uniforms(keys, draw))
+    return tokens.masked_fill(~largest.squeeze(1).isfinite(), NO_TOKEN)
 
 
 def filter_probs(probs, top_k, top_p):

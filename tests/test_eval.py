@@ -806,3 +806,28 @@ def test_tasks_of_the_wrong_structure_are_one_line(content, words, call, world, 
 def test_an_empty_folder_of_tasks_is_one_line(call, world, tmp_path):
     flags = [f"--model={world}/policy", f"--tasks={tmp_path}"]
     assert "no NAME/task.json" in call("bigbench", *flags, check=False).error
+
+
+# ---- a policy whose weights are broken ----
+
+
+@pytest.fixture
+def broken(world, tmp_path):
+    """The folder of a policy whose output embedding is nan."""
+    model = checkpoint.load(world / "policy")
+    with torch.no_grad():
+        model.lm_head.weight.fill_(torch.nan)
+    checkpoint.save(model, tmp_path / "broken", tokenizer.load(world / "policy"))
+    return tmp_path / "broken"
+
+
+def test_a_policy_of_nan_is_not_judged(arena, judge, call, broken, world, tasks, tmp_path):
+    words = f"{str(broken)!r} gives logits that are not finite: its weights are broken"
+    assert words in arena(f"--models=A={world}/policy,B={broken}", check=False).error
+    assert not (tmp_path / "arena" / "summary.json").exists()
+    server = judge_server.serve()
+    assert words in judge(server, f"--blue={broken}", check=False).error
+    assert not server.seen
+    flags = [f"--model={broken}", f"--tasks={tasks}/choice", "--max_new_tokens=8"]
+    error = call("bigbench", *flags, f"--out_dir={tmp_path}/out", check=False).error
+    assert "gives probabilities that are not numbers: its weights are broken" in error

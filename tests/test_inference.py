@@ -1,15 +1,24 @@
 """Log-probabilities, values and scores of responses, against a forward of each alone."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
-from conftest import small_config
+from conftest import run, small_config
 from torch import tensor
 
 from nanosafe import parallel
 from nanosafe.checkpoint import init_from_scratch
 from nanosafe.data.batching import IGNORED, collate, last_of_each
-from nanosafe.inference import Responses, last_token_scores, response_logps, response_values
+from nanosafe.inference import (
+    ReferenceSamples,
+    Responses,
+    last_token_scores,
+    response_logps,
+    response_values,
+    warn_beyond_positions,
+)
 
 WORLD = parallel.World(rank=0, size=1, device=torch.device("cpu"), main=True)
 PROMPT_LENGTHS = [3, 1, 9, 4, 2, 6]
@@ -186,3 +195,45 @@ def test_an_unknown_metric_is_a_mistake():
     sums = parallel.MetricSums(["loss"], "cpu")
     with pytest.raises(KeyError):
         sums.add("lost", tensor(1.0))
+
+
+# ---- samples of a reference ----
+
+
+def test_a_reference_answers_a_prompt_that_stands_twice_in_two_ways(policy):
+    prompts = [[1, 5, 9], [1, 7], [1, 5, 9]]
+    samples = ReferenceSamples(policy, prompts, WORLD, 4096, 20, eos_ids=[2], seed=0)
+    assert samples.responses[0] != samples.responses[2]
+
+
+# ---- positions ----
+
+
+def test_texts_beyond_the_positions_of_the_smallest_model_are_said(policy, capsys):
+    shorter = init_from_scratch(small_config(max_position_embeddings=64), "score", seed=3)
+    models = {"actor": policy, "reward_model": shorter}
+    assert not warn_beyond_positions(models, 64, "max_len=64")
+    assert capsys.readouterr().err == ""
+    assert warn_beyond_positions(models, 65, "max_len=65")
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "max_len=65: up to 65 tokens, but reward_model was made for 64" in said
+
+
+@pytest.mark.parametrize("name", ["sft", "reward", "ppo_lag"])
+def test_a_trainer_says_once_that_max_len_is_beyond_the_positions(name, trainers, world, tmp_path):
+    flags = ["--max_len=300", "--max_steps=1", f"--out_dir={tmp_path}/run"]
+    if name == "sft":
+        flags.append(f"--init_from={world}/policy")
+    if name == "ppo_lag":
+        flags += ["--rollout_size=4", "--ptx_data="]
+    done = run(*trainers[name], *flags)
+    words = "was made for 256 (max_position_embeddings)"
+    assert (done.stdout + done.stderr).count(words) == 1
+    assert "max_len=300: up to 300 tokens" in done.stderr
+
+
+def test_a_model_from_scratch_has_as_many_positions_as_max_len(trainers, tmp_path):
+    run(*trainers["sft"], "--max_len=3000", "--max_tokens=3000", f"--out_dir={tmp_path}/run")
+    config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
+    assert config["max_position_embeddings"] == 3000

@@ -61,6 +61,7 @@ def warnings_of(rows, knobs=KNOBS):
         ({"length": 60.0, "reward": 3.0}, "reward rises with length", "samples.jsonl"),
         ({"ratio": 1.9}, "updates leave the rollout's policy", "actor_learning_rate"),
         ({"clip_fraction": 0.8}, "updates leave the rollout's policy", "ppo_epochs"),
+        ({"length": 1.0, "kl": 0.1}, "responses are empty", "kl_coef"),
     ),
 )
 def test_each_fault_is_reported_once_with_advice(ends, words, advice):
@@ -77,6 +78,17 @@ def test_each_fault_is_reported_once_with_advice(ends, words, advice):
 
 def test_a_good_run_gets_no_warning():
     assert warnings_of(make_rows(50, reward=4.0, cost=-3.0, kl=3.0, length=25.0)) == []
+
+
+def test_a_policy_that_is_empty_from_the_first_step_is_reported():
+    empty = {"length": 1.02, "kl": 0.1}
+    rows = [{**row, **empty} for row in make_rows(12)]
+    assert ["responses are empty: at least 98%" in text for _, text in warnings_of(rows)] == [True]
+
+
+def test_responses_of_one_token_that_are_cut_are_not_called_empty():
+    rows = [{**row, "length": 1.0, "kl": 0.1, "eos_rate": 0.1} for row in make_rows(12)]
+    assert warnings_of(rows) == []
 
 
 def test_supervised_training_gets_no_warning():

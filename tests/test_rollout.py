@@ -1,9 +1,11 @@
 """Sampling: greedy is the argmax, only seed and uid matter, filters, ends, uniform numbers."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
-from conftest import small_config
+from conftest import run, small_config
 from torch import tensor
 
 from nanosafe.checkpoint import init_from_scratch
@@ -101,6 +103,64 @@ def test_every_token_and_every_end_is_reported(model):
 
 def test_no_prompts_give_no_responses(model):
     assert generate(model, [], 5, eos_ids=[2], seed=0) == []
+
+
+def test_a_prompt_twice_in_a_rollout_gets_two_different_responses(trainers, tmp_path):
+    """The rollout is larger than the data. The first occurrence gets what it gets in a rollout that
+    holds each prompt once."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"input": "How do I fix the lamp?"}\n')
+
+    def roll_out(name, rollout_size):
+        """The (prompt, response) pairs of one rollout, which samples each of its prompts twice."""
+        run(
+            *trainers["ppo"],
+            f"--prompts={prompts}",
+            f"--rollout_size={rollout_size}",
+            f"--batch_size={2 * rollout_size}",
+            "--num_samples=2",
+            "--max_steps=1",
+            f"--out_dir={tmp_path}/{name}",
+        )
+        lines = (tmp_path / name / "samples.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        return [(row["prompt"], row["response"]) for row in rows]
+
+    twice = roll_out("twice", 2)
+    assert len({prompt for prompt, _ in twice}) == 1
+    assert len(set(twice)) == 4
+    assert roll_out("once", 1) == twice[:2]
+
+
+# ---- a model whose logits are not finite ----
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("options", [{}, {"temperature": 0}, {"top_k": 5}, {"top_p": 0.7}])
+def test_logits_that_are_not_finite_stop_sampling_with_one_line(value, options):
+    broken = make_model()
+    with torch.no_grad():
+        broken.lm_head.weight[50] = value
+    with pytest.raises(SystemExit, match="'p' gives logits that are not finite") as end:
+        generate(broken, PROMPTS, 9, eos_ids=[2], seed=0, slots=3, name="'p'", **options)
+    assert "\n" not in end.value.code
+
+
+def test_logits_that_become_nan_while_decoding_stop_sampling():
+    broken = make_model()
+    with torch.no_grad():
+        broken.embed_tokens.weight[60:] = torch.nan  # no prompt has such a token
+    with pytest.raises(SystemExit, match="logits that are not finite"):
+        generate(broken, PROMPTS, 200, eos_ids=[2], seed=0)
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_banned_tokens_are_no_fault(temperature, model):
+    banned = list(range(3, 90))
+    options = {"temperature": temperature, "banned": banned}
+    responses = generate(model, PROMPTS, 25, eos_ids=[2], seed=0, **options)
+    for response in responses:
+        assert not set(response) & set(banned)
 
 
 # ---- from probabilities to tokens ----

@@ -202,6 +202,7 @@ def sample(world, tmp_path):
             f"--prompts={world}/data/prompts/test.jsonl:6/-1",
             "--max_new_tokens=8",
             "--num_samples=4",
+            "--keep_cut=True",  # a random policy hardly ever ends an answer
             f"--out={tmp_path}/{out}",
             *flags,
             ranks=ranks,

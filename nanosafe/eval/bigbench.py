@@ -225,6 +225,8 @@ def score_choices(policy, questions, template, max_tokens, world):
             is_choice = np.arange(len(ids)) >= len(prompt_ids)
             sequences.append((np.array(ids), is_choice))
     logps = sum_response_logps(policy.model, sequences, max_tokens, world).tolist()
+    if np.isnan(logps).any():
+        stop(f"{model!r} gives probabilities that are not numbers: its weights are broken")
 
     queries = []
     first = 0

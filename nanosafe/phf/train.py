@@ -31,7 +31,7 @@ from nanosafe.checkpoint import run_state
 from nanosafe.data import load as load_records
 from nanosafe.data.batching import count_steps, examples_at, plan_micro_batches
 from nanosafe.errors import choose, stop
-from nanosafe.inference import ReferenceSamples, sum_response_logps
+from nanosafe.inference import ReferenceSamples, sum_response_logps, warn_beyond_positions
 from nanosafe.losses import awr_loss, mle_loss, unlikelihood_loss
 from nanosafe.model import Config
 from nanosafe.monitor import Monitor
@@ -148,6 +148,7 @@ shape = Config(
     num_hidden_layers=num_hidden_layers,
     num_attention_heads=num_attention_heads,
     num_key_value_heads=num_key_value_heads,
+    max_position_embeddings=max(Config.max_position_embeddings, max_len),
     initializer_range=hidden_size**-0.5,  # about 0.02 at 7B's width
 )
 parameters = checkpoint.count_parameters(shape if from_scratch else init_from)
@@ -161,6 +162,7 @@ else:
     model = checkpoint.load(init_from, head, placement=placement, vocab_size=tok.vocab_size)
 if objective == "awr":
     local_rows(model.score_head.weight).rows.zero_()  # every value is -sigmoid(0) at first
+warn_beyond_positions({repr(init_from): model}, max_len, f"max_len={max_len}")
 optimizer = optim.make_adamw(model, weight_decay, beta1, beta2)
 
 steps = count_steps(len(train), batch_size, epochs, max_steps)
