@@ -275,6 +275,34 @@ def test_an_answer_depends_on_its_prompt_and_not_on_the_others(arena, world, tmp
         assert answer["A"] == answer["B"]  # both have the same random numbers
 
 
+@pytest.mark.parametrize(
+    "models, names, missing",
+    [
+        ("{a},{b}", ["lr=1e-5", "lr=2e-5"], ""),  # paths with "=", without names
+        ("A={a},B={b}", ["A", "B"], ""),
+        ("lr=1={a},~/lr=2e-5", ["lr=1", "lr=2e-5"], ""),  # a name with "=" as well
+        ("A=~/lr=1e-5,B={b}", ["A", "B"], ""),
+        ("A=no=where,B={b}", [], "'no=where'"),
+        ("no/lr=1e-5,{b}", [], "'no/lr=1e-5'"),
+    ],
+)
+def test_models_and_their_names_may_hold_an_equals_sign(
+    models, names, missing, arena, world, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for rate in ("1e-5", "2e-5"):
+        (tmp_path / f"lr={rate}").symlink_to(world / "policy")
+    models = models.format(a=tmp_path / "lr=1e-5", b=tmp_path / "lr=2e-5")
+    if missing:
+        assert f"no tokenizer at {missing}" in arena(f"--models={models}", check=False).error
+    else:
+        arena(f"--models={models}", "--max_new_tokens=1")
+        policies = read_json(tmp_path / "arena" / "summary.json")["policies"]
+        assert list(policies) == names
+        folders = [str(tmp_path / "lr=1e-5"), str(tmp_path / "lr=2e-5")]
+        assert [policy["folder"] for policy in policies.values()] == folders
+
+
 TWICE = "--models=A={world}/policy,B={world}/policy"
 
 

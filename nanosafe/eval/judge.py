@@ -55,10 +55,6 @@ yes = False  # do not ask whether to spend the money
 # machine
 device = "auto"  # auto | cpu | cuda
 config = configure(globals())
-red = os.path.expanduser(red)
-blue = os.path.expanduser(blue)
-problems = os.path.expanduser(problems)
-out_dir = os.path.expanduser(out_dir)
 
 FOLDER = Path(__file__).parent
 OPENAI = "https://api.openai.com/v1"
@@ -105,8 +101,6 @@ def check_limits(attempts, concurrency, timeout, pause):
         stop(f"attempts={attempts} and concurrency={concurrency} are 1 or more")
     if not (0 < timeout <= 3600 and 0 <= pause <= 3600):
         stop(f"timeout={timeout} and pause={pause} are seconds, of an hour at most")
-    if min(input_price, output_price) < 0:
-        stop(f"input_price={input_price} and output_price={output_price} are 0 or more")
 
 
 def read_problems(path):
