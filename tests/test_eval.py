@@ -7,6 +7,7 @@ import math
 import os
 import random
 import shutil
+import re
 
 import judge_server
 import numpy as np
@@ -275,6 +276,34 @@ def test_an_answer_depends_on_its_prompt_and_not_on_the_others(arena, world, tmp
         assert answer["A"] == answer["B"]  # both have the same random numbers
 
 
+@pytest.mark.parametrize(
+    "models, names, missing",
+    [
+        ("{a},{b}", ["lr=1e-5", "lr=2e-5"], ""),  # paths with "=", without names
+        ("A={a},B={b}", ["A", "B"], ""),
+        ("lr=1={a},~/lr=2e-5", ["lr=1", "lr=2e-5"], ""),  # a name with "=" as well
+        ("A=~/lr=1e-5,B={b}", ["A", "B"], ""),
+        ("A=no=where,B={b}", [], "'no=where'"),
+        ("no/lr=1e-5,{b}", [], "'no/lr=1e-5'"),
+    ],
+)
+def test_models_and_their_names_may_hold_an_equals_sign(
+    models, names, missing, arena, world, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for rate in ("1e-5", "2e-5"):
+        (tmp_path / f"lr={rate}").symlink_to(world / "policy")
+    models = models.format(a=tmp_path / "lr=1e-5", b=tmp_path / "lr=2e-5")
+    if missing:
+        assert f"no tokenizer at {missing}" in arena(f"--models={models}", check=False).error
+    else:
+        arena(f"--models={models}", "--max_new_tokens=1")
+        policies = read_json(tmp_path / "arena" / "summary.json")["policies"]
+        assert list(policies) == names
+        folders = [str(tmp_path / "lr=1e-5"), str(tmp_path / "lr=2e-5")]
+        assert [policy["folder"] for policy in policies.values()] == folders
+
+
 TWICE = "--models=A={world}/policy,B={world}/policy"
 
 
@@ -485,11 +514,12 @@ def test_the_judge_is_asked_nothing_twice_and_the_key_is_written_nowhere(judge, 
 
 
 def test_requests_that_fail_are_repeated(judge, tmp_path):
-    faults = [429, 500, "stall", "drop", "rubbish", "words", "empty", 503, 429, "drop"]
+    faults = [429, 500, "stall", "drop", "rubbish", None]
+    faults += ["words", None, None, "empty", None, 503, 429, "drop"]
     server = judge_server.serve(faults)
-    judge(server)
+    judge(server, "--concurrency=1")
     assert len(read_jsonl(tmp_path / "judge" / "verdicts.jsonl")) == 6
-    assert len(server.seen) == 12 + len(faults)
+    assert len(server.seen) == 12 + len([fault for fault in faults if fault])
     replies = read_jsonl(tmp_path / "judge" / "replies.jsonl")
     unreadable = [row for row in replies if row["scores"] is None]
     assert len(unreadable) == 2  # "words" and "empty" were paid for, so they are kept
@@ -527,7 +557,17 @@ def test_a_dead_endpoint_is_one_line(judge):
 def test_a_judge_who_prefers_the_first_answer_decides_nothing(judge, tmp_path):
     judge(judge_server.serve(judged=lambda first, second: (9, 3)))
     summary = read_json(tmp_path / "judge" / "summary.json")["categories"]["all"]
-    assert summary == {"win": 0, "tie": 6, "lose": 0, "red": 6.0, "blue": 6.0, "orders agree": 0.0}
+    assert summary == {
+        "win": 0,
+        "tie": 6,
+        "lose": 0,
+        "red": 6.0,
+        "blue": 6.0,
+        "orders agree": 0.0,
+        "refused": 0,
+        "unread": 0,
+        "missing": 0,
+    }
 
 
 def count_letters(text):
@@ -564,25 +604,178 @@ def test_a_key_with_a_line_end_is_not_printed(judge):
     assert "sk-secret" not in printed + error
 
 
-def test_odd_replies_are_kept_and_asked_again(judge, tmp_path):
-    def reply(content, **more):
-        return {"choices": [{"message": {"content": content}}], **more}
+def make_reply(content, **more):
+    return {"choices": [{"message": {"content": content}}], **more}
 
+
+def test_odd_replies_are_kept_and_asked_for_once_more(judge, tmp_path):
     odd = [
-        reply(None),
-        reply([{"type": "text", "text": "4 6\nparts"}]),
-        reply("8/10\nso"),
-        reply("-3 7"),
-        reply("0 5"),
-        reply("5 6 \ud83d", usage={"prompt_tokens": None, "completion_tokens": "x"}),
-        reply("**7** | 7.5", usage=[1]),
+        make_reply(None),
+        make_reply([{"type": "text", "text": "4 6\nparts"}]),
+        make_reply("8/10\nso"),
+        make_reply("5 6 \ud83d", usage={"prompt_tokens": None, "completion_tokens": "x"}),
+        make_reply("-3 7"),
+        make_reply("0 5"),
+        make_reply("**7** | 7.5", usage=[1]),
     ]
     server = judge_server.serve(odd)
     judge(server, "--concurrency=1")
     scores = [row["scores"] for row in read_jsonl(tmp_path / "judge" / "replies.jsonl")]
-    assert scores[:7] == [None, [4, 6], None, None, None, [5, 6], [7, 7.5]]
-    assert len(server.seen) == 12 + 4
+    assert scores[:7] == [None, [4, 6], None, [5, 6], None, None, [7, 7.5]]
+    assert len(server.seen) == 12 + 3
     assert "0 to ask" in judge(server).printed
+
+
+SPELLINGS = [
+    "8 7",
+    "8, 7",
+    "8/10 7/10",
+    "8/10\n7/10\nBoth help.",
+    "8 out of 10, 7 out of 10",
+    "[8] [7]",
+    "[[8]] [[7]]",
+    "(8, 7)",
+    "8 and 7",
+    "Scores: 8 7",
+    "**Final scores:**\n- Assistant 1: 8/10\n- Assistant 2: 7/10\n\nBoth help.",
+    "Assistant 1: 8, Assistant 2: 7",
+    "Assistant 1: 8\nAssistant 2: 7",
+    "Assistant 2: 7, Assistant 1: 8",
+    "**Assistant 1:** 8/10\n\n**Assistant 2:** 7/10",
+    "Assistant 1's score: 8; Assistant 2's score: 7",
+    "Score of assistant 1: 8, score of assistant 2: 7",
+    "Answer A: 8. Answer B: 7.",
+    "1. 8\n2. 7",
+    '```json\n{"assistant_1": 8, "assistant_2": 7}\n```',
+    "<think>Is 5 6 right? No.</think>\n\n8 7\nBoth help.",
+    "The scores are 8.0 and 7.0.",
+]
+UNREADABLE = [
+    "Both are fine.",
+    "8/10",
+    "8 7 6",
+    "12 7",
+    "8.7",
+    "1. 8",
+    "8/9",
+    "8/20 7/20",
+    "80/100 70/100",
+    "8/10 or 7/10",
+    "Assistant 1: 8, Assistant 1: 7",
+    "Assistant 1: 0, Assistant 2: 7",
+    "Assistant 1: 8",
+    "Assistant 1 2",
+]
+
+
+@pytest.fixture
+def many_problems(world, tmp_path):
+    """A flag for problems enough for two questions each about every spelling."""
+    count = (len(SPELLINGS) + len(UNREADABLE) + 1) // 2
+    rows = []
+    for row in read_jsonl(world / "data" / "prompts" / "test.jsonl")[:count]:
+        rows.append({"prompt": row["input"], "category": "any"})
+    path = tmp_path / "many.json"
+    path.write_text(json.dumps(rows))
+    return f"--problems={path}"
+
+
+def test_the_usual_spellings_of_two_scores_are_read_and_no_others(judge, many_problems, tmp_path):
+    replies = [make_reply(text) for text in SPELLINGS]
+    for text in UNREADABLE:
+        replies += [make_reply(text), make_reply("3 4")]
+    judge(judge_server.serve(replies), many_problems, "--concurrency=1")
+    rows = read_jsonl(tmp_path / "judge" / "replies.jsonl")
+    for row, text in zip(rows, SPELLINGS):
+        assert row["text"] == text
+        assert row["scores"] == [8, 7], text
+    for row, text in zip(rows[len(SPELLINGS) :: 2], UNREADABLE):
+        assert row["text"] == text
+        assert row["scores"] is None, text
+
+
+def test_an_unreadable_reply_is_asked_for_once_more_with_a_reminder(judge, tmp_path):
+    server = judge_server.serve(["words"] * 1000)
+    printed, error = judge(server, "--concurrency=1", check=False)
+    assert "no problem is judged" in error
+    assert len(server.seen) == 24
+    for first, second in zip(server.seen[::2], server.seen[1::2]):
+        question = first[2]["messages"][-1]["content"]
+        asked_again = second[2]["messages"][-1]["content"]
+        assert asked_again.startswith(question)
+        assert "two numbers from 1 to 10" in asked_again[len(question) :]
+    assert "12 replies unread, the first: 'Both are fine.'" in printed
+    summary = read_json(tmp_path / "judge" / "summary.json")
+    assert summary["judged"] == 0
+    everything = summary["categories"]["all"]
+    assert everything["unread"] == 6
+    for name in ("red", "blue", "orders agree"):
+        assert everything[name] is None  # a score that nobody gave is not 0
+    (line,) = [line for line in printed.splitlines() if line.startswith("all ")]
+    assert line.split() == ["all", "0", "0", "0", "-", "-", "-", "0", "6", "0"]
+    assert "0 to ask" in judge(server, check=False).printed
+    assert len(server.seen) == 24
+
+
+def test_refusals_are_counted_as_such_and_not_asked_again(judge, tmp_path):
+    refusals = [
+        make_reply("I\u2019m sorry, but I can't assist with that."),
+        {"choices": [{"message": {"content": None, "refusal": "No."}}]},
+        None,
+        {"choices": [{"message": {"content": ""}, "finish_reason": "content_filter"}]},
+    ]
+    server = judge_server.serve(refusals)
+    printed = judge(server, "--concurrency=1").printed
+    assert len(server.seen) == 12
+    assert "3 replies refused" in printed
+    summary = read_json(tmp_path / "judge" / "summary.json")
+    assert summary["judged"] == 4
+    assert summary["categories"]["all"]["refused"] == 2
+    assert summary["categories"]["all"]["unread"] == 0
+
+
+def find_most(printed):
+    """The dollars that the judge said it may cost at most."""
+    return float(re.search(r"at most \$([\d.]+)", printed)[1])
+
+
+PRICES = ["--input_price=1000", "--output_price=1000"]
+
+
+def sum_dollars(rows):
+    tokens = 0
+    for row in rows:
+        tokens += row["usage"]["prompt_tokens"] + row["usage"]["completion_tokens"]
+    return tokens * 1000 / 1e6
+
+
+def test_the_price_that_is_printed_before_includes_the_second_questions(judge, tmp_path):
+    usage = {"prompt_tokens": 400, "completion_tokens": 300}
+    server = judge_server.serve([make_reply("Both are fine.", usage=usage)] * 1000)
+    printed = judge(server, *PRICES, check=False).printed
+    assert len(server.seen) == 24
+    assert {body["max_tokens"] for _, _, body in server.seen} == {300}
+    spent = sum_dollars(read_jsonl(tmp_path / "judge" / "replies.jsonl"))
+    assert spent <= find_most(printed)
+    size = sum(len(body["messages"][-1]["content"]) for _, _, body in server.seen)
+    assert find_most(printed) >= (size + 24 * 300) * 1000 / 1e6
+
+
+def test_asking_stops_at_the_price_that_was_agreed_to(judge, tmp_path):
+    expensive = {"prompt_tokens": 400, "completion_tokens": 20000}  # more than it was allowed
+    server = judge_server.serve([make_reply("8 7", usage=expensive)] * 1000)
+    printed, error = judge(server, *PRICES, "--concurrency=1", check=False)
+    assert "the price that was agreed to is spent" in error
+    rows = read_jsonl(tmp_path / "judge" / "replies.jsonl")
+    assert sum_dollars(rows[:-1]) <= find_most(printed)
+    assert len(server.seen) == len(rows) < 12
+
+
+def test_a_reply_that_is_lost_on_its_way_may_have_been_paid_for(judge):
+    server = judge_server.serve(["drop"] * 1000)
+    error = judge(server, check=False).error
+    assert "the price that was agreed to is spent" in error
+    assert len(server.seen) <= 24
 
 
 def test_replies_about_other_answers_do_not_count(judge, world, tmp_path):

@@ -207,6 +207,12 @@ def test_curves_are_drawn_and_svg_is_svg(runs, tmp_path):
         assert ET.parse(out / f"{name}.svg").getroot().tag.endswith("svg")
 
 
+def test_a_folder_in_the_home_folder_is_written(runs, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    plot.main([str(runs / "lag"), "--html", "--out=~/plots"])
+    assert (tmp_path / "plots" / "index.html").is_file()
+
+
 def test_help_shows_the_usage(capsys):
     plot.main(["-h"])
     assert "nanosafe.plot RUN" in capsys.readouterr().out

@@ -10,6 +10,7 @@ seeds), table.csv, summary.json and pictures to out_dir."""
 import csv
 import hashlib
 import itertools
+import os
 from typing import NamedTuple
 
 from configurator import configure
@@ -60,8 +61,7 @@ def parse_players(models, red, blue):
     if models:
         entries = []
         for text in models.split(","):
-            name, _, folder = text.rpartition("=")
-            entries.append((name, folder))
+            entries.append(parse_player(text))
     players = {}
     for name, folder in entries:
         players[name or name_of_folder(folder)] = folder
@@ -71,6 +71,22 @@ def parse_players(models, red, blue):
             "name of its own, --models=NAME=FOLDER,NAME=FOLDER"
         )
     return players
+
+
+def parse_player(text):
+    """(name, model folder) of NAME=FOLDER or FOLDER; the name may be "".
+
+    Both may hold "=": the first cut counts that leaves a folder which exists. Where none does, the
+    cut is at the first "=", unless what stands before it is part of a path."""
+    words = text.split("=")
+    for count in range(len(words)):
+        folder = os.path.expanduser("=".join(words[count:]))
+        if os.path.exists(folder):
+            return "=".join(words[:count]), folder
+    name, equals, folder = text.partition("=")
+    if not equals or "/" in name:
+        return "", os.path.expanduser(text)
+    return name, os.path.expanduser(folder)
 
 
 class Prompts(NamedTuple):

@@ -328,7 +328,7 @@ def main(arguments):
     if not folders or flags.keys() - {"out", "html"} or flags.get("html"):
         stop(USAGE)
     runs = read_runs(folders)
-    out_dir = flags.get("out") or "out/plots"
+    out_dir = os.path.expanduser(flags.get("out") or "out/plots")
     make_folder(out_dir)
     if "html" in flags:
         write_page(runs, os.path.join(out_dir, "index.html"))
