@@ -8,7 +8,8 @@
 A knob is a global that the script assigns above its call of configure(): a bool, int, float or str,
 in lower case, with a comment behind it. A comment line directly above a knob is the heading of the
 knobs that follow; -h prints it. Config files are Python files of assignments to knobs.
-Defaults < files from left to right < flags. The type of the default decides how a value is read."""
+Defaults < files from left to right < flags. The type of the default decides how a value is read. In
+a knob that names a file or folder, ~ is the home folder."""
 
 import ast
 import difflib
@@ -21,6 +22,29 @@ from typing import NamedTuple
 
 BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 TYPES = {bool: "true, false, 1 or 0", int: "a whole number", float: "a number", str: "a text"}
+# Knobs that name a file or a folder: where one begins with ~, that is the home folder.
+PATHS = {
+    "out_dir",
+    "out",
+    "init_from",
+    "tokenizer",
+    "model",
+    "actor_model",
+    "reward_model",
+    "cost_model",
+    "reward_critic",
+    "cost_critic",
+    "reference",
+    "scorer",
+    "red",
+    "blue",
+    "prompts",
+    "problems",
+    "tasks",
+    "raw",
+    "folder",
+    "demo",
+}
 
 
 class Knob(NamedTuple):
@@ -56,6 +80,9 @@ def configure(script, *shared):
     for name, text in arguments.flags.items():
         config[name] = parse(name, text, config)
         origins[name] = "flag"
+    for name, value in config.items():
+        if name in PATHS and isinstance(value, str):
+            config[name] = expand_home(name, value)
     if arguments.wants_help:
         print(format_help(script.get("__doc__"), modules, config))
         sys.exit()
@@ -141,6 +168,8 @@ def split_arguments(argv):
     flags = {}
     wants_help = False
     for argument in argv:
+        if not is_utf8(argument):
+            stop(f"{argument!r} is not UTF-8: set the terminal to UTF-8, or write it into a file")
         if argument in ("-h", "--help"):
             wants_help = True
         elif argument.startswith("--"):
@@ -153,6 +182,15 @@ def split_arguments(argv):
         else:
             stop(f"{argument!r} is neither a config file (*.py) nor a flag (--key=value)")
     return Arguments(files, flags, wants_help)
+
+
+def is_utf8(argument):
+    """Whether an argument was UTF-8: Python reads every other byte as half of a character."""
+    try:
+        argument.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def find_file(file, script_path):
@@ -229,6 +267,16 @@ def parse_number(text, wanted):
     if value != number or abs(value) == math.inf:
         return None
     return value
+
+
+def expand_home(name, path):
+    """A path in which ~ or ~user at the beginning is replaced by the home folder."""
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        stop(
+            f"{name}={path!r}: no user has this home folder; a name that begins with ~ is ./{path}"
+        )
+    return expanded
 
 
 def find_type(name, config, where):

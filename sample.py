@@ -18,6 +18,7 @@ from nanosafe.data.examples import parse_record
 from nanosafe.errors import choose, one_line_errors, stop
 from nanosafe.inference import Policy, ScoreModel, choose_dtype
 from nanosafe.parallel import close, init
+from nanosafe.ranges import check_ranges
 from nanosafe.rollout import generate
 from nanosafe.storage import write_jsonl
 
@@ -51,6 +52,7 @@ max_tokens = 8192  # packed tokens per forward when many answers are scored
 device = "auto"  # auto | cpu | cuda
 dtype = "auto"  # auto | bfloat16 | float32; auto is that of the files on a GPU, float32 on a CPU
 config = configure(globals())
+check_ranges(config)
 
 # The functions below read knobs where they stand; what is made of knobs, they take as arguments.
 
@@ -60,8 +62,6 @@ config = configure(globals())
 
 def check_knobs():
     choose("write", write, ("answers", "sft", "pairs"))
-    if min(best_of, num_samples, keep) < 1:
-        stop("best_of, num_samples and keep are 1 or more")
     if best_of > 1 and (out or not reward_model):
         stop("best_of needs --reward_model=FOLDER to choose by, and is not for out: write=sft is")
     if out and not (prompt or prompts):

@@ -44,6 +44,7 @@ from nanosafe.losses import actor_loss, critic_loss, masked_mean, mle_loss, sequ
 from nanosafe.monitor import Monitor
 from nanosafe.parallel import MetricSums, backward, choose_placements, init
 from nanosafe.printing import print_once
+from nanosafe.ranges import check_ranges
 from nanosafe.rl import (
     REWARD_SCALINGS,
     LagrangeMultiplier,
@@ -142,6 +143,7 @@ activation_checkpointing = False  # recompute each block in the backward pass: l
 use_compile = True  # torch.compile each block, on a GPU
 
 config = configure(globals())
+check_ranges(config)
 
 # ---- setup ----
 choose("actor_lr_schedule", actor_lr_schedule, optim.SCHEDULES)
@@ -153,12 +155,24 @@ if advantage != "gae" and num_samples < 2:
         f"advantage={advantage!r} compares a prompt's responses with each other: num_samples="
         f"{num_samples} must be at least 2"
     )
+if advantage != "gae" and (temperature == 0 or top_k == 1):
+    stop(
+        f"advantage={advantage!r} compares a prompt's responses with each other, but with "
+        f"temperature={temperature} and top_k={top_k} they are all the same"
+    )
+if kl_target and not kl_coef:
+    stop(f"kl_target={kl_target} adapts kl_coef by factors, so kl_coef=0 would stay 0")
 world = init(device, config)
 responses_per_rollout = rollout_size * num_samples
 if responses_per_rollout % batch_size:
     stop(
         f"rollout_size * num_samples = {responses_per_rollout} is not a multiple of "
         f"batch_size={batch_size}"
+    )
+if kl_target and kl_horizon < responses_per_rollout:
+    print_once(
+        f"note: kl_horizon={kl_horizon} is shorter than a rollout of {responses_per_rollout} "
+        "responses: kl_coef changes by at most 20% per rollout"
     )
 resume = run_state.open_run_folder(config, save)
 # Where 0 means "no bound", the algorithm takes infinity.
@@ -348,6 +362,11 @@ while step < steps:
     if not reward_scores.isfinite().all():
         monitor.say(f"step {step}: the reward model gives some responses a non-finite score")
     scaled_scores = scale_rewards(reward_scores, moments, reward_scaling, reward_bound)
+    if reward_scaling != "none" and moments.deviation == 0:
+        monitor.say(
+            f"step {step}: all rewards so far are equal: reward_scaling={reward_scaling!r} leaves "
+            "their size as it is"
+        )
     token_rewards = shaped_rewards(
         scaled_scores, old_logps, ref_logps, mask, current_kl_coef, score_bound
     )  # (B, R)

@@ -32,12 +32,13 @@ from nanosafe.data.batching import (
     plan_micro_batches,
     sum_per_sequence,
 )
-from nanosafe.errors import choose, stop
+from nanosafe.errors import choose
 from nanosafe.inference import ReferenceSamples, cached_reference_logps, warn_beyond_positions
 from nanosafe.losses import cost_loss, dpo_loss, ipo_loss, mean_or_zero, reward_loss, rrhf_loss
 from nanosafe.monitor import Monitor
 from nanosafe.parallel import all_reduce_sum, backward, choose_placements, init
 from nanosafe.printing import print_once
+from nanosafe.ranges import check_ranges
 from nanosafe.rl import ExponentialMovingAverage, RunningMeanStd
 from nanosafe.tokenizer import load as load_tokenizer
 
@@ -94,14 +95,13 @@ activation_checkpointing = False  # recompute each block in the backward pass: l
 use_compile = True  # torch.compile each block, on a GPU
 
 config = configure(globals())
+check_ranges(config)
 
 # ---- setup ----
 TASKS = {"reward": "reward", "cost": "cost", "dpo": "reward", "ipo": "reward", "rrhf": "rank"}
 choose("objective", objective, TASKS)
 choose("normalizer", normalizer, ("ema", "running", "none"))
 choose("lr_schedule", lr_schedule, optim.SCHEDULES)
-if beta <= 0 or not 0 <= label_smoothing < 0.5:
-    stop(f"beta={beta}, label_smoothing={label_smoothing}: above 0, and from 0 to below 0.5")
 gives_scores = objective in ("reward", "cost")
 compares_with_reference = objective in ("dpo", "ipo") and not reference_free
 world = init(device, config)

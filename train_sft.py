@@ -23,6 +23,7 @@ from nanosafe.model import Config
 from nanosafe.monitor import Monitor
 from nanosafe.parallel import all_reduce_sum, backward, choose_placements, init
 from nanosafe.printing import print_once
+from nanosafe.ranges import check_heads, check_ranges
 from nanosafe.tokenizer import load as load_tokenizer
 
 # run
@@ -69,9 +70,12 @@ activation_checkpointing = False  # recompute each block in the backward pass: l
 use_compile = True  # torch.compile each block, on a GPU
 
 config = configure(globals())
+check_ranges(config)
 
 # ---- setup ----
 choose("lr_schedule", lr_schedule, optim.SCHEDULES)
+if init_from == "scratch":
+    check_heads(hidden_size, num_attention_heads, num_key_value_heads)
 world = init(device, config)
 resume = run_state.open_run_folder(config, save)
 from_scratch = init_from == "scratch"

@@ -37,7 +37,20 @@ from torch.distributed.tensor import DTensor, Shard
 from nanosafe.errors import choose, explain_failure, stop
 from nanosafe.watchdog import agree_on_restart_id, start_hang_watchdog
 
-TIMEOUT_MINUTES = float(os.environ.get("NANOSAFE_TIMEOUT") or 0) or 30  # to wait for a rank
+
+def read_timeout():
+    """Minutes to wait for a rank: NANOSAFE_TIMEOUT, or 30 where it is not set, empty or 0."""
+    text = os.environ.get("NANOSAFE_TIMEOUT") or "0"
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = -1.0
+    if not 0 <= minutes < 1e6:
+        stop(f"NANOSAFE_TIMEOUT={text!r} must be a number of minutes")
+    return minutes or 30.0
+
+
+TIMEOUT_MINUTES = read_timeout()
 # torch's own limit is longer than ours, because our message names the rank that hangs.
 PROCESS_GROUP_TIMEOUT = timedelta(minutes=TIMEOUT_MINUTES + 5)
 # oneDNN keeps a bfloat16 kernel for every length that it meets: a thousand take a gigabyte.
@@ -71,12 +84,39 @@ def init(device="auto", knobs=None):
 
     From here on a full memory, a full disk or a lost rank ends the script with one line; `knobs`,
     the script's configuration, lets that line name the ones that help."""
+    rank, size = read_ranks()
     device = pick_device(device)
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if "RANK" in os.environ and not dist.is_initialized():
         join_torchrun_group(device, rank, size)
     install_excepthook(rank, size, knobs or {})
     return World(rank, size, device, rank == 0)
+
+
+def read_ranks():
+    """(this rank, how many there are) as torchrun says them in the environment; (0, 1) alone."""
+    needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in needed if name not in os.environ]
+    if "RANK" not in os.environ and os.environ.get("WORLD_SIZE", "1") == "1":
+        return 0, 1
+    if missing:
+        given = [f"{name}={os.environ[name]}" for name in needed if name not in missing]
+        stop(
+            f"the environment has {' '.join(given)}, but not {' '.join(missing)}: start several "
+            "ranks by torchrun, or unset RANK and WORLD_SIZE to run alone"
+        )
+    rank = read_index("RANK")
+    size = read_index("WORLD_SIZE")
+    if rank >= size:
+        stop(f"RANK={rank} must be below WORLD_SIZE={size}: start the ranks by torchrun")
+    return rank, size
+
+
+def read_index(name, default="0"):
+    """A whole number, at least 0, in the environment."""
+    text = os.environ.get(name, default)
+    if not text.isdecimal():
+        stop(f"{name}={text!r} in the environment must be a whole number, as torchrun sets it")
+    return int(text)
 
 
 def pick_device(name):
@@ -89,7 +129,13 @@ def pick_device(name):
         return torch.device("cpu")
     if not torch.cuda.is_available():
         stop("device='cuda', but torch sees no GPU: use --device=cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    index = read_index("LOCAL_RANK")
+    if index >= torch.cuda.device_count():
+        stop(
+            f"LOCAL_RANK={index}, but torch sees {torch.cuda.device_count()} GPUs on this machine: "
+            "start as many ranks with --nproc_per_node"
+        )
+    device = torch.device("cuda", index)
     torch.cuda.set_device(device)
     torch.set_float32_matmul_precision("high")
     return device

@@ -93,6 +93,8 @@ def normalize(advantages, mask):
 
 # ---- normalisers ----
 
+SMALLEST_DEVIATION = 1e-4  # as a share of the mean: what is smaller is rounding
+
 
 class RunningMeanStd:
     """Mean and variance of all scores seen. Batch variances are unbiased, as in Safe-RLHF."""
@@ -110,6 +112,12 @@ class RunningMeanStd:
         between = delta**2 * self.count * n / total
         self.var = (self.var * self.count + var * n + between) / total
         self.count = total
+
+    @property
+    def deviation(self):
+        """The standard deviation; 0 where the numbers seen are equal up to rounding."""
+        deviation = math.sqrt(self.var)
+        return deviation if deviation > SMALLEST_DEVIATION * abs(self.mean) else 0.0
 
     def state_dict(self):
         return dict(vars(self))
@@ -151,25 +159,30 @@ def scale_rewards(scores, moments, scaling, clip):
     scaling  "std": by the deviation of all scores so far, these included
              "mean_std": the same, after subtracting their mean
              "first": by the deviation of the first batch
-             "none": only clipped"""
+             "none": only clipped
+
+    Scores that are all equal have no deviation to divide by: they keep their size, and "first"
+    waits for a batch that differs."""
     if scaling == "none":
         return scores.clamp(-clip, clip)
-    is_frozen = scaling == "first" and moments.count > 0
+    is_frozen = scaling == "first" and moments.count > 0 and moments.deviation > 0
     if torch.isfinite(scores).all() and not is_frozen:
         moments.update(scores)
     if scaling == "mean_std":
         scores = scores - moments.mean
-    scores = scores / (math.sqrt(moments.var) + 1e-8)
+    if moments.deviation > 0:
+        scores = scores / (moments.deviation + 1e-8)
     return scores.clamp(-clip, clip)
 
 
 def adapt_kl_coef(kl_coef, kl, target, responses, horizon):
     """The KL coefficient after `responses` more that were `kl` nats from the reference.
 
-    It grows while the KL is above the target, by at most 0.2 in `horizon` responses.
+    It grows while the KL is above the target, by at most 0.2 in `horizon` responses, and by no more
+    than that at once: else a rollout longer than the horizon could turn its sign.
     arXiv:1909.08593 Sec. 2.2"""
     error = max(-0.2, min(0.2, kl / target - 1))
-    return kl_coef * (1 + error * responses / horizon)
+    return kl_coef * (1 + error * min(responses, horizon) / horizon)
 
 
 # ---- the multiplier ----

@@ -1,5 +1,6 @@
 """The contract of the knobs, point by point."""
 
+import math
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import pytest
 from conftest import ROOT
 
 import configurator
+from nanosafe.ranges import check_heads, check_ranges
 
 SCRIPT = '''"""A script.
 $ python script.py"""
@@ -110,6 +112,52 @@ def test_a_mistake_in_a_config_file_stops_with_one_line(script, text, words):
     assert code == 1
     assert len(lines) == 1
     assert words in lines[0]
+
+
+def test_an_argument_that_is_not_utf8_stops_with_one_line(script):
+    """Python reads such a byte as half of a character, which nothing can write."""
+    code, lines = script(b"--name=caf\xe9")
+    assert code == 1
+    assert len(lines) == 1
+    assert "is not UTF-8" in lines[0]
+
+
+@pytest.fixture
+def script_with_a_folder(script, tmp_path, monkeypatch):
+    """The same, with a knob out_dir in place of name; the home folder is /home/me."""
+    monkeypatch.setenv("HOME", "/home/me")
+    text = SCRIPT.replace('name = "run"', 'out_dir = "run"').replace(
+        "steps, name,", "steps, out_dir,"
+    )
+    (tmp_path / "script.py").write_text(text)
+    return script
+
+
+@pytest.mark.parametrize(
+    "path, folder",
+    [
+        ("~/x", "/home/me/x"),
+        ("~", "/home/me"),
+        ("./~/x", "./~/x"),
+        ("a~b", "a~b"),
+    ],
+)
+def test_a_tilde_that_begins_a_path_is_the_home_folder(path, folder, script_with_a_folder):
+    _, lines = script_with_a_folder(f"--out_dir={path}")
+    assert result(lines) == f"1e-05 100 {folder} False 200 time"
+    _, lines = script_with_a_folder("a.py", a=f"out_dir = {path!r}\n")
+    assert result(lines) == f"1e-05 100 {folder} False 200 time"
+
+
+def test_a_home_folder_of_nobody_stops_with_one_line(script_with_a_folder):
+    code, lines = script_with_a_folder("--out_dir=~nobody_at_all/x")
+    assert code == 1
+    assert "no user has this home folder" in lines[-1]
+
+
+def test_a_tilde_in_a_text_that_is_not_a_path_stays(script):
+    _, lines = script("--name=~/x")
+    assert result(lines) == "1e-05 100 ~/x False 200 time"
 
 
 def test_files_apply_from_left_to_right_and_flags_apply_last(script):
@@ -243,3 +291,54 @@ def test_a_default_of_another_type_is_refused(script, tmp_path, default):
     code, lines = script()
     assert code == 1
     assert "'top'" in lines[0]
+
+
+# ---- ranges ----
+
+
+@pytest.mark.parametrize(
+    "name, value, words",
+    [
+        ("log_interval", 0, "log_interval=0 must be at least 1"),
+        ("batch_size", 0, "must be at least 1"),
+        ("num_samples", 0, "must be at least 1"),
+        ("max_new_tokens", 0, "must be at least 1"),
+        ("max_tokens", 10**30, "at most 2147483647"),
+        ("seed", -1, "must be at least 0"),
+        ("lambda_init", 0.0, "lambda_init=0.0 must be above 0"),
+        ("top_p", 0.0, "must be above 0 and at most 1"),
+        ("top_p", 2.0, "must be above 0 and at most 1"),
+        ("top_k", -5, "must be at least 0"),
+        ("temperature", -1.0, "must be at least 0"),
+        ("clip_ratio", -0.2, "must be at least 0"),
+        ("gamma", 2.0, "must be at least 0 and at most 1"),
+        ("ema", 1.5, "must be at least 0 and below 1"),
+        ("label_smoothing", 0.5, "below 0.5"),
+        ("temperature", math.nan, "must be"),
+        ("epochs", math.inf, "must be above 0"),
+    ],
+)
+def test_a_number_outside_its_range_is_refused_with_the_range(name, value, words):
+    with pytest.raises(SystemExit) as stopped:
+        check_ranges({"name": "run", "compile": True, name: value})
+    assert f"{name}={value!r} " in stopped.value.code
+    assert words in stopped.value.code
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("top_p", 1.0), ("ema", 0.0), ("temperature", 0.0), ("max_steps", 0), ("cost_limit", -5.2)],
+)
+def test_an_end_that_belongs_to_a_range_is_allowed(name, value):
+    check_ranges({name: value})
+
+
+@pytest.mark.parametrize(
+    "width, heads, kv_heads, words",
+    [(128, 4, 3, "a multiple of"), (100, 4, 4, "of width 25"), (4, 8, 8, "of width 0")],
+)
+def test_a_width_that_cannot_be_cut_into_heads_is_refused(width, heads, kv_heads, words):
+    check_heads(128, 4, 0)
+    with pytest.raises(SystemExit) as stopped:
+        check_heads(width, heads, kv_heads)
+    assert words in stopped.value.code

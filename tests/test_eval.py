@@ -319,7 +319,7 @@ TWICE = "--models=A={world}/policy,B={world}/policy"
         ([TWICE, "--data=nothing/test"], "has no file"),
         ([TWICE, "--temprature=1"], "did you mean 'temperature'"),
         ([TWICE, "--temperature=nan"], "temperature=nan"),
-        ([TWICE, "--max_new_tokens=0"], "max_new_tokens=0 is 1 or more"),
+        ([TWICE, "--max_new_tokens=0"], "max_new_tokens=0 must be at least 1"),
         ([TWICE, "--reward_model={world}/policy"], "is a policy: it has no score head"),
         ([TWICE, "--reward_model={world}/cost"], "is given as a reward model, but its config.json"),
         ([TWICE, "--cost_model={world}/reward"], "is given as a cost model, but its config.json"),

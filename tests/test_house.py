@@ -12,6 +12,7 @@ import pytest
 from conftest import ROOT
 
 import configurator
+from nanosafe.ranges import RANGES, check_ranges
 from nanosafe.tools import download
 
 TRAINERS = ("train_sft.py", "train_pref.py", "train_ppo_lag.py", "nanosafe/phf/train.py")
@@ -161,7 +162,14 @@ ROOMS = {
     "nanosafe/eval": "tokenizer data checkpoint inference model rollout tools",
     "nanosafe/phf": "tokenizer data checkpoint inference model rollout losses optim monitor",
 }
-BOTTOM = {"errors", "storage", "printing", "parallel", "watchdog"}  # small files for everybody
+BOTTOM = {
+    "errors",
+    "storage",
+    "printing",
+    "parallel",
+    "ranges",
+    "watchdog",
+}  # small files for everybody
 
 
 @pytest.mark.parametrize("room", ROOMS)
@@ -258,6 +266,40 @@ def test_every_knob_has_a_comment_and_is_read(path):
         assert re.search(rf"\b{name}\b", body), f"{path}: nothing reads {name}"
 
 
+def numbers_of(path):
+    """{name: default} of the knobs of a script that take a number."""
+    knobs = knobs_of(path)
+    return {name: value for name, value in knobs.items() if type(value) in (int, float)}
+
+
+# The dry run is called by tests and by the planner, and takes sizes that no trainer takes.
+WITH_NUMBERS = [p for p in CONFIGURED if numbers_of(p) and os.path.basename(p) != "dry_run.py"]
+
+
+@pytest.mark.parametrize("path", WITH_NUMBERS)
+def test_every_number_that_a_knob_takes_has_a_range_that_is_checked(path):
+    for name, value in numbers_of(path).items():
+        assert name in RANGES, f"{path}: {name} has no range"
+        assert RANGES[name].contains(value), f"{path}: {name}"
+    _, _, body = source(path).partition("configure(globals())")
+    assert "check_ranges(" in body, path
+
+
+def test_no_range_is_of_a_knob_that_is_gone():
+    names = {"holdout"}  # of the prepare scripts
+    for path in WITH_NUMBERS:
+        names.update(numbers_of(path))
+    assert RANGES.keys() == names
+
+
+def test_every_knob_that_names_a_folder_is_known_as_a_path():
+    for path in CONFIGURED:
+        for name, value in knobs_of(path).items():
+            comment = re.search(rf"^{name} = .*?  # (.*)", source(path), re.MULTILINE)[1]
+            if isinstance(value, str) and re.search(r"folder\b(?! does)", comment):
+                assert name in configurator.PATHS, f"{path}: {name}"
+
+
 @pytest.mark.parametrize("path", [path for path in CONFIGURED if path in PREPARE])
 def test_a_prepare_script_passes_its_configuration_on(path):
     _, _, body = source(path).partition("configure(globals()")
@@ -293,6 +335,7 @@ def test_recipes_set_knobs_that_exist_to_values_of_their_type(recipe):
     assert values
     for name, value in values.items():
         configurator.check(name, value, knobs, recipe)
+    check_ranges(values)
 
 
 @pytest.mark.parametrize("path", TRAINERS)

@@ -101,3 +101,58 @@ def test_auto_chooses_a_layout_for_the_ranks_and_the_size():
 def test_an_impossible_placement_is_refused(arguments, words):
     with pytest.raises(SystemExit, match=words):
         choose_placements(*arguments)
+
+
+# ---- the environment ----
+
+TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+def set_environment(monkeypatch, variables):
+    for name in TORCHRUN:
+        monkeypatch.delenv(name, raising=False)
+    for name, text in variables.items():
+        monkeypatch.setenv(name, text)
+
+
+@pytest.mark.parametrize(
+    "variables, ranks",
+    [(TORCHRUN, (1, 2)), ({}, (0, 1)), ({"WORLD_SIZE": "1"}, (0, 1))],
+)
+def test_ranks_are_read_from_the_environment(variables, ranks, monkeypatch):
+    set_environment(monkeypatch, variables)
+    assert parallel.read_ranks() == ranks
+
+
+@pytest.mark.parametrize(
+    "variables, words",
+    [
+        ({"RANK": "0"}, "has RANK=0, but not WORLD_SIZE MASTER_ADDR MASTER_PORT"),
+        ({"WORLD_SIZE": "2"}, "has WORLD_SIZE=2, but not RANK"),  # would do half of the work
+        ({**TORCHRUN, "RANK": "first"}, "RANK='first'"),
+        ({**TORCHRUN, "RANK": "2"}, "RANK=2 must be below WORLD_SIZE=2"),
+        ({**TORCHRUN, "RANK": "-1"}, "RANK='-1'"),
+    ],
+)
+def test_an_environment_that_torchrun_did_not_make_stops_with_one_line(
+    variables, words, monkeypatch
+):
+    set_environment(monkeypatch, variables)
+    with pytest.raises(SystemExit) as stopped:
+        parallel.init("cpu")
+    assert words in stopped.value.code
+
+
+@pytest.mark.parametrize("text, minutes", [(None, 30), ("", 30), ("0", 30), ("0.2", 0.2)])
+def test_the_time_to_wait_for_a_rank_is_30_minutes_or_as_given(text, minutes, monkeypatch):
+    monkeypatch.delenv("NANOSAFE_TIMEOUT", raising=False)
+    if text is not None:
+        monkeypatch.setenv("NANOSAFE_TIMEOUT", text)
+    assert parallel.read_timeout() == minutes
+
+
+@pytest.mark.parametrize("text", ["soon", "-1", "nan", "inf"])
+def test_a_time_to_wait_that_is_no_time_stops_with_one_line(text, monkeypatch):
+    monkeypatch.setenv("NANOSAFE_TIMEOUT", text)
+    with pytest.raises(SystemExit, match="NANOSAFE_TIMEOUT"):
+        parallel.read_timeout()

@@ -225,6 +225,35 @@ def test_reward_scaling_first_keeps_the_deviation_of_the_first_batch():
     assert torch.allclose(scaled, SECOND_SCORES / FIRST_SCORES.std(), atol=1e-6)
 
 
+EQUAL_SCORES = tensor([0.7, 0.7, 0.7])
+
+
+@pytest.mark.parametrize("scaling", ["std", "first"])
+@pytest.mark.parametrize("noise", [0.0, 1e-7], ids=["equal", "equal up to rounding"])
+def test_equal_scores_keep_their_size(scaling, noise):
+    """A deviation of 0 would make 7e7 of 0.7."""
+    scores = EQUAL_SCORES + noise * tensor([-1.0, 0.0, 1.0])
+    moments = RunningMeanStd()
+    scaled = rl.scale_rewards(scores, moments, scaling, math.inf)
+    assert moments.deviation == 0
+    assert torch.equal(scaled, scores)
+
+
+def test_equal_scores_minus_their_mean_are_0():
+    scaled = rl.scale_rewards(EQUAL_SCORES, RunningMeanStd(), "mean_std", math.inf)
+    assert scaled.abs().max() < 1e-6
+
+
+def test_reward_scaling_first_waits_for_scores_that_differ():
+    moments = RunningMeanStd()
+    rl.scale_rewards(EQUAL_SCORES, moments, "first", math.inf)
+    scaled = rl.scale_rewards(FIRST_SCORES, moments, "first", math.inf)
+    deviation = torch.cat([EQUAL_SCORES, FIRST_SCORES]).std()
+    assert moments.deviation > 0
+    assert torch.equal(scaled, rl.scale_rewards(FIRST_SCORES, moments, "first", math.inf))
+    assert 0.5 < scaled.max() / (FIRST_SCORES.max() / deviation) < 2
+
+
 def test_a_score_that_is_nan_does_not_reach_the_moments():
     moments = RunningMeanStd()
     rl.scale_rewards(FIRST_SCORES, moments, "std", math.inf)
@@ -246,6 +275,13 @@ def test_the_kl_coefficient_follows_the_kl(kl, error):
     """kl_coef * (1 + error * responses / horizon), with kl / target - 1 clipped to +- 0.2."""
     adapted = rl.adapt_kl_coef(0.1, kl, 6.0, 128, 10000)
     assert adapted == pytest.approx(0.1 * (1 + error * 128 / 10000))
+
+
+@pytest.mark.parametrize("kl, factor", [(0.0, 0.8), (100.0, 1.2)])
+def test_a_rollout_longer_than_the_horizon_changes_the_kl_coefficient_as_one_horizon(kl, factor):
+    """With 1000 responses at a horizon of 10 the factor would be -19 or 21."""
+    adapted = rl.adapt_kl_coef(0.1, kl, 6.0, 1000, 10.0)
+    assert adapted == pytest.approx(0.1 * factor)
 
 
 # ---- the multiplier ----

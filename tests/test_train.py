@@ -13,6 +13,7 @@ import time
 import pytest
 import torch
 from conftest import ROOT, rows_of, run, same_state, small_config
+from in_process import run_in_process
 
 from nanosafe import checkpoint, tokenizer
 from nanosafe.checkpoint import init_from_scratch
@@ -246,6 +247,75 @@ def test_a_user_s_mistake_is_answered_with_one_line(flag, words, trainers, tmp_p
     assert len(errors) == 1
     assert words in errors[0]
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "script, flag, words",
+    [
+        ("train_sft.py", "--log_interval=0", "log_interval=0 must be at least 1"),
+        ("train_sft.py", "--num_key_value_heads=3", "must be a multiple of"),
+        ("train_pref.py", "--beta=0", "beta=0.0 must be above 0"),
+        ("train_ppo_lag.py", "--lambda_init=0", "lambda_init=0.0 must be above 0"),
+        ("nanosafe/phf/train.py", "--eval_top_p=0", "must be above 0 and at most 1"),
+        ("sample.py", "--keep=0", "keep=0 must be at least 1"),
+        ("nanosafe/eval/arena.py", "--temperature=-1", "must be at least 0"),
+        ("nanosafe/eval/judge.py", "--timeout=0", "must be above 0 and at most 3600"),
+        ("nanosafe/eval/bigbench.py", "--shots=-1", "must be at least 0"),
+        ("nanosafe/eval/scores.py", "--seed=0", "unknown knob 'seed'"),
+        ("nanosafe/eval/scores.py", "--worst=-1", "must be at least 0"),
+    ],
+)
+def test_a_number_outside_its_range_stops_a_script_before_any_work(
+    script, flag, words, monkeypatch, capsys, tmp_path
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    out = "out=~/made.jsonl" if script == "sample.py" else "out_dir=~/made"
+    flags = [f"--{out}", flag]
+    outcome = run_in_process(script, *flags, monkeypatch=monkeypatch, capsys=capsys, check=False)
+    assert words in outcome.error
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--temperature=0"], "they are all the same"),
+        (["--top_k=1"], "they are all the same"),
+        (["--advantage=gae", "--kl_target=6", "--kl_coef=0"], "kl_coef=0 would stay 0"),
+    ],
+)
+def test_knobs_with_which_nothing_would_be_learned_are_refused(flags, words, monkeypatch, capsys):
+    flags = ["--advantage=rloo", "--num_samples=2", *flags]
+    outcome = run_in_process(
+        "train_ppo_lag.py", *flags, monkeypatch=monkeypatch, capsys=capsys, check=False
+    )
+    assert words in outcome.error
+
+
+def test_equal_rewards_and_a_short_horizon_are_said(trainers, world, tmp_path):
+    """The reward model gives everything 0.7, and a rollout is eight times as long as the horizon."""
+    model = checkpoint.load(world / "reward")
+    with torch.no_grad():
+        model.score_head.weight.zero_()
+        model.score_head.bias = torch.nn.Parameter(torch.full((1,), 0.7))
+    model.config.score_bias = True
+    checkpoint.save(model, tmp_path / "constant", tokenizer.load(world / "tokenizer"))
+    done = run(
+        *without(without(trainers["ppo"], "reward_model"), "max_steps"),
+        f"--reward_model={tmp_path}/constant",
+        f"--reward_critic={world}/reward",
+        f"--out_dir={tmp_path}/a",
+        "--max_steps=4",
+        "--reward_scaling=first",
+        "--kl_target=6",
+        "--kl_horizon=1",
+    )
+    assert "all rewards so far are equal" in done.stderr
+    assert "kl_horizon=1.0 is shorter than a rollout of 8 responses" in done.stdout
+    rows = rows_of(tmp_path / "a" / "metrics.jsonl")
+    assert rows[0]["reward"] == pytest.approx(0.7)
+    assert abs(rows[0]["reward_return"]) < 1
+    assert all(row["kl_coef"] > 0 for row in rows)
 
 
 def test_a_reward_model_s_config_has_the_moments_of_its_scores(trainers, tmp_path):

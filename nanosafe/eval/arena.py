@@ -28,6 +28,7 @@ from nanosafe.eval.statistics import (
 from nanosafe.inference import Policy, ScoreModel, choose_dtype, name_of_folder
 from nanosafe.parallel import close, init
 from nanosafe.printing import format_table
+from nanosafe.ranges import check_ranges
 from nanosafe.storage import make_folder, write_json, write_jsonl
 from nanosafe.tokenizer import load as load_tokenizer
 from nanosafe.tools import plot
@@ -48,6 +49,7 @@ seed = 0  # an answer's random numbers depend on its prompt's text and on this
 max_tokens = 8192  # packed tokens per forward when answers are scored
 device = "auto"  # auto | cpu | cuda
 config = configure(globals())
+check_ranges(config)
 
 
 # ---- policies and their answers ----

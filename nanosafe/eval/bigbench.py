@@ -21,6 +21,7 @@ from nanosafe.eval.statistics import measure_calibration
 from nanosafe.inference import Policy, sum_response_logps
 from nanosafe.parallel import close, init
 from nanosafe.printing import format_table
+from nanosafe.ranges import check_ranges
 from nanosafe.storage import make_folder, write_json
 
 # model and tasks
@@ -36,6 +37,7 @@ seed = 0  # which examples are the shots, and the order of choices
 max_tokens = 8192  # packed tokens per forward
 device = "auto"  # auto | cpu | cuda
 config = configure(globals())
+check_ranges(config)
 
 CHOICE_METRICS = (
     "multiple_choice_grade",

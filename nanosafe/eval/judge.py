@@ -33,6 +33,7 @@ from nanosafe.errors import one_line_errors, stop
 from nanosafe.inference import Policy
 from nanosafe.parallel import barrier, close, init
 from nanosafe.printing import format_table
+from nanosafe.ranges import check_ranges
 from nanosafe.storage import make_folder, read_json, read_jsonl, write_json, write_jsonl
 
 # policies and problems
@@ -55,6 +56,7 @@ yes = False  # do not ask whether to spend the money
 # machine
 device = "auto"  # auto | cpu | cuda
 config = configure(globals())
+check_ranges(config)
 
 FOLDER = Path(__file__).parent
 OPENAI = "https://api.openai.com/v1"
@@ -94,13 +96,6 @@ def read_server():
     if not api_key.isascii():
         stop("OPENAI_API_KEY has characters that no key has")
     return Server(address, host, api_key)
-
-
-def check_limits(attempts, concurrency, timeout, pause):
-    if min(attempts, concurrency) < 1:
-        stop(f"attempts={attempts} and concurrency={concurrency} are 1 or more")
-    if not (0 < timeout <= 3600 and 0 <= pause <= 3600):
-        stop(f"timeout={timeout} and pause={pause} are seconds, of an hour at most")
 
 
 def read_problems(path):
@@ -677,7 +672,6 @@ def report(verdicts, answers, outcomes, replies):
 
 # ---- run ----
 server = read_server()
-check_limits(attempts, concurrency, timeout, pause)
 problem_list = read_problems(problems or str(FOLDER / "problems.json"))
 make_folder(out_dir)
 world = init(device, config)

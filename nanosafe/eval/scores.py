@@ -19,6 +19,7 @@ from nanosafe.errors import choose, stop
 from nanosafe.eval.statistics import bootstrap_interval, measure_calibration
 from nanosafe.inference import ScoreModel, choose_dtype
 from nanosafe.parallel import close, init
+from nanosafe.ranges import check_ranges
 from nanosafe.storage import make_folder, write_json, write_jsonl
 from nanosafe.tools import plot
 
@@ -34,6 +35,7 @@ worst = 3  # mistakes to print
 max_tokens = 8192  # packed tokens per forward
 device = "auto"  # auto | cpu | cuda
 config = configure(globals())
+check_ranges(config)
 
 
 # ---- data ----

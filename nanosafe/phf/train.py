@@ -39,6 +39,7 @@ from nanosafe.parallel import all_reduce_sum, backward, choose_placements, init,
 from nanosafe.phf.documents import target_scores, tokenize_documents
 from nanosafe.phf.scorers import load_scorer, text_statistics
 from nanosafe.printing import print_once
+from nanosafe.ranges import check_heads, check_ranges
 from nanosafe.rollout import sample_all
 from nanosafe.tokenizer import load as load_tokenizer
 from nanosafe.tokenizer.special_tokens import ALIGNED, add_control_tokens, control_token_ids
@@ -103,10 +104,15 @@ activation_checkpointing = False  # recompute each block in the backward pass: l
 use_compile = True  # torch.compile each block, on a GPU
 
 config = configure(globals())
+check_ranges(config)
 
 # ---- setup ----
 choose("objective", objective, ("mle", "filter", "conditional", "unlikelihood", "awr", "rwr"))
 choose("lr_schedule", lr_schedule, optim.SCHEDULES)
+if init_from == "scratch":
+    check_heads(hidden_size, num_attention_heads, num_key_value_heads)
+if objective == "awr" and alpha > 1:
+    stop(f"alpha={alpha}: in awr the values' loss has the weight 1 - alpha, so alpha is at most 1")
 world = init(device, config)
 resume = run_state.open_run_folder(config, save)
 from_scratch = init_from == "scratch"

@@ -26,6 +26,7 @@ from nanosafe.data.batching import examples_at
 from nanosafe.errors import choose, stop
 from nanosafe.model import Config
 from nanosafe.printing import format_table
+from nanosafe.ranges import check_ranges
 from nanosafe.storage import REPOSITORY, make_folder, read_json, write_json
 from nanosafe.tokenizer import load as load_tokenizer
 from nanosafe.tools import plan, plot
@@ -90,6 +91,7 @@ PHASES = {  # of the planner -> of PhaseClock in workloads.py
 
 def main():
     knobs = SimpleNamespace(**configure(globals()))
+    check_ranges(vars(knobs))
     given = dict(vars(knobs))
     choose("dtype", knobs.dtype, ("auto", "bfloat16", "float32"))
     if knobs.steps < 2:

@@ -28,6 +28,7 @@ from configurator import configure
 from nanosafe.checkpoint import run_state
 from nanosafe.errors import stop
 from nanosafe.printing import format_table
+from nanosafe.ranges import check_ranges
 from nanosafe.storage import REPOSITORY, load_python_file, write_json
 from nanosafe.tools.demo import judge
 from nanosafe.tools.toy_world import make_world, rows_of, same_state, trainer_flags
@@ -51,6 +52,7 @@ INSTANTS = {"starting": 1, "training": 4, "saving": 4, "one process": 1}  # with
 
 def main():
     knobs = configure(globals())
+    check_ranges(knobs)
     names = knobs["trainers"].split(",")
     if knobs["grow"]:
         watch_memory(knobs["grow"], names, choose_folder(knobs["out"], "out/grow"))

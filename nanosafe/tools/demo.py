@@ -22,6 +22,7 @@ from nanosafe.data import template
 from nanosafe.inference import Policy, ReferenceSamples
 from nanosafe.parallel import init
 from nanosafe.printing import format_table
+from nanosafe.ranges import check_ranges
 from nanosafe.storage import load_python_file, read_jsonl, write_json
 
 out_dir = "out/demo"  # the folder for the tokenizer, a run of each stage, and summary.json
@@ -221,4 +222,5 @@ def print_heading(title, command=""):
 
 if __name__ == "__main__":
     config = configure(globals())
+    check_ranges(config)
     main(config["out_dir"], config["seed"])

@@ -20,6 +20,7 @@ from nanosafe.data.examples import SURROGATE, parse_record
 from nanosafe.data.reader import CONVERT_PARQUET, read_rows
 from nanosafe.errors import stop
 from nanosafe.printing import format_table
+from nanosafe.ranges import check_ranges
 from nanosafe.tokenizer import load as load_tokenizer
 
 # The knobs of every prepare.py besides its own: configure(globals(), vars(download)).
@@ -52,6 +53,7 @@ def prepare(script, to_record, config, release):
     script     the path of the prepare.py
     to_record  a raw row (a dict) -> a record, or ValueError with the reason to drop the row
     config     the knobs, the script's own and those above"""
+    check_ranges(config)
     folder = os.path.dirname(os.path.abspath(script))
     if config["raw"]:
         paths = find_raw_files(config["raw"])

@@ -22,6 +22,7 @@ import configurator
 from nanosafe.errors import choose, stop
 from nanosafe.model import Config, LLaMA
 from nanosafe.printing import format_table
+from nanosafe.ranges import check_ranges
 from nanosafe.storage import read_json
 
 gpus = 0  # of the run, over all nodes; 0: the 8 of a node, or 1 for cpu
@@ -142,7 +143,9 @@ def read_knobs(script, arguments):
         if isinstance(node, ast.Assign):
             defaults[node.targets[0].id] = ast.literal_eval(node.value)
     sys.argv = [script, *arguments]
-    return configurator.configure(defaults, globals())
+    knobs = configurator.configure(defaults, globals())
+    check_ranges(knobs)
+    return knobs
 
 
 def read_shape(knobs):
