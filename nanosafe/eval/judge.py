@@ -30,7 +30,14 @@ from nanosafe.errors import one_line_errors, stop
 from nanosafe.inference import Policy
 from nanosafe.parallel import barrier, close, init
 from nanosafe.printing import format_table
-from nanosafe.storage import make_folder, read_json, read_jsonl, write_json, write_jsonl
+from nanosafe.storage import (
+    format_json,
+    make_folder,
+    read_json,
+    read_jsonl,
+    write_json,
+    write_jsonl,
+)
 
 # policies and problems
 red = "out/demo/ppo/model"  # the policy to beat: a model folder
@@ -234,7 +241,7 @@ class Replies:
         with self.lock:
             self.rows.append(row)
             with open(self.path, "a", encoding="utf-8") as f:
-                print(json.dumps(row), file=f, flush=True)
+                print(format_json(row), file=f, flush=True)
                 os.fsync(f.fileno())
 
     def find_scores(self, questions):
