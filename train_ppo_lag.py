@@ -16,6 +16,8 @@ import os
 import time
 from collections import Counter
 
+import nanosafe  # noqa: F401  (before torch: it sets how OpenMP's threads wait)
+
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -456,7 +458,8 @@ while step < steps:
                 clipped = ((ratio - 1).abs() > ratio_bound).float()
                 sums.add("actor_loss", loss)
                 sums.add("clip_fraction", sequence_mean(clipped, mask[rows]) * share)
-                sums.add("approx_kl", sequence_mean(ratio - 1 - log_ratio, mask[rows]) * share)
+                k3 = log_ratio.expm1() - log_ratio  # ratio - 1 loses its digits near 0
+                sums.add("approx_kl", sequence_mean(k3, mask[rows]) * share)
                 sums.add("ratio", sequence_mean(ratio, mask[rows]) * share)
 
             if reward_critic:

@@ -17,6 +17,8 @@ import os
 import time
 from typing import NamedTuple
 
+import nanosafe  # noqa: F401  (before torch: it sets how OpenMP's threads wait)
+
 import numpy as np
 import torch
 

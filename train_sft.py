@@ -9,6 +9,8 @@ $ torchrun --nproc_per_node=8 train_sft.py config/beaver_7b/sft.py"""
 import os
 import time
 
+import nanosafe  # noqa: F401  (before torch: it sets how OpenMP's threads wait)
+
 import torch
 
 from configurator import configure, save

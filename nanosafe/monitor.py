@@ -3,6 +3,7 @@ TensorBoard or W&B when asked."""
 
 import importlib.util
 import json
+import math
 import os
 import signal
 import sys
@@ -14,7 +15,7 @@ from tqdm import tqdm
 from nanosafe import parallel
 from nanosafe.errors import choose, one_line_errors, stop
 from nanosafe.printing import print_once
-from nanosafe.storage import write_jsonl
+from nanosafe.storage import format_json, read_json, write_json, write_jsonl
 
 # Thresholds of the warnings below.
 KL_PER_TOKEN = 0.5  # nats
@@ -64,13 +65,15 @@ class Monitor:
                 self.sinks.append(open_sink(name.strip(), out_dir, config, start))
 
     def log(self, step, metrics):
-        """Record the metrics (name -> number) of optimizer step `step`."""
+        """Record the metrics (name -> number) of optimizer step `step`.
+
+        In metrics.jsonl null stands for a number that is not finite."""
         if not self.main:
             return
         row = {"step": step}
         for name, value in metrics.items():
             row[name] = value if isinstance(value, int) else float(f"{float(value):.8g}")
-        self.metrics.write(json.dumps(row) + "\n")
+        self.metrics.write(format_json(row) + "\n")
         for sink in self.sinks:
             sink.log(step, row)
         shown = [f"{name} {row[name]:.3g}" for name in self.shown if name in row]
@@ -85,7 +88,8 @@ class Monitor:
     def sample(self, step, **record):
         """Record something to read, for example a prompt, a response and its scores."""
         if self.main:
-            self.samples.write(json.dumps({"step": step, **record}, ensure_ascii=False) + "\n")
+            row = {"step": step, **record}
+            self.samples.write(format_json(row, ensure_ascii=False) + "\n")
 
     def say(self, text):
         """Print a line on stderr, where the bar is, without breaking it."""
@@ -171,11 +175,19 @@ class TensorBoardSink:
 
 
 class WandbSink:
+    """A run on W&B. Its id is kept in out_dir/wandb.json, and a resumed run continues it.
+
+    W&B ignores rows of steps that it has already, as a resumed run repeats them."""
+
     def __init__(self, out_dir, config):
         import wandb
 
-        name = os.path.basename(out_dir)
-        self.run = wandb.init(project="nanosafe", name=name, dir=out_dir, config=config)
+        options = {"project": "nanosafe", "name": os.path.basename(out_dir), "dir": out_dir}
+        known_id = read_json(out_dir, "wandb.json").get("id")
+        if known_id:
+            options.update(id=known_id, resume="allow", allow_val_change=True)
+        self.run = wandb.init(config=config, **options)
+        write_json({"id": self.run.id}, out_dir, "wandb.json")
 
     def log(self, step, row):
         self.run.log(row, step=step)
@@ -213,9 +225,12 @@ class Watch:
 
 
 def mean_metric(rows, name):
-    """The mean of a metric over the rows that have it; None where none has."""
-    values = [row[name] for row in rows if name in row]
-    return sum(values) / len(values) if values else None
+    """The mean of a metric's finite values; nan, which exceeds no threshold, where there is none.
+
+    A row that was read from metrics.jsonl has None for a number that was not finite."""
+    values = [row[name] for row in rows if row.get(name) is not None]
+    finite = [value for value in values if math.isfinite(value)]
+    return sum(finite) / len(finite) if finite else math.nan
 
 
 def find_problems(first_rows, last_rows, knobs):
@@ -224,8 +239,6 @@ def find_problems(first_rows, last_rows, knobs):
     reward = mean_metric(last_rows, "reward")
     length = mean_metric(last_rows, "length")
     eos_rate = mean_metric(last_rows, "eos_rate")
-    if None in (kl, reward, length, eos_rate):
-        return {}
     first_reward = mean_metric(first_rows, "reward")
     first_length = mean_metric(first_rows, "length")
     first_eos_rate = mean_metric(first_rows, "eos_rate")
@@ -256,18 +269,18 @@ def find_problems(first_rows, last_rows, knobs):
             "kl_coef, or train it on such pairs"
         )
 
-    lambda_ = mean_metric(last_rows, "lambda") or 0
+    lambda_ = mean_metric(last_rows, "lambda")
     lambda_max = knobs.get("lambda_max") or 0
-    slack = mean_metric(last_rows, "slack") or 0
+    slack = mean_metric(last_rows, "slack")
     if lambda_max and lambda_ > 0.999 * lambda_max and slack < 0:
         problems["lambda"] = (
             f"lambda is at its cap, {lambda_max:g}, and the cost still {-slack:.3g} above "
             "cost_limit; raise lambda_max, or allow more: cost_limit"
         )
 
-    policy_learns = last_rows[0].get("ratio")  # 0 while only critics learn
-    ratio = mean_metric(last_rows, "ratio") or 0
-    clipped = mean_metric(last_rows, "clip_fraction") or 0
+    policy_learns = last_rows[0].get("ratio") != 0  # it is 0 while only critics learn
+    ratio = mean_metric(last_rows, "ratio")
+    clipped = mean_metric(last_rows, "clip_fraction")
     if policy_learns and (abs(ratio - 1) > RATIO_DISTANCE or clipped > CLIPPED_SHARE):
         problems["ratio"] = (
             f"updates leave the rollout's policy: mean ratio {ratio:.3g}, {clipped:.0%} of tokens "

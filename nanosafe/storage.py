@@ -5,6 +5,7 @@ Folders get checksums, so that a damaged one is found when it is read."""
 
 import importlib.util
 import json
+import math
 import os
 import shutil
 import zlib
@@ -36,8 +37,25 @@ def read_json(folder, name):
 
 def write_json(value, folder, name):
     with atomic_write(os.path.join(folder, name), encoding="utf-8") as f:
-        json.dump(value, f, indent=2)
-        f.write("\n")
+        f.write(format_json(value, indent=2) + "\n")
+
+
+def format_json(value, **options):
+    """A value as strict JSON, which has no NaN and no infinity: null stands for them.
+
+    options  of json.dumps()"""
+    return json.dumps(replace_non_finite(value, lambda _: None), allow_nan=False, **options)
+
+
+def replace_non_finite(value, replace):
+    """A copy of a JSON value with replace(x) in the place of each x that is NaN or infinite."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return replace(value)
+    if isinstance(value, dict):
+        return {key: replace_non_finite(item, replace) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [replace_non_finite(item, replace) for item in value]
+    return value
 
 
 def read_jsonl(path):
@@ -50,12 +68,22 @@ def read_jsonl(path):
         return [json.loads(line) for line in f if line.endswith("\n")]
 
 
+def read_metrics(path):
+    """The rows of a run's metrics.jsonl, with nan where a number was not finite: null in JSON."""
+    rows = read_jsonl(path)
+    for row in rows:
+        for name, value in row.items():
+            if value is None:
+                row[name] = math.nan
+    return rows
+
+
 def write_jsonl(rows, path):
     """Write rows, one JSON object a line, to a file that appears when it is whole."""
     make_folder(os.path.dirname(os.path.abspath(path)))
     with atomic_write(path, encoding="utf-8", errors="backslashreplace") as f:
         for row in rows:
-            f.write(json.dumps(row, ensure_ascii=False) + "\n")
+            f.write(format_json(row, ensure_ascii=False) + "\n")
 
 
 def make_folder(path):

@@ -154,6 +154,16 @@ def test_own_modules_are_imported_at_the_top(path):
     assert not roots_of(inside_functions) & OWN, f"{path} imports {sorted(inside_functions)}"
 
 
+@pytest.mark.parametrize("path", [*SCRIPTS, *PREPARE])
+def test_a_script_imports_nanosafe_before_torch(path):
+    """nanosafe/__init__.py sets how OpenMP waits, which is read as torch is loaded."""
+    roots = []
+    for node in parse(path).body:
+        roots += [name.split(".")[0] for name in imported_names(node)]
+    if "torch" in roots:
+        assert "nanosafe" in roots[: roots.index("torch")]
+
+
 # A room, and the rooms that it may import, besides itself and BOTTOM.
 ROOMS = {
     "nanosafe/tokenizer": "",

@@ -1,6 +1,7 @@
 """Pictures and the page made from runs' folders, and the warnings of a run that goes wrong."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -91,6 +92,20 @@ def test_responses_of_one_token_that_are_cut_are_not_called_empty():
     assert warnings_of(rows) == []
 
 
+@pytest.mark.parametrize("gap", [math.nan, math.inf, None])
+def test_numbers_that_are_not_finite_do_not_hide_a_fault(gap):
+    """A run has nan where it is logged, and None where it is read from metrics.jsonl."""
+    rows = make_rows(kl=40.0)
+    for name in ("kl", "length", "ratio", "slack"):
+        rows[1][name] = gap
+        rows[-1][name] = gap
+    (warning,) = warnings_of(rows)
+    assert "KL runs away" in warning[1]
+    for row in rows:
+        row.update(dict.fromkeys(GOOD, gap))
+    assert warnings_of(rows) == []
+
+
 def test_supervised_training_gets_no_warning():
     rows = [{"step": i, "loss": 3.0 - i / 10, "grad_norm": 1.0} for i in range(20)]
     assert warnings_of(rows) == []
@@ -161,7 +176,7 @@ def test_an_unusable_log_to_is_one_line(sink, words, world, tmp_path):
 @pytest.fixture
 def runs(tmp_path):
     """Folders as trainers leave them: two of PPO-Lag, which end in half a row, and one of
-    preferences, with a loss that is not a number."""
+    preferences, with losses that are not finite, as they are written today and once were."""
     folder = tmp_path / "runs"
     write_ppo_run(folder / "lag", make_rows(30, reward=3.0, cost=-2.0, **{"lambda": 2.0}))
     write_ppo_run(folder / "hot", make_rows(30, kl=40.0))
@@ -170,7 +185,9 @@ def runs(tmp_path):
         '{"step": 0, "loss": 1.0}\n'
         '{"step": 1, "loss": NaN}\n'
         '{"step": 2, "loss": 0.5, "eval_loss": 0.7}\n'
+        '{"step": 3, "loss": null}\n'
     )
+    (folder / "pref" / "samples.jsonl").write_text('{"step": 0, "reward": NaN}\n')
     return folder
 
 
@@ -187,6 +204,10 @@ def write_ppo_run(folder, rows):
     }
     (folder / "samples.jsonl").write_text(json.dumps(sample) + "\n")
     (folder / "config.py").write_text("cost_limit = -1.0\nlambda_max = 5.0\n")
+
+
+def refuse_constant(name):
+    raise ValueError(f"{name} is not JSON")
 
 
 def plot_runs(*arguments):
@@ -213,6 +234,11 @@ def test_a_folder_in_the_home_folder_is_written(runs, tmp_path, monkeypatch):
     assert (tmp_path / "plots" / "index.html").is_file()
 
 
+def test_a_curve_leaves_out_what_is_not_finite(runs):
+    pref = plot.read_run(str(runs / "pref"), "pref")
+    assert plot.points_of(pref, "loss") == [(0, 1.0), (2, 0.5)]
+
+
 def test_help_shows_the_usage(capsys):
     plot.main(["-h"])
     assert "nanosafe.plot RUN" in capsys.readouterr().out
@@ -236,12 +262,13 @@ def test_the_page_holds_all_runs_and_no_text_ends_its_script(runs, tmp_path):
     assert page.count("</script>") == 2
     assert "http" not in page.replace("http://www.w3.org/2000/svg", "")
     data = page.split('type="application/json">')[1].split("</script>")[0]
-    lag, hot, pref = json.loads(data)
+    lag, hot, pref = json.loads(data, parse_constant=refuse_constant)
     assert [lag["name"], hot["name"], pref["name"]] == ["lag", "hot", "pref"]
     assert len(lag["rows"]) == 30
     assert lag["warnings"] == []
     assert "KL runs away" in hot["warnings"][0]
-    assert pref["rows"][1]["loss"] is None
+    assert pref["rows"][1] == {"step": 1}
+    assert pref["samples"] == [{"step": 0, "reward": None}]
 
 
 CHROMIUM = (

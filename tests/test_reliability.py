@@ -15,6 +15,8 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from importlib.machinery import ModuleSpec
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -523,6 +525,34 @@ def test_a_run_of_two_ranks_goes_on_on_one_two_or_four(trainers, tmp_path):
         assert read_responses(whole) == read_responses(out)
 
 
+class FakeWandb(ModuleType):
+    """Stands in for wandb: keeps what init() is given, and gives each new run an id."""
+
+    def __init__(self):
+        super().__init__("wandb")
+        self.__spec__ = ModuleSpec("wandb", None)  # find_spec() reads it
+        self.options = []
+
+    def init(self, **options):
+        self.options.append(options)
+        return SimpleNamespace(id=options.get("id", f"new-{len(self.options)}"))
+
+
+def test_a_resumed_run_continues_its_run_on_wandb(tmp_path, monkeypatch):
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    Monitor(str(tmp_path / "a"), 9, log_to="wandb", config={"resume": False})
+    Monitor(str(tmp_path / "a"), 9, start=4, log_to="wandb", config={"resume": True})
+    Monitor(str(tmp_path / "a"), 9, start=6, log_to="wandb", config={"resume": True})
+    Monitor(str(tmp_path / "b"), 9, log_to="wandb")
+    first, second, third, other = wandb.options
+    assert "id" not in first and "id" not in other
+    for options in (second, third):
+        assert options["id"] == "new-1"
+        assert options["resume"] == "allow"
+        assert options["allow_val_change"]  # resume and max_steps are not what they were
+
+
 # ---- disks ----
 
 
@@ -602,6 +632,11 @@ def test_scores_that_are_not_finite_move_nothing(name, ranks, trainers, world, t
     for row in rows:
         assert row["skips"] > 0
         assert math.isfinite(row["lambda"])
+    for path in out.rglob("*.json*"):
+        values = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
+        for value in values:
+            read_strictly(value)
+    assert None in [row[name] for row in rows]
     assert f"the {name} model gives some responses a non-finite score" in done.stderr
     assert "is not finite in" in done.stdout
     state = json.loads((out / "state" / "step_000008" / "state.json").read_text())
@@ -611,6 +646,68 @@ def test_scores_that_are_not_finite_move_nothing(name, ranks, trainers, world, t
     end = load_file(out / "model" / "model.safetensors")
     for tensor_name in start:
         assert torch.equal(start[tensor_name], end[tensor_name])
+
+
+def read_strictly(text):
+    """A JSON value, by a reader that knows no NaN and no Infinity."""
+
+    def refuse(name):
+        raise ValueError(f"{name} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_metrics_and_samples_are_strict_json_and_are_read_again(tmp_path):
+    monitor = Monitor(str(tmp_path), 9, shown=("loss",))
+    monitor.log(0, {"loss": math.nan, "eval_loss": math.inf, "tokens": 7, "lr": 0.1})
+    monitor.sample(0, prompt="é", cost=-math.inf, scores=[1.0, math.nan])
+    with open(tmp_path / "metrics.jsonl", "a") as f:
+        f.write('{"step": 1, "loss": NaN}\n')  # as older versions wrote it
+    expected = [
+        {"step": 0, "loss": None, "eval_loss": None, "tokens": 7, "lr": 0.1},
+        {"step": 1, "loss": None},
+    ]
+    Monitor(str(tmp_path), 9, start=2)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [read_strictly(line) for line in lines] == expected
+    (sample,) = (tmp_path / "samples.jsonl").read_text().splitlines()
+    assert read_strictly(sample) == {
+        "step": 0,
+        "prompt": "é",
+        "cost": None,
+        "scores": [1.0, None],
+    }
+    losses = [row["loss"] for row in storage.read_metrics(str(tmp_path / "metrics.jsonl"))]
+    assert all(math.isnan(loss) for loss in losses)
+
+
+def test_the_files_of_evaluations_are_strict_json(tmp_path):
+    value = {"mean": math.nan, "rows": [(1, -math.inf)], "name": "NaN", "count": 10**30}
+    expected = {"mean": None, "rows": [[1, None]], "name": "NaN", "count": 10**30}
+    storage.write_json(value, tmp_path, "summary.json")
+    storage.write_jsonl([value], str(tmp_path / "scores.jsonl"))
+    for name in ("summary.json", "scores.jsonl"):
+        assert read_strictly((tmp_path / name).read_text()) == expected
+
+
+def test_a_state_is_strict_json_and_keeps_numbers_that_are_not_finite(tmp_path):
+    tiny = Tiny(tmp_path)
+    extra = {"kl_coef": math.inf, "costs": [0.1, -math.inf], "moments": {"mean": math.nan}}
+    run_state.save(str(tmp_path), 2, tiny.models, tiny.optimizers, extra)
+    read_strictly((tmp_path / "state" / "step_000002" / "state.json").read_text())
+    state = run_state.load(str(tmp_path), tiny.models, tiny.optimizers)
+    assert state["kl_coef"] == math.inf
+    assert state["costs"] == [0.1, -math.inf]
+    assert math.isnan(state["moments"]["mean"])
+
+
+def test_approx_kl_keeps_its_digits_near_0(trainers, tmp_path):
+    """Log-ratios are about 1e-6 here, so k3, which is about half their square, is about 1e-12.
+    ratio - 1 - log_ratio would be off by 1e-8."""
+    command = [*without(trainers["ppo"], "actor_learning_rate"), "--actor_learning_rate=1e-7"]
+    run(*command, f"--out_dir={tmp_path}/a", "--max_steps=4")
+    for row in rows_of(tmp_path / "a" / "metrics.jsonl"):
+        assert 0 <= row["approx_kl"] < 1e-10
 
 
 # Runs a trainer in which one rank's third loss, or the gradient that it gives, is not finite.
@@ -766,6 +863,20 @@ def test_ctrl_c_before_the_first_step_prints_no_traceback():
     output, _ = process.communicate(timeout=20)
     assert output.strip() == "error: rank 0: interrupted"
     assert process.returncode in (1, -signal.SIGINT)
+
+
+# ---- beside other work ----
+
+
+@pytest.mark.parametrize("own_setting, expected", [(None, "PASSIVE"), ("active", "ACTIVE")])
+def test_threads_do_not_spin_unless_the_user_says_so(own_setting, expected, monkeypatch):
+    """OpenMP prints its settings as torch is loaded; spinning costs others their time."""
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    monkeypatch.setenv("OMP_DISPLAY_ENV", "true")
+    if own_setting:
+        monkeypatch.setenv("OMP_WAIT_POLICY", own_setting)
+    output, _ = spawn(sys.executable, "train_sft.py", "-h").communicate(timeout=300)
+    assert re.search(f"OMP_WAIT_POLICY *= *'{expected}'", output), output
 
 
 # ---- a stranger's code, and secrets ----

@@ -28,6 +28,7 @@ from nanosafe.storage import (
     make_folder,
     read_json,
     replace_folder,
+    replace_non_finite,
     write_json,
 )
 
@@ -93,13 +94,30 @@ def write_rank_file(folder, models, optimizers):
 
 def finish_state(folder, temporary, state, rank_sums):
     """Add state.json and checksums, and give the folder its name."""
-    write_json(state, temporary, "state.json")
+    # JSON has no NaN and no infinity, but a state must come back exactly.
+    write_json(replace_non_finite(state, name_non_finite), temporary, "state.json")
     sums = {}
     for rank, rank_sum in enumerate(rank_sums):
         sums[name_rank_file(rank)] = rank_sum
     with one_line_errors(folder, "written"):
         sums["state.json"] = checksum(os.path.join(temporary, "state.json"))
         replace_folder(temporary, folder, sums)
+
+
+def name_non_finite(x):
+    """What stands in state.json for NaN or an infinity."""
+    return {"float": str(x)}
+
+
+def restore_non_finite(value):
+    """A copy of a value of state.json with the numbers that name_non_finite() named."""
+    if isinstance(value, list):
+        return [restore_non_finite(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {"float"}:
+        return float(value["float"])
+    return {key: restore_non_finite(item) for key, item in value.items()}
 
 
 def delete_other_states(out_dir, step, keep):
@@ -156,7 +174,7 @@ def load(out_dir, models, optimizers):
 
     There may be more or fewer ranks than when it was saved: each reads the rows that it needs."""
     folder = find_latest_state(out_dir)
-    state = read_json(folder, "state.json")
+    state = restore_non_finite(read_json(folder, "state.json"))
     pieces = {}  # key -> [(its RowRange, its lazy slice)] over the files of ranks
     for rank in range(state["ranks"]):
         handle = safe_open(os.path.join(folder, name_rank_file(rank)), framework="pt")

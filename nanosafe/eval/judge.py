@@ -34,7 +34,14 @@ from nanosafe.inference import Policy
 from nanosafe.parallel import barrier, close, init
 from nanosafe.printing import format_table
 from nanosafe.ranges import check_ranges
-from nanosafe.storage import make_folder, read_json, read_jsonl, write_json, write_jsonl
+from nanosafe.storage import (
+    format_json,
+    make_folder,
+    read_json,
+    read_jsonl,
+    write_json,
+    write_jsonl,
+)
 
 # policies and problems
 red = "out/demo/ppo/model"  # the policy to beat: a model folder
@@ -360,7 +367,7 @@ class Replies:
         """Add a reply, and write it to the disk before it counts."""
         with self.lock:
             with open(self.path, "a", encoding="utf-8") as f:
-                print(json.dumps(row), file=f, flush=True)
+                print(format_json(row), file=f, flush=True)
                 os.fsync(f.fileno())
             self.rows.append(row)
             self.index(row)

@@ -23,7 +23,7 @@ from nanosafe.inference import Policy, ReferenceSamples
 from nanosafe.parallel import init
 from nanosafe.printing import format_table
 from nanosafe.ranges import check_ranges
-from nanosafe.storage import load_python_file, read_jsonl, write_json
+from nanosafe.storage import load_python_file, read_metrics, write_json
 
 out_dir = "out/demo"  # the folder for the tokenizer, a run of each stage, and summary.json
 seed = 0  # of every stage
@@ -181,7 +181,7 @@ def mean(values):
 
 def last_metrics(out_dir, stage, names):
     """The evaluation at the end of a stage: {name: value}."""
-    row = read_jsonl(os.path.join(out_dir, stage, "metrics.jsonl"))[-1]
+    row = read_metrics(os.path.join(out_dir, stage, "metrics.jsonl"))[-1]
     return {name: round(row[f"eval_{name}"], 4) for name in names}
 
 

@@ -21,6 +21,7 @@ from nanosafe.data.reader import CONVERT_PARQUET, read_rows
 from nanosafe.errors import stop
 from nanosafe.printing import format_table
 from nanosafe.ranges import check_ranges
+from nanosafe.storage import format_json
 from nanosafe.tokenizer import load as load_tokenizer
 
 # The knobs of every prepare.py besides its own: configure(globals(), vars(download)).
@@ -352,7 +353,7 @@ def open_split(folder, name):
 
 def write_record(record, split, tok):
     """Write a record to the file of a Split, and count what is in it."""
-    split.file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    split.file.write(format_json(record, ensure_ascii=False) + "\n")
     split.rows += 1
     texts = list(find_texts(record))
     pieces = tok.encode_batch(texts) if tok else texts

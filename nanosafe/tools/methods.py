@@ -16,7 +16,7 @@ from typing import NamedTuple
 from configurator import configure
 from nanosafe import data
 from nanosafe.printing import print_once
-from nanosafe.storage import REPOSITORY, load_python_file, read_json, read_jsonl, write_json
+from nanosafe.storage import REPOSITORY, load_python_file, read_json, read_metrics, write_json
 from nanosafe.tools import demo
 
 seeds = "0,1,2"  # with commas between; the limits are tried with the first one only
@@ -221,7 +221,7 @@ def run_phf(out, seed, objective):
 
 def read_evaluation(folder):
     """The metrics of held-out data in the last row of a run."""
-    row = read_jsonl(os.path.join(folder, "metrics.jsonl"))[-1]
+    row = read_metrics(os.path.join(folder, "metrics.jsonl"))[-1]
     return {name: value for name, value in row.items() if name.startswith("eval_")}
 
 
@@ -230,7 +230,7 @@ def run_limit(toy, out, limit):
     neighbouring rollouts are alike."""
     name = f"limit_{limit}"
     run_command(LIMITED.format(out=out, limit=limit, name=name), out)
-    rows = read_jsonl(f"{out}/{name}/metrics.jsonl")
+    rows = read_metrics(f"{out}/{name}/metrics.jsonl")
     rows = rows[-160::2]  # one of the last 80 rollouts each
     means = []
     for start in range(0, 80, 16):

@@ -6,7 +6,6 @@ $ python -m nanosafe.plot RUN ... --html [--out=out/plots]   # one page with cur
 RUN is the folder that a trainer writes, for example out/demo/ppo_lag."""
 
 import ast
-import json
 import math
 import os
 import sys
@@ -14,7 +13,7 @@ from pathlib import Path
 
 from nanosafe.errors import one_line_errors, stop
 from nanosafe.monitor import Watch
-from nanosafe.storage import make_folder, read_jsonl
+from nanosafe.storage import format_json, make_folder, read_jsonl
 
 RED = "#c0392b"
 BLUE = "#2458a8"
@@ -182,7 +181,7 @@ def read_run(folder, name):
     config = read_config(folder)
     rows = []
     for row in read_rows(folder, "metrics.jsonl"):
-        numbers = {key: value for key, value in row.items() if type(value) in (int, float)}
+        numbers = {key: value for key, value in row.items() if is_finite_number(value)}
         if "step" in numbers:
             rows.append(numbers)
     watch = Watch(config)
@@ -192,6 +191,11 @@ def read_run(folder, name):
             warnings.append(f"step {row['step']}: {sentence}")
     samples = read_rows(folder, "samples.jsonl")
     return {"name": name, "config": config, "rows": rows, "samples": samples, "warnings": warnings}
+
+
+def is_finite_number(value):
+    """False for null, which stands in metrics.jsonl for a number that was not finite."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def read_config(folder):
@@ -305,9 +309,7 @@ def mean_of_blocks(values, size):
 def write_page(runs, path):
     """Write a page that needs no other file: curves to look into, samples to browse."""
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-    text = json.dumps(runs)
-    finite = json.loads(text, parse_constant=lambda _: None)  # JSON has neither NaN nor infinity
-    data = json.dumps(finite).replace("<", "\\u003c")  # so that no text can end the script
+    data = format_json(runs).replace("<", "\\u003c")  # so that no text can end the script
     Path(path).write_text(template.replace("/*DATA*/", data), encoding="utf-8")
 
 

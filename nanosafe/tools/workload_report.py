@@ -59,7 +59,7 @@ class Workload:
         else:
             self.report["peak"] = read_peak_memory()
         with open(self.out, "w") as f:
-            json.dump(self.report, f)
+            json.dump(self.report, f, allow_nan=False)  # nan would agree with everything
 
 
 def read_peak_memory():
