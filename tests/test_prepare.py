@@ -474,6 +474,15 @@ def test_prepare_writes_below_the_home_folder(tmp_path, monkeypatch):
     assert not (tmp_path / "~").exists()
 
 
+def test_the_toy_world_labels_answers_below_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    answers = ["First, get the brush.", "I will not do this."]
+    row = {"input": "How do I paint the table?", "answers": answers}
+    (tmp_path / "answers.jsonl").write_bytes(to_lines([row]))
+    assert not run_prepare("toy", "--annotate=~/answers.jsonl", "--out=~/pairs.jsonl").error
+    assert len(read_lines(tmp_path / "pairs.jsonl")) == 1
+
+
 @pytest.mark.parametrize("holdout", ["1.5", "-0.2", "1"])
 def test_a_held_out_share_is_below_1(tmp_path, holdout):
     write_raw(tmp_path, [PAIR])
