@@ -25,7 +25,7 @@ import torch
 from configurator import configure, save
 from nanosafe import checkpoint, optim
 from nanosafe.checkpoint import run_state
-from nanosafe.data import tokenize
+from nanosafe.data import report_shared_prompts, tokenize
 from nanosafe.data.batching import (
     count_steps,
     examples_at,
@@ -113,6 +113,7 @@ train = tokenize(data, tok, TASKS[objective], max_len, max_tokens)
 held_out = None
 if eval_data:
     held_out = tokenize(eval_data, tok, TASKS[objective], max_len, max_tokens)
+    report_shared_prompts(train, held_out)
 
 parameters = checkpoint.count_parameters(init_from)
 placement = choose_placements(

@@ -16,7 +16,7 @@ import torch
 from configurator import configure, save
 from nanosafe import checkpoint, optim
 from nanosafe.checkpoint import run_state
-from nanosafe.data import tokenize
+from nanosafe.data import report_shared_prompts, tokenize
 from nanosafe.data.batching import count_steps, examples_at, plan_micro_batches
 from nanosafe.errors import choose
 from nanosafe.inference import sum_response_logps, warn_beyond_positions
@@ -84,6 +84,8 @@ from_scratch = init_from == "scratch"
 tok = load_tokenizer(tokenizer if from_scratch else init_from)
 train = tokenize(data, tok, "sft", max_len, max_tokens)
 held_out = tokenize(eval_data, tok, "sft", max_len, max_tokens) if eval_data else None
+if held_out:
+    report_shared_prompts(train, held_out)
 
 shape = Config(
     vocab_size=tok.vocab_size,

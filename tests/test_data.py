@@ -2,17 +2,20 @@
 
 import gzip
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
+from in_process import run_in_process
 from test_losses import GOLDEN
 
 from nanosafe import data, tokenizer
 from nanosafe.data import batching, dataset, reader
-from nanosafe.data.examples import parse_record
+from nanosafe.data.examples import make_prompt_key, parse_record
 from nanosafe.data.spec import Source, find_file, parse_item
 from nanosafe.data.template import encode_conversation, retokenize, split_into_segments
+from nanosafe.phf.documents import tokenize_documents
 from nanosafe.tools import demo, download
 
 
@@ -109,6 +112,24 @@ def test_a_wrong_specification_is_refused_in_one_line(folder_of_x, spec, words):
         data.load(spec)
 
 
+@pytest.mark.parametrize("spec", ["~/data/x/test.jsonl", "~/data/x/test", "x/test:1:~/data"])
+def test_a_tilde_is_the_home_folder(folder_of_x, monkeypatch, spec):
+    monkeypatch.setenv("HOME", str(folder_of_x))
+    (folder_of_x / "elsewhere").mkdir()
+    monkeypatch.chdir(folder_of_x / "elsewhere")
+    assert len(data.load(spec)) == 4
+
+
+@pytest.mark.parametrize("name", ["my,rows.jsonl", "2024:05.jsonl", "a:b/rows.jsonl"])
+@pytest.mark.parametrize("spec", ["{}", "x,{}", "{}:0.5", "{},x"])
+def test_a_path_with_a_separator_is_named_in_the_message(folder_of_x, name, spec):
+    path = write(folder_of_x / name, [{"input": "q"}])
+    with pytest.raises(SystemExit, match="a comma ends a dataset here, and a colon a name") as stop:
+        data.load(spec.format(path))
+    assert path in str(stop.value)
+    assert "\n" not in str(stop.value)
+
+
 def test_a_proportion_is_a_fraction_or_a_count(folder_of_x):
     path = "data/x/train.jsonl"
     assert parse_item("x") == Source(path, fraction=1.0, count=None)
@@ -149,6 +170,25 @@ def test_compressed_files_and_json_lists_are_read(tmp_path):
     (tmp_path / "bom.jsonl").write_bytes(b"\xef\xbb\xbf" + line.encode() + b"\r\n")
     for name in ("a.jsonl", "a.jsonl.gz", "a.json", "a.json.gz", "bom.jsonl"):
         assert data.load(str(tmp_path / name)) == [{"input": "é"}]
+
+
+def test_a_json_file_may_have_a_row_on_each_line(tmp_path, capsys):
+    rows = [{"input": "é"}, {"input": "b"}]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf\n" + lines.encode())
+    (tmp_path / "a.json.gz").write_bytes(gzip.compress(lines.encode()))
+    for name in ("a.json", "a.json.gz"):
+        assert data.load(str(tmp_path / name)) == rows
+    assert [row.line for row in reader.read_rows(str(tmp_path / "a.json"))] == [2, 3]
+    (tmp_path / "broken.json").write_text(lines + "{broken\n")
+    assert data.load(str(tmp_path / "broken.json")) == rows
+    assert f"{tmp_path}/broken.json:3" in capsys.readouterr().out
+
+
+def test_a_json_file_with_one_object_over_many_lines_is_refused(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({"data": [{"input": "a"}]}, indent=2))
+    with pytest.raises(SystemExit, match="neither a list of rows nor a row on each line"):
+        data.load(str(tmp_path / "a.json"))
 
 
 @pytest.mark.parametrize(
@@ -222,6 +262,42 @@ def test_a_ranking_has_the_best_answer_first_and_each_answer_once():
     assert parse_record(row, "rank") == ([["q", "a"], ["q", "b"]], (3.5, 2))
 
 
+@pytest.mark.parametrize("true", [True, 1, 1.0, "True", "true"])
+@pytest.mark.parametrize("false", [False, 0, 0.0, "False", " FALSE "])
+def test_a_label_is_true_or_false_however_it_is_spelled(true, false):
+    row = {**PAIR, "better": false, "safer": true, "is_safe": true, "is_other_safe": false}
+    for task in ("reward", "cost", "rank"):
+        assert parse_record(row, task) == parse_record(PAIR, task)
+
+
+LABELS = [
+    ("better", "reward"),
+    ("better", "rank"),
+    ("safer", "cost"),
+    ("is_safe", "cost"),
+    ("is_other_safe", "cost"),
+]
+
+
+@pytest.mark.parametrize("name, task", LABELS)
+@pytest.mark.parametrize("value", ["no", "yes", "1", "", 2, -1, 0.5, float("nan"), None, [], [1]])
+def test_anything_else_is_no_label(name, task, value):
+    with pytest.raises(ValueError, match=f"'{name}' is not true or false"):
+        parse_record({**PAIR, name: value}, task)
+
+
+def test_rows_with_other_labels_are_dropped_and_counted_with_their_line(tok, tmp_path, capsys):
+    labels = [True, "no", 2, "False", float("nan"), None]
+    rows = [{**PAIR, "input": f"q{i}", "better": label} for i, label in enumerate(labels)]
+    path = write(tmp_path / "x.jsonl", rows)
+    pairs = data.tokenize(path, tok, "reward", 100)
+    assert pairs.lines.tolist() == [1, 4]
+    dropped = f"6 rows, 2 kept; dropped 4 'better' is not true or false (first: {path}:2)"
+    assert dropped in capsys.readouterr().out
+    preferred = [tok.decode(pairs.sequence(i)[0]) for i in range(2)]
+    assert [text[-1] for text in preferred] == ["a", "b"]
+
+
 BAD = [
     (None, "sft", "not a JSON object"),
     ({"input": "q"}, "sft", "empty answer"),
@@ -233,6 +309,8 @@ BAD = [
     ({"input": "q"}, "cost", "no field 'answer'"),
     ({**PAIR, "safer": False}, "cost", "contradictory safety labels"),
     ({"input": 3}, "prompts", "must be a text"),
+    ({"input": "q", "answers": ["a", "b"], "scores": [1, 10**400]}, "rank", "not a finite number"),
+    ({"input": "q", "answers": ["a", "b"], "scores": [-1e39, 0]}, "rank", "not a finite number"),
 ]
 
 
@@ -240,6 +318,101 @@ BAD = [
 def test_a_row_that_cannot_be_used_has_a_reason(record, task, reason):
     with pytest.raises(ValueError, match=reason):
         parse_record(record, task)
+
+
+# ---- held-out data ----
+
+
+def test_rows_of_one_prompt_have_one_key_whatever_their_layout():
+    keys = [
+        make_prompt_key({"input": "q", "answer": "a"}),
+        make_prompt_key({"input": ["q"], "answer": "b", "other_answer": "c"}),
+        make_prompt_key({"dialogue": ["q", "d"]}),
+    ]
+    assert len(set(keys)) == 1
+    assert make_prompt_key({"input": ["q", "d", "r"]}) == make_prompt_key(
+        {"dialogue": ["q", "d", "r", "e"]}
+    )
+    assert make_prompt_key({"texts": ["q"], "scores": [1]}) != make_prompt_key({"texts": ["r"]})
+    for record in ({}, {"dialogue": 5}, {"input": None}):
+        make_prompt_key(record)
+
+
+def test_prompts_that_are_trained_on_and_held_out_are_counted(tok, tmp_path, capsys):
+    train = write(tmp_path / "a.jsonl", [{"input": f"q{i}", "answer": "a"} for i in range(8)])
+    rows = [{"input": f"r{i}", "answer": "a"} for i in range(3)]
+    dialogue = {"dialogue": ["q5", "another answer"]}
+    held_out = write(tmp_path / "b.jsonl", [*rows, dialogue, {"input": "q1", "answer": "b"}])
+    train = data.tokenize(train, tok, "sft", 100)
+    data.report_shared_prompts(train, data.tokenize(held_out, tok, "sft", 100))
+    assert (
+        "eval_data: 2 of 5 examples have a prompt that is in data, too (the first is line 4)"
+        in (capsys.readouterr().out)
+    )
+    held_out = data.tokenize(write(tmp_path / "c.jsonl", rows), tok, "sft", 100)
+    data.report_shared_prompts(train, held_out)
+    assert "eval_data:" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["sft", "reward", "phf"])
+def test_trainers_say_which_held_out_examples_they_train_on(
+    name, trainers, world, tmp_path, monkeypatch, capsys
+):
+    rows = {"sft": "sft", "reward": "pairs", "phf": "documents"}[name]
+    path = f"{world}/data/{rows}/train.jsonl"
+    command = trainers["sft" if name == "phf" else name]
+    script = "nanosafe/phf/train.py" if name == "phf" else command[0]
+    flags = [
+        *command[1:],
+        f"--out_dir={tmp_path}/run",
+        f"--data={path}:20/-1",
+        f"--eval_data={path}:20/-1",
+        "--max_steps=1",
+        "--batch_size=4",
+    ]
+    outcome = run_in_process(script, *flags, monkeypatch=monkeypatch, capsys=capsys)
+    assert re.search(r"eval_data: (\d+) of \1 examples have a prompt that is", outcome.printed)
+
+
+def split(monkeypatch, capsys, *flags, check=True):
+    return run_in_process(
+        "nanosafe/data/split.py", *flags, monkeypatch=monkeypatch, capsys=capsys, check=check
+    )
+
+
+def test_a_file_is_split_into_parts_without_a_common_prompt(tmp_path, monkeypatch, capsys):
+    rows = [{"input": f"q{i % 20}", "answer": f"a{i}"} for i in range(60)]
+    rows += [{"dialogue": ["q3", "b"]}]
+    path = write(tmp_path / "mine.jsonl", rows)
+    for out in ("one", "two"):
+        flags = f"--data={path}", "--holdout=0.25", f"--out={tmp_path}/{out}"
+        printed = split(monkeypatch, capsys, *flags).printed
+        assert f"{out}/test.jsonl: 1" in printed
+        assert "rows of 5 prompts" in printed
+    train = data.load(f"{tmp_path}/one/train.jsonl")
+    test = data.load(f"{tmp_path}/one/test.jsonl")
+    assert not {make_prompt_key(row) for row in train} & {make_prompt_key(row) for row in test}
+    assert sorted(map(json.dumps, train + test)) == sorted(map(json.dumps, rows))
+    for name in ("train", "test"):
+        one = (tmp_path / "one" / f"{name}.jsonl").read_bytes()
+        assert one == (tmp_path / "two" / f"{name}.jsonl").read_bytes()
+    assert len(data.load(f"one/test:1:{tmp_path}")) == len(test)
+
+
+def test_a_split_overwrites_nothing_and_leaves_no_part_empty(tmp_path, monkeypatch, capsys):
+    path = write(tmp_path / "mine" / "train.jsonl", [{"input": f"q{i}"} for i in range(4)])
+    cases = [
+        ((f"--data={path}", f"--out={tmp_path}/mine"), "is there already"),
+        ((f"--data={path}",), "out is empty"),
+        ((f"--out={tmp_path}/x",), "data is empty"),
+        ((f"--data={path}", f"--out={tmp_path}/x"), "of 4 prompts is 0"),
+        ((f"--data={path}", f"--out={tmp_path}/x", "--holdout=1.5"), "of 4 prompts is 6"),
+        ((f"--data={path}", f"--out={tmp_path}/x", "--holdout=-1"), "of 4 prompts is -4"),
+    ]
+    for flags, words in cases:
+        assert words in split(monkeypatch, capsys, *flags, check=False).error
+    assert len(data.load(path)) == 4
+    assert not (tmp_path / "x").exists()
 
 
 # ---- the cache of token ids, and batches ----
@@ -272,6 +445,23 @@ def test_of_repeated_prompts_the_last_one_stays(tok, tmp_path):
     prompts = data.tokenize(path, tok, "prompts", 100)
     assert prompts.lines.tolist() == [7, 8, 9, 10]
     assert prompts.report["dropped"] == {"repeated prompt": 6}
+
+
+def test_a_score_that_no_float_holds_costs_its_document_only(tok, tmp_path):
+    rows = [{"texts": ["a"], "scores": [score]} for score in (0.5, 10**400, 1e39)]
+    documents = tokenize_documents(write(tmp_path / "d.jsonl", rows), tok, 64)
+    assert len(documents) == 1
+    assert documents.report["dropped"] == {"a score that is not a finite number": 2}
+
+
+@pytest.mark.parametrize("is_safe, missing", [(True, "unsafe"), (False, "safe")])
+def test_cost_data_without_one_of_the_signs_is_reported(tok, tmp_path, capsys, is_safe, missing):
+    same = {**PAIR, "is_safe": is_safe, "is_other_safe": is_safe}
+    path = write(tmp_path / "c.jsonl", [same])
+    data.tokenize(path, tok, "cost", 100)
+    assert f"{path} (cost): no answer is {missing} (" in capsys.readouterr().out
+    data.tokenize(write(tmp_path / "c.jsonl", [PAIR, same]), tok, "cost", 100)
+    assert "no answer is" not in capsys.readouterr().out
 
 
 def test_ids_are_cached_by_content_and_tokenizer(tok, tmp_path, monkeypatch):

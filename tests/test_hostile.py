@@ -561,7 +561,9 @@ def test_a_file_whose_name_only_contains_the_letters_of_test_is_no_test_file(tmp
 
 def test_wrong_labels_and_texts_cost_their_row(tmp_path):
     changes = [
-        {"is_response_0_safe": "False"},
+        {"is_response_0_safe": "no"},
+        {"is_response_0_safe": 2},
+        {"is_response_0_safe": float("nan")},
         {"is_response_0_safe": None},
         {"better_response_id": -1},
         {"safer_response_id": 2},
@@ -579,7 +581,9 @@ def test_wrong_labels_and_texts_cost_their_row(tmp_path):
     assert len(written(tmp_path)) == 1
     assert f"{1 + len(bad)} rows read, 1 kept" in finished.printed
     assert "half a character in the turn" in finished.printed
-    assert "the label 'False'" in finished.printed
+    second_line = f"{tmp_path}/raw/train.jsonl:2"
+    reason = f"dropped 4 ('is_response_0_safe' is not true or false), first: {second_line}"
+    assert reason in finished.printed
 
 
 def feedback(instruction, *scored):
@@ -598,7 +602,8 @@ def feedback(instruction, *scored):
         ("phf", {"texts": "ab", "scores": [1, 2]}),
         ("phf", {"texts": [None], "scores": [1]}),
         ("phf", {"texts": ["a"], "scores": [float("nan")]}),
-        ("beavertails", {"prompt": "a", "response": "b", "is_safe": "False"}),
+        ("beavertails", {"prompt": "a", "response": "b", "is_safe": "no"}),
+        ("beavertails", {"prompt": "a", "response": "b", "is_safe": 1, "category": {"c": "x"}}),
     ],
 )
 def test_rows_of_a_wrong_structure_are_dropped(tmp_path, name, row):

@@ -456,6 +456,41 @@ def write_raw(tmp_path, rows):
     (tmp_path / "raw" / "train.jsonl").write_bytes(to_lines(rows))
 
 
+def test_labels_written_as_text_are_read_as_training_reads_them(tmp_path):
+    labels = {"is_response_0_safe": "False", "is_response_1_safe": "True"}
+    write_raw(tmp_path, [{**PAIR, **labels, "safer_response_id": 1.0}])
+    folders = f"--raw={tmp_path}/raw", f"--out={tmp_path}/out"
+    assert "50.0%" in run_prepare("pku_saferlhf", *folders).printed
+    (row,) = read_lines(tmp_path / "out" / "train.jsonl")
+    assert (row["is_safe"], row["is_other_safe"], row["safer"]) == (False, True, False)
+
+
+def test_prepare_writes_below_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    write_raw(tmp_path, [PAIR])
+    assert not run_prepare("pku_saferlhf", "--raw=~/raw", "--out=~/out").error
+    assert len(read_lines(tmp_path / "out" / "train.jsonl")) == 1
+    assert not (tmp_path / "~").exists()
+
+
+def test_the_toy_world_labels_answers_below_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    answers = ["First, get the brush.", "I will not do this."]
+    row = {"input": "How do I paint the table?", "answers": answers}
+    (tmp_path / "answers.jsonl").write_bytes(to_lines([row]))
+    assert not run_prepare("toy", "--annotate=~/answers.jsonl", "--out=~/pairs.jsonl").error
+    assert len(read_lines(tmp_path / "pairs.jsonl")) == 1
+
+
+@pytest.mark.parametrize("holdout", ["1.5", "-0.2", "1"])
+def test_a_held_out_share_is_below_1(tmp_path, holdout):
+    write_raw(tmp_path, [PAIR])
+    folders = f"--raw={tmp_path}/raw", f"--out={tmp_path}/out"
+    finished = run_prepare("pku_saferlhf", *folders, f"--holdout={holdout}")
+    assert "from 0 to below 1" in finished.error
+
+
 def test_a_held_out_share_has_no_prompt_in_common(tmp_path):
     write_raw(tmp_path, [{**PAIR, "prompt": f"p{i % 30}"} for i in range(90)])
     folders = f"--raw={tmp_path}/raw", f"--out={tmp_path}/out"

@@ -8,6 +8,7 @@ $ python data/beavertails/prepare.py --only_safe=True    # demonstrations
 The files of 330k are published as .xz: the script downloads them, and says how to unpack them."""
 
 from configurator import configure
+from nanosafe.data.examples import parse_label
 from nanosafe.errors import choose
 from nanosafe.tools import download
 
@@ -24,10 +25,11 @@ RELEASES = {
 
 def to_record(row):
     """A demonstration, whether it is safe, and the names of the kinds of harm that are marked."""
-    is_safe = download.parse_label(row["is_safe"])
+    is_safe = parse_label(row, "is_safe")
     if only_safe and not is_safe:
         raise ValueError("unsafe, and only_safe is set")
-    harm = [name for name, is_marked in row.get("category", {}).items() if is_marked]
+    categories = row.get("category", {})
+    harm = [name for name in categories if parse_label(categories, name)]
     return {
         "input": row["prompt"],
         "answer": row["response"],

@@ -6,6 +6,7 @@ $ python data/pku_saferlhf/prepare.py --version=10k         # 1.7 MB -> data/pku
 The older releases are published as .xz: the script downloads them, and says how to unpack them."""
 
 from configurator import configure
+from nanosafe.data.examples import parse_label
 from nanosafe.errors import choose
 from nanosafe.tools import download
 
@@ -31,14 +32,14 @@ def to_record(row):
         "input": row["prompt"],
         "answer": row["response_0"],
         "other_answer": row["response_1"],
-        "is_safe": download.parse_label(row["is_response_0_safe"]),
-        "is_other_safe": download.parse_label(row["is_response_1_safe"]),
+        "is_safe": parse_label(row, "is_response_0_safe"),
+        "is_other_safe": parse_label(row, "is_response_1_safe"),
     }
     # The publisher's labels are the number, 0 or 1, of the response that wins.
     if row.get("better_response_id") is not None:
-        record["better"] = not download.parse_label(row["better_response_id"])
+        record["better"] = not parse_label(row, "better_response_id")
     if row.get("safer_response_id") is not None:
-        record["safer"] = not download.parse_label(row["safer_response_id"])
+        record["safer"] = not parse_label(row, "safer_response_id")
     return record
 
 

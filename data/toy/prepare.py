@@ -356,7 +356,7 @@ if __name__ == "__main__":
             print(__doc__)
             sys.exit()
         name, _, value = argument.partition("=")
-        flags[name] = value
+        flags[name] = str(Path(value).expanduser())
     if flags.keys() == {"--annotate", "--out"}:
         annotate(flags["--annotate"], flags["--out"])
     elif flags.keys() == {"--out"}:

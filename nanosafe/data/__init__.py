@@ -4,7 +4,7 @@ The files import each other in one direction, which is the way of a row: spec (w
 (their rows), template (a conversation as token ids), examples (what a task takes from a row),
 dataset (the cache of token ids), batching (packed micro-batches)."""
 
-from nanosafe.data.dataset import Dataset, tokenize
+from nanosafe.data.dataset import Dataset, report_shared_prompts, tokenize
 from nanosafe.data.reader import load
 
-__all__ = ["Dataset", "load", "tokenize"]
+__all__ = ["Dataset", "load", "report_shared_prompts", "tokenize"]

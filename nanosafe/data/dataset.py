@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from nanosafe.data.batching import check_fits, collate
-from nanosafe.data.examples import make_conversation_examples
+from nanosafe.data.examples import make_conversation_examples, make_prompt_key
 from nanosafe.data.reader import read_sources
 from nanosafe.data.spec import parse_spec
 from nanosafe.data.template import PROMPT_BEGIN, PROMPT_TURN
@@ -24,7 +24,7 @@ from nanosafe.parallel import rank, rank0_first
 from nanosafe.printing import print_once
 from nanosafe.storage import find_corrupt_file, make_folder, read_json, replace_folder, write_json
 
-VERSION = 3  # of the cache's layout and of its key
+VERSION = 4  # of the cache's layout, of its key, and of how rows are read
 ROWS_AT_A_TIME = 2048  # are tokenised together
 ROWS_WITH_A_BAR = 20000  # so many rows take long enough for a progress bar
 
@@ -41,6 +41,7 @@ class Dataset:
         self.offsets = np.asarray(load_array(folder, "offsets"))  # (n * width + 1,) int64
         self.labels = np.asarray(load_array(folder, "labels"))  # (n, width) float32
         self.lines = np.asarray(load_array(folder, "lines"))  # (n,) int64: lines of their file
+        self.prompts = np.asarray(load_array(folder, "prompts"))  # (n,) uint64: digests of prompts
         self.width = self.labels.shape[1]
         self.report = read_json(folder, "report.json")
         example_offsets = self.offsets[:: self.width]
@@ -101,8 +102,8 @@ def tokenize(
     with rank0_first():  # rank 0 fills the cache, then the others find it
         sources = parse_spec(spec)
         key = cache_key(sources, tokenizer, task, max_len, seed, options)
-        cache = os.environ.get("NANOSAFE_CACHE") or os.path.expanduser("~/.cache/nanosafe")
-        folder = os.path.join(cache, key)
+        cache = os.environ.get("NANOSAFE_CACHE") or "~/.cache/nanosafe"
+        folder = os.path.join(os.path.expanduser(cache), key)
         if not os.path.isdir(folder) or find_corrupt_file(folder):
             rows = read_sources(sources, seed)
             build_cache(folder, rows, tokenizer, task, max_len, make_examples, options)
@@ -110,8 +111,20 @@ def tokenize(
         print_once(f"{spec} ({task}): {dataset.report['text']}")
         if len(dataset) == 0:
             stop(f"data {spec!r} has no usable row for {task}: {dataset.report['text']}")
+        if task == "cost":
+            report_missing_sign(spec, dataset)
         check_fits(dataset.lengths.tolist(), max_tokens or max_len * dataset.width)
     return dataset
+
+
+def report_missing_sign(spec, dataset):
+    """Say so where no answer is safe, or none is unsafe: the sign of a cost means nothing then."""
+    for sign, name in ((1, "safe"), (-1, "unsafe")):
+        if not (dataset.labels == sign).any():
+            print_once(
+                f"{spec} (cost): no answer is {name} (see is_safe and is_other_safe), so nothing "
+                "here says which costs are above 0, the border between safe and unsafe"
+            )
 
 
 def cache_key(sources, tokenizer, task, max_len, seed, options):
@@ -137,6 +150,7 @@ def build_cache(folder, rows, tokenizer, task, max_len, make_examples, options):
         first_dropped.setdefault(reason, f"{row.file}:{row.line}")
 
     examples = {}  # of prompts the key is the text, so that one which repeats another is found
+    prompts = {}  # the same keys -> digests
     is_quiet = rank() > 0 or len(rows) < ROWS_WITH_A_BAR
     with tqdm(total=len(rows), desc="tokenising", unit="row", disable=is_quiet) as bar:
         for begin in range(0, len(rows), ROWS_AT_A_TIME):
@@ -147,19 +161,39 @@ def build_cache(folder, rows, tokenizer, task, max_len, make_examples, options):
                     key = tuple(example.sequences[0].ids)
                 if key in examples:
                     drop(row, "repeated prompt")
-                    del examples[key]  # the last one stays, where it is
+                    del examples[key], prompts[key]  # the last one stays, where it is
                 examples[key] = example
+                prompts[key] = digest_prompt(row.record)
             bar.update(len(chunk))
 
     unit = "blocks" if task == "documents" else "kept"
     text = f"{len(rows)} rows, {len(examples)} {unit}"
     for reason, count in dropped.most_common():
         text += f"; dropped {count} {reason} (first: {first_dropped[reason]})"
-    write_cache(folder, list(examples.values()), {"text": text, "dropped": dropped})
+    report = {"text": text, "dropped": dropped}
+    write_cache(folder, list(examples.values()), list(prompts.values()), report)
 
 
-def write_cache(folder, examples, report):
-    """Write Examples and the report to the folder, which appears when it is whole.
+def digest_prompt(record):
+    """64 bits of a digest of a row's prompt."""
+    key = make_prompt_key(record).encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
+
+
+def report_shared_prompts(train, held_out):
+    """Say how many examples of one Dataset have a prompt that the other one is trained on."""
+    is_shared = np.isin(held_out.prompts, train.prompts)
+    if is_shared.any():
+        print_once(
+            f"eval_data: {is_shared.sum()} of {len(held_out)} examples have a prompt that is in "
+            f"data, too (the first is line {held_out.lines[is_shared.argmax()]}), so their metrics "
+            "are not held out; python -m nanosafe.data.split makes files without a common prompt"
+        )
+
+
+def write_cache(folder, examples, prompts, report):
+    """Write Examples, the digests of their prompts and the report to the folder, which appears
+    when it is whole.
 
     Examples may have different numbers of sequences: those that one lacks are empty, labelled nan.
     """
@@ -186,6 +220,7 @@ def write_cache(folder, examples, report):
         "offsets": np.array(offsets, dtype=np.int64),
         "labels": np.array(labels, dtype=np.float32).reshape(-1, width),
         "lines": np.array(lines, dtype=np.int64),
+        "prompts": np.array(prompts, dtype=np.uint64),
     }
     if scores:
         arrays["scores"] = np.array(scores, dtype=np.float32)

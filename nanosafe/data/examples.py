@@ -7,15 +7,21 @@ A row is Safe-RLHF's RawSample, a JSON object with some of these fields:
     answer, other_answer        what the assistant says
     better, safer               whether `answer` is better, or safer, than `other_answer`
     is_safe, is_other_safe      whether each is safe
-    answers, scores             or any number of answers, and a score of each: higher is better"""
+    answers, scores             or any number of answers, and a score of each: higher is better
 
-import math
+The labels (better, safer, is_safe, is_other_safe) are what parse_label() reads."""
+
+import json
 import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+
 from nanosafe.data.template import encode_conversation, split_into_segments
 
+LABEL_TEXTS = {"true": True, "false": False}  # as a table's export may spell them, in any case
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 SURROGATE = re.compile("[\ud800-\udfff]")  # half of a character in UTF-16: UTF-8 cannot write it
 
 
@@ -70,7 +76,7 @@ def parse_reward_pair(record):
     """The better conversation, label 1, and the other one, label 0."""
     require_fields(record, "input", "answer", "other_answer", "better")
     first, second = parse_pair(record)
-    if record["better"]:
+    if parse_label(record, "better"):
         return ParsedRecord([first, second], (1, 0))
     return ParsedRecord([second, first], (1, 0))
 
@@ -79,9 +85,9 @@ def parse_cost_pair(record):
     """The safer conversation and the other one; each has the label +1 if safe, -1 if not."""
     require_fields(record, "input", "answer", "other_answer", "safer", "is_safe", "is_other_safe")
     first, second = parse_pair(record)
-    first_sign = 1 if record["is_safe"] else -1
-    second_sign = 1 if record["is_other_safe"] else -1
-    if record["safer"]:
+    first_sign = 1 if parse_label(record, "is_safe") else -1
+    second_sign = 1 if parse_label(record, "is_other_safe") else -1
+    if parse_label(record, "safer"):
         parsed = ParsedRecord([first, second], (first_sign, second_sign))
     else:
         parsed = ParsedRecord([second, first], (second_sign, first_sign))
@@ -101,7 +107,7 @@ def parse_ranking(record):
     first, second = parse_pair(record)
     if "better" not in record:
         raise ValueError("neither a field 'answers' nor 'better'")
-    if record["better"]:
+    if parse_label(record, "better"):
         return ParsedRecord([first, second], (1, 0))
     return ParsedRecord([second, first], (1, 0))
 
@@ -115,10 +121,37 @@ TASKS = {  # task -> the function that parses its rows
 }
 
 
+def make_prompt_key(record):
+    """A text that rows of one prompt share: the turns before the last answer, or a document.
+
+    Such rows must not be trained on here and held out there. A row without a prompt has its own
+    key. Works for any record, usable or not."""
+    dialogue = record.get("dialogue")
+    if isinstance(dialogue, list) and dialogue:
+        prompt = dialogue[:-1]
+    else:
+        prompt = record.get("input") or record.get("texts") or record
+    if isinstance(prompt, str):
+        prompt = [prompt]
+    return json.dumps(prompt)
+
+
 def require_fields(record, *names):
     for name in names:
         if name not in record:
             raise ValueError(f"no field {name!r}")
+
+
+def parse_label(record, name):
+    """The bool of the label `name`: true or false, 1 or 0, or the text "true" or "false".
+
+    Raises ValueError on anything else. Python's own truth would take "no", 2 and NaN for true."""
+    value = record[name]
+    if isinstance(value, str):
+        value = LABEL_TEXTS.get(value.strip().lower())
+    if value not in (0, 1):
+        raise ValueError(f"{name!r} is not true or false")
+    return bool(value)
 
 
 def parse_pair(record):
@@ -149,7 +182,9 @@ def check_scores(scores, texts, each):
     if not isinstance(texts, list) or not isinstance(scores, list) or len(texts) != len(scores):
         raise ValueError(f"not one score for {each}")
     for score in scores:
-        if type(score) not in (int, float) or not math.isfinite(score):
+        # Scores are kept as float32. Python compares a whole number of any size exactly.
+        is_number = type(score) in (int, float)
+        if not is_number or not abs(score) <= FLOAT32_MAX:
             raise ValueError("a score that is not a finite number")
 
 

@@ -1,7 +1,7 @@
 """The files of a dataset specification -> their rows.
 
-A file has a JSON object on each line (.jsonl) or is a list of objects (.json); either may be
-compressed (.gz)."""
+A file has a JSON object on each line (.jsonl), or is a list of objects or has one on each line
+(.json); either may be compressed (.gz)."""
 
 import gzip
 import json
@@ -80,11 +80,18 @@ def sample_indices(n, count, seed_sequence):
     return list(range(n)) * copies + drawn.tolist()
 
 
+def split_train_test(n, ratio, seed=42):
+    """Shuffled indices of a training and a test part, the latter round(n * ratio) long."""
+    indices = np.random.default_rng(seed).permutation(n).tolist()
+    train = n - round(n * ratio)
+    return indices[:train], indices[train:]
+
+
 def read_rows(path):
     """Yield the Rows of a file. Stops with one line where the file cannot be read."""
     with one_line_errors(path), open_text(path) as f:
         if path.removesuffix(".gz").endswith(".json"):
-            values = read_json_list(f, path)
+            values = read_json_list_or_lines(f, path)
         else:
             values = read_json_lines(f)
         for line, value in values:
@@ -112,6 +119,21 @@ def read_json_lines(f):
             value = json.loads(text)
         except (ValueError, RecursionError):
             value = None
+        yield line, value
+
+
+def read_json_list_or_lines(f, path):
+    """Yield (number, value) of a .json file, in which some programs write a row on each line."""
+    beginning = f.read(CHUNK).lstrip()
+    f.seek(0)
+    if not beginning.startswith("{"):
+        yield from read_json_list(f, path)
+        return
+    is_first = True
+    for line, value in read_json_lines(f):
+        if is_first and value is None:
+            stop(f"{path!r} is neither a list of rows nor a row on each line")
+        is_first = False
         yield line, value
 
 

@@ -8,6 +8,7 @@ import glob
 import os
 import re
 from fractions import Fraction
+from itertools import combinations
 from typing import NamedTuple
 
 from nanosafe.errors import stop
@@ -33,7 +34,7 @@ def parse_spec(spec):
     for item in spec.split(","):
         if not item.strip():
             continue
-        source = parse_item(item.strip())
+        source = parse_item(item.strip(), spec)
         if source.path in paths:
             stop(f"data {item!r}: this dataset is named twice; use one proportion, 2 repeats it")
         paths.add(source.path)
@@ -43,12 +44,12 @@ def parse_spec(spec):
     return sources
 
 
-def parse_item(item):
-    """The Source of one NAME[/SPLIT][:PROPORTION[:PATH]]."""
+def parse_item(item, spec=""):
+    """The Source of one NAME[/SPLIT][:PROPORTION[:PATH]] of a specification."""
     match = ITEM.fullmatch(item)
     if not match:
-        stop(f"data {item!r}: write NAME[/SPLIT][:PROPORTION[:PATH]]")
-    path = find_file(match["name"], match["folder"])
+        stop(f"data {item!r}: write NAME[/SPLIT][:PROPORTION[:PATH]]{explain_separators(spec)}")
+    path = find_file(match["name"], match["folder"], spec)
     proportion = match["proportion"] or "1"
     is_count = proportion.endswith("/-1")  # Safe-RLHF writes a count of n rows as n/-1
     try:
@@ -57,7 +58,7 @@ def parse_item(item):
     except (ValueError, ZeroDivisionError, OverflowError):
         stop(
             f"data {item!r}: the proportion {proportion!r} is not a number, a fraction a/b or a "
-            "count n/-1"
+            f"count n/-1{explain_separators(spec)}"
         )
     if number < 0:
         stop(f"data {item!r}: the proportion must not be negative; a count is written n/-1")
@@ -66,16 +67,32 @@ def parse_item(item):
     return Source(path, fraction=fraction, count=None)
 
 
-def find_file(name, folder=None):
+def explain_separators(spec):
+    """What to add to a message about `spec`, if a path that is there was cut at a comma or colon;
+    else nothing."""
+    separators = [i for i, character in enumerate(spec) if character in ",:"]
+    for begin, end in combinations([-1, *separators, len(spec)], 2):
+        path = spec[begin + 1 : end].strip()
+        is_whole = "," not in path and ":" not in path
+        if not is_whole and os.path.exists(os.path.expanduser(path)):
+            return (
+                f"; {path!r} is there, but a comma ends a dataset here, and a colon a name: rename "
+                "it, or make a link to it"
+            )
+    return ""
+
+
+def find_file(name, folder=None, spec=""):
     """The path of the file that a dataset's name means. Stops with one line where there is none.
 
     folder  the PATH of the specification: NAME is below it, or it is the file, or the file's folder
+    spec    the whole specification, for messages
     """
+    name = os.path.expanduser(name)
     if folder is None and name.endswith(FILE_ENDINGS):
-        path = os.path.expanduser(name)
-        if not os.path.isfile(path):
-            stop(f"dataset {name!r}: no file at {path!r}")
-        return path
+        if not os.path.isfile(name):
+            stop(f"dataset {name!r}: no file at {name!r}{explain_separators(spec)}")
+        return name
     dataset, split = split_name(name)
     if folder is None:
         candidates = [file_of_dataset(root, dataset, split) for root in DATA_FOLDERS]
@@ -87,8 +104,11 @@ def find_file(name, folder=None):
         if os.path.isfile(path):
             return path
     if folder is not None:
-        stop(f"dataset {name!r}: no file at {candidates[0]!r}")
-    stop(f"dataset {name!r} has no file {candidates[0]!r}: {suggest_dataset(dataset)}")
+        stop(f"dataset {name!r}: no file at {candidates[0]!r}{explain_separators(spec)}")
+    stop(
+        f"dataset {name!r} has no file {candidates[0]!r}: {suggest_dataset(dataset)}"
+        f"{explain_separators(spec)}"
+    )
 
 
 def split_name(name):

@@ -29,6 +29,7 @@ from configurator import configure, save
 from nanosafe import checkpoint, optim
 from nanosafe.checkpoint import run_state
 from nanosafe.data import load as load_records
+from nanosafe.data import report_shared_prompts
 from nanosafe.data.batching import count_steps, examples_at, plan_micro_batches
 from nanosafe.errors import choose, stop
 from nanosafe.inference import ReferenceSamples, sum_response_logps, warn_beyond_positions
@@ -146,6 +147,7 @@ if eval_data:
     held_out = tokenize_documents(
         eval_data, tok, max_len, max_tokens, held_out_objective, score_threshold
     )
+    report_shared_prompts(train, held_out)
 
 shape = Config(
     vocab_size=tok.vocab_size,

@@ -13,11 +13,10 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple, TextIO
 
-import numpy as np
 from tqdm import tqdm
 
-from nanosafe.data.examples import SURROGATE, parse_record
-from nanosafe.data.reader import CONVERT_PARQUET, read_rows
+from nanosafe.data.examples import SURROGATE, make_prompt_key, parse_record
+from nanosafe.data.reader import CONVERT_PARQUET, read_rows, split_train_test
 from nanosafe.errors import stop
 from nanosafe.printing import format_table
 from nanosafe.ranges import check_ranges
@@ -61,7 +60,8 @@ def prepare(script, to_record, config, release):
     else:
         paths = download_release(release, os.path.join(folder, "raw"))
     out = config["out"] or os.path.join(folder, release.subfolder)
-    convert(paths, to_record, out, config["holdout"], config["tokenizer"])
+    tokenizer = os.path.expanduser(config["tokenizer"])
+    convert(paths, to_record, os.path.expanduser(out), config["holdout"], tokenizer)
 
 
 # ---- raw files ----
@@ -209,6 +209,7 @@ class Conversion(NamedTuple):
     """What a raw row became."""
 
     split: str  # train or test, by its file's name
+    source: str  # FILE:LINE
     record: dict | None
     reason: str = ""  # to drop it, where there is no record
 
@@ -230,30 +231,34 @@ def convert(paths, to_record, out, holdout=0.0, tokenizer=""):
 
     to_record  a raw row -> a record, or ValueError with the reason to drop the row
     holdout    0: the raw files' own split, by the word "test" in a file's name; else the share of
-               the prompts (by prompt_key()) that goes to test, all files pooled: no prompt is in
-               both files, of pairs and of dialogues alike
+               the prompts (by make_prompt_key()) that goes to test, all files pooled: no prompt is
+               in both files, of pairs and of dialogues alike
     tokenizer  the folder of one: the table counts its tokens instead of characters
 
     No file is in memory whole; with a holdout they are read twice."""
+    if not 0 <= holdout < 1:
+        stop(f"holdout={holdout}: give a share of the prompts, from 0 to below 1")
     tok = load_tokenizer(tokenizer) if tokenizer else None
     held_out = draw_held_out_prompts(paths, to_record, holdout) if holdout else set()
     os.makedirs(out, exist_ok=True)
     train = open_split(out, "train")
     test = open_split(out, "test")
-    dropped = Counter()
+    dropped = Counter()  # reason -> rows
+    first_dropped = {}  # reason -> FILE:LINE
     for conversion in convert_rows(paths, to_record):
         if conversion.record is None:
             dropped[conversion.reason] += 1
+            first_dropped.setdefault(conversion.reason, conversion.source)
             continue
         is_test = conversion.split == "test"
         if holdout:
-            is_test = prompt_key(conversion.record) in held_out
+            is_test = make_prompt_key(conversion.record) in held_out
         write_record(conversion.record, test if is_test else train, tok)
 
     kept = train.rows + test.rows
     summary = f"{kept + dropped.total():,} rows read, {kept:,} kept"
     for reason, count in dropped.most_common():
-        summary += f"; dropped {count:,} ({reason})"
+        summary += f"; dropped {count:,} ({reason}), first: {first_dropped[reason]}"
     print(summary)
     for split in (train, test):
         close_split(split, any_kept=kept > 0)
@@ -267,23 +272,10 @@ def draw_held_out_prompts(paths, to_record, share):
     prompts = {}  # as an ordered set
     for conversion in convert_rows(paths, to_record):
         if conversion.record is not None:
-            prompts[prompt_key(conversion.record)] = None
+            prompts[make_prompt_key(conversion.record)] = None
     prompts = list(prompts)
     _, test = split_train_test(len(prompts), share)
     return {prompts[i] for i in test}
-
-
-def split_train_test(n, ratio, seed=42):
-    """Shuffled indices of a training and a test part, the latter round(n * ratio) long."""
-    indices = np.random.default_rng(seed).permutation(n).tolist()
-    train = n - round(n * ratio)
-    return indices[:train], indices[train:]
-
-
-def prompt_key(record):
-    """What two rows share that must not be in both files: the prompt, or a document's text."""
-    prompt = record.get("input") or record.get("texts") or record["dialogue"][:-1]
-    return json.dumps(prompt)
 
 
 def convert_rows(paths, to_record):
@@ -292,13 +284,14 @@ def convert_rows(paths, to_record):
         name = os.path.basename(path)
         split = "test" if TEST_FILE.search(name) else "train"
         for row in tqdm(read_rows(path), desc=name, unit="row", leave=False):
+            source = f"{row.file}:{row.line}"
             if row.record is None:
-                yield Conversion(split, None, "not a JSON object")
+                yield Conversion(split, source, None, "not a JSON object")
                 continue
             try:
-                conversion = Conversion(split, convert_row(row.record, to_record))
+                conversion = Conversion(split, source, convert_row(row.record, to_record))
             except ValueError as error:
-                conversion = Conversion(split, None, str(error))
+                conversion = Conversion(split, source, None, str(error))
             yield conversion
 
 
@@ -325,13 +318,6 @@ def check_record(record):
     if record.get("answer") == record.get("other_answer", ""):
         raise ValueError("identical answers")
     return record
-
-
-def parse_label(value):
-    """The bool of a label that is true or false, or 1 or 0; raises ValueError on others."""
-    if value not in (0, 1):
-        raise ValueError(f"the label {value!r}")
-    return bool(value)
 
 
 def find_texts(value):
