@@ -153,7 +153,7 @@ if responses_per_rollout % batch_size:
         f"rollout_size * num_samples = {responses_per_rollout} is not a multiple of "
         f"batch_size={batch_size}"
     )
-resume = run_state.open_run_folder(config, save)
+resume = run_state.open_run_folder(config)
 # Where 0 means "no bound", the algorithm takes infinity.
 ratio_bound = clip_ratio or math.inf
 score_bound = clip_score or math.inf
@@ -231,10 +231,21 @@ updates = ppo_epochs * responses_per_rollout // batch_size  # optimizer steps pe
 actor_weight = 0.5 if ptx and ptx_average else 1.0
 rollouts = count_steps(len(prompt_data), rollout_size, epochs, math.ceil(max_steps / updates))
 steps = rollouts * updates
+record = run_state.make_record(
+    config,
+    steps,
+    prompts=prompt_data,
+    ptx_data=ptx,
+    actor_model=config["actor_model"],
+    reward_model=config["reward_model"],
+    cost_model=config["cost_model"] or None,
+)
 step = skips = 0
 if resume:
-    state = run_state.load(out_dir, models, optimizers)
-    step, skips, current_kl_coef = state["step"], state["skips"], state["kl_coef"]
+    state = run_state.load(out_dir, models, optimizers, record)
+    step, skips = state["step"], state["skips"]
+    if kl_target:
+        current_kl_coef = state["kl_coef"]
     multiplier.load_state_dict(state["multiplier"])
     moments.load_state_dict(state["moments"])
 print_once(
@@ -266,10 +277,11 @@ def save_run(step):
         "kl_coef": current_kl_coef,
         "moments": moments.state_dict(),
     }
-    run_state.save(out_dir, step, models, optimizers, extra, keep)
+    run_state.save(out_dir, step, models, optimizers, extra, keep, record)
 
 
 # ---- loop ----
+run_state.begin_run(config, save)
 shown = ("reward", "cost", "lambda", "kl", "length")
 monitor = Monitor(out_dir, steps, step, log_to, shown, config)
 while step < steps:

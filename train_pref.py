@@ -105,7 +105,7 @@ if beta <= 0 or not 0 <= label_smoothing < 0.5:
 gives_scores = objective in ("reward", "cost")
 compares_with_reference = objective in ("dpo", "ipo") and not reference_free
 world = init(device, config)
-resume = run_state.open_run_folder(config, save)
+resume = run_state.open_run_folder(config)
 tok = load_tokenizer(init_from)
 train = tokenize(data, tok, TASKS[objective], max_len, max_tokens)
 held_out = None
@@ -150,9 +150,10 @@ if not gives_scores and held_out and eval_samples:
     )
 
 steps = count_steps(len(train), batch_size, epochs, max_steps)
+record = run_state.make_record(config, steps, data=train, init_from=init_from)
 start = skips = 0
 if resume:
-    state = run_state.load(out_dir, {"model": model}, {"model": optimizer})
+    state = run_state.load(out_dir, {"model": model}, {"model": optimizer}, record)
     start, skips = state["step"], state["skips"]
     moments.load_state_dict(state["moments"])
 print_once(
@@ -328,10 +329,11 @@ def save_run(step):
     model_dir = os.path.join(out_dir, "model")
     checkpoint.save(model, model_dir, tok, dtype=placement.compute_dtype, head=exported_head)
     extra = {"skips": skips, "moments": moments.state_dict()}
-    run_state.save(out_dir, step, {"model": model}, {"model": optimizer}, extra, keep)
+    run_state.save(out_dir, step, {"model": model}, {"model": optimizer}, extra, keep, record)
 
 
 # ---- loop ----
+run_state.begin_run(config, save)
 monitor = Monitor(out_dir, steps, start, log_to, ("loss", "accuracy", "sign_accuracy"), config)
 for step in range(start, steps):
     began = time.perf_counter()

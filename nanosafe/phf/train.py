@@ -108,7 +108,7 @@ config = configure(globals())
 choose("objective", objective, ("mle", "filter", "conditional", "unlikelihood", "awr", "rwr"))
 choose("lr_schedule", lr_schedule, optim.SCHEDULES)
 world = init(device, config)
-resume = run_state.open_run_folder(config, save)
+resume = run_state.open_run_folder(config)
 from_scratch = init_from == "scratch"
 tok = load_tokenizer(tokenizer if from_scratch else init_from)
 is_conditional = objective == "conditional"
@@ -164,9 +164,12 @@ if objective == "awr":
 optimizer = optim.make_adamw(model, weight_decay, beta1, beta2)
 
 steps = count_steps(len(train), batch_size, epochs, max_steps)
+record = run_state.make_record(
+    config, steps, data=train, init_from=None if from_scratch else init_from
+)
 start = skips = 0
 if resume:
-    state = run_state.load(out_dir, {"model": model}, {"model": optimizer})
+    state = run_state.load(out_dir, {"model": model}, {"model": optimizer}, record)
     start, skips = state["step"], state["skips"]
 print_once(
     f"{parameters / 1e6:.1f} M parameters, {placement.layout}, computing in "
@@ -256,10 +259,12 @@ def save_run(step):
     """Write the state to resume from, and the model for others to open."""
     monitor.flush()
     checkpoint.save(model, os.path.join(out_dir, "model"), tok, placement.compute_dtype, "lm")
-    run_state.save(out_dir, step, {"model": model}, {"model": optimizer}, {"skips": skips}, keep)
+    extra = {"skips": skips}
+    run_state.save(out_dir, step, {"model": model}, {"model": optimizer}, extra, keep, record)
 
 
 # ---- loop ----
+run_state.begin_run(config, save)
 monitor = Monitor(out_dir, steps, start, log_to, ("loss", "grad_norm", "lr"), config)
 for step in range(start, steps):
     began = time.perf_counter()
