@@ -34,7 +34,7 @@ from nanosafe.data.template import retokenize
 from nanosafe.errors import choose, stop
 from nanosafe.inference import Responses, last_token_scores, response_logps, response_values
 from nanosafe.losses import actor_loss, critic_loss, masked_mean, mle_loss, sequence_mean
-from nanosafe.monitor import Monitor
+from nanosafe.monitor import Monitor, check_sinks
 from nanosafe.parallel import MetricSums, backward, choose_placements, init
 from nanosafe.printing import print_once
 from nanosafe.rl import (
@@ -141,6 +141,7 @@ choose("actor_lr_schedule", actor_lr_schedule, optim.SCHEDULES)
 choose("critic_lr_schedule", critic_lr_schedule, optim.SCHEDULES)
 choose("advantage", advantage, ("gae", "rloo", "grpo"))
 choose("reward_scaling", reward_scaling, REWARD_SCALINGS)
+check_sinks(log_to)
 if advantage != "gae" and num_samples < 2:
     stop(
         f"advantage={advantage!r} compares a prompt's responses with each other: num_samples="

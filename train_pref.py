@@ -35,7 +35,7 @@ from nanosafe.data.batching import (
 from nanosafe.errors import choose, stop
 from nanosafe.inference import ReferenceSamples, cached_reference_logps
 from nanosafe.losses import cost_loss, dpo_loss, ipo_loss, mean_or_zero, reward_loss, rrhf_loss
-from nanosafe.monitor import Monitor
+from nanosafe.monitor import Monitor, check_sinks
 from nanosafe.parallel import all_reduce_sum, backward, choose_placements, init
 from nanosafe.printing import print_once
 from nanosafe.rl import ExponentialMovingAverage, RunningMeanStd
@@ -100,6 +100,7 @@ TASKS = {"reward": "reward", "cost": "cost", "dpo": "reward", "ipo": "reward", "
 choose("objective", objective, TASKS)
 choose("normalizer", normalizer, ("ema", "running", "none"))
 choose("lr_schedule", lr_schedule, optim.SCHEDULES)
+check_sinks(log_to)
 if beta <= 0 or not 0 <= label_smoothing < 0.5:
     stop(f"beta={beta}, label_smoothing={label_smoothing}: above 0, and from 0 to below 0.5")
 gives_scores = objective in ("reward", "cost")

@@ -20,7 +20,7 @@ from nanosafe.errors import choose
 from nanosafe.inference import sum_response_logps
 from nanosafe.losses import mle_loss
 from nanosafe.model import Config
-from nanosafe.monitor import Monitor
+from nanosafe.monitor import Monitor, check_sinks
 from nanosafe.parallel import all_reduce_sum, backward, choose_placements, init
 from nanosafe.printing import print_once
 from nanosafe.tokenizer import load as load_tokenizer
@@ -72,6 +72,7 @@ config = configure(globals())
 
 # ---- setup ----
 choose("lr_schedule", lr_schedule, optim.SCHEDULES)
+check_sinks(log_to)
 world = init(device, config)
 resume = run_state.open_run_folder(config)
 from_scratch = init_from == "scratch"

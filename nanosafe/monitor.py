@@ -43,7 +43,6 @@ class Monitor:
         signal.signal(signal.SIGINT, self.handle_signal)
         if not self.main:
             return
-        check_sinks(log_to)
         rows = read_rows_before(os.path.join(out_dir, "metrics.jsonl"), start)
         samples = read_rows_before(os.path.join(out_dir, "samples.jsonl"), start)
         self.metrics = rewrite_and_append(os.path.join(out_dir, "metrics.jsonl"), rows)

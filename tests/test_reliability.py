@@ -507,7 +507,7 @@ def test_a_second_signal_ends_a_run_at_once(trainers, tmp_path):
 
 def open_folder(out_dir, resume=False):
     """Open a run's folder as a trainer does; returns whether it has a state."""
-    return run_state.open_run_folder({"out_dir": str(out_dir), "resume": resume, "log_to": ""})
+    return run_state.open_run_folder({"out_dir": str(out_dir), "resume": resume})
 
 
 @pytest.mark.parametrize(

@@ -13,16 +13,16 @@ import os
 import shutil
 import time
 import zlib
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from nanosafe import optim, parallel
+from nanosafe import parallel
 from nanosafe.checkpoint.tensors import RowRange, copy_rows
 from nanosafe.errors import one_line_errors, stop
-from nanosafe.monitor import check_sinks
 from nanosafe.printing import print_once
 from nanosafe.storage import (
     CHECKSUMS,
@@ -336,8 +336,11 @@ def describe_file(folder, name):
 
 
 def check_record(folder, step, saved, record):
-    """Stop with one line if a state of step `step` was made with something else that is fixed; print
-    what else has changed. saved, record: the state's make_record(), and this run's."""
+    """Stop with one line if a state was made with something else that is fixed, and print what else
+    has changed.
+
+    step           of the state
+    saved, record  make_record() of the state, {} if it is older than records, and of this run"""
     steps = record["steps"]
     if step > steps:
         stop(
@@ -364,8 +367,8 @@ def check_record(folder, step, saved, record):
         refused.append(changed["kl_coef"])
     if refused:
         stop(
-            f"{folder!r} was made with something else ({', '.join(refused)}): resume it with what it "
-            "was made with, or start another run in another out_dir"
+            f"{folder!r} was made with something else ({', '.join(refused)}): resume it with what "
+            "it was made with, or start another run in another out_dir"
         )
     check_schedules(folder, step, saved["steps"], steps, knobs)
     if changed:
@@ -377,13 +380,18 @@ def check_schedules(folder, step, old_steps, new_steps, knobs):
 
     A constant learning rate does not depend on it once warm-up is over, so a run may go on longer:
     it equals one that was made longer from the start."""
+    if old_steps == new_steps:
+        return
     for name, schedule in knobs.items():
         if not name.endswith("lr_schedule"):
             continue
         warmup_ratio = knobs[name.replace("lr_schedule", "warmup_ratio")]
-        old = optim.learning_rate_at(step, old_steps, 1.0, schedule, warmup_ratio)
-        new = optim.learning_rate_at(step, new_steps, 1.0, schedule, warmup_ratio)
-        if old != new:
+        old_warmup = int(warmup_ratio * old_steps)  # as optim.learning_rate_at() has it
+        new_warmup = int(warmup_ratio * new_steps)
+        jumps = schedule != "constant"
+        if old_warmup != new_warmup and step < max(old_warmup, new_warmup):
+            jumps = True
+        if jumps:
             stop(
                 f"{folder!r} is of a run of {old_steps} steps, and max_steps={knobs['max_steps']}, "
                 f"epochs={knobs['epochs']:g} make it {new_steps}: {name}={schedule!r} would jump "
@@ -403,7 +411,6 @@ def open_run_folder(config):
     started it starts it again. So is the folder of a run that lives. No file of the run changes
     here: begin_run() writes the first, when everything has been loaded and checked."""
     out_dir, resume = config["out_dir"], config["resume"]
-    check_sinks(config["log_to"])
     refusal = ""
     has_state = False
     is_restart = is_restart_of(out_dir)
@@ -516,8 +523,16 @@ def lock_run_folder(out_dir, seconds):
 
 
 def describe_owner():
-    """Which torchrun, or which shell, has started this process."""
-    return {"torchrun": zlib.crc32(f"{os.uname().nodename} {os.getppid()}".encode())}
+    """Which torchrun, or which shell, has started this process.
+
+    In containers its machine's name and its number are often those of the last job, so the time at
+    which it began counts as well."""
+    parent = os.getppid()
+    began = ""
+    with suppress(OSError):  # a system without /proc
+        with open(f"/proc/{parent}/stat", encoding="utf-8", errors="replace") as f:
+            began = f.read().rpartition(")")[2].split()[19]  # in clock ticks; see proc_pid_stat(5)
+    return {"torchrun": zlib.crc32(f"{os.uname().nodename} {parent} {began}".encode())}
 
 
 def is_restart_of(out_dir):

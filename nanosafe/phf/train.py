@@ -34,7 +34,7 @@ from nanosafe.errors import choose, stop
 from nanosafe.inference import ReferenceSamples, sum_response_logps
 from nanosafe.losses import awr_loss, mle_loss, unlikelihood_loss
 from nanosafe.model import Config
-from nanosafe.monitor import Monitor
+from nanosafe.monitor import Monitor, check_sinks
 from nanosafe.parallel import all_reduce_sum, backward, choose_placements, init, local_rows
 from nanosafe.phf.documents import target_scores, tokenize_documents
 from nanosafe.phf.scorers import load_scorer, text_statistics
@@ -107,6 +107,7 @@ config = configure(globals())
 # ---- setup ----
 choose("objective", objective, ("mle", "filter", "conditional", "unlikelihood", "awr", "rwr"))
 choose("lr_schedule", lr_schedule, optim.SCHEDULES)
+check_sinks(log_to)
 world = init(device, config)
 resume = run_state.open_run_folder(config)
 from_scratch = init_from == "scratch"
