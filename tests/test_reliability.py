@@ -654,7 +654,7 @@ def record_of(steps=8, contents=None, **knobs):
 def test_a_knob_that_changes_a_state_s_meaning_is_refused_with_both_values(old, new):
     name = next(iter(new))
     with pytest.raises(SystemExit, match=f"{name} {old[name]!r} -> {new[name]!r}"):
-        check_change(record_of(**old), record_of(**new))
+        check_change(record_of(**old), record_of(2, **new))  # not that it would end at step 2
 
 
 def test_other_changed_knobs_are_printed_and_allowed(capsys):
@@ -761,7 +761,6 @@ def test_a_model_or_state_that_is_a_link_stays_a_link(exists, other_disk, tmp_pa
         if exists:
             os.mkdir(other_disk / name)
         os.symlink(other_disk / name, tmp_path / "run" / name)
-    assert not open_folder(tmp_path / "run")
     for step in (2, 4, 6):
         tiny.learn(1)
         tiny.save(step)
@@ -770,6 +769,14 @@ def test_a_model_or_state_that_is_a_link_stays_a_link(exists, other_disk, tmp_pa
     assert sorted(os.listdir(other_disk)) == ["model", "state"]
     assert are_equal(list(checkpoint.load(other_disk / "model").parameters()), tiny.copy_tensors())
     assert Tiny(tmp_path / "run").load() == 6
+
+
+def test_an_empty_folder_that_model_links_to_is_no_run(other_disk, tmp_path):
+    os.mkdir(tmp_path / "run")
+    os.symlink(other_disk, tmp_path / "run" / "model")
+    os.symlink(other_disk / "nothing", tmp_path / "run" / "model_ema")
+    assert not open_folder(tmp_path / "run")
+    assert os.listdir(other_disk) == []
 
 
 def test_a_link_that_cannot_be_written_through_is_refused_at_the_start(tmp_path):

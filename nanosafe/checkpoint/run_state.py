@@ -341,25 +341,16 @@ def check_record(folder, step, saved, record):
 
     step           of the state
     saved, record  make_record() of the state, {} if it is older than records, and of this run"""
-    steps = record["steps"]
-    if step > steps:
-        stop(
-            f"{folder!r} is of step {step}, but this run ends at step {steps}: raise max_steps or "
-            "epochs"
-        )
-    if not saved:
-        print_once(f"{folder}: an old state, which does not know its knobs: compare them yourself")
-        return
-    knobs = record["knobs"]
-    contents = saved["contents"]
+    steps, knobs = record["steps"], record["knobs"]
+    old_knobs = saved.get("knobs", {})
     changed = {}  # knob -> "old -> new"
     for name, value in knobs.items():
-        if name in saved["knobs"] and saved["knobs"][name] != value:
-            changed[name] = f"{name} {saved['knobs'][name]!r} -> {value!r}"
+        if name in old_knobs and old_knobs[name] != value:
+            changed[name] = f"{name} {old_knobs[name]!r} -> {value!r}"
 
     refused = [change for name, change in changed.items() if name in FIXED_KNOBS]
     for name, number in record["contents"].items():
-        if contents.get(name, number) != number:
+        if saved.get("contents", {}).get(name, number) != number:
             same_name = f"{name} {knobs[name]!r} -> the same name with other contents"
             refused.append(changed.get(name, same_name))
     # With kl_target, kl_coef is only where the adaptation began.
@@ -370,6 +361,14 @@ def check_record(folder, step, saved, record):
             f"{folder!r} was made with something else ({', '.join(refused)}): resume it with what "
             "it was made with, or start another run in another out_dir"
         )
+    if step > steps:
+        stop(
+            f"{folder!r} is of step {step}, but this run ends at step {steps}: raise max_steps or "
+            "epochs"
+        )
+    if not saved:
+        print_once(f"{folder}: an old state, which does not know its knobs: compare them yourself")
+        return
     check_schedules(folder, step, saved["steps"], steps, knobs)
     if changed:
         print_once(f"resumed with changes: {', '.join(changed.values())}")
