@@ -43,7 +43,7 @@ from nanosafe.inference import (
     warn_beyond_positions,
 )
 from nanosafe.losses import actor_loss, critic_loss, masked_mean, mle_loss, sequence_mean
-from nanosafe.monitor import Monitor
+from nanosafe.monitor import Monitor, check_sinks
 from nanosafe.parallel import MetricSums, backward, choose_placements, init
 from nanosafe.printing import print_once
 from nanosafe.ranges import check_ranges
@@ -152,6 +152,7 @@ choose("actor_lr_schedule", actor_lr_schedule, optim.SCHEDULES)
 choose("critic_lr_schedule", critic_lr_schedule, optim.SCHEDULES)
 choose("advantage", advantage, ("gae", "rloo", "grpo"))
 choose("reward_scaling", reward_scaling, REWARD_SCALINGS)
+check_sinks(log_to)
 if advantage != "gae" and num_samples < 2:
     stop(
         f"advantage={advantage!r} compares a prompt's responses with each other: num_samples="
@@ -176,7 +177,7 @@ if kl_target and kl_horizon < responses_per_rollout:
         f"note: kl_horizon={kl_horizon} is shorter than a rollout of {responses_per_rollout} "
         "responses: kl_coef changes by at most 20% per rollout"
     )
-resume = run_state.open_run_folder(config, save)
+resume = run_state.open_run_folder(config)
 # Where 0 means "no bound", the algorithm takes infinity.
 ratio_bound = clip_ratio or math.inf
 score_bound = clip_score or math.inf
@@ -261,10 +262,21 @@ updates = ppo_epochs * responses_per_rollout // batch_size  # optimizer steps pe
 actor_weight = 0.5 if ptx and ptx_average else 1.0
 rollouts = count_steps(len(prompt_data), rollout_size, epochs, math.ceil(max_steps / updates))
 steps = rollouts * updates
+record = run_state.make_record(
+    config,
+    steps,
+    prompts=prompt_data,
+    ptx_data=ptx,
+    actor_model=config["actor_model"],
+    reward_model=config["reward_model"],
+    cost_model=config["cost_model"] or None,
+)
 step = skips = 0
 if resume:
-    state = run_state.load(out_dir, models, optimizers)
-    step, skips, current_kl_coef = state["step"], state["skips"], state["kl_coef"]
+    state = run_state.load(out_dir, models, optimizers, record)
+    step, skips = state["step"], state["skips"]
+    if kl_target:
+        current_kl_coef = state["kl_coef"]
     multiplier.load_state_dict(state["multiplier"])
     moments.load_state_dict(state["moments"])
 print_once(
@@ -296,10 +308,11 @@ def save_run(step):
         "kl_coef": current_kl_coef,
         "moments": moments.state_dict(),
     }
-    run_state.save(out_dir, step, models, optimizers, extra, keep)
+    run_state.save(out_dir, step, models, optimizers, extra, keep, record)
 
 
 # ---- loop ----
+run_state.begin_run(config, save)
 shown = ("reward", "cost", "lambda", "kl", "length")
 monitor = Monitor(out_dir, steps, step, log_to, shown, config)
 while step < steps:

@@ -37,7 +37,7 @@ from nanosafe.data.batching import (
 from nanosafe.errors import choose
 from nanosafe.inference import ReferenceSamples, cached_reference_logps, warn_beyond_positions
 from nanosafe.losses import cost_loss, dpo_loss, ipo_loss, mean_or_zero, reward_loss, rrhf_loss
-from nanosafe.monitor import Monitor
+from nanosafe.monitor import Monitor, check_sinks
 from nanosafe.parallel import all_reduce_sum, backward, choose_placements, init
 from nanosafe.printing import print_once
 from nanosafe.ranges import check_ranges
@@ -104,10 +104,11 @@ TASKS = {"reward": "reward", "cost": "cost", "dpo": "reward", "ipo": "reward", "
 choose("objective", objective, TASKS)
 choose("normalizer", normalizer, ("ema", "running", "none"))
 choose("lr_schedule", lr_schedule, optim.SCHEDULES)
+check_sinks(log_to)
 gives_scores = objective in ("reward", "cost")
 compares_with_reference = objective in ("dpo", "ipo") and not reference_free
 world = init(device, config)
-resume = run_state.open_run_folder(config, save)
+resume = run_state.open_run_folder(config)
 tok = load_tokenizer(init_from)
 train = tokenize(data, tok, TASKS[objective], max_len, max_tokens)
 held_out = None
@@ -154,9 +155,10 @@ if not gives_scores and held_out and eval_samples:
     )
 
 steps = count_steps(len(train), batch_size, epochs, max_steps)
+record = run_state.make_record(config, steps, data=train, init_from=init_from)
 start = skips = 0
 if resume:
-    state = run_state.load(out_dir, {"model": model}, {"model": optimizer})
+    state = run_state.load(out_dir, {"model": model}, {"model": optimizer}, record)
     start, skips = state["step"], state["skips"]
     moments.load_state_dict(state["moments"])
 print_once(
@@ -332,10 +334,11 @@ def save_run(step):
     model_dir = os.path.join(out_dir, "model")
     checkpoint.save(model, model_dir, tok, dtype=placement.compute_dtype, head=exported_head)
     extra = {"skips": skips, "moments": moments.state_dict()}
-    run_state.save(out_dir, step, {"model": model}, {"model": optimizer}, extra, keep)
+    run_state.save(out_dir, step, {"model": model}, {"model": optimizer}, extra, keep, record)
 
 
 # ---- loop ----
+run_state.begin_run(config, save)
 monitor = Monitor(out_dir, steps, start, log_to, ("loss", "accuracy", "sign_accuracy"), config)
 for step in range(start, steps):
     began = time.perf_counter()

@@ -22,7 +22,7 @@ from nanosafe.errors import choose
 from nanosafe.inference import sum_response_logps, warn_beyond_positions
 from nanosafe.losses import mle_loss
 from nanosafe.model import Config
-from nanosafe.monitor import Monitor
+from nanosafe.monitor import Monitor, check_sinks
 from nanosafe.parallel import all_reduce_sum, backward, choose_placements, init
 from nanosafe.printing import print_once
 from nanosafe.ranges import check_heads, check_ranges
@@ -78,8 +78,9 @@ check_ranges(config)
 choose("lr_schedule", lr_schedule, optim.SCHEDULES)
 if init_from == "scratch":
     check_heads(hidden_size, num_attention_heads, num_key_value_heads)
+check_sinks(log_to)
 world = init(device, config)
-resume = run_state.open_run_folder(config, save)
+resume = run_state.open_run_folder(config)
 from_scratch = init_from == "scratch"
 tok = load_tokenizer(tokenizer if from_scratch else init_from)
 train = tokenize(data, tok, "sft", max_len, max_tokens)
@@ -109,9 +110,12 @@ warn_beyond_positions({repr(init_from): model}, max_len, f"max_len={max_len}")
 optimizer = optim.make_adamw(model, weight_decay, beta1, beta2)
 
 steps = count_steps(len(train), batch_size, epochs, max_steps)
+record = run_state.make_record(
+    config, steps, data=train, init_from=None if from_scratch else init_from
+)
 start = skips = 0
 if resume:
-    state = run_state.load(out_dir, {"model": model}, {"model": optimizer})
+    state = run_state.load(out_dir, {"model": model}, {"model": optimizer}, record)
     start, skips = state["step"], state["skips"]
 print_once(
     f"{parameters / 1e6:.1f} M parameters, {placement.layout}, computing in "
@@ -132,10 +136,12 @@ def save_run(step):
     """Write the state to resume from, and the model for others to open."""
     monitor.flush()
     checkpoint.save(model, os.path.join(out_dir, "model"), tok, placement.compute_dtype)
-    run_state.save(out_dir, step, {"model": model}, {"model": optimizer}, {"skips": skips}, keep)
+    extra = {"skips": skips}
+    run_state.save(out_dir, step, {"model": model}, {"model": optimizer}, extra, keep, record)
 
 
 # ---- loop ----
+run_state.begin_run(config, save)
 monitor = Monitor(out_dir, steps, start, log_to, ("loss", "grad_norm", "lr"), config)
 for step in range(start, steps):
     began = time.perf_counter()

@@ -150,11 +150,19 @@ def rewrite_and_append(path, rows):
 # ---- other places to log to ----
 
 
+def check_sinks(log_to):
+    """Stop with one line on a name in log_to that is unknown, or that is to be installed."""
+    for name in log_to.split(","):
+        name = name.strip()
+        if not name:
+            continue
+        choose("log_to", name, ("tensorboard", "wandb"))
+        if not importlib.util.find_spec(name):
+            stop(f"log_to={name!r} is not installed: pip install {name}")
+
+
 def open_sink(name, out_dir, config, start):
-    """A TensorBoardSink or WandbSink, or one line that says what to install."""
-    choose("log_to", name, ("tensorboard", "wandb"))
-    if not importlib.util.find_spec(name):
-        stop(f"log_to={name!r} is not installed: pip install {name}")
+    """A TensorBoardSink or a WandbSink."""
     if name == "tensorboard":
         return TensorBoardSink(out_dir, start)
     return WandbSink(out_dir, config)

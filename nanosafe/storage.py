@@ -1,6 +1,7 @@
 """Files on disk: JSON that may be broken, and files and folders of ours that are always whole.
 
 What nanosafe writes goes to a temporary name first, is flushed to the disk, and is then renamed.
+A symbolic link stays: what it leads to is written, and the temporary name is beside that.
 Folders get checksums, so that a damaged one is found when it is read."""
 
 import importlib.util
@@ -89,18 +90,19 @@ def write_jsonl(rows, path):
 def make_folder(path):
     """Make a folder, and those above it, or stop with one line."""
     with one_line_errors(path, "made"):
-        os.makedirs(path, exist_ok=True)
+        os.makedirs(os.path.realpath(path), exist_ok=True)  # a link may lead to no folder yet
 
 
 @contextmanager
 def atomic_write(path, mode="w", **options):
     """Open a file for writing. It gets its name when the block has ended and it is on the disk."""
-    temporary = path + ".tmp"
+    target = os.path.realpath(path)
+    temporary = target + ".tmp"
     with one_line_errors(path, "written"):
         with open(temporary, mode, **options) as f:
             yield f
         flush_to_disk(temporary)
-        os.replace(temporary, path)
+        os.replace(temporary, target)
 
 
 def flush_to_disk(path):
@@ -122,6 +124,8 @@ def checksum(path):
 def replace_folder(source, target, sums=None):
     """Move a finished folder to `target`, in place of what is there, with checksums beside it.
 
+    Both are on one disk: of a target that is a symbolic link, source is beside what it leads to.
+
     sums  {file name: checksum()} where they are known; by default those of tensors and reports"""
     if sums is None:
         sums = {}
@@ -131,13 +135,29 @@ def replace_folder(source, target, sums=None):
     write_json(sums, source, CHECKSUMS)
     for name in (*os.listdir(source), "."):
         flush_to_disk(os.path.join(source, name))
-    old = target.rstrip("/") + ".old"
+    target = os.path.realpath(target)
+    old = target + ".old"
     shutil.rmtree(old, ignore_errors=True)
     if os.path.exists(target):
         os.rename(target, old)
     os.rename(source, target)
     flush_to_disk(os.path.dirname(os.path.abspath(target)))
     shutil.rmtree(old, ignore_errors=True)
+
+
+def check_link(path):
+    """Stop unless replace_folder() can write the folder that a symbolic link leads to.
+
+    It cannot where that is a whole disk, or where the folder around it may not be written to."""
+    if not os.path.islink(path):
+        return
+    target = os.path.realpath(path)
+    if os.path.ismount(target):
+        stop(f"{path!r} links to the whole disk {target!r}: link to a folder on it")
+    trial = target + ".tmp"
+    shutil.rmtree(trial, ignore_errors=True)
+    make_folder(trial)
+    os.rmdir(trial)
 
 
 def find_corrupt_file(folder, part=0, parts=1, may_be_replaced=False):

@@ -145,6 +145,7 @@ def test_a_trainer_warns_and_does_not_repeat_itself_after_a_resume(world, tmp_pa
         "--cost_limit=-50",
         "--lambda_max=1.0",
         "--lambda_lr=1.0",
+        "--actor_lr_schedule=constant",  # so that a run may go on longer
         "--save_interval=0",
     ]
     first = run(*command, "--max_steps=12")

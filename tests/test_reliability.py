@@ -4,6 +4,7 @@ numbers that are not finite, too little memory, secrets.
 nanosafe/tools/crash.py has the long runs; docs/reliability.md has what both found."""
 
 import ast
+import fcntl
 import json
 import math
 import os
@@ -13,9 +14,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -296,6 +299,8 @@ def test_a_run_that_died_before_its_first_state_starts_again(trainers, tmp_path)
     os.mkdir(tmp_path / "b")
     (tmp_path / "b" / "config.py").write_text("seed = 0\n")
     (tmp_path / "b" / "metrics.jsonl").write_text('{"step": 0, "loss": 1.0}\n{"step": 1, "lo')
+    os.mkdir(tmp_path / "b" / "state")
+    (tmp_path / "b" / "state" / "latest").write_text("")  # which a run leaves as it begins
     run(*trainers["sft"], f"--out_dir={tmp_path}/b", "--resume=True")
     assert same_state(tmp_path / "a", tmp_path / "b")
 
@@ -499,6 +504,312 @@ def test_a_second_signal_ends_a_run_at_once(trainers, tmp_path):
     process.communicate()
 
 
+# ---- the run's folder ----
+
+
+def open_folder(out_dir, resume=False):
+    """Open a run's folder as a trainer does; returns whether it has a state."""
+    return run_state.open_run_folder({"out_dir": str(out_dir), "resume": resume})
+
+
+@pytest.mark.parametrize(
+    "name", ["config.py", "metrics.jsonl", "samples.jsonl", "model/config.json", "model_ema/x"]
+)
+def test_a_run_without_states_is_not_overwritten_nor_resumed(name, tmp_path):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("a result")
+    with pytest.raises(SystemExit, match="holds a run"):
+        open_folder(tmp_path)
+    with pytest.raises(SystemExit, match="no state to continue from"):
+        open_folder(tmp_path, resume=True)
+    assert read_files(tmp_path) == {path: b"a result"}
+
+
+def test_a_finished_run_whose_states_were_deleted_stays_as_it_is(trainers, tmp_path):
+    command = [*trainers["sft"], f"--out_dir={tmp_path}/a"]
+    run(*command)
+    shutil.rmtree(tmp_path / "a" / "state")
+    before = read_files(tmp_path / "a")
+    for resume, words in (("False", "holds a run"), ("True", "no state to continue from")):
+        done = run(*command, f"--resume={resume}", check=False)
+        assert done.returncode == 1
+        assert words in done.stderr.splitlines()[-1]
+        assert read_files(tmp_path / "a") == before
+
+
+def test_a_run_begins_with_an_empty_pointer_so_that_it_can_start_again(tmp_path):
+    def write(config, path):
+        with open(path, "w") as f:
+            f.write("seed = 0\n")
+
+    out = tmp_path / "run"
+    assert not open_folder(out)
+    assert [path.name for path in out.iterdir()] == ["lock"]  # nothing says yet that a run is here
+    run_state.begin_run({"out_dir": str(out)}, write)
+    with pytest.raises(SystemExit, match="holds a run"):
+        open_folder(out)
+    assert not open_folder(out, resume=True)
+    (out / "state" / "latest").write_text("step_000002\n")  # of a state that was deleted
+    with pytest.raises(SystemExit, match="no state to continue from"):
+        open_folder(out, resume=True)
+
+
+LOCKS_A_FOLDER = """
+import sys, time
+from nanosafe.checkpoint import run_state
+print(repr(run_state.lock_run_folder(sys.argv[1], 0)), flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_living_run_s_folder_is_locked_until_its_process_ends(trainers, tmp_path):
+    out = tmp_path / "a"
+    command = [*trainers["sft"], f"--out_dir={out}"]
+    run(*command)
+    process = spawn(sys.executable, "-c", LOCKS_A_FOLDER, out)
+    assert process.stdout.readline() == "''\n"
+    before = read_files(out)
+    done = run(*command, "--resume=True", check=False)
+    assert done.returncode == 1
+    assert f"is in use by process {process.pid} on " in done.stderr.splitlines()[-1]
+    assert read_files(out) == before
+    process.kill()
+    process.communicate()
+    run(*command, "--resume=True")
+
+
+def test_of_two_runs_that_start_at_once_one_is_refused(trainers, tmp_path):
+    out = tmp_path / "a"
+    out.mkdir()
+    command = [*trainers["sft"], f"--out_dir={out}"]
+    with open(out / "lock", "a") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        done = run(*command, check=False, ranks=2)
+        assert done.returncode
+        assert "is in use by another run" in done.stderr
+        assert os.listdir(out) == ["lock"]
+    run(*command)
+
+
+def test_a_restarted_run_waits_for_the_lock_of_a_dead_node(tmp_path):
+    file = open(tmp_path / "lock", "a")
+    fcntl.flock(file, fcntl.LOCK_EX)
+    assert "is in use" in run_state.lock_run_folder(str(tmp_path), 0)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(run_state.lock_run_folder, str(tmp_path), 60)
+        time.sleep(0.2)
+        file.close()
+        assert waiting.result() == ""
+
+
+def test_a_refused_resume_writes_nothing(trainers, tmp_path):
+    out = tmp_path / "a"
+    command = [*trainers["sft"], f"--out_dir={out}", "--keep=9"]
+    run(*command)
+    (out / "state" / "latest").write_text("step_000002\n")
+    before = read_files(out)
+    before.pop(out / "lock")
+    mistakes = {
+        "--batch_size=4": "batch_size 8 -> 4",
+        "--hidden_size=64": "is [",
+        "--data=nowhere": "prepare.py first",
+        "--tokenizer=nowhere": "nowhere",
+        "--max_steps=1": "is of step 2, but this run ends at step 1",
+        "--log_to=mlflow": "choose one of tensorboard, wandb",
+    }
+    for mistake, words in mistakes.items():
+        done = run(*command, mistake, "--resume=True", check=False)
+        assert done.returncode == 1, mistake
+        assert words in done.stderr.splitlines()[-1]
+        after = read_files(out)
+        after.pop(out / "lock")
+        assert after == before
+
+
+# ---- what a state was made with ----
+
+
+def check_change(saved, now, step=4):
+    run_state.check_record("state/step_000004", step, saved, now)
+
+
+def record_of(steps=8, contents=None, **knobs):
+    common = {"max_steps": 8, "epochs": 1.0, "lr_schedule": "constant", "warmup_ratio": 0.0}
+    return {"steps": steps, "knobs": {**common, **knobs}, "contents": contents or {}}
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ({"batch_size": 64}, {"batch_size": 32}),
+        ({"seed": 0}, {"seed": 1}),
+        ({"objective": "reward"}, {"objective": "dpo"}),
+        ({"rollout_size": 8}, {"rollout_size": 4}),
+        ({"num_samples": 1}, {"num_samples": 2}),
+        ({"ppo_epochs": 1}, {"ppo_epochs": 3}),
+        ({"num_attention_heads": 4}, {"num_attention_heads": 2}),
+        ({"lambda_init": 1.0}, {"lambda_init": 2.0}),
+        ({"kl_coef": 0.1, "kl_target": 2.0}, {"kl_coef": 0.2, "kl_target": 2.0}),
+    ],
+)
+def test_a_knob_that_changes_a_state_s_meaning_is_refused_with_both_values(old, new):
+    name = next(iter(new))
+    with pytest.raises(SystemExit, match=f"{name} {old[name]!r} -> {new[name]!r}"):
+        check_change(record_of(**old), record_of(2, **new))  # not that it would end at step 2
+
+
+def test_other_changed_knobs_are_printed_and_allowed(capsys):
+    old = {"learning_rate": 1e-5, "kl_coef": 0.1, "kl_target": 0.0, "data": "a", "removed": 1}
+    new = {"learning_rate": 2e-5, "kl_coef": 0.2, "kl_target": 0.0, "data": "b", "added": 2}
+    check_change(record_of(**old, contents={"data": 7}), record_of(**new, contents={"data": 7}))
+    expected = "learning_rate 1e-05 -> 2e-05, kl_coef 0.1 -> 0.2, data 'a' -> 'b'\n"
+    assert capsys.readouterr().out.endswith(expected)
+    check_change(record_of(), record_of())
+    assert capsys.readouterr().out == ""
+    check_change({}, record_of())  # of a state that is older than the record
+    assert "does not know its knobs" in capsys.readouterr().out
+
+
+def test_the_same_name_with_other_contents_is_refused():
+    old = record_of(data="a", contents={"data": 7})
+    with pytest.raises(SystemExit, match="data 'a' -> the same name with other contents"):
+        check_change(old, record_of(data="a", contents={"data": 8}))
+    with pytest.raises(SystemExit, match="data 'a' -> 'b'"):
+        check_change(old, record_of(data="b", contents={"data": 8}))
+
+
+@pytest.mark.parametrize(
+    "schedule, warmup_ratio, is_allowed",
+    [
+        ("constant", 0.0, True),
+        ("constant", 0.2, True),  # warm-up is over in both, after 1 and after 3 steps
+        ("constant", 0.4, False),  # step 4 would be in the warm-up of 6 steps
+        ("cosine", 0.0, False),
+        ("linear", 0.0, False),
+    ],
+)
+def test_a_run_may_go_on_longer_where_its_learning_rate_does_not_jump(
+    schedule, warmup_ratio, is_allowed
+):
+    knobs = {"lr_schedule": schedule, "warmup_ratio": warmup_ratio}
+    old, new = record_of(8, **knobs), record_of(16, **{**knobs, "max_steps": 16})
+    if is_allowed:
+        check_change(old, new)
+        return
+    with pytest.raises(SystemExit, match="lr_schedule='.*' would jump at step 4"):
+        check_change(old, new)
+
+
+def test_a_fingerprint_follows_contents_not_names(world, tmp_path, monkeypatch):
+    tok = tokenizer.load(world / "tokenizer")
+    lines = (world / "data" / "sft" / "train.jsonl").read_text().splitlines(keepends=True)
+    numbers = {}
+    for name, kept in (("a", lines[:20]), ("same", lines[:20]), ("other", lines[1:21])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(kept))
+        monkeypatch.setenv("NANOSAFE_CACHE", str(tmp_path / f"cache_{name}"))
+        dataset = data.tokenize(f"{tmp_path}/{name}.jsonl", tok, "sft", 200)
+        numbers[name] = run_state.fingerprint(dataset)
+    assert numbers["a"] == numbers["same"] != numbers["other"]
+
+    tiny = Tiny(tmp_path)
+    tiny.save(2)
+    first = run_state.fingerprint(str(tmp_path / "model"))
+    shutil.copytree(tmp_path / "model", tmp_path / "copy")
+    assert run_state.fingerprint(str(tmp_path / "copy")) == first
+    tiny.learn(1)
+    tiny.save(4)
+    assert run_state.fingerprint(str(tmp_path / "model")) != first
+    assert run_state.fingerprint(None) == 0
+
+
+@pytest.mark.parametrize(
+    "change", [{"vocab_size": 64}, {"vocab_size": 128}, {"num_hidden_layers": 1}, {"head": "both"}]
+)
+def test_a_state_of_other_shapes_is_refused_as_a_whole(change, tmp_path):
+    tiny = Tiny(tmp_path)
+    tiny.learn(1)
+    tiny.save(2)
+    other = Tiny(tmp_path)
+    sizes = {name: value for name, value in change.items() if name != "head"}
+    config = small_config(**sizes)
+    other.model = checkpoint.init_from_scratch(config, change.get("head", "lm"), seed=3)
+    other.models = {"model": other.model}
+    other.optimizers = {"model": optim.make_adamw(other.model, 0.0, 0.9, 0.95)}
+    before = [parameter.clone() for parameter in other.model.parameters()]
+    with pytest.raises(SystemExit, match="does not fit this run: model/.* is .* there"):
+        other.load()
+    assert are_equal(list(other.model.parameters()), before)
+
+
+# ---- symbolic links ----
+
+
+@pytest.fixture
+def other_disk(tmp_path):
+    """A folder that is on another file system than tmp_path, where there is one."""
+    root = tmp_path
+    if os.path.isdir("/dev/shm") and os.access("/dev/shm", os.W_OK):
+        root = "/dev/shm"
+    with tempfile.TemporaryDirectory(dir=root) as folder:
+        yield Path(folder)
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_model_or_state_that_is_a_link_stays_a_link(exists, other_disk, tmp_path):
+    tiny = Tiny(tmp_path / "run")
+    os.mkdir(tmp_path / "run")
+    for name in ("model", "state"):
+        if exists:
+            os.mkdir(other_disk / name)
+        os.symlink(other_disk / name, tmp_path / "run" / name)
+    for step in (2, 4, 6):
+        tiny.learn(1)
+        tiny.save(step)
+    for name in ("model", "state"):
+        assert os.path.islink(tmp_path / "run" / name)
+    assert sorted(os.listdir(other_disk)) == ["model", "state"]
+    assert are_equal(list(checkpoint.load(other_disk / "model").parameters()), tiny.copy_tensors())
+    assert Tiny(tmp_path / "run").load() == 6
+
+
+def test_an_empty_folder_that_model_links_to_is_no_run(other_disk, tmp_path):
+    os.mkdir(tmp_path / "run")
+    os.symlink(other_disk, tmp_path / "run" / "model")
+    os.symlink(other_disk / "nothing", tmp_path / "run" / "model_ema")
+    assert not open_folder(tmp_path / "run")
+    assert os.listdir(other_disk) == []
+
+
+def test_a_link_that_cannot_be_written_through_is_refused_at_the_start(tmp_path):
+    os.mkdir(tmp_path / "run")
+    os.symlink("/proc", tmp_path / "run" / "model")  # a whole file system
+    shown = "links to the whole disk '/proc'"
+    with pytest.raises(SystemExit, match=shown):
+        storage.check_link(str(tmp_path / "run" / "model"))
+    with pytest.raises(SystemExit, match="holds a run"):  # what it leads to is not empty
+        open_folder(tmp_path / "run")
+
+
+def test_a_file_and_a_cache_that_are_links_stay_links(world, other_disk, tmp_path, monkeypatch):
+    os.symlink(other_disk / "rows.jsonl", tmp_path / "rows.jsonl")
+    for number in (1, 2):
+        storage.write_jsonl([{"a": number}], str(tmp_path / "rows.jsonl"))
+    assert storage.read_jsonl(other_disk / "rows.jsonl") == [{"a": 2}]
+
+    monkeypatch.setenv("NANOSAFE_CACHE", str(tmp_path / "cache"))
+    os.symlink(other_disk / "cache", tmp_path / "cache")
+    tok = tokenizer.load(world / "tokenizer")
+    spec = f"{world}/data/sft/train.jsonl:50/-1"
+    folder = Path(data.tokenize(spec, tok, "sft", 200).folder)
+    shutil.move(folder, other_disk / "moved")
+    os.symlink(other_disk / "moved", folder)
+    (other_disk / "moved" / "tokens.npy").write_bytes(b"")  # so that it is made again
+    data.tokenize(spec, tok, "sft", 200)
+    assert os.path.islink(folder)
+    assert (other_disk / "moved" / "tokens.npy").stat().st_size > 0
+
+
 # ---- any number of ranks ----
 
 
@@ -564,8 +875,9 @@ def limit_file_size():
 
 @pytest.mark.parametrize("ranks", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_full_disk_is_reported_in_one_line_and_the_last_state_stays(ranks, trainers, tmp_path):
-    flags = [*trainers["sft"], f"--out_dir={tmp_path}/a"]
-    run(*flags, "--max_steps=2", "--lr_schedule=constant", ranks=ranks)
+    flags = [*trainers["sft"], "--lr_schedule=constant", "--warmup_ratio=0"]
+    flags.append(f"--out_dir={tmp_path}/a")
+    run(*flags, "--max_steps=2", ranks=ranks)
     before = read_files(tmp_path / "a" / "state")
     launcher = TORCHRUN if ranks else [sys.executable]
     process = spawn(*launcher, *flags, "--resume=True", preexec_fn=limit_file_size)

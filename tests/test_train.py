@@ -45,6 +45,60 @@ def test_a_resumed_run_is_bit_equal_to_one_that_never_stopped(name, trainers, tm
     assert steps == list(range(len(steps)))
 
 
+@pytest.mark.parametrize("name", ["sft", "ppo_lag"])
+def test_a_longer_run_continues_a_finished_one_bit_equally(name, trainers, tmp_path):
+    """With a constant learning rate. Any other would jump, which is refused."""
+    schedule = "--actor_lr_schedule" if name == "ppo_lag" else "--lr_schedule"
+    flags = [*without(trainers[name], "max_steps"), f"{schedule}=constant"]
+    flags = without(flags, "eval_data")  # which is evaluated at each end
+    long, short = tmp_path / "long", tmp_path / "short"
+    run(*flags, f"--out_dir={long}", "--max_steps=12")
+    run(*flags, f"--out_dir={short}", "--max_steps=8")
+    again = [*flags, f"--out_dir={short}", "--max_steps=12", "--resume=True"]
+    done = run(*again, f"{schedule}=cosine", check=False)
+    assert done.returncode == 1
+    assert "lr_schedule='cosine' would jump at step 8" in done.stderr.splitlines()[-1]
+    assert "max_steps 8 -> 12" in run(*again).stdout
+    assert rows_of(long / "metrics.jsonl") == rows_of(short / "metrics.jsonl")
+
+
+@pytest.mark.parametrize(
+    "flag, words",
+    [
+        ("--ppo_epochs=2", "ppo_epochs 1 -> 2"),
+        ("--prompts={world}/data/prompts/test.jsonl", "prompts "),
+        ("--reward_model={world}/other", "reward_model "),
+        ("--advantage=grpo --num_samples=2", "advantage 'gae' -> 'grpo'"),
+    ],
+)
+def test_a_resumed_run_of_ppo_refuses_what_its_state_was_not_made_with(
+    flag, words, trainers, world, tmp_path
+):
+    if not (world / "other").exists():
+        config = checkpoint.load(world / "reward").config
+        model = init_from_scratch(config, "score", seed=99)
+        checkpoint.save(model, world / "other", tokenizer.load(world / "tokenizer"))
+    command = [*trainers["ppo"], f"--out_dir={tmp_path}/a"]
+    run(*command, "--max_steps=4")
+    flags = flag.format(world=world).split()
+    done = run(*command, "--max_steps=4", *flags, "--resume=True", check=False)
+    assert done.returncode == 1
+    assert "was made with something else" in done.stderr.splitlines()[-1]
+    assert words in done.stderr.splitlines()[-1]
+
+
+def test_a_resumed_run_says_what_has_changed_and_goes_on_with_it(trainers, tmp_path):
+    command = [*trainers["ppo_lag"], f"--out_dir={tmp_path}/a"]
+    run(*command)
+    (tmp_path / "a" / "state" / "latest").write_text("step_000006\n")
+    changes = ["--critic_learning_rate=5e-4", "--kl_coef=0.25", "--resume=True"]
+    done = run(*command, *changes)
+    assert "critic_learning_rate 0.001 -> 0.0005, kl_coef 0.01 -> 0.25" in done.stdout
+    row = rows_of(tmp_path / "a" / "metrics.jsonl")[-1]
+    assert row["kl_coef"] == 0.25
+    assert row["critic_lr"] == 5e-4
+
+
 def test_help_shows_the_knobs_as_a_run_has_saved_them(trainers, tmp_path):
     run(*trainers["sft"], f"--out_dir={tmp_path}/a")
     config = run(trainers["sft"][0], tmp_path / "a" / "config.py", "-h").stdout

@@ -184,8 +184,9 @@ def write_model_folder(path, config, head, weights, tokenizer, dtype):
         for _ in weights:  # each is gathered from all ranks
             pass
         return
-    path = os.fspath(path)
-    temporary = path.rstrip("/") + ".tmp"
+    # Of a symbolic link, the folder that it leads to is written: it may be on another disk.
+    target = os.path.realpath(path)
+    temporary = target + ".tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     make_folder(temporary)
     tensors = split_parameters(weights, config, dtype)
@@ -198,7 +199,7 @@ def write_model_folder(path, config, head, weights, tokenizer, dtype):
         tokenizer.save(temporary)
     write_json(config_json, temporary, "config.json")
     with one_line_errors(path, "written"):
-        replace_folder(temporary, path)
+        replace_folder(temporary, target)
 
 
 def split_parameters(weights, config, dtype):

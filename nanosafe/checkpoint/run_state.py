@@ -1,15 +1,19 @@
 """The exact state of a run: what it needs to continue bit by bit, on any number of ranks.
 
-    out_dir/state/step_000500/  rank_00000.safetensors ..  state.json  checksums.json
-    out_dir/state/latest        the name of the last state
+    out_dir/state/step_000500/  rank_00000.safetensors ..  state.json  record.json  checksums.json
+    out_dir/state/latest        the name of the last state; empty before the first
     out_dir/owner.json          which torchrun started the run
+    out_dir/lock                locked while the run lives
 
 There is no random state: the data order and samples are functions of the seed and the step."""
 
+import fcntl
 import json
 import os
 import shutil
+import time
 import zlib
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
@@ -21,7 +25,9 @@ from nanosafe.checkpoint.tensors import RowRange, copy_rows
 from nanosafe.errors import one_line_errors, stop
 from nanosafe.printing import print_once
 from nanosafe.storage import (
+    CHECKSUMS,
     atomic_write,
+    check_link,
     checksum,
     find_corrupt_file,
     flush_to_disk,
@@ -33,18 +39,23 @@ from nanosafe.storage import (
 )
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
+RECORD = "record.json"  # what a state was made with
+NODE_TIMEOUT = 120  # seconds in which a file server gives up the locks of a dead node
+MODEL_ENDINGS = ("config.json", "params.json", ".safetensors", ".bin", ".pth")
+TAIL = 2**20  # bytes at the end of a file of weights that its fingerprint reads
 
 
 # ---- save ----
 
 
-def save(out_dir, step, models, optimizers, extra, keep=2):
+def save(out_dir, step, models, optimizers, extra, keep=2, record=None):
     """Write out_dir/state/step_NNNNNN, and delete older states once it is whole. A collective.
 
     models      {name: model}: everything whose weights the run changes
     optimizers  {name: optimizer} of the models that have one
     extra       {name: value} in JSON: lambda and its window, normalisers, counters
     keep        how many states stay, this one included; at least 1
+    record      make_record() of the run, which load() compares
 
     Every rank writes its own rows. Of copies, only one rank does."""
     folder = os.path.join(out_dir, "state", name_state(step))
@@ -62,7 +73,7 @@ def save(out_dir, step, models, optimizers, extra, keep=2):
         for name in models:
             optimizer_steps[name] = count_optimizer_steps(optimizers.get(name))
         state = {"step": step, "ranks": len(rank_sums), "optimizer_steps": optimizer_steps, **extra}
-        finish_state(folder, temporary, state, rank_sums)
+        finish_state(folder, temporary, state, rank_sums, record)
         with atomic_write(os.path.join(out_dir, "state", "latest")) as f:
             f.write(name_state(step) + "\n")
         delete_other_states(out_dir, step, keep)
@@ -92,15 +103,17 @@ def write_rank_file(folder, models, optimizers):
         return checksum(path)
 
 
-def finish_state(folder, temporary, state, rank_sums):
-    """Add state.json and checksums, and give the folder its name."""
+def finish_state(folder, temporary, state, rank_sums, record):
+    """Add state.json, the record and checksums, and give the folder its name."""
     # JSON has no NaN and no infinity, but a state must come back exactly.
     write_json(replace_non_finite(state, name_non_finite), temporary, "state.json")
+    write_json(record or {}, temporary, RECORD)
     sums = {}
     for rank, rank_sum in enumerate(rank_sums):
         sums[name_rank_file(rank)] = rank_sum
     with one_line_errors(folder, "written"):
-        sums["state.json"] = checksum(os.path.join(temporary, "state.json"))
+        for name in ("state.json", RECORD):
+            sums[name] = checksum(os.path.join(temporary, name))
         replace_folder(temporary, folder, sums)
 
 
@@ -128,8 +141,11 @@ def delete_other_states(out_dir, step, keep):
     until_now = [name for name in list_states(out_dir) if read_step(name) <= step]
     kept = until_now[-max(1, keep) :]
     for name in os.listdir(root):
+        path = os.path.join(root, name)
         if name.startswith("step_") and name not in kept:
-            shutil.rmtree(os.path.join(root, name), ignore_errors=True)
+            if os.path.islink(path):  # rmtree() follows none
+                os.remove(path)
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def count_optimizer_steps(optimizer):
@@ -146,6 +162,7 @@ class LocalSlice(NamedTuple):
     rows: torch.Tensor
     first: int  # the row of the whole tensor that they begin at
     is_writer: bool  # whether this rank saves them
+    shape: list[int]  # of the whole tensor
 
 
 def local_slices(models, optimizers):
@@ -162,19 +179,24 @@ def local_slices(models, optimizers):
             for key, tensor in tensors.items():
                 rows = parallel.local_part(tensor).detach()
                 full_key = f"{model_name}/{name}/{key}"
-                yield LocalSlice(full_key, rows, local.first, local.is_writer)
+                shape = list(parameter.shape)
+                yield LocalSlice(full_key, rows, local.first, local.is_writer, shape)
 
 
 # ---- load ----
 
 
 @torch.no_grad()
-def load(out_dir, models, optimizers):
+def load(out_dir, models, optimizers, record=None):
     """Restore the latest state into models and optimizers; returns its state.json.
 
-    There may be more or fewer ranks than when it was saved: each reads the rows that it needs."""
+    There may be more or fewer ranks than when it was saved: each reads the rows that it needs.
+    Stops, before anything is changed, where the state is of another run than `record` describes, or
+    where its tensors are not exactly those of models and optimizers."""
     folder = find_latest_state(out_dir)
     state = restore_non_finite(read_json(folder, "state.json"))
+    if record:
+        check_record(folder, state["step"], read_json(folder, RECORD), record)
     pieces = {}  # key -> [(its RowRange, its lazy slice)] over the files of ranks
     for rank in range(state["ranks"]):
         handle = safe_open(os.path.join(folder, name_rank_file(rank)), framework="pt")
@@ -184,13 +206,31 @@ def load(out_dir, models, optimizers):
             row_range = RowRange(key, 0, piece.get_shape()[0], 1, first)
             pieces.setdefault(key, []).append((row_range, piece))
     for name, optimizer in optimizers.items():
-        steps = state["optimizer_steps"][name]
+        steps = state["optimizer_steps"].get(name)
         if steps:
             make_moments(models[name], optimizer, steps)
-    for part in local_slices(models, optimizers):
+    parts = list(local_slices(models, optimizers))
+    check_pieces(folder, pieces, {part.key: part.shape for part in parts})
+    for part in parts:
         for row_range, piece in pieces[part.key]:
             copy_rows(part.rows, part.first, piece, row_range)
     return state
+
+
+def check_pieces(folder, pieces, shapes):
+    """Stop unless a state's pieces make up the tensors of a run, no more and no fewer.
+
+    shapes  {key: shape} of the run's weights and moments"""
+    saved = {}
+    for key, found in pieces.items():
+        rows = sum(row_range.rows for row_range, _ in found)
+        saved[key] = [rows, *found[0][1].get_shape()[1:]]
+    for key in sorted({*saved, *shapes}):
+        if saved.get(key) != shapes.get(key):
+            stop(
+                f"{folder!r} does not fit this run: {key} is {saved.get(key, 'missing')} there, "
+                f"and {shapes.get(key, 'missing')} in the run; resume with the run's own config.py"
+            )
 
 
 def make_moments(model, optimizer, steps):
@@ -249,35 +289,273 @@ def read_latest(out_dir):
         return ""
 
 
+# ---- what a state was made with ----
+
+# A state means something else where one of these has changed, so that is refused. All other knobs
+# may change: the run goes on with the new value, and the change is printed. That is what a user
+# wants of learning rates and coefficients, and what machines differ in (parallel, max_tokens).
+FIXED_KNOBS = {
+    # Step t takes the examples of positions t * batch_size .. of an order that the seed draws.
+    "seed",
+    "batch_size",
+    "rollout_size",
+    "num_samples",
+    "ppo_epochs",  # also how many steps a rollout has
+    # Which loss, and so which models, heads and moments of scores there are.
+    "objective",
+    "advantage",
+    "normalizer",
+    # Shapes do not show these: the same weights compute something else.
+    "num_attention_heads",
+    "num_key_value_heads",
+    # A state has gone on from these, so a new value would be ignored without a word.
+    "lambda_init",
+    "normalizer_momentum",
+}
+UNRECORDED_KNOBS = ("out_dir", "resume")  # a run's folder may be moved
+
+
+def make_record(knobs, steps, **sources):
+    """What a run's states keep in record.json.
+
+    knobs    the run's configuration
+    steps    optimizer steps of the whole run, which its learning rates depend on
+    sources  {knob: what it names}, the Dataset, or the path of a model folder, whose contents must
+             not change; None where there is none"""
+    recorded = {name: value for name, value in knobs.items() if name not in UNRECORDED_KNOBS}
+    contents = {name: fingerprint(source) for name, source in sources.items()}
+    return {"steps": steps, "knobs": recorded, "contents": contents}
+
+
+def fingerprint(source):
+    """A number that changes with a Dataset's tokens and labels, or with a model folder's config and
+    weights; 0 of None."""
+    if source is None:
+        return 0
+    if isinstance(source, str):
+        names = [name for name in sorted(os.listdir(source)) if name.endswith(MODEL_ENDINGS)]
+        facts = [describe_file(source, name) for name in names]
+    else:
+        sums = read_json(source.folder, CHECKSUMS)
+        arrays = [name for name in sorted(sums) if name.endswith(".npy") and name != "lines.npy"]
+        facts = [[name, sums[name]] for name in arrays]
+    return zlib.crc32(json.dumps(facts).encode())
+
+
+def describe_file(folder, name):
+    """[a file's name, size, CRC-32 of its last TAIL bytes].
+
+    Training moves every tensor, so the end of a file of weights tells it from another's."""
+    path = os.path.join(folder, name)
+    with one_line_errors(path), open(path, "rb") as f:
+        size = f.seek(0, os.SEEK_END)
+        f.seek(max(0, size - TAIL))
+        return [name, size, zlib.crc32(f.read())]
+
+
+def check_record(folder, step, saved, record):
+    """Stop with one line if a state was made with something else that is fixed, and print what else
+    has changed.
+
+    step           of the state
+    saved, record  make_record() of the state, {} if it is older than records, and of this run"""
+    steps, knobs = record["steps"], record["knobs"]
+    old_knobs = saved.get("knobs", {})
+    changed = {}  # knob -> "old -> new"
+    for name, value in knobs.items():
+        if name in old_knobs and old_knobs[name] != value:
+            changed[name] = f"{name} {old_knobs[name]!r} -> {value!r}"
+
+    refused = [change for name, change in changed.items() if name in FIXED_KNOBS]
+    for name, number in record["contents"].items():
+        if saved.get("contents", {}).get(name, number) != number:
+            same_name = f"{name} {knobs[name]!r} -> the same name with other contents"
+            refused.append(changed.get(name, same_name))
+    # With kl_target, kl_coef is only where the adaptation began.
+    if "kl_coef" in changed and knobs["kl_target"]:
+        refused.append(changed["kl_coef"])
+    if refused:
+        stop(
+            f"{folder!r} was made with something else ({', '.join(refused)}): resume it with what "
+            "it was made with, or start another run in another out_dir"
+        )
+    if step > steps:
+        stop(
+            f"{folder!r} is of step {step}, but this run ends at step {steps}: raise max_steps or "
+            "epochs"
+        )
+    if not saved:
+        print_once(f"{folder}: an old state, which does not know its knobs: compare them yourself")
+        return
+    check_schedules(folder, step, saved["steps"], steps, knobs)
+    if changed:
+        print_once(f"resumed with changes: {', '.join(changed.values())}")
+
+
+def check_schedules(folder, step, old_steps, new_steps, knobs):
+    """Stop where another number of steps would make the learning rate jump at step `step`.
+
+    A constant learning rate does not depend on it once warm-up is over, so a run may go on longer:
+    it equals one that was made longer from the start."""
+    if old_steps == new_steps:
+        return
+    for name, schedule in knobs.items():
+        if not name.endswith("lr_schedule"):
+            continue
+        warmup_ratio = knobs[name.replace("lr_schedule", "warmup_ratio")]
+        old_warmup = int(warmup_ratio * old_steps)  # as optim.learning_rate_at() has it
+        new_warmup = int(warmup_ratio * new_steps)
+        jumps = schedule != "constant"
+        if old_warmup != new_warmup and step < max(old_warmup, new_warmup):
+            jumps = True
+        if jumps:
+            stop(
+                f"{folder!r} is of a run of {old_steps} steps, and max_steps={knobs['max_steps']}, "
+                f"epochs={knobs['epochs']:g} make it {new_steps}: {name}={schedule!r} would jump "
+                f"at step {step}. Keep them, set {name}=constant, or start another run from model/"
+            )
+
+
 # ---- the run's folder ----
 
+locks = {}  # path of a lock -> its open file, which holds the lock until this process ends
 
-def open_run_folder(config, write):
-    """Make the run's folder, and return whether it has a state to continue from.
+
+def open_run_folder(config):
+    """Lock the run's folder, and return whether it has a state to continue from. A collective.
 
     A folder that holds a run is refused, unless that run is resumed, or unless the torchrun that
-    started it starts it again.
-
-    write  writes (config, path of config.py)"""
+    started it starts it again. So is the folder of a run that lives. No file of the run changes
+    here: begin_run() writes the first, when everything has been loaded and checked."""
     out_dir, resume = config["out_dir"], config["resume"]
-    has_state = parallel.any_rank(bool(list_states(out_dir)), "cpu")
-    owner = {"torchrun": zlib.crc32(f"{os.uname().nodename} {os.getppid()}".encode())}
-    if has_state and not resume and not is_restart_of(out_dir, owner):
-        stop(f"{out_dir!r} holds a run: continue it with --resume=True, or choose another out_dir")
-    if resume and not os.path.exists(os.path.join(out_dir, "config.py")):
-        stop(f"resume=True, but {out_dir!r} has no run: start it without")
-    parallel.barrier()
-    make_folder(out_dir)
-    if parallel.rank() == 0:
-        write_json(owner, out_dir, "owner.json")
-        write(config, os.path.join(out_dir, "config.py"))
+    refusal = ""
+    has_state = False
+    is_restart = is_restart_of(out_dir)
+    if parallel.rank() == 0:  # what it finds holds for all: on other ranks a shared disk may lag
+        refusal = find_refusal(out_dir, resume, is_restart)
+        if not refusal:
+            make_folder(out_dir)
+            refusal = lock_run_folder(out_dir, NODE_TIMEOUT if is_restart else 0)
+        has_state = bool(list_states(out_dir))
+    indices = [0] if parallel.rank() == 0 else []
+    refusal, has_state = parallel.all_gather_lists([[refusal, has_state]], indices, 1)[0]
+    if refusal:
+        stop(refusal)
+    for name in ("model", "model_ema"):
+        if parallel.rank() == 0:
+            check_link(os.path.join(out_dir, name))
     return has_state
 
 
-def is_restart_of(out_dir, owner):
+def begin_run(config, write):
+    """Write that the run has begun, and with which configuration: the last thing before training.
+
+    write  writes (config, path of config.py)"""
+    out_dir = config["out_dir"]
+    if parallel.rank() == 0:
+        make_folder(os.path.join(out_dir, "state"))
+        if not list_states(out_dir):
+            with atomic_write(os.path.join(out_dir, "state", "latest")):
+                pass  # it is empty: this run has had no state yet
+        write_json(describe_owner(), out_dir, "owner.json")
+        write(config, os.path.join(out_dir, "config.py"))
+    parallel.barrier()
+
+
+def find_refusal(out_dir, resume, is_restart):
+    """Why a run may not use this folder, or ""."""
+    holds_run = bool(list_run_files(out_dir))
+    if resume and not holds_run:
+        return f"resume=True, but {out_dir!r} has no run: start it without"
+    if holds_run and not resume and not is_restart:
+        return f"{out_dir!r} holds a run: continue it with --resume=True, or choose another out_dir"
+    if resume and not list_states(out_dir) and not died_before_first_state(out_dir):
+        found = ", ".join(list_run_files(out_dir))
+        return (
+            f"{out_dir!r} has no state to continue from, and its {found} would be overwritten: "
+            "choose another out_dir, and start without resume"
+        )
+    return ""
+
+
+def list_run_files(out_dir):
+    """The names in out_dir that show that it holds a run. A model's folder that is still empty, to
+    which a symbolic link may lead, shows nothing."""
+    found = []
+    for name in ("config.py", "metrics.jsonl", "samples.jsonl"):
+        if os.path.exists(os.path.join(out_dir, name)):
+            found.append(name)
+    for name in ("model", "model_ema"):
+        path = os.path.join(out_dir, name)
+        if os.path.isdir(path) and os.listdir(path):
+            found.append(name)
+    if list_states(out_dir):
+        found.append("state")
+    return found
+
+
+def died_before_first_state(out_dir):
+    """Whether a run has begun here and has saved no state. Then it can only start again.
+
+    begin_run() has left an empty state/latest. Where states were deleted, it names one, or is gone
+    with them."""
+    path = os.path.join(out_dir, "state", "latest")
+    return os.path.exists(path) and os.path.getsize(path) == 0
+
+
+def lock_run_folder(out_dir, seconds):
+    """Lock out_dir/lock until this process ends; returns "", or one line if another process has it.
+
+    The operating system gives up the lock with the process, however it ends. A file server gives up
+    those of a dead node after a while.
+
+    seconds  how long to wait for the lock"""
+    path = os.path.join(out_dir, "lock")
+    key = os.path.realpath(path)
+    if key in locks and os.path.exists(key):  # two runs after each other in one process
+        return ""
+    with one_line_errors(path, "written"):
+        file = open(path, "a+", encoding="utf-8", errors="replace")
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                file.seek(0)
+                return (
+                    f"{out_dir!r} is in use by {file.read().strip() or 'another run'}: choose "
+                    f"another out_dir, or end that run; if its machine is dead, delete {path!r}"
+                )
+            time.sleep(1)
+        except OSError as error:  # a file system without locks
+            print_once(f"warning: {path!r} cannot be locked ({error}): start no second run there")
+            break
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
+    file.flush()
+    locks[key] = file
+    return ""
+
+
+def describe_owner():
+    """Which torchrun, or which shell, has started this process.
+
+    In containers its machine's name and its number are often those of the last job, so the time at
+    which it began counts as well."""
+    parent = os.getppid()
+    began = ""
+    with suppress(OSError):  # a system without /proc
+        with open(f"/proc/{parent}/stat", encoding="utf-8", errors="replace") as f:
+            began = f.read().rpartition(")")[2].split()[19]  # in clock ticks; see proc_pid_stat(5)
+    return {"torchrun": zlib.crc32(f"{os.uname().nodename} {parent} {began}".encode())}
+
+
+def is_restart_of(out_dir):
     """Whether torchrun restarts its own run, as rank 0 finds it. A collective."""
     is_restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     is_ours = False
     if is_restart and parallel.rank() == 0:
-        is_ours = read_json(out_dir, "owner.json") == owner
+        is_ours = read_json(out_dir, "owner.json") == describe_owner()
     return parallel.any_rank(is_ours, "cpu")

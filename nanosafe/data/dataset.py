@@ -226,7 +226,7 @@ def write_cache(folder, examples, prompts, report):
         arrays["scores"] = np.array(scores, dtype=np.float32)
 
     # A temporary name first, as several processes may write the same folder.
-    temporary = f"{folder}.{os.getpid()}"
+    temporary = f"{os.path.realpath(folder)}.{os.getpid()}"
     make_folder(temporary)
     with one_line_errors(temporary, "written"):
         for name, array in arrays.items():
