@@ -4,6 +4,7 @@ A mistake of the user's, a bad file, a full disk or too little memory end a scri
 defect of nanosafe's own keeps its traceback."""
 
 import errno
+import lzma
 import os
 import pickle
 import re
@@ -31,6 +32,7 @@ READ_ERRORS = (
     struct.error,
     zipfile.BadZipFile,
     zlib.error,  # of a .gz file
+    lzma.LZMAError,  # of a .xz file
 )
 WRITE_ERRORS = (OSError, SafetensorError)
 DISK_ERRORS = {

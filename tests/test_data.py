@@ -1,6 +1,8 @@
 """Specifications, rows, conversations, the cache of token ids, packing and order."""
 
 import gzip
+import lzma
+import zipfile
 import json
 import re
 
@@ -167,9 +169,22 @@ def test_compressed_files_and_json_lists_are_read(tmp_path):
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(line.encode()))
     (tmp_path / "a.json").write_text("[" + line + "]")
     (tmp_path / "a.json.gz").write_bytes(gzip.compress(f"[{line}]".encode()))
+    (tmp_path / "a.jsonl.xz").write_bytes(lzma.compress(line.encode()))
     (tmp_path / "bom.jsonl").write_bytes(b"\xef\xbb\xbf" + line.encode() + b"\r\n")
-    for name in ("a.jsonl", "a.jsonl.gz", "a.json", "a.json.gz", "bom.jsonl"):
+    for name in ("a.jsonl", "a.jsonl.gz", "a.jsonl.xz", "a.json", "a.json.gz", "bom.jsonl"):
         assert data.load(str(tmp_path / name)) == [{"input": "é"}]
+
+
+def test_a_zip_with_one_file_of_rows_is_read(tmp_path):
+    path = tmp_path / "a.json.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("rows.json", '[{"input": "b"}, {"input": "c"}]')
+        archive.writestr("__MACOSX/._rows.json", "")
+    assert data.load(str(path)) == [{"input": "b"}, {"input": "c"}]
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("more.json", "[]")
+    with pytest.raises(SystemExit, match="holds 2 files of rows, not one"):
+        data.load(str(path))
 
 
 def test_a_json_file_may_have_a_row_on_each_line(tmp_path, capsys):

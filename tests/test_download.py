@@ -148,12 +148,11 @@ def test_a_release_without_the_expected_files_is_refused(server, tmp_path):
         download.download_release(Release("some/repo", "^other/"), str(tmp_path))
 
 
-def test_packed_files_are_downloaded_with_a_word_on_how_to_unpack_them(server, tmp_path):
-    folder = f"{tmp_path}/some/repo/v0"
-    words = f"unpack the files below {folder} with xz -d, .*--raw={folder}"
-    with pytest.raises(SystemExit, match=words):
-        download.download_release(Release("some/repo", "^packed/", revision="v0"), str(tmp_path))
-    assert content_of(f"{folder}/packed/train.jsonl.xz") == BODY
+def test_compressed_files_are_downloaded_as_they_are(server, tmp_path):
+    release = Release("some/repo", "^packed/", revision="v0")
+    paths = download.download_release(release, str(tmp_path))
+    assert paths == [f"{tmp_path}/some/repo/v0/packed/train.jsonl.xz"]
+    assert content_of(paths[0]) == BODY
 
 
 def test_a_release_in_parquet_says_how_to_convert_it(monkeypatch, tmp_path):

@@ -3,9 +3,7 @@ judge a cost model by (is_safe), or to take safe demonstrations from.
 
 $ python data/beavertails/prepare.py                     # 30k: 30,207 rows
 $ python data/beavertails/prepare.py --version=330k
-$ python data/beavertails/prepare.py --only_safe=True    # demonstrations
-
-The files of 330k are published as .xz: the script downloads them, and says how to unpack them."""
+$ python data/beavertails/prepare.py --only_safe=True    # demonstrations"""
 
 from configurator import configure
 from nanosafe.data.examples import parse_label

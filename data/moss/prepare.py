@@ -1,9 +1,7 @@
 """MOSS: dialogues in English and Chinese, demonstrations.
 
 $ python data/moss/prepare.py                        # moss-003-sft, without tools -> data/moss/003
-$ python data/moss/prepare.py --version=002          # moss-002-sft -> data/moss/002
-
-moss-003-sft is published as a .zip: the script downloads it, and says how to unpack it."""
+$ python data/moss/prepare.py --version=002          # moss-002-sft -> data/moss/002"""
 
 import re
 

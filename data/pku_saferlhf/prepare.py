@@ -1,9 +1,7 @@
 """PKU-SafeRLHF: pairs of answers with separate labels for helpfulness and harmlessness.
 
 $ python data/pku_saferlhf/prepare.py                       # the current release, 83.4K pairs
-$ python data/pku_saferlhf/prepare.py --version=10k         # 1.7 MB -> data/pku_saferlhf/10k
-
-The older releases are published as .xz: the script downloads them, and says how to unpack them."""
+$ python data/pku_saferlhf/prepare.py --version=10k         # 1.7 MB -> data/pku_saferlhf/10k"""
 
 from configurator import configure
 from nanosafe.data.examples import parse_label

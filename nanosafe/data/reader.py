@@ -1,16 +1,20 @@
 """The files of a dataset specification -> their rows.
 
 A file has a JSON object on each line (.jsonl), or is a list of objects or has one on each line
-(.json); either may be compressed (.gz)."""
+(.json); either may be compressed (.gz, .xz, or a .zip with nothing else in it)."""
 
 import gzip
+import io
 import json
+import lzma
+import os
 import re
+import zipfile
 from typing import NamedTuple
 
 import numpy as np
 
-from nanosafe.data.spec import parse_spec
+from nanosafe.data.spec import COMPRESSED_ENDINGS, parse_spec
 from nanosafe.errors import one_line_errors, stop
 
 CHUNK = 2**16  # characters of a JSON list to read at a time
@@ -90,7 +94,7 @@ def split_train_test(n, ratio, seed=42):
 def read_rows(path):
     """Yield the Rows of a file. Stops with one line where the file cannot be read."""
     with one_line_errors(path), open_text(path) as f:
-        if path.removesuffix(".gz").endswith(".json"):
+        if name_without_compression(path).endswith(".json"):
             values = read_json_list_or_lines(f, path)
         else:
             values = read_json_lines(f)
@@ -103,11 +107,31 @@ def open_text(path):
     """Open a text file, perhaps compressed. A byte order mark at its beginning is skipped."""
     if path.endswith(".gz"):
         return gzip.open(path, "rt", encoding="utf-8-sig")
+    if path.endswith(".xz"):
+        return lzma.open(path, "rt", encoding="utf-8-sig")
+    if path.endswith(".zip"):
+        return open_zip(path)
     if path.endswith(".parquet"):
         stop(f"{path!r}: parquet is not read here; convert it with {CONVERT_PARQUET}")
-    if path.endswith((".xz", ".zip")):
-        stop(f"{path!r}: .xz and .zip files are not read here; unpack it with xz -d or unzip")
     return open(path, encoding="utf-8-sig")
+
+
+def open_zip(path):
+    """Open the one file of rows in a .zip."""
+    archive = zipfile.ZipFile(path)
+    names = []
+    for name in archive.namelist():
+        if name.endswith((".json", ".jsonl")) and not name.startswith("__MACOSX"):
+            names.append(name)
+    if len(names) != 1:
+        stop(f"{path!r} holds {len(names)} files of rows, not one: unpack it")
+    return io.TextIOWrapper(archive.open(names[0]), encoding="utf-8-sig")
+
+
+def name_without_compression(path):
+    """rows.jsonl of rows.jsonl.gz."""
+    name, ending = os.path.splitext(path)
+    return name if ending in COMPRESSED_ENDINGS else path
 
 
 def read_json_lines(f):

@@ -14,7 +14,8 @@ from typing import NamedTuple
 from nanosafe.errors import stop
 from nanosafe.storage import REPOSITORY
 
-FILE_ENDINGS = (".jsonl", ".json", ".gz")  # a name that ends like this is a path
+COMPRESSED_ENDINGS = (".gz", ".xz", ".zip")
+FILE_ENDINGS = (".jsonl", ".json", *COMPRESSED_ENDINGS)  # a name that ends like this is a path
 DATA_FOLDERS = ("data", os.path.join(REPOSITORY, "data"))  # below the current folder, and our own
 ITEM = re.compile("(?P<name>[^:]+)(:(?P<proportion>[^:]*)(:(?P<folder>[^:]+))?)?")
 
@@ -163,5 +164,5 @@ def suggest_dataset(dataset):
     near = difflib.get_close_matches(normalize_name(dataset), folders, n=1, cutoff=0.0)
     return (
         f"the nearest folder below data/ is {folders[near[0]]!r}; run python data/NAME/prepare.py "
-        "first, or name the path of a .jsonl, .json or .gz file"
+        "first, or name the path of a .jsonl or .json file, perhaps compressed"
     )

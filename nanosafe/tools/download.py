@@ -16,7 +16,12 @@ from typing import NamedTuple, TextIO
 from tqdm import tqdm
 
 from nanosafe.data.examples import SURROGATE, make_prompt_key, parse_record
-from nanosafe.data.reader import CONVERT_PARQUET, read_rows, split_train_test
+from nanosafe.data.reader import (
+    CONVERT_PARQUET,
+    name_without_compression,
+    read_rows,
+    split_train_test,
+)
 from nanosafe.errors import stop
 from nanosafe.printing import format_table
 from nanosafe.ranges import check_ranges
@@ -29,8 +34,7 @@ holdout = 0.0  # share of the prompts for test.jsonl, all files pooled; 0: the r
 out = ""  # folder to write to; empty: beside this script, some releases in a subfolder
 tokenizer = ""  # folder with a tokenizer, to count tokens instead of characters
 
-READABLE_ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
-UNPACK_COMMANDS = {".xz": "xz -d", ".zip": "unzip"}  # endings that are downloaded, but not read
+READABLE_ENDINGS = (".jsonl", ".json")  # perhaps with one of COMPRESSED_ENDINGS behind it
 ATTEMPTS = 5  # at a download
 TIMEOUT = 30  # seconds without an answer
 TEST_FILE = re.compile("(^|[^a-z])test([^a-z]|$)")  # the word "test" in a file's name
@@ -72,12 +76,12 @@ def find_raw_files(folder):
     paths = []
     for parent, _, names in os.walk(os.path.expanduser(folder)):
         for name in names:
-            if name.endswith(READABLE_ENDINGS):
+            if name_without_compression(name).endswith(READABLE_ENDINGS):
                 paths.append(f"{parent}/{name}")
     if not paths:
         stop(
-            f"--raw={folder}: no .jsonl, .jsonl.gz, .json or .json.gz file there; .xz and .zip "
-            f"files are unpacked with xz -d and unzip, parquet is converted with {CONVERT_PARQUET}"
+            f"--raw={folder}: no .jsonl or .json file there, compressed or not; parquet is converted "
+            f"with {CONVERT_PARQUET}"
         )
     return sorted(paths)
 
@@ -95,23 +99,16 @@ def download_release(release, folder):
         url = f"{address}/{urllib.parse.quote(name)}"
         path = os.path.join(folder, name)
         paths.append(download_file(url, path, release.sha256.get(name)))
-    for path in paths:
-        command = UNPACK_COMMANDS.get(os.path.splitext(path)[1])
-        if command:
-            stop(
-                f"{path!r} is downloaded, but packed: unpack the files below {folder} with "
-                f"{command}, and run this again with --raw={folder}"
-            )
     return paths
 
 
 def choose_files(release):
     """The paths, in its repository, of a release's files. Stops with one line if there are none."""
-    endings = (*READABLE_ENDINGS, *UNPACK_COMMANDS)
     published = list_repository(release.repository, release.revision)
     chosen = []
     for name in published:
-        if name.endswith(endings) and re.search(release.files, name):
+        is_readable = name_without_compression(name).endswith(READABLE_ENDINGS)
+        if is_readable and re.search(release.files, name):
             chosen.append(name)
     if chosen:
         return chosen
