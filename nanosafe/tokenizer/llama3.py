@@ -43,8 +43,8 @@ def load(content, names, file):
     if set(vocab.values()) != set(range(RANKS)):
         stop(
             f"{file!r} has {len(vocab)} tokens with ranks, but Llama 3's tokenizer.model has "
-            f"{RANKS}. How texts are cut for another model is not known: use its tokenizer.json, in "
-            "a folder without tokenizer.model"
+            f"{RANKS}. How texts are cut for another model is not known: use its tokenizer.json, "
+            "in a folder without tokenizer.model"
         )
     ranks = find_merges(vocab)
     spec = make_tokenizer_json(vocab, ranks, special_tokens)
