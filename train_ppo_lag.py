@@ -223,6 +223,8 @@ placements = choose_placements(
 
 def load_frozen(folder, head, score_type=None, normalizes=False):
     model = checkpoint.load(folder, head, placement=placements.frozen, score_type=score_type)
+    if normalizes and model.config.var[0] <= 0:
+        stop(f"{folder!r} states var={model.config.var[0]}: normalised scores are divided by it")
     model.config.do_normalize = normalizes
     return model.requires_grad_(False)
 

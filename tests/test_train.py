@@ -346,8 +346,25 @@ def test_knobs_with_which_nothing_would_be_learned_are_refused(flags, words, mon
     assert words in outcome.error
 
 
+@pytest.mark.parametrize("kind", ["reward", "cost"])
+def test_a_score_model_without_a_deviation_is_not_normalised(kind, trainers, world, tmp_path):
+    model = checkpoint.load(world / kind)
+    model.config.var = [0.0]
+    checkpoint.save(model, tmp_path / "flat", tokenizer.load(world / "tokenizer"))
+    done = run(
+        *without(trainers["ppo_lag"], f"{kind}_model"),
+        f"--{kind}_model={tmp_path}/flat",
+        f"--normalize_{kind}=True",
+        f"--out_dir={tmp_path}/a",
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "states var=0.0" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_equal_rewards_and_a_short_horizon_are_said(trainers, world, tmp_path):
-    """The reward model gives everything 0.7, and a rollout is eight times as long as the horizon."""
+    """The reward model gives everything 0.7, and a rollout is eight times the horizon."""
     model = checkpoint.load(world / "reward")
     with torch.no_grad():
         model.score_head.weight.zero_()
