@@ -702,12 +702,13 @@ def test_a_state_is_strict_json_and_keeps_numbers_that_are_not_finite(tmp_path):
 
 
 def test_approx_kl_keeps_its_digits_near_0(trainers, tmp_path):
-    """Log-ratios are about 1e-6 here, so k3, which is about half their square, is about 1e-12.
-    ratio - 1 - log_ratio would be off by 1e-8."""
-    command = [*without(trainers["ppo"], "actor_learning_rate"), "--actor_learning_rate=1e-7"]
-    run(*command, f"--out_dir={tmp_path}/a", "--max_steps=4")
-    for row in rows_of(tmp_path / "a" / "metrics.jsonl"):
-        assert 0 <= row["approx_kl"] < 1e-10
+    """Log-ratios are about 1e-5 here. approx_kl is about half their square, and float32 has no such
+    distance from 1: ratio - 1 - log_ratio would be 0."""
+    command = [*without(trainers["ppo"], "actor_learning_rate"), "--actor_learning_rate=1e-6"]
+    run(*command, f"--out_dir={tmp_path}/a", "--max_steps=4", "--actor_lr_schedule=constant")
+    rows = rows_of(tmp_path / "a" / "metrics.jsonl")
+    for row in rows[1::2]:  # a rollout's second update
+        assert 0 < row["approx_kl"] < 1e-9
 
 
 # Runs a trainer in which one rank's third loss, or the gradient that it gives, is not finite.
@@ -868,15 +869,17 @@ def test_ctrl_c_before_the_first_step_prints_no_traceback():
 # ---- beside other work ----
 
 
-@pytest.mark.parametrize("own_setting, expected", [(None, "PASSIVE"), ("active", "ACTIVE")])
-def test_threads_do_not_spin_unless_the_user_says_so(own_setting, expected, monkeypatch):
-    """OpenMP prints its settings as torch is loaded; spinning costs others their time."""
+@pytest.mark.parametrize("own_setting, spins", [(None, 0), ("active", 30_000_000_000)])
+def test_threads_do_not_spin_unless_the_user_says_so(own_setting, spins, monkeypatch):
+    """GNU's OpenMP prints how often it spins as torch is loaded; 300,000 times by default."""
     monkeypatch.delenv("OMP_WAIT_POLICY")
-    monkeypatch.setenv("OMP_DISPLAY_ENV", "true")
+    monkeypatch.setenv("OMP_DISPLAY_ENV", "verbose")
     if own_setting:
         monkeypatch.setenv("OMP_WAIT_POLICY", own_setting)
     output, _ = spawn(sys.executable, "train_sft.py", "-h").communicate(timeout=300)
-    assert re.search(f"OMP_WAIT_POLICY *= *'{expected}'", output), output
+    if "GOMP_" not in output:
+        pytest.skip("torch is built with another OpenMP")
+    assert f"GOMP_SPINCOUNT = '{spins}'" in output
 
 
 # ---- a stranger's code, and secrets ----
