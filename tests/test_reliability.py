@@ -312,7 +312,7 @@ def test_torchrun_restarts_a_run_when_a_rank_dies(trainers, tmp_path):
     process = spawn(*TORCHRUN, "--max-restarts=2", *flags, f"--out_dir={tmp_path}/b")
     wait_for_rows(tmp_path / "b", 5, process)
     os.kill(find_workers(process)[1], signal.SIGKILL)
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=900)
     assert process.returncode == 0, output[-3000:]
     assert same_state(tmp_path / "a", tmp_path / "b")
 
@@ -351,7 +351,7 @@ def test_a_restart_by_torchrun_does_not_take_over_another_run(trainers, tmp_path
         f"--out_dir={tmp_path}/a",
         "--max_steps=99",
     )
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=900)
     assert process.returncode
     assert output.count("holds a run") >= 2
     assert read_files(tmp_path / "a") == before
@@ -376,7 +376,7 @@ def test_ranks_that_were_all_suspended_go_on(trainers, tmp_path):
     time.sleep(15)
     for pid in workers:
         os.kill(pid, signal.SIGCONT)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=900)
     assert process.returncode == 0
     assert "has waited" not in output
 
@@ -437,10 +437,10 @@ def test_a_rank_that_hangs_is_named(how, trainers, tmp_path):
             break
     waited = time.time() - began
     os.kill(victim, signal.SIGKILL)
-    process.communicate(timeout=60)
+    process.communicate(timeout=900)
     message = "error: rank 0 has waited 0.2 minutes (NANOSAFE_TIMEOUT) for rank 1, which hangs"
     assert message in output
-    assert waited < 60
+    assert waited < 300
     assert process.returncode != 0
 
 
@@ -471,7 +471,7 @@ def test_under_torchrun_a_signal_saves_the_same_step_on_all_ranks(
     pids = [*workers, process.pid] if target == "all" else workers[:1]
     for pid in pids:
         os.kill(pid, signal_number)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=900)
     if target == "one worker":
         assert process.returncode == 0, output[-2000:]
     latest = run_state.list_states(str(tmp_path / "b"))[-1]
@@ -495,7 +495,7 @@ def test_a_second_signal_ends_a_run_at_once(trainers, tmp_path):
     time.sleep(1.2)
     if process.poll() is None:
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=5) in (130, 0)
+        assert process.wait(timeout=60) in (130, 0)
     process.communicate()
 
 
@@ -569,7 +569,7 @@ def test_a_full_disk_is_reported_in_one_line_and_the_last_state_stays(ranks, tra
     before = read_files(tmp_path / "a" / "state")
     launcher = TORCHRUN if ranks else [sys.executable]
     process = spawn(*launcher, *flags, "--resume=True", preexec_fn=limit_file_size)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=900)
     assert process.returncode
     assert re.search("error: '.*' cannot be written: .*File too large", output), output[-2000:]
     files_of_tracebacks = re.findall('File "(.*)"', output)
@@ -861,7 +861,7 @@ def test_ctrl_c_before_the_first_step_prints_no_traceback():
     process = spawn(sys.executable, "-c", WAITS_AFTER_INIT)
     assert process.stdout.readline() == "on\n"
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=20)
+    output, _ = process.communicate(timeout=900)
     assert output.strip() == "error: rank 0: interrupted"
     assert process.returncode in (1, -signal.SIGINT)
 
@@ -876,7 +876,7 @@ def test_threads_do_not_spin_unless_the_user_says_so(own_setting, spins, monkeyp
     monkeypatch.setenv("OMP_DISPLAY_ENV", "verbose")
     if own_setting:
         monkeypatch.setenv("OMP_WAIT_POLICY", own_setting)
-    output, _ = spawn(sys.executable, "train_sft.py", "-h").communicate(timeout=300)
+    output, _ = spawn(sys.executable, "train_sft.py", "-h").communicate(timeout=900)
     if "GOMP_" not in output:
         pytest.skip("torch is built with another OpenMP")
     assert f"GOMP_SPINCOUNT = '{spins}'" in output
