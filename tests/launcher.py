@@ -22,7 +22,7 @@ import tempfile
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 READY = "ready"
-TIMEOUT = 1800  # seconds, after which a script is ended
+TIMEOUT = 7200  # seconds, after which a script is ended
 
 
 class Launcher:

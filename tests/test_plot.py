@@ -285,7 +285,7 @@ def test_the_page_opens_in_a_browser(runs, tmp_path):
         [CHROMIUM, *options, "--dump-dom", f"file://{path}"],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=900,
     )
     page = done.stdout
     assert page.count('class="curve"') > 10

@@ -134,7 +134,7 @@ def test_a_signal_saves_and_exits_with_0_and_the_run_can_go_on(signal_number, tr
     while not metrics.exists() or metrics.read_text().count("\n") < 3:
         time.sleep(0.02)
     process.send_signal(signal_number)
-    assert process.wait(timeout=60) == 0
+    assert process.wait(timeout=900) == 0
     latest = (stopped / "state" / "latest").read_text()
     assert 3 <= int(latest.split("_")[1]) <= 40
     run(*flags, f"--out_dir={stopped}", "--resume=True")
