@@ -4,9 +4,8 @@ InternLM2 folder of random weights, through data/firefly/prepare.py, train_sft.p
 import json
 
 import pytest
-import torch
 from conftest import run
-from test_formats import fused, grouped, short_names, theirs_with, without_rope, write
+from test_formats import fuse, make_internlm2_state, make_theirs, remove_rope, stack, write
 from test_tokenizer import sentencepiece_folder
 
 from nanosafe import checkpoint, tokenizer
@@ -36,16 +35,17 @@ def write_tokenizer(path, is_internlm2):
 def baichuan(tmp_path):
     path = tmp_path / "baichuan"
     vocab_size = write_tokenizer(path, is_internlm2=False)
-    model = theirs_with(num_key_value_heads=6, vocab_size=vocab_size)
-    state = without_rope(model).state_dict()
+    model = make_theirs(num_key_value_heads=6, vocab_size=vocab_size)
+    remove_rope(model)
+    state = model.state_dict()
     write(
         path,
-        fused(state, "W_pack", lambda *qkv: torch.cat(qkv)),
+        fuse(state, "W_pack", stack),
         model_type="baichuan",
         vocab_size=vocab_size,
-        max_position_embeddings=...,
         model_max_length=256,
         norm_head=True,
+        removed=("max_position_embeddings",),
     )
     return path
 
@@ -54,10 +54,10 @@ def baichuan(tmp_path):
 def internlm2(tmp_path):
     path = tmp_path / "internlm2"
     vocab_size = write_tokenizer(path, is_internlm2=True)
-    state = fused(theirs_with(vocab_size=vocab_size).state_dict(), "wqkv", grouped)
+    state = make_internlm2_state(make_theirs(vocab_size=vocab_size))
     write(
         path,
-        short_names(state),
+        state,
         model_type="internlm2",
         num_key_value_heads=2,
         vocab_size=vocab_size,

@@ -314,7 +314,7 @@ def test_internlm2(bias, tmp_path):
         bias=bias,
     )
     ours = check_logits(tmp_path, logits_of(theirs))
-    with pytest.raises(SystemExit, match=r"80 tokens, but .* \(dynamic\) up to 64"):
+    with pytest.raises(SystemExit, match=r"80 tokens, but .* dynamic RoPE only up to 64"):
         ours(TOKENS.repeat(2), ends(0, 80), 80)
     with pytest.raises(SystemExit, match="lower max_len"):
         generate(ours, [TOKENS.tolist()], 30, eos_ids=[2], seed=0)

@@ -12,7 +12,7 @@ from contextlib import redirect_stdout
 from typing import NamedTuple
 
 import pytest
-from conftest import ROOT, run
+from conftest import ROOT
 
 from nanosafe import data, tokenizer
 
@@ -501,8 +501,8 @@ def test_files_without_usable_rows_stop_with_one_line(tmp_path, name, content, w
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw" / name).write_bytes(content)
     folders = f"--raw={tmp_path}/raw", f"--out={tmp_path}/out"
-    done = run("data/firefly/prepare.py", *folders, check=False)
-    assert done.returncode == 1
-    assert words in done.stderr
-    assert "Traceback" not in done.stderr
+    finished = run_prepare("firefly", *folders)
+    assert finished.error.startswith("error: ")
+    assert words in finished.error
+    assert "\n" not in finished.error
     assert not (tmp_path / "out" / "train.jsonl").exists()

@@ -914,7 +914,7 @@ def test_scores_that_are_not_finite_move_nothing(name, ranks, trainers, world, t
     for row in rows:
         assert row["skips"] > 0
         assert math.isfinite(row["lambda"])
-    assert f"the {name} model gives some responses no number" in done.stderr
+    assert f"the {name} model gives some responses a non-finite score" in done.stderr
     assert "is not finite in" in done.stdout
     state = json.loads((out / "state" / "step_000008" / "state.json").read_text())
     for cost in state["multiplier"]["costs"]:

@@ -142,6 +142,6 @@ def suggest_dataset(dataset):
                 folders[normalize_name(path.rstrip("/"))] = path.rstrip("/")
     near = difflib.get_close_matches(normalize_name(dataset), folders, n=1, cutoff=0.0)
     return (
-        f"the nearest folder below data/ is {folders[near[0]]!r}; a new one needs its prepare.py "
+        f"the nearest folder below data/ is {folders[near[0]]!r}; run python data/NAME/prepare.py "
         "first, or name the path of a .jsonl, .json or .gz file"
     )
