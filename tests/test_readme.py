@@ -114,7 +114,7 @@ def demo_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
     output = run("-m", "nanosafe.demo", cwd=folder).stdout
     (folder / "output.txt").write_text(output)
-    for name in ("data", "tests"):  # commands name files in these
+    for name in ("config", "data", "tests"):  # commands name files in these
         (folder / name).symlink_to(os.path.join(ROOT, name))
     return folder
 
