@@ -12,12 +12,14 @@ from configurator import configure
 from nanosafe.data.examples import make_prompt_key
 from nanosafe.data.reader import load, split_train_test
 from nanosafe.errors import stop
+from nanosafe.ranges import check_ranges
 from nanosafe.storage import write_jsonl
 
 data = ""  # the rows: NAME[/SPLIT][:PROPORTION[:PATH]] or a .jsonl, comma separated
 holdout = 0.1  # share of the prompts that goes to test.jsonl, with all their rows
 out = ""  # folder to write train.jsonl and test.jsonl to
 config = configure(globals())
+check_ranges(config)
 
 if not out:
     stop("out is empty: name the folder to write to, for example --out=data/mine")

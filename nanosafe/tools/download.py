@@ -80,8 +80,8 @@ def find_raw_files(folder):
                 paths.append(f"{parent}/{name}")
     if not paths:
         stop(
-            f"--raw={folder}: no .jsonl or .json file there, compressed or not; parquet is converted "
-            f"with {CONVERT_PARQUET}"
+            f"--raw={folder}: no .jsonl or .json file there, compressed or not; parquet is "
+            f"converted with {CONVERT_PARQUET}"
         )
     return sorted(paths)
 
