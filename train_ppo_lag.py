@@ -48,6 +48,7 @@ from nanosafe.parallel import MetricSums, backward, choose_placements, init
 from nanosafe.printing import print_once
 from nanosafe.ranges import check_ranges
 from nanosafe.rl import (
+    ADVANTAGES,
     REWARD_SCALINGS,
     LagrangeMultiplier,
     RunningMeanStd,
@@ -89,7 +90,7 @@ top_p = 1.0  # sample from the likeliest tokens that hold this probability; 1: f
 slots = 0  # responses decoded together on one rank; 0: up to 256
 # optimization
 epochs = 1.0  # passes over the prompts
-max_steps = 0  # optimizer steps at most; 0: as many as epochs gives
+max_steps = 0  # optimizer steps at most, up to a whole rollout; 0: as many as epochs gives
 ppo_epochs = 1  # passes over each rollout
 batch_size = 128  # responses per optimizer step, over all ranks
 max_tokens = 8192  # packed tokens per forward on one rank: memory, not mathematics
@@ -104,7 +105,7 @@ critic_warmup_ratio = 0.03  # the same for the critics
 beta1 = 0.9  # of AdamW
 beta2 = 0.95  # of AdamW
 grad_clip = 1.0  # greatest norm of a gradient; 0: none
-max_skips = 10  # stop after this many updates with a non-finite gradient
+max_skips = 10  # stop above this many updates with a non-finite gradient; each model counts
 ema = 0.0  # decay per step of an average of the actor's weights, written to model_ema/; 0: none
 # PPO
 advantage = "gae"  # gae | rloo | grpo; the last two need num_samples > 1 and no critics
@@ -150,7 +151,7 @@ check_ranges(config)
 # ---- setup ----
 choose("actor_lr_schedule", actor_lr_schedule, optim.SCHEDULES)
 choose("critic_lr_schedule", critic_lr_schedule, optim.SCHEDULES)
-choose("advantage", advantage, ("gae", "rloo", "grpo"))
+choose("advantage", advantage, ADVANTAGES)
 choose("reward_scaling", reward_scaling, REWARD_SCALINGS)
 check_sinks(log_to)
 if advantage != "gae" and num_samples < 2:
@@ -289,7 +290,7 @@ print_once(
 )
 
 
-def score_responses(model, model_tok):
+def score_responses(model, model_tok, responses):
     """A reward or cost model's scores of all responses (B,), in the tokens that it knows."""
     ids = responses.ids
     if model_tok.fingerprint != tok.fingerprint:
@@ -375,7 +376,7 @@ while step < steps:
     }
 
     # 4a. rewards: of responses, then of every token, and by how much they beat the critic's values
-    reward_scores = score_responses(reward_model, reward_tok)  # (B,)
+    reward_scores = score_responses(reward_model, reward_tok, responses)  # (B,)
     if not reward_scores.isfinite().all():
         monitor.say(f"step {step}: the reward model gives some responses a non-finite score")
     scaled_scores = scale_rewards(reward_scores, moments, reward_scaling, reward_bound)
@@ -398,11 +399,11 @@ while step < steps:
         metrics["reward_value"] = sequence_mean(reward_values, mask)
         metrics["reward_advantage"] = sequence_mean(reward_advantages, mask)
     else:
-        reward_advantages = token_rewards.sum(1)  # (B,): compared within a group in step 5
+        reward_advantages = token_rewards.sum(1)  # (B,) returns; step 5 makes advantages of them
 
     # 4b. costs: the same stream, with the other sign of the KL penalty
     if cost_model:
-        cost_scores = score_responses(cost_model, cost_tok)
+        cost_scores = score_responses(cost_model, cost_tok, responses)
         if not cost_scores.isfinite().all():
             monitor.say(f"step {step}: the cost model gives some responses a non-finite score")
         token_costs = shaped_costs(
@@ -417,7 +418,7 @@ while step < steps:
             metrics["cost_value"] = sequence_mean(cost_values, mask)
             metrics["cost_advantage"] = sequence_mean(cost_advantages, mask)
         else:
-            cost_advantages = token_costs.sum(1)
+            cost_advantages = token_costs.sum(1)  # (B,) returns
 
     # 5. the multiplier is updated, then costs are weighed against rewards
     policy_learns = rollout >= critic_warmup
@@ -497,7 +498,7 @@ while step < steps:
 
         if ptx and policy_learns:  # demonstrations join the gradient: stay a good language model
             examples = examples_at(step, len(ptx), batch_size, seed)
-            targets_in_batch = int(ptx.targets[examples].sum())
+            targets_in_batch = int(ptx.target_counts[examples].sum())
             ptx_lengths = ptx.lengths[examples].tolist()
             micro_batches = plan_micro_batches(ptx_lengths, max_tokens, world.size)[world.rank]
             for k, indices in enumerate(micro_batches):
@@ -525,6 +526,7 @@ while step < steps:
             ),
         }
         norms = {}
+        # A model without gradients stays as it is: during critic_warmup, or above max_ratio.
         for name, optimizer in optimizers.items():
             lr = lrs["actor_lr"] if name == "actor" else lrs["critic_lr"]
             norms[f"{name}_grad_norm"] = optim.guarded_step(

@@ -100,8 +100,15 @@ config = configure(globals())
 check_ranges(config)
 
 # ---- setup ----
-TASKS = {"reward": "reward", "cost": "cost", "dpo": "reward", "ipo": "reward", "rrhf": "rank"}
-choose("objective", objective, TASKS)
+# A new objective is a loss in losses.py, an entry here, and a branch in judge().
+TASK_OF_OBJECTIVE = {
+    "reward": "reward",
+    "cost": "cost",
+    "dpo": "reward",
+    "ipo": "reward",
+    "rrhf": "rank",
+}
+choose("objective", objective, TASK_OF_OBJECTIVE)
 choose("normalizer", normalizer, ("ema", "running", "none"))
 choose("lr_schedule", lr_schedule, optim.SCHEDULES)
 check_sinks(log_to)
@@ -110,10 +117,10 @@ compares_with_reference = objective in ("dpo", "ipo") and not reference_free
 world = init(device, config)
 resume = run_state.open_run_folder(config)
 tok = load_tokenizer(init_from)
-train = tokenize(data, tok, TASKS[objective], max_len, max_tokens)
+train = tokenize(data, tok, TASK_OF_OBJECTIVE[objective], max_len, max_tokens)
 held_out = None
 if eval_data:
-    held_out = tokenize(eval_data, tok, TASKS[objective], max_len, max_tokens)
+    held_out = tokenize(eval_data, tok, TASK_OF_OBJECTIVE[objective], max_len, max_tokens)
     report_shared_prompts(train, held_out)
 
 parameters = checkpoint.count_parameters(init_from)
@@ -169,7 +176,8 @@ print_once(
 
 
 # ---- objectives ----
-# A dataset's batch holds the preferred responses of n examples first, then the other ones.
+# A dataset's batch holds the preferred responses of n examples first, then the other ones. On a rank
+# without work n is 0, and [: 2 * n] cuts off the one number of its empty batch.
 
 
 class Judged(NamedTuple):
@@ -186,6 +194,7 @@ def judge(dataset, examples):
         return judge_by_scores(dataset, examples, batch, labels)
     if objective == "rrhf":
         return judge_rankings(batch, labels)
+    assert objective in ("dpo", "ipo")
     return judge_by_log_ratios(dataset, examples, batch)
 
 
@@ -199,7 +208,7 @@ def judge_by_scores(dataset, examples, batch, labels):
     end_scores = last_of_each(scores, batch)[: 2 * n].view(2, n)
     first, second, mask = end_scores[0], end_scores[1], None
     if token_wise:
-        starts = [1] * (2 * n)
+        starts = [1] * (2 * n)  # so that column j is the score of token j
         first, second = gather_responses(scores, batch, starts, batch.max_seqlen).chunk(2)
         mask = mask_differing_tokens(dataset, examples, batch.max_seqlen)
     if objective == "reward":

@@ -129,7 +129,7 @@ def evaluate():
     """The loss of the held-out demonstrations, in nats per token of the assistant's."""
     sequences = [held_out.sequence(i) for i in range(len(held_out))]
     total = sum_response_logps(model, sequences, max_tokens, world).sum().item()
-    return {"eval_loss": -total / held_out.targets.sum()}
+    return {"eval_loss": -total / held_out.target_counts.sum()}
 
 
 def save_run(step):
@@ -147,7 +147,9 @@ for step in range(start, steps):
     began = time.perf_counter()
     examples = examples_at(step, len(train), batch_size, seed)
     lengths = train.lengths[examples].tolist()
-    targets_in_batch = int(train.targets[examples].sum())  # tokens that carry loss, over all ranks
+    targets_in_batch = int(
+        train.target_counts[examples].sum()
+    )  # tokens that carry loss, over all ranks
     micro_batches = plan_micro_batches(lengths, max_tokens, world.size)[world.rank]
     loss_sum = torch.zeros((), device=world.device)
     for k, rows in enumerate(micro_batches):

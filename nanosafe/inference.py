@@ -1,4 +1,5 @@
-"""Log-probabilities and scores of given sequences, and answers to prompts, without gradients.
+"""A rollout's responses; and, without gradients, log-probabilities and scores of given sequences,
+and answers to prompts.
 
 Shapes: B or n sequences, R response positions."""
 

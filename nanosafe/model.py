@@ -1,6 +1,7 @@
 """LLaMA (arXiv:2302.13971) with two heads: the next token's distribution, and a score per token.
 
-Everything downstream is arithmetic on what `forward` returns for each token of packed sequences.
+Everything downstream is arithmetic on what `forward` returns for each token of packed sequences;
+only the sampler calls hidden_states().
 
 Shapes: N packed tokens, B sequences, V vocabulary, D width, H heads, K kv heads, E head width.
 """
@@ -46,7 +47,7 @@ class Config:
     head_dim: int = 0  # 0: hidden_size / heads
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    rope_scaling: dict = None  # {"rope_type": "linear" | "llama3", "factor": ..}
+    rope_scaling: dict = None  # {"rope_type": "linear" | "llama3" | "dynamic", "factor": ..}
     max_position_embeddings: int = 2048
     tie_word_embeddings: bool = False
     attention_bias: bool = False  # of q, k and v

@@ -1,4 +1,4 @@
-"""The only file that imports torch.distributed.
+"""How processes work together: the only file that trains and samples through torch.distributed.
 
     world = parallel.init(device)                    # one process, or one of many under torchrun
     trained, frozen = parallel.choose_placements(world, ...)
@@ -8,7 +8,7 @@
 
 One mechanism serves every layout: FSDP2 over a mesh of (replicate, shard). With N ranks,
 
-    DDP    is (N, 1): every rank has whole copies, whose gradients are averaged
+    DDP    is (N, 1): every rank has whole copies, whose gradients are reduced
     FSDP   is (1, N): every tensor is cut into N slices of rows
     HSDP   is (nodes, N / nodes): slices inside a node, copies across nodes
 
@@ -176,16 +176,16 @@ def install_excepthook(rank, size, knobs):
     sys.excepthook = report_and_leave
 
 
-def close(leave=True):
+def close(end_process=True):
     """Leave the group and end the process: what a script does last.
 
-    leave=False goes on without the group."""
+    A process without a group goes on, and so does one with end_process=False."""
     if dist.is_initialized():
         barrier()
         dist.destroy_process_group()
         sys.stdout.flush()
         sys.stderr.flush()
-        if leave:
+        if end_process:
             os._exit(0)  # a background thread of FSDP2 on gloo sometimes aborts an ordinary exit
 
 
@@ -232,6 +232,8 @@ def choose_placements(
     if layout == "plain" and world.size > 1:
         stop(f"parallel='plain' is for one process, this is one of {world.size}: use auto")
     compute_dtype = compute_dtypes[dtype]
+    # A single process that computes in bfloat16 needs FSDP2's float32 master weights, also where
+    # "plain" is asked for.
     if layout in ("auto", "plain"):
         layout = choose_layout(world, compute_dtype, offload, parameters)
     offload_frozen = offload != "none" and on_gpu
@@ -269,8 +271,7 @@ def choose_layout(world, compute_dtype, offload, parameters):
 def shard_model(model, placement):
     """Lay `model`, which is on the meta device, out over the ranks, and take its memory.
 
-    Its parameters become this rank's slices of rows; they are not filled yet. Activation
-    checkpointing comes first, then compile, then sharding."""
+    Its parameters become this rank's slices of rows; they are not filled yet."""
     model.activation_checkpointing = placement.activation_checkpointing
     if placement.use_compile:
         for layer in model.layers:

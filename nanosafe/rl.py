@@ -39,6 +39,9 @@ def add_final_score(penalty, scores, mask, clip_score):
 
 # ---- advantages ----
 
+# One more without critics is a name here and a branch in group_advantages().
+ADVANTAGES = ("gae", "rloo", "grpo")
+
 
 def gae(rewards, values, mask, gamma, gae_lambda):
     """Generalised advantage estimation -> advantages, returns (B, R). arXiv:1506.02438 Eq. 16.

@@ -253,7 +253,7 @@ class Engine:
             power_of_two = 1 << (n - 1).bit_length()  # so that there are few graphs
             self.replay(min(self.slots, power_of_two))
         else:
-            extents = []  # a group reads no key that none of its rows has
+            extents = []  # a group reads as many keys as its longest row has
             for begin in range(0, n, CPU_GROUP):
                 rows = slice(begin, min(begin + CPU_GROUP, n))
                 extents.append((rows, max(self.extents[rows])))

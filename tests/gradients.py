@@ -44,7 +44,7 @@ def micro_batches_of_this_rank(dataset):
 def accumulate_gradients():
     """A forward and backward of both models over all examples."""
     policy = models["policy"]
-    all_targets = int(demonstrations.targets.sum())
+    all_targets = int(demonstrations.target_counts.sum())
     for examples, is_last in micro_batches_of_this_rank(demonstrations):
         batch = demonstrations.batch(examples, "cpu")
         mask = batch.targets >= 0

@@ -34,7 +34,7 @@ def end_process_group():
     """shard_model() makes a process group of one, which ends with this file."""
     yield
     if dist.is_initialized():
-        parallel.close(leave=False)
+        parallel.close(end_process=False)
         parallel.meshes.clear()
 
 

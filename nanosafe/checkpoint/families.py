@@ -1,7 +1,8 @@
 """Families of models that are almost LLaMA: how their config.json and their tensors differ from it.
 
-This file holds data and pure functions only. One more family is one more entry in FAMILIES;
-docs/formats.md shows how."""
+This file holds data and functions of data; it reads no files. One more family is one more entry in
+FAMILIES, and, if nanosafe shall also write it, a case in choose_written_family() and
+make_config_json(). docs/formats.md shows how."""
 
 from typing import Callable, NamedTuple
 

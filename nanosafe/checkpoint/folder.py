@@ -1,5 +1,7 @@
 """What is on disk at a path: a model's config, its tensors, and where our parameters lie in them.
 
+model_folder.load() and convert() call, in this order:
+
     open_folder -> Folder -> choose_head, make_config -> list_shapes -> map_tensors -> check_tensors
     -> copy_weights
 

@@ -1,4 +1,5 @@
-"""The exact state of a run: what it needs to continue bit by bit, on any number of ranks.
+"""The exact state of a run: what it needs to continue, bit by bit on as many ranks, and to
+rounding on another number.
 
     out_dir/state/step_000500/  rank_00000.safetensors ..  state.json  record.json  checksums.json
     out_dir/state/latest        the name of the last state; empty before the first

@@ -89,7 +89,8 @@ def shuffled_order(n, epoch, seed):
 
 
 def examples_at(step, n, batch_size, seed):
-    """The indices of the examples that optimizer step `step` takes from a dataset of n."""
+    """The indices of the examples that draw number `step`, an optimizer step or a rollout, takes from
+    a dataset of n."""
     positions = range(step * batch_size, (step + 1) * batch_size)
     orders = {}
     examples = []
@@ -122,8 +123,8 @@ def check_fits(lengths, max_tokens):
 def plan_micro_batches(lengths, max_tokens, ranks):
     """Deal a batch out: plan[rank] is its list of micro-batches, lists of indices into `lengths`.
 
-    No micro-batch has more than max_tokens tokens. Every rank gets the same number of them, some of
-    which may be empty, with about equal tokens. Sequences of like length lie together."""
+    No micro-batch has more than max_tokens tokens. Every rank gets as many micro-batches as any
+    other, some of which may be empty, and about as many tokens. Sequences of like length lie together."""
     check_fits(lengths, max_tokens)
     longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     micro_batches, count = cut_evenly(longest_first, lengths, max_tokens, ranks)
@@ -135,8 +136,8 @@ def plan_micro_batches(lengths, max_tokens, ranks):
 
 
 def cut_evenly(indices, lengths, max_tokens, ranks):
-    """Cut into runs of about equal size. Returns the runs, and how many there may be at most: the
-    least multiple of `ranks` that suffices.
+    """Cut into runs of about equal size. Returns the runs, and the number that the ranks share out, a
+    multiple of `ranks`.
 
     The least capacity with which so many runs suffice makes them most equal; bisection finds it. If
     even max_tokens does not suffice, each rank gets one run more."""
@@ -149,6 +150,7 @@ def cut_evenly(indices, lengths, max_tokens, ranks):
             return len(cut_into_runs(indices, lengths, capacity)) <= count
 
         least = max(longest, ceil(total / count))
+        # the least capacity in least .. max_tokens that suffices
         capacity = bisect_left(range(max_tokens), True, least, key=suffices)
         runs = cut_into_runs(indices, lengths, capacity)
         if len(runs) <= count:

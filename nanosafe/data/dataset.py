@@ -47,7 +47,7 @@ class Dataset:
         example_offsets = self.offsets[:: self.width]
         self.lengths = np.diff(example_offsets)  # (n,) tokens of each example, over its sequences
         targets_before = np.concatenate([[0], np.cumsum(self.mask, dtype=np.int64)])
-        self.targets = np.diff(targets_before[example_offsets])  # (n,) tokens that carry loss
+        self.target_counts = np.diff(targets_before[example_offsets])  # (n,) tokens that carry loss
 
     def __len__(self):
         return len(self.labels)
@@ -87,7 +87,7 @@ def tokenize(
     make_examples=make_conversation_examples,
     options=(),
 ):
-    """The Dataset of a specification (see reader.load) for a task, sft for example.
+    """The Dataset of a specification (see spec.py) for a task, sft for example.
 
     Rows that cannot be used are dropped, counted and reported, and so are repeated prompts. Stops
     with one line where no row is left, or where an example does not fit into one forward.
@@ -95,7 +95,8 @@ def tokenize(
     task           sft, prompts, reward, cost, rank, or one that make_examples knows
     max_len        longest sequence in tokens
     max_tokens     tokens that fit into one forward; 0: as many as an example of max_len may have
-    seed           draws the rows, where the specification takes a part of them
+    seed           draws the rows, where the specification takes a part of them; trainers leave it, so
+                   that their own seed does not change the data
     make_examples  make_examples(rows, tokenizer, task, max_len, drop, *options) yields (row,
                    Example) pairs, and calls drop(row, reason) for rows that cannot be used
     options        further arguments of make_examples, for a task of its own"""

@@ -695,7 +695,7 @@ if not answers:
     if world.main:
         write_json(description, out_dir, "about.json")
         write_jsonl(answers, f"{out_dir}/answers.jsonl")
-close(leave=not world.main)  # one process does the rest
+close(end_process=not world.main)  # one process does the rest
 
 replies = Replies(f"{out_dir}/replies.jsonl")
 questions = make_questions(answers, server.host, judge)

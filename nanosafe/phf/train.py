@@ -247,7 +247,7 @@ def held_out_loss():
     """Nats per target of the held-out documents."""
     sequences = [held_out.sequence(i) for i in range(len(held_out))]
     logps = sum_response_logps(model, sequences, max_tokens, world)
-    return -logps.sum().item() / held_out.targets.sum()
+    return -logps.sum().item() / held_out.target_counts.sum()
 
 
 def sample_texts():
@@ -281,7 +281,9 @@ for step in range(start, steps):
     began = time.perf_counter()
     examples = examples_at(step, len(train), batch_size, seed)
     lengths = train.lengths[examples].tolist()
-    targets_in_batch = int(train.targets[examples].sum())  # tokens that carry loss, over all ranks
+    targets_in_batch = int(
+        train.target_counts[examples].sum()
+    )  # tokens that carry loss, over all ranks
     micro_batches = plan_micro_batches(lengths, max_tokens, world.size)[world.rank]
     loss_sum = torch.zeros((), device=world.device)
     for k, rows in enumerate(micro_batches):

@@ -162,7 +162,7 @@ def write_examples(knobs, name, dataset, read_example):
     for step in range(knobs.steps):
         examples += list(examples_at(step, len(dataset), knobs.batch_size, 0))
     write_json([read_example(dataset, i) for i in examples], knobs.folder, name + ".json")
-    return dataset.lengths[examples].mean(), dataset.targets[examples].mean()
+    return dataset.lengths[examples].mean(), dataset.target_counts[examples].mean()
 
 
 def read_demonstration(dataset, i):
