@@ -30,6 +30,7 @@ from test_house import PRODUCT, parse
 from nanosafe import checkpoint, data, errors, optim, parallel, rl, storage, tokenizer, watchdog
 from nanosafe.checkpoint import run_state
 from nanosafe.monitor import Monitor
+from nanosafe.tools.workload_report import Workload
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
@@ -1000,6 +1001,16 @@ def test_the_files_of_evaluations_are_strict_json(tmp_path):
     storage.write_jsonl([value], str(tmp_path / "scores.jsonl"))
     for name in ("summary.json", "scores.jsonl"):
         assert read_strictly((tmp_path / name).read_text()) == expected
+
+
+def test_a_benchmark_whose_numbers_are_not_finite_fails(tmp_path, monkeypatch):
+    """nan differs from the peer's loss by nan, which no tolerance refuses."""
+    out = str(tmp_path / "report.json")
+    monkeypatch.setattr(sys, "argv", ["workloads", "sft", str(tmp_path), out])
+    workload = Workload("")
+    workload.report["losses"] = [math.nan]
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        workload.write_report()
 
 
 def test_a_state_is_strict_json_and_keeps_numbers_that_are_not_finite(tmp_path):
