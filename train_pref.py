@@ -176,8 +176,8 @@ print_once(
 
 
 # ---- objectives ----
-# A dataset's batch holds the preferred responses of n examples first, then the other ones. On a rank
-# without work n is 0, and [: 2 * n] cuts off the one number of its empty batch.
+# A dataset's batch holds the preferred responses of n examples first, then the other ones. On a
+# rank without work n is 0, and [: 2 * n] cuts off the one number of its empty batch.
 
 
 class Judged(NamedTuple):

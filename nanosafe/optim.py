@@ -38,8 +38,8 @@ def learning_rate_at(step, steps, peak, schedule, warmup_ratio):
 def guarded_step(model, optimizer, lr, grad_clip, where=""):
     """Clip the gradients to norm `grad_clip` (0: do not), update the weights, clear the gradients.
 
-    If the norm is not finite, the model is not updated on any rank, and a warning names the tensors. A
-    model without gradients stays as it is.
+    If the norm is not finite, the model is not updated on any rank, and a warning names the
+    tensors. A model without gradients stays as it is.
 
     where  what the warning calls the step
     Returns the norm before clipping."""

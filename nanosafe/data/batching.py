@@ -89,8 +89,9 @@ def shuffled_order(n, epoch, seed):
 
 
 def examples_at(step, n, batch_size, seed):
-    """The indices of the examples that draw number `step`, an optimizer step or a rollout, takes from
-    a dataset of n."""
+    """The indices of the examples that draw number `step` takes from a dataset of n.
+
+    A draw is an optimizer step, or a rollout."""
     positions = range(step * batch_size, (step + 1) * batch_size)
     orders = {}
     examples = []
@@ -124,7 +125,8 @@ def plan_micro_batches(lengths, max_tokens, ranks):
     """Deal a batch out: plan[rank] is its list of micro-batches, lists of indices into `lengths`.
 
     No micro-batch has more than max_tokens tokens. Every rank gets as many micro-batches as any
-    other, some of which may be empty, and about as many tokens. Sequences of like length lie together."""
+    other, some of which may be empty, and about as many tokens. Sequences of like length lie
+    together."""
     check_fits(lengths, max_tokens)
     longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     micro_batches, count = cut_evenly(longest_first, lengths, max_tokens, ranks)

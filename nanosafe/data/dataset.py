@@ -95,8 +95,8 @@ def tokenize(
     task           sft, prompts, reward, cost, rank, or one that make_examples knows
     max_len        longest sequence in tokens
     max_tokens     tokens that fit into one forward; 0: as many as an example of max_len may have
-    seed           draws the rows, where the specification takes a part of them; trainers leave it, so
-                   that their own seed does not change the data
+    seed           draws the rows, where the specification takes a part of them; trainers leave it,
+                   so that their own seed does not change the data
     make_examples  make_examples(rows, tokenizer, task, max_len, drop, *options) yields (row,
                    Example) pairs, and calls drop(row, reason) for rows that cannot be used
     options        further arguments of make_examples, for a task of its own"""
