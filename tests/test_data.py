@@ -206,13 +206,9 @@ def test_a_json_file_with_one_object_over_many_lines_is_refused(tmp_path):
         data.load(str(tmp_path / "a.json"))
 
 
-@pytest.mark.parametrize(
-    "name, words",
-    [("x.parquet", "read_parquet"), ("x.jsonl.xz", "xz -d"), ("x.jsonl.zip", "unzip")],
-)
-def test_a_file_of_another_kind_says_how_to_convert_it(tmp_path, name, words):
-    with pytest.raises(SystemExit, match=words):
-        list(reader.read_rows(str(tmp_path / name)))
+def test_a_parquet_file_says_how_to_convert_it(tmp_path):
+    with pytest.raises(SystemExit, match="read_parquet"):
+        list(reader.read_rows(str(tmp_path / "x.parquet")))
 
 
 # ---- conversations ----
@@ -421,8 +417,14 @@ def test_a_split_overwrites_nothing_and_leaves_no_part_empty(tmp_path, monkeypat
         ((f"--data={path}",), "out is empty"),
         ((f"--out={tmp_path}/x",), "data is empty"),
         ((f"--data={path}", f"--out={tmp_path}/x"), "of 4 prompts is 0"),
-        ((f"--data={path}", f"--out={tmp_path}/x", "--holdout=1.5"), "of 4 prompts is 6"),
-        ((f"--data={path}", f"--out={tmp_path}/x", "--holdout=-1"), "of 4 prompts is -4"),
+        (
+            (f"--data={path}", f"--out={tmp_path}/x", "--holdout=1.5"),
+            "holdout=1.5 must be at least 0 and below 1",
+        ),
+        (
+            (f"--data={path}", f"--out={tmp_path}/x", "--holdout=-1"),
+            "holdout=-1.0 must be at least 0",
+        ),
     ]
     for flags, words in cases:
         assert words in split(monkeypatch, capsys, *flags, check=False).error
@@ -504,7 +506,7 @@ def test_batches_pack_sequences_and_point_at_the_next_token(tok, tmp_path):
         assert batch.targets[span].tolist() == targets
         begin += len(tokens)
     assert batch.cu_seqlens.tolist() == [0, *np.cumsum(demonstrations.lengths[[1, 0]])]
-    assert (batch.targets >= 0).sum() == demonstrations.targets.sum()
+    assert (batch.targets >= 0).sum() == demonstrations.target_counts.sum()
 
 
 def test_responses_are_cut_out_of_a_packed_tensor():

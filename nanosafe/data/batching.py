@@ -138,8 +138,8 @@ def plan_micro_batches(lengths, max_tokens, ranks):
 
 
 def cut_evenly(indices, lengths, max_tokens, ranks):
-    """Cut into runs of about equal size. Returns the runs, and the number that the ranks share out, a
-    multiple of `ranks`.
+    """Cut into runs of about equal size. Returns the runs, and the number that the ranks share
+    out, a multiple of `ranks`.
 
     The least capacity with which so many runs suffice makes them most equal; bisection finds it. If
     even max_tokens does not suffice, each rank gets one run more."""
