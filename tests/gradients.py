@@ -106,12 +106,18 @@ with torch.no_grad():
 # ---- the state of the run goes to the disk and comes back ----
 
 run_state.save(f"{out}.run", 2, models, optimizers, {"lambda": 1.5})
-fresh = checkpoint.load(f"{folder}/policy", "lm", placement=trained)
-fresh_optimizer = optim.make_adamw(fresh, 0.1, 0.9, 0.95)
-state = run_state.load(f"{out}.run", {"policy": fresh}, {"policy": fresh_optimizer})
+fresh = {
+    "policy": checkpoint.load(f"{folder}/policy", "lm", placement=trained),
+    "cost": checkpoint.load(f"{folder}/cost", "score", placement=trained),
+}
+fresh_optimizers = {}
+for model_name, model in fresh.items():
+    fresh_optimizers[model_name] = optim.make_adamw(model, 0.1, 0.9, 0.95)
+state = run_state.load(f"{out}.run", fresh, fresh_optimizers)
 assert state["lambda"] == 1.5
-for (name, a), b in zip(policy.named_parameters(), fresh.parameters()):
-    assert torch.equal(parallel.full_tensor(a), parallel.full_tensor(b)), name
+for model_name, model in models.items():
+    for (name, a), b in zip(model.named_parameters(), fresh[model_name].parameters()):
+        assert torch.equal(parallel.full_tensor(a), parallel.full_tensor(b)), name
 checkpoint.save(policy, f"{out}.model")
 if world.main:
     contiguous = {name: tensor.contiguous() for name, tensor in results.items()}

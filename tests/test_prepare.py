@@ -488,7 +488,7 @@ def test_a_held_out_share_is_below_1(tmp_path, holdout):
     write_raw(tmp_path, [PAIR])
     folders = f"--raw={tmp_path}/raw", f"--out={tmp_path}/out"
     finished = run_prepare("pku_saferlhf", *folders, f"--holdout={holdout}")
-    assert "from 0 to below 1" in finished.error
+    assert "must be at least 0 and below 1" in finished.error
 
 
 def test_a_held_out_share_has_no_prompt_in_common(tmp_path):
