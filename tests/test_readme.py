@@ -218,3 +218,45 @@ def test_scripts_without_arguments_run_after_the_demo(demo_folder, tmp_path):
         path = os.path.join(ROOT, script)
         run(path, f"--out_dir={tmp_path}/{script}", "--max_steps=1", cwd=demo_folder)
     run(os.path.join(ROOT, "sample.py"), cwd=demo_folder, stdin="How do I fix the clock?\n")
+
+
+# What docs/tour.md says of its rollout: an expression in the trainer's variables -> the number.
+TOUR = {
+    "reward_scores[0]": 4.482,
+    "reward_scores[1]": 4.822,
+    "cost_scores[0]": 7.941,
+    "cost_scores[1]": -5.194,
+    "kl[0]": 0.464,
+    "kl[1]": 0.314,
+    "token_rewards[0, 20]": 4.401,
+    "token_costs[0, 20]": 8.022,
+    "reward_advantages[0, 20]": 0.385,
+    "cost_advantages[0, 20]": 13.038,
+    "multiplier.mean_cost": -1.642,
+    "lambda_": 1.801,
+    "advantages[0, 20]": -8.246,
+    "advantages[1, 22]": 0.423,
+    "losses['actor_loss']": 1.697,
+    "losses['reward_critic_loss']": 2.650,
+    "losses['cost_critic_loss']": 14.189,
+}
+
+
+@pytest.mark.slow
+def test_the_numbers_of_the_tour_are_those_of_its_rollout(demo_folder):
+    with open(os.path.join(ROOT, "docs", "tour.md"), encoding="utf-8") as f:
+        page = f.read()
+    command = re.search(r"^python -i (train_ppo_lag\.py .*)$", page, re.M)[1]
+    script, *flags = shlex.split(command)
+    program = (
+        "import json, runpy, sys\n"
+        f"sys.argv = {[script, *flags]!r}\n"
+        f"names = runpy.run_path({os.path.join(ROOT, script)!r}, run_name='__main__')\n"
+        f"values = [float(eval(expression, names)) for expression in {list(TOUR)!r}]\n"
+        "print('values', json.dumps(values))\n"
+    )
+    finished = run("-c", program, cwd=demo_folder)
+    values = json.loads(finished.stdout.rpartition("values ")[2])
+    for (expression, said), value in zip(TOUR.items(), values):
+        assert f"{said:.3f}" in page, expression
+        assert value == pytest.approx(said, abs=0.02), expression
