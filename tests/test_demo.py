@@ -139,7 +139,7 @@ def test_the_table_shows_the_summary(tmp_path, capsys):
         "1 s; out/demo/summary.json; "
         "now talk to it: python sample.py --model=out/demo/ppo_lag/model",
     ]
-    assert demo.ROOT == ROOT
+    assert demo.REPOSITORY == ROOT
 
 
 def test_the_demo_s_commands_are_what_anybody_types():

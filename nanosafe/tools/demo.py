@@ -23,12 +23,11 @@ from nanosafe.inference import Policy, ReferenceSamples
 from nanosafe.parallel import init
 from nanosafe.printing import format_table
 from nanosafe.ranges import check_ranges
-from nanosafe.storage import load_python_file, read_metrics, write_json
+from nanosafe.storage import REPOSITORY, load_python_file, read_metrics, write_json
 
 out_dir = "out/demo"  # the folder for the tokenizer, a run of each stage, and summary.json
 seed = 0  # of every stage
 
-ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 RECIPES_OUT_DIR = "out/demo"  # where the recipes in config/toy/ read and write models
 
 # In the order in which they run: stage -> its script.
@@ -79,7 +78,9 @@ def main(out_dir, seed):
 
 def prepare(out_dir):
     """Write the toy world's data and train a tokenizer; returns data/toy/prepare.py as a module."""
-    toy = load_python_file(os.path.join(ROOT, "data", "toy", "prepare.py"))  # data/ is no package
+    toy = load_python_file(
+        os.path.join(REPOSITORY, "data", "toy", "prepare.py")
+    )  # data/ is no package
     print_heading("prepare the data", "python data/toy/prepare.py")
     toy.main()
     print_heading("train a tokenizer on the demonstrations")
@@ -123,7 +124,7 @@ def train(stage, out_dir, seed):
     script, *arguments = command_of(stage, out_dir, seed)
     command = shlex.join(["python", script, *arguments])
     print_heading(stage, command)
-    done = subprocess.run([sys.executable, os.path.join(ROOT, script), *arguments])
+    done = subprocess.run([sys.executable, os.path.join(REPOSITORY, script), *arguments])
     if done.returncode:
         raise SystemExit(f"error: the command above failed: {command}")
 
