@@ -33,6 +33,7 @@ from nanosafe.storage import (
     find_corrupt_file,
     flush_to_disk,
     make_folder,
+    names_function,
     read_json,
     replace_folder,
     replace_non_finite,
@@ -314,6 +315,8 @@ FIXED_KNOBS = {
     "normalizer_momentum",
 }
 UNRECORDED_KNOBS = ("out_dir", "resume")  # a run's folder may be moved
+# Of a Dataset: where its examples come from, which the tokens follow from.
+UNRECORDED_ARRAYS = ("lines.npy", "json.npy", "json_offsets.npy")
 
 
 def make_record(knobs, steps, **sources):
@@ -333,12 +336,16 @@ def fingerprint(source):
     weights; 0 of None."""
     if source is None:
         return 0
-    if isinstance(source, str):
+    if isinstance(source, str) and names_function(source):
+        facts = [describe_file(*os.path.split(source.rpartition(":")[0]))]
+    elif isinstance(source, str):
         names = [name for name in sorted(os.listdir(source)) if name.endswith(MODEL_ENDINGS)]
         facts = [describe_file(source, name) for name in names]
     else:
         sums = read_json(source.folder, CHECKSUMS)
-        arrays = [name for name in sorted(sums) if name.endswith(".npy") and name != "lines.npy"]
+        arrays = [
+            name for name in sorted(sums) if name.endswith(".npy") and name not in UNRECORDED_ARRAYS
+        ]
         facts = [[name, sums[name]] for name in arrays]
     return zlib.crc32(json.dumps(facts).encode())
 
