@@ -341,7 +341,7 @@ def answer_to(output):
 
 
 def test_a_text_is_continued_without_a_template(world):
-    flags = ["--prompt=First, get", "--template=False", "--max_new_tokens=5"]
+    flags = ["--prompt=First, get", "--template=none", "--max_new_tokens=5"]
     output = run("sample.py", f"--model={world}/policy", *flags).stdout
     assert "> First, get" in output
 

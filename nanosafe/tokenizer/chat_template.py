@@ -147,8 +147,7 @@ def read_shipped(name, begins_with_bos):
 class GenerationTag(Extension):
     """{% generation %} ... {% endgeneration %}: what the assistant says.
 
-    The body is written as it is, between two characters that nobody uses, if the environment has
-    them."""
+    The body is written as it is, between the two characters that write() has."""
 
     tags = {"generation"}
 
@@ -168,8 +167,24 @@ def raise_exception(message):
     raise jinja2.TemplateError(message)
 
 
+class Clock:
+    """What templates that write the date are told. A resumed run goes on at its old time, so that
+    its prompts stay as they were."""
+
+    fixed = None
+
+    @classmethod
+    def now(cls):
+        return cls.fixed or datetime.now()
+
+    @classmethod
+    def fix(cls, text):
+        """Stop the clock, at a time as datetime.isoformat() writes it."""
+        cls.fixed = datetime.fromisoformat(text)
+
+
 def format_now(format):
-    return datetime.now().strftime(format)
+    return Clock.now().strftime(format)
 
 
 def format_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
@@ -235,11 +250,11 @@ ENVIRONMENT = make_environment()
 class ChatTemplate:
     """A model's chat template.
 
-    source   in Jinja
-    origin   where it comes from, for messages
-    special  {name: text} of the special tokens that it may write: bos_token, eos_token, ..
-    added    {text: Token} of the tokenizer, which people's words must not become
-    note     what to say when the template is first used
+    source     in Jinja
+    origin     where it comes from, for messages
+    special    {name: text} of the special tokens that it may write: bos_token, eos_token, ..
+    added      {text: Token} of the tokenizer, which people's words must not become
+    note       what to say when the template is first used
     normalize  a function from texts to texts: how the tokenizer normalizes a text before it finds
              some of its added tokens; None if it finds them all before"""
 
@@ -250,12 +265,10 @@ class ChatTemplate:
         self.note = note
         self.normalize = normalize
         special_texts = [text for text, token in added.items() if token.special]
-        # Runs of white space are tokens in some vocabularies. They say nothing special.
-        control_texts = special_texts + [
-            text for text, token in added.items() if not token.special and text.strip()
-        ]
+        # Runs of white space are added tokens in some vocabularies, but nothing special.
+        visible_texts = [text for text in added if text.strip()]
         self.special_expression = match_any(special_texts)
-        self.control_expression = match_any(control_texts)
+        self.control_expression = match_any([*special_texts, *visible_texts])
         self.has_generation_tags = bool(re.search(r"{%[-+]?\s*generation\b", source))
 
     @cached_property
@@ -270,7 +283,7 @@ class ChatTemplate:
     def identity(self):
         """A text that is equal for templates that write the same; of one that writes the date, for
         the same day."""
-        day = str(datetime.now().date()) if "strftime_now" in self.source else ""
+        day = str(Clock.now().date()) if "strftime_now" in self.source else ""
         return json.dumps([self.source, sorted(self.special.items()), day])
 
     @cached_property
@@ -299,7 +312,7 @@ class ChatTemplate:
         if not self.end_of_turn:
             self.program  # a template that is not valid has a better message
             stop(
-                f"the chat template of {self.origin} ends an answer without a special token of this "
+                f"the chat template of {self.origin} ends answers without a special token of this "
                 "tokenizer, so that no answer would ever end: choose another template"
             )
         if self.note:
