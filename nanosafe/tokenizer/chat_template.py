@@ -284,7 +284,8 @@ class ChatTemplate:
         """A text that is equal for templates that write the same; of one that writes the date, for
         the same day."""
         day = str(Clock.now().date()) if "strftime_now" in self.source else ""
-        return json.dumps([self.source, sorted(self.special.items()), day])
+        named = [item for item in sorted(self.special.items()) if item[0] in self.source]
+        return json.dumps([self.source, named, day])
 
     @cached_property
     def end_of_turn(self):

@@ -159,7 +159,7 @@ class Tokenizer:
                 special[key] = read_token_text(value)
         ids = (self.bos_id, self.eos_id, self.pad_id)
         for key, id in zip(SPECIAL_KEYS, ids):
-            if id >= 0:
+            if id in self.contents:
                 special.setdefault(key, self.contents[id])
         normalize = self.engine.normalize if self.has_normalized_tokens else None
         self.template = ChatTemplate(source, origin, special, self.added, note, normalize)
