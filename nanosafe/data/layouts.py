@@ -1,6 +1,18 @@
 """Rows as they are published -> nanosafe's rows: RawSample, which examples.py describes.
 
-LAYOUTS is the table: the keys that a row of a layout has, and the function that reads it. Each
+A layout is known by the keys of its rows, of which some may be missing where it says "perhaps":
+
+    nanosafe                    input, perhaps answer or answers; dialogue; texts (documents)
+    TRL, OpenAI                 messages
+    TRL                         prompt, perhaps completion; a label beside it (KTO)
+    TRL, UltraFeedback          chosen, rejected, perhaps prompt
+    OpenAI                      input (an object), preferred_output, non_preferred_output
+    ShareGPT                    conversations; LLaMA-Factory's pairs have chosen, rejected as well
+    Alpaca                      instruction, output or chosen and rejected, perhaps input, history
+    hh-rlhf                     chosen, rejected: transcripts
+    PKU-SafeRLHF, BeaverTails   prompt, and response_0 and response_1 or response
+
+LAYOUTS has the function that reads each, and says which layout it is where several fit. Such a
 function returns a new row, or raises ValueError with the reason to drop this one. Besides
 RawSample's fields a new row may have
 
@@ -27,6 +39,7 @@ ROLES = {
 TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython")
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 LABEL_KEYS = ("label", "kto_tag")  # TRL's, and LLaMA-Factory's
+LABEL_TEXTS = {"true": True, "false": False}
 MEDIA = {  # the type of a part of a message -> what to call it
     "image": "an image",
     "image_url": "an image",
@@ -112,12 +125,12 @@ def read_prompt(record):
 def read_alpaca(record):
     """Alpaca's instruction, input and output, and perhaps earlier turns, which are learnt too."""
     conversation = read_alpaca_prompt(record)
-    turns = [*conversation.turns, read_text(record["output"], "answer")]
-    weights = [1] * (len(turns) // 2)
-    if len(turns) > 2 and find_label(record) is None:
-        return make_demonstration(Conversation(None, turns, weights), record)
+    turns = conversation.turns
+    answer = read_text(record["output"], "answer")
+    if len(turns) > 1 and find_label(record) is None:
+        return {"dialogue": [*turns, answer]}
     sample = make_prompt(conversation)
-    sample["answer"] = turns[-1]
+    sample["answer"] = answer
     return add_label(sample, record)
 
 
@@ -134,8 +147,9 @@ def read_pair(record):
     rejected = record["rejected"]
     prompt = record.get("prompt")
     if isinstance(chosen, str) and chosen.startswith(TRANSCRIPT_BEGIN):
-        turns, answer, other_answer = read_transcripts(chosen, rejected)
-        return make_pair(Conversation(None, turns, []), answer, other_answer)
+        pair = read_transcripts(chosen, rejected)
+        conversation = Conversation(None, pair.turns, [])
+        return make_pair(conversation, pair.answer, pair.other_answer)
     if not isinstance(prompt, list) and is_whole_conversation(chosen):
         return read_conversation_pair(chosen, rejected)
     if prompt is None:
@@ -315,6 +329,7 @@ def read_system(message):
 
 
 def find_content(message):
+    """What a message says: a text, or a list of parts."""
     return message.get("content", message.get("value"))
 
 
@@ -454,8 +469,8 @@ def find_label(record):
     """KTO's label, true or false; None where there is none, or a label of another kind."""
     for key in LABEL_KEYS:
         value = record.get(key)
-        if isinstance(value, str) and value.strip().lower() in ("true", "false"):
-            return value
+        if isinstance(value, str):
+            value = LABEL_TEXTS.get(value.strip().lower())
         if isinstance(value, (bool, int, float)) and value in (0, 1):
             return bool(value)
     return None
@@ -484,11 +499,14 @@ def add_template_variables(sample, record):
 # ---- nanosafe's rows ----
 
 
+def begin_sample(conversation):
+    """A row with what the system says, if it says something."""
+    return {} if conversation.system is None else {"system": conversation.system}
+
+
 def make_prompt(conversation):
     """The row of a Conversation that ends with the user's turn."""
-    sample = {}
-    if conversation.system is not None:
-        sample["system"] = conversation.system
+    sample = begin_sample(conversation)
     turns = conversation.turns
     sample["input"] = turns[0] if len(turns) == 1 else turns
     return sample
@@ -515,8 +533,8 @@ def make_demonstration(conversation, record):
     if not is_all_learnt and not is_last_learnt:
         raise ValueError("weights for neither all answers nor the last one only")
     if is_all_learnt and find_label(record) is None:
-        sample = make_prompt(conversation)
-        sample["dialogue"] = sample.pop("input")
+        sample = begin_sample(conversation)
+        sample["dialogue"] = turns
         return sample
     sample = make_prompt(conversation._replace(turns=turns[:-1]))
     sample["answer"] = turns[-1]
