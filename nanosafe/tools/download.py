@@ -29,12 +29,8 @@ holdout = 0.0  # share of the prompts for test.jsonl, all files pooled; 0: the r
 out = ""  # folder to write to; empty: beside this script, some releases in a subfolder
 tokenizer = ""  # folder with a tokenizer, to count tokens instead of characters
 
-READABLE_ENDINGS = (
-    ".jsonl",
-    ".json",
-    ".csv",
-    ".parquet",
-)  # perhaps with one of COMPRESSED_ENDINGS behind it
+# All but the last may have one of COMPRESSED_ENDINGS behind it.
+READABLE_ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
 ATTEMPTS = 5  # at a download
 TIMEOUT = 30  # seconds without an answer
 TEST_FILE = re.compile("(^|[^a-z])test([^a-z]|$)")  # the word "test" in a file's name
