@@ -16,12 +16,7 @@ from typing import NamedTuple, TextIO
 from tqdm import tqdm
 
 from nanosafe.data.examples import SURROGATE, make_prompt_key, parse_record
-from nanosafe.data.reader import (
-    CONVERT_PARQUET,
-    name_without_compression,
-    read_rows,
-    split_train_test,
-)
+from nanosafe.data.reader import name_without_compression, read_rows, split_train_test
 from nanosafe.errors import stop
 from nanosafe.printing import format_table
 from nanosafe.ranges import check_ranges
@@ -34,7 +29,8 @@ holdout = 0.0  # share of the prompts for test.jsonl, all files pooled; 0: the r
 out = ""  # folder to write to; empty: beside this script, some releases in a subfolder
 tokenizer = ""  # folder with a tokenizer, to count tokens instead of characters
 
-READABLE_ENDINGS = (".jsonl", ".json")  # perhaps with one of COMPRESSED_ENDINGS behind it
+# All but the last may have one of COMPRESSED_ENDINGS behind it.
+READABLE_ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
 ATTEMPTS = 5  # at a download
 TIMEOUT = 30  # seconds without an answer
 TEST_FILE = re.compile("(^|[^a-z])test([^a-z]|$)")  # the word "test" in a file's name
@@ -49,6 +45,7 @@ class Release(NamedTuple):
     sha256: dict = {}  # {path in the repository: digest}, where it is known
     url: str = ""  # or one file somewhere else
     subfolder: str = ""  # of the script's folder, to write to
+    split: str = ""  # of all its rows; empty: by the word "test" in a file's name
 
 
 def prepare(script, to_record, config, release):
@@ -65,7 +62,8 @@ def prepare(script, to_record, config, release):
         paths = download_release(release, os.path.join(folder, "raw"))
     out = config["out"] or os.path.join(folder, release.subfolder)
     tokenizer = os.path.expanduser(config["tokenizer"])
-    convert(paths, to_record, os.path.expanduser(out), config["holdout"], tokenizer)
+    out = os.path.expanduser(out)
+    convert(paths, to_record, out, config["holdout"], tokenizer, release.split)
 
 
 # ---- raw files ----
@@ -79,10 +77,7 @@ def find_raw_files(folder):
             if name_without_compression(name).endswith(READABLE_ENDINGS):
                 paths.append(f"{parent}/{name}")
     if not paths:
-        stop(
-            f"--raw={folder}: no .jsonl or .json file there, compressed or not; parquet is "
-            f"converted with {CONVERT_PARQUET}"
-        )
+        stop(f"--raw={folder}: no .jsonl, .json, .csv or .parquet file there, nor a compressed one")
     return sorted(paths)
 
 
@@ -112,11 +107,6 @@ def choose_files(release):
             chosen.append(name)
     if chosen:
         return chosen
-    if any(name.endswith(".parquet") for name in published):
-        stop(
-            f"{release.repository} has parquet files only: convert each with {CONVERT_PARQUET} and "
-            "give --raw=FOLDER"
-        )
     stop(
         f"{release.repository} (revision {release.revision}) has none of the files expected: "
         "download it by hand and give --raw=FOLDER"
@@ -223,13 +213,14 @@ class Split:
     unsafe: int = 0  # those that are not safe
 
 
-def convert(paths, to_record, out, holdout=0.0, tokenizer=""):
+def convert(paths, to_record, out, holdout=0.0, tokenizer="", split=""):
     """Convert raw files to out/train.jsonl and out/test.jsonl; print what was kept and dropped.
 
     to_record  a raw row -> a record, or ValueError with the reason to drop the row
     holdout    0: the raw files' own split, by the word "test" in a file's name; else the share of
                the prompts (by make_prompt_key()) that goes to test, all files pooled: no prompt is
                in both files, of pairs and of dialogues alike
+    split      train or test: of all rows, whatever their files' names are
     tokenizer  the folder of one: the table counts its tokens instead of characters
 
     No file is in memory whole; with a holdout they are read twice."""
@@ -247,7 +238,7 @@ def convert(paths, to_record, out, holdout=0.0, tokenizer=""):
             dropped[conversion.reason] += 1
             first_dropped.setdefault(conversion.reason, conversion.source)
             continue
-        is_test = conversion.split == "test"
+        is_test = (split or conversion.split) == "test"
         if holdout:
             is_test = make_prompt_key(conversion.record) in held_out
         write_record(conversion.record, test if is_test else train, tok)
