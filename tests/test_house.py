@@ -175,6 +175,8 @@ ROOMS = {
 BOTTOM = {
     "errors",
     "storage",
+    "transfer",
+    "hub",
     "printing",
     "parallel",
     "ranges",
