@@ -93,7 +93,10 @@ def find_model(path, weights=True):
     if model is None or os.path.exists(path):
         return path
     if (path, weights) not in found:
-        found[path, weights] = find_snapshot(model, weights)
+        folder = find_snapshot(model, weights)
+        if (path, not weights) not in found:
+            print_once(f"{path}: {folder}")  # which names the commit
+        found[path, weights] = folder
     return found[path, weights]
 
 
@@ -435,10 +438,10 @@ def receive(model, file, partial, bar):
     try:
         transfer.receive_file(file.url, partial, bar, file.size)
     except transfer.FAILURES as error:
-        stop(
-            f"{explain_failure(error, model, file.name)}; what arrived stays in {partial!r}, and "
-            "the next attempt goes on from there"
-        )
+        reason = explain_failure(error, model, file.name)
+        if transfer.size_of(partial):
+            reason += f"; the next attempt goes on from what has arrived, in {partial!r}"
+        stop(reason)
 
 
 def check_content(file, partial):

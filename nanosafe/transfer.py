@@ -115,10 +115,10 @@ def open_address(url, method, start):
     if start:
         headers["Range"] = f"bytes={start}-"
     token = read_token()
-    if token and same_host(url, hub_address()):
-        headers["Authorization"] = f"Bearer {token}"
     timeout = BODY_TIMEOUT if method == "GET" else ANSWER_TIMEOUT
     try:
+        if token and same_host(url, hub_address()):
+            headers["Authorization"] = f"Bearer {token}"
         question = urllib.request.Request(url, headers=headers, method=method)
         return OPENER.open(question, timeout=timeout)
     except ValueError as error:  # a port that is no number, a host that is no name
