@@ -47,8 +47,7 @@ ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")  # the first 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 SHARD = re.compile(r"\w[\w.-]*\.(safetensors|bin)", re.ASCII)
 OTHER_FORMATS = (".gguf", ".pth", ".onnx", ".bin", ".safetensors")
-SMALL_FILES = (
-    "config.json",
+SMALL_FILES = (  # in this order, so that where config.json is, the others are
     "generation_config.json",
     *TOKENIZER_FILES,
     "tokenizer_config.json",
@@ -58,8 +57,9 @@ SMALL_FILES = (
     "merges.txt",
     "chat_template.jinja",
     "adapter_config.json",
+    "config.json",
 )
-TEMPLATE = re.compile(r"additional_chat_templates/[\w.-]+\.jinja")
+TEMPLATE = re.compile(r"additional_chat_templates/\w[\w.-]*\.jinja", re.ASCII)
 SPACE_TO_SPARE = 2**27  # bytes that stay free on the cache's disk
 LOOK_EVERY = 0.1  # seconds between two looks at a lock
 QUIET_WAIT = 10.0  # seconds of waiting for a lock before a message
@@ -225,6 +225,8 @@ def locked(path):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         file = open(path, "a")
     except OSError:
+        file = None
+    if file is None:
         yield
         return
     with file:
@@ -261,7 +263,7 @@ def update_snapshot(model, weights):
         attempts = 1 if cached else transfer.ATTEMPTS_TO_ASK
         listing = transfer.list_repository("models", model.name, revision, attempts)
     except transfer.FAILURES as error:
-        reason = explain_failure(error, model)
+        reason = explain_refusal(error, model)
         if not cached:
             stop(reason)
         say(f"{reason}. What the cache has of it is used: {cached}")
@@ -309,8 +311,8 @@ def mark_as_asked(model):
 def download_snapshot(model, listing, weights):
     """Download those files of a Listing that are wanted, and that the cache lacks."""
     published = set(listing.files)
-    names = [name for name in SMALL_FILES if name in published]
-    names += sorted(name for name in published if TEMPLATE.fullmatch(name))
+    names = sorted(name for name in published if TEMPLATE.fullmatch(name))
+    names += [name for name in SMALL_FILES if name in published]
     if weights:
         names += choose_weight_files(model, listing, published)
     snapshot = snapshot_folder(model, listing.commit)
@@ -352,7 +354,7 @@ def list_weight_files(folder, name):
 
 
 def read_weight_map(folder, name):
-    """{tensor: file} of an index of weights. Stops where that names anything but such files."""
+    """{tensor: file} of an index of weights, which is not empty."""
     with one_line_errors(folder):
         weight_map = read_json(folder, name).get("weight_map", {})
     if not isinstance(weight_map, dict):
@@ -386,12 +388,12 @@ def ask_for_file(model, commit, name):
     try:
         headers, _ = transfer.ask(url, "HEAD")
     except transfer.FAILURES as error:
-        stop(explain_failure(error, model, name))
+        stop(explain_refusal(error, model, name))
     etag = headers.get("X-Linked-ETag") or headers.get("ETag", "")
     checksum = etag.removeprefix("W/").strip('"')
-    size = transfer.read_size(headers, "X-Linked-Size")
+    size = transfer.read_number(headers, "X-Linked-Size")
     if size is None:
-        size = transfer.read_size(headers, "Content-Length")
+        size = transfer.read_number(headers, "Content-Length")
     if size is None or not (SHA1.fullmatch(checksum) or SHA256.fullmatch(checksum)):
         stop(f"{url} comes without its size or its checksum (ETag {etag[:80]!r}): not downloaded")
     return RemoteFile(name, url, size, checksum)
@@ -438,7 +440,7 @@ def receive(model, file, partial, bar):
     try:
         transfer.receive_file(file.url, partial, bar, file.size)
     except transfer.FAILURES as error:
-        reason = explain_failure(error, model, file.name)
+        reason = explain_refusal(error, model, file.name)
         if transfer.size_of(partial):
             reason += f"; the next attempt goes on from what has arrived, in {partial!r}"
         stop(reason)
@@ -450,7 +452,7 @@ def check_content(file, partial):
         digest = transfer.hash_file(partial, hashlib.sha256())
     else:  # git's: of a header and the content
         header = f"blob {file.size}\0".encode()
-        digest = transfer.hash_file(partial, hashlib.sha1(header))
+        digest = transfer.hash_file(partial, hashlib.sha1(header, usedforsecurity=False))
     if digest != file.checksum:
         os.remove(partial)
         stop(
@@ -487,7 +489,7 @@ def say(text):
     tqdm.write(text)
 
 
-def explain_failure(error, model, file=""):
+def explain_refusal(error, model, file=""):
     """What went wrong with a request for a model, or for a file of it, and what to do."""
     hub = transfer.hub_address()
     headers = getattr(error, "headers", None) or {}

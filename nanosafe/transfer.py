@@ -4,10 +4,10 @@ The hub is at https://huggingface.co, or at the mirror in HF_ENDPOINT. The user'
 and to no other host. Redirects are followed by hand, because urllib sends a token on to the host
 that a redirect leads to, and because the hub says a file's size and checksum on the redirect."""
 
-import email.utils
 import http.client
 import json
 import os
+import re
 import time
 import urllib.error
 import urllib.parse
@@ -164,18 +164,17 @@ def may_pass(error):
 
 
 def choose_pause(error, failures):
-    """Seconds to wait after so many failures: what the server says in Retry-After, or longer and
-    longer."""
-    seconds = PAUSE * 2 ** (failures - 1)
-    headers = getattr(error, "headers", None)
-    text = headers.get("Retry-After", "") if headers else ""
-    if text.strip().isdecimal():
-        seconds = float(text)
-    elif text:
-        date = email.utils.parsedate_tz(text)
-        if date:
-            seconds = email.utils.mktime_tz(date) - time.time()
-    return min(max(seconds, 0.0), LONGEST_PAUSE)
+    """Seconds to wait after so many failures: what the server asks for, or longer each time."""
+    asked_for = read_number(getattr(error, "headers", {}), "Retry-After")
+    if asked_for is None:
+        return PAUSE * 2 ** (failures - 1)
+    return min(asked_for, LONGEST_PAUSE)
+
+
+def read_number(headers, name):
+    """The whole number in a header; None where there is none."""
+    text = headers.get(name, "")
+    return int(text) if re.fullmatch("[0-9]{1,18}", text) else None
 
 
 class Listing(NamedTuple):
@@ -247,7 +246,7 @@ def receive(url, partial, bar, begin, size):
     with request(url, start=have) as answer:
         if answer.status != 206:
             have = 0  # the server ignores ranges: from the start
-        announced = read_size(answer.headers, "Content-Length")
+        announced = read_number(answer.headers, "Content-Length")
         if size is None and announced is not None:
             size = have + announced
         if bar.total is None:
@@ -264,12 +263,6 @@ def receive(url, partial, bar, begin, size):
         os.remove(partial)
     if size is not None and have != size:
         raise OSError(f"{have} of {size} bytes arrived")
-
-
-def read_size(headers, name):
-    """A number of bytes in a header; None where there is none."""
-    text = headers.get(name, "")
-    return int(text) if text.isdecimal() else None
 
 
 def open_partial(path, have):

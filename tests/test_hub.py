@@ -234,6 +234,19 @@ def test_a_tokenizer_needs_no_weights(server):
     ]
 
 
+@pytest.mark.parametrize("name", WANTED)
+def test_an_interrupted_commit_is_completed(server, monkeypatch, name):
+    """Whichever file it broke off at: what comes before it is not taken for the whole."""
+    server.pieces[name] = b"x" * len(FILES[name])
+    path = f"{NAME}@{server.commit}"
+    stop_message(path, weights=name == "model.safetensors")
+    server.pieces.clear()
+    start_new_process(monkeypatch)
+    folder = find_model(path, weights=False)
+    assert set(WANTED) - {"model.safetensors"} <= files_below(folder).keys()
+    assert sorted(files_below(find_model(path))) == WANTED
+
+
 def test_a_revision_with_a_slash(server, tmp_path):
     commit = server.publish(NAME, {**FILES, "config.json": b"{}"}, branch="refs/pr/1")
     folder = find_model(NAME + "@refs/pr/1")
@@ -562,9 +575,9 @@ def test_the_pause_is_what_the_hub_asks_for(server, monkeypatch):
     server.busy = [(429, "7"), (503, "")]
     find_model(NAME)
     assert pauses == [7.0, 4.0]
-    server.busy = [(429, "99999999999999999999"), (429, "Mon, 01 Jan 2001 00:00:00 GMT")]
+    server.busy = [(429, "86400"), (429, "in a while")]
     find_model(NAME + "@" + server.publish(NAME, SHARDS))
-    assert pauses[2:] == [transfer.LONGEST_PAUSE, 0.0]
+    assert pauses[2:] == [transfer.LONGEST_PAUSE, 4.0]
 
 
 def test_a_hub_that_stays_busy_is_one_line(server):
