@@ -848,6 +848,36 @@ def test_a_name_is_answered_from(toy_name, monkeypatch, capsys):
     run_in_process("sample.py", *flags, monkeypatch=monkeypatch, capsys=capsys)
 
 
+@pytest.mark.slow
+def test_a_name_is_trained_from_on_two_ranks_and_resumed(toy_name, world, server, tmp_path):
+    flags = [
+        f"--init_from={toy_name}",
+        f"--data={world}/data/sft/train.jsonl:40/-1",
+        f"--out_dir={tmp_path}/out",
+        "--batch_size=8",
+        "--save_interval=1",
+        "--lr_schedule=constant",
+        "--max_len=200",
+    ]
+    run("train_sft.py", *flags, "--max_steps=1", ranks=2)
+    files = server.models[toy_name][server.refs[toy_name, "main"]]
+    assert len(server.seen("GET", "/revision/main")) == 1
+    received = server.seen("GET", ".model") + server.seen("GET", ".safetensors")
+    assert len(received) == 4  # each of the two large files at the hub, and where they are stored
+
+    # The branch moves, and the model stays: the run may go on.
+    server.publish(toy_name, {**files, "README.md": b"now with a licence"})
+    run("train_sft.py", *flags, "--max_steps=2", "--resume=True")
+    assert server.seen("GET", ".model") + server.seen("GET", ".safetensors") == received
+
+    # Other weights under the same name are refused.
+    changed = bytearray(files["model.safetensors"])
+    changed[-1] ^= 1
+    server.publish(toy_name, {**files, "model.safetensors": bytes(changed)})
+    done = run("train_sft.py", *flags, "--max_steps=3", "--resume=True", check=False)
+    assert done.returncode and "the same name with other contents" in done.stderr
+
+
 def test_a_name_is_converted(toy_name, tmp_path):
     run("-m", "nanosafe.checkpoint", toy_name, tmp_path / "copy")
     copy = checkpoint.load(tmp_path / "copy").state_dict()
