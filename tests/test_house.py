@@ -176,6 +176,8 @@ ROOMS = {
 BOTTOM = {
     "errors",
     "storage",
+    "transfer",
+    "hub",
     "printing",
     "parallel",
     "ranges",

@@ -4,17 +4,16 @@ Files come from the Hugging Face hub (or the mirror in HF_ENDPOINT), or from a f
 goes to a temporary name, continues where it broke off, and is checked when its SHA-256 is known."""
 
 import hashlib
-import json
 import os
 import re
 import urllib.parse
-import urllib.request
 from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple, TextIO
 
 from tqdm import tqdm
 
+from nanosafe import transfer
 from nanosafe.data.examples import SURROGATE, make_prompt_key, parse_record
 from nanosafe.data.reader import name_without_compression, read_rows, split_train_test
 from nanosafe.errors import stop
@@ -31,8 +30,6 @@ tokenizer = ""  # folder with a tokenizer, to count tokens instead of characters
 
 # All but the last may have one of COMPRESSED_ENDINGS behind it.
 READABLE_ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
-ATTEMPTS = 5  # at a download
-TIMEOUT = 30  # seconds without an answer
 TEST_FILE = re.compile("(^|[^a-z])test([^a-z]|$)")  # the word "test" in a file's name
 
 
@@ -88,7 +85,7 @@ def download_release(release, folder):
         return [download_file(release.url, os.path.join(folder, name))]
     # Releases are apart, as their files may have the same names.
     folder = os.path.join(folder, release.repository, release.revision)
-    address = f"{hub_address()}/datasets/{release.repository}/resolve/{release.revision}"
+    address = f"{transfer.hub_address()}/datasets/{release.repository}/resolve/{release.revision}"
     paths = []
     for name in choose_files(release):
         url = f"{address}/{urllib.parse.quote(name)}"
@@ -113,18 +110,15 @@ def choose_files(release):
     )
 
 
-def hub_address():
-    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-
-
 def list_repository(repository, revision):
     """The paths of the files in a dataset repository on the hub."""
-    url = f"{hub_address()}/api/datasets/{repository}/revision/{revision}"
     try:
-        with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
-            return [file["rfilename"] for file in json.load(answer)["siblings"]]
-    except (OSError, ValueError, KeyError) as error:
-        stop(f"{url}: {error}; set HF_ENDPOINT to a mirror, or download and give --raw=FOLDER")
+        return transfer.list_repository("datasets", repository, revision).files
+    except transfer.FAILURES as error:
+        stop(
+            f"{repository} (revision {revision}) at {transfer.hub_address()}: {error}; set "
+            "HF_ENDPOINT to a mirror, or download and give --raw=FOLDER"
+        )
 
 
 def download_file(url, path, sha256=None):
@@ -136,57 +130,18 @@ def download_file(url, path, sha256=None):
         return path
     partial = path + ".part"
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    receive_with_retries(url, partial)
+    with tqdm(unit="B", unit_scale=True, desc=os.path.basename(path)) as bar:
+        try:
+            transfer.receive_file(url, partial, bar)
+        except transfer.FAILURES as error:
+            stop(f"{url}: {error}; what arrived stays in {partial!r} and is continued next time")
     if sha256:
-        digest = hash_file(partial)
+        digest = transfer.hash_file(partial, hashlib.sha256())
         if digest != sha256:
             os.remove(partial)
             stop(f"{url}: the SHA-256 is {digest}, not {sha256}: damaged or has changed")
     os.replace(partial, path)
     return path
-
-
-def hash_file(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while block := f.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def receive_with_retries(url, partial):
-    for attempt in range(1, ATTEMPTS + 1):
-        try:
-            receive(url, partial)
-            return
-        except OSError as error:  # URLError, timeouts and resets are all OSError
-            status = getattr(error, "code", None)  # of an answer from the server
-            if status == 416:  # nothing follows `partial`, which may even be longer than the file
-                os.remove(partial)
-            is_refused = status is not None and status < 500 and status != 416
-            if is_refused or attempt == ATTEMPTS:
-                stop(
-                    f"{url}: {error}; what arrived stays in {partial!r} and is continued next time"
-                )
-
-
-def receive(url, partial):
-    """Append what is missing of `url` to the file `partial`; OSError if it breaks off."""
-    have = os.path.getsize(partial) if os.path.exists(partial) else 0
-    headers = {"Range": f"bytes={have}-"} if have else {}
-    request = urllib.request.Request(url, headers=headers)
-    with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
-        if answer.status != 206:
-            have = 0  # the server ignores ranges: from the start
-        size = have + int(answer.headers.get("Content-Length") or 0)
-        name = os.path.basename(partial).removesuffix(".part")
-        bar = tqdm(total=size or None, initial=have, unit="B", unit_scale=True, desc=name)
-        with open(partial, "ab" if have else "wb") as f, bar:
-            while block := answer.read(2**16):
-                f.write(block)
-                bar.update(len(block))
-    if size and os.path.getsize(partial) != size:
-        raise OSError(f"{os.path.getsize(partial)} of {size} bytes arrived")
 
 
 # ---- raw rows -> jsonl ----
