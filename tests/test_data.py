@@ -349,7 +349,15 @@ def test_turns_have_roles_and_a_system_s_turn_comes_first():
         {"role": "user", "content": "q"},
         {"role": "assistant", "content": "a"},
     ]
-    assert parse_record({**row, "system": ""}, "sft").conversations == [turns[1:]]
+    (empty,) = parse_record({**row, "system": ""}, "sft").conversations
+    assert empty == [{"role": "system", "content": ""}, *turns[1:]]
+    assert parse_record({**row, "system": None}, "sft").conversations == [turns[1:]]
+    with pytest.raises(ValueError, match="not text"):
+        parse_record({**row, "system": 3}, "sft")
+
+
+def test_a_dialogue_s_last_question_is_a_prompt():
+    assert parse_texts({"dialogue": ["q", "a", "r", "s"]}, "prompts") == ([["q", "a", "r"]], (0,))
 
 
 def test_a_row_becomes_a_prompt_and_a_row_again():
