@@ -59,7 +59,7 @@ def can_run_here(line):
     """Whether a command needs no more than the demo's models: no 7B model, download or server."""
     _, arguments = parse_command(line)
     name = name_of(line)
-    names_a_large_model = "beaver_7b" in line or "models/" in line
+    names_a_large_model = "beaver_7b" in line or "models/" in line or "smol" in line.lower()
     has_placeholders = any(word.isupper() or "=..." in word for word in arguments)
     if name == "plan":
         return True  # it computes, and loads no model

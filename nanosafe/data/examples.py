@@ -9,7 +9,7 @@ A row is Safe-RLHF's RawSample, a JSON object with some of these fields:
     is_safe, is_other_safe      whether each is safe
     answers, scores             or any number of answers, and a score of each: higher is better
     label                       whether `answer`, which stands alone, is a good one
-    system                      what the system's turn says, perhaps nothing; without it there is none
+    system                      what the system's turn says; without it there is no such turn
     chat_template_kwargs        variables of the chat template, an object
 
 The labels (better, safer, is_safe, is_other_safe, label) are what parse_label() reads. Rows in the
