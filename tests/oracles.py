@@ -17,7 +17,7 @@ from tokenizers import (
     trainers,
 )
 
-from nanosafe.tokenizer.llama3 import LLAMA3
+from nanosafe.tokenizer.tiktoken import LLAMA3, QWEN
 
 WORDS = (
     "the of and to in is that for it as was with be by on not he I this are or his from at which "

@@ -1,8 +1,8 @@
 """Byte-pair encoding in plain Python (arXiv:1508.07909): the engine of tokenizer.json.
 
 Hugging Face's library tokenizers writes this file: for Llama 3, Qwen2 and SmolLM2, and for LLaMA,
-where sometimes only this file is left. Llama 3's own tokenizer.model uses this engine too
-(llama3.py). A text becomes token ids in four steps:
+where sometimes only this file is left. Llama 3's own tokenizer.model and Mistral's tekken.json use
+this engine too (tiktoken.py). A text becomes token ids in four steps:
 
 1. normalize  Unicode's normal forms; in LLaMA's kind of file, spaces are written as marks (U+2581)
 2. cut        regular expressions cut the text into words
@@ -17,11 +17,11 @@ import os
 import re
 import unicodedata
 from enum import Enum
-from functools import lru_cache
+from itertools import chain
 
 from nanosafe.errors import one_line_errors, stop
 from nanosafe.storage import read_json, write_json
-from nanosafe.tokenizer.patterns import compile_splitter
+from nanosafe.tokenizer.patterns import Splitter, compile_splitter
 from nanosafe.tokenizer.special_tokens import (
     MARK,
     NOT_EXPORTED,
@@ -32,8 +32,11 @@ from nanosafe.tokenizer.special_tokens import (
 REMEMBERED_WORDS = 2**18
 REMEMBERED_LENGTH = 32  # characters; longer words hardly come back
 UNICODE_FORMS = ("NFC", "NFD", "NFKC", "NFKD")
+REPLACEMENT = "\ufffd"  # what stands for bytes that are no text
 # How the tokenizer of GPT-2 cuts a text: also what a ByteLevel pre-tokenizer does by itself.
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
+STRIP_ONE_SPACE = {"content": " ", "start": 1, "stop": 0}
 END_OF_SEQUENCE = ("<|end_of_text|>", "<|endoftext|>", "</s>")  # where no file names one
 
 
@@ -116,7 +119,7 @@ def read_merges(spec):
 def list_components(spec, key, list_key):
     """The components under a key of tokenizer.json, in order: none, one, or those of a Sequence.
 
-    key       normalizer, pre_tokenizer or post_processor
+    key       normalizer, pre_tokenizer, post_processor or decoder
     list_key  where a Sequence of that kind has its list"""
     component = spec.get(key)
     if not component:
@@ -153,6 +156,22 @@ def read_first_token(component):
     return text
 
 
+class RememberedWords(dict):
+    """{word: its token ids}. A word that is not there is encoded, and remembered."""
+
+    def __init__(self, encode_word):
+        super().__init__()
+        self.encode_word = encode_word
+
+    def __missing__(self, word):
+        ids = self.encode_word(word)
+        if len(word) <= REMEMBERED_LENGTH:
+            if len(self) >= REMEMBERED_WORDS:
+                self.clear()
+            self[word] = ids
+        return ids
+
+
 class BPEEngine:
     """The engine of a tokenizer.json.
 
@@ -187,11 +206,13 @@ class BPEEngine:
         # How a text is normalized and cut into words.
         self.unicode_forms = []
         self.marks_spaces = False  # in LLaMA's kind of file; the others are byte-level
+        self.is_byte_level = False
         self.prefix = Prefix.NEVER
         self.splitters = []
+        self.strips_prefix = None  # whether decoding leaves out a space in front
         self.read_components(spec)
         self.legacy = self.prefix is not Prefix.FIRST
-        self.remembered = lru_cache(REMEMBERED_WORDS)(self.encode_word)
+        self.remembered = RememberedWords(self.encode_word)
 
         # What begins and ends a text.
         first_tokens = list_first_tokens(spec)
@@ -205,55 +226,78 @@ class BPEEngine:
             self.adds_bos = bool(names["add_bos_token"])
 
     def read_components(self, spec):
-        """Read how the file normalizes and cuts texts."""
+        """Read how the file normalizes and cuts texts, and how it decodes ids."""
         for component in list_components(spec, "normalizer", "normalizers"):
             self.read_normalizer(component)
         for component in list_components(spec, "pre_tokenizer", "pretokenizers"):
             self.read_pre_tokenizer(component)
+        if self.marks_spaces == self.is_byte_level:
+            stop(
+                "tokenizer.json: a file must either have a ByteLevel pre-tokenizer or write spaces "
+                "as U+2581; no other kind is supported"
+            )
         if self.marks_spaces and not any(MARK in piece.lstrip(MARK) for piece in self.vocab):
             # No token has a mark behind another character, so that no merge crosses this cut.
-            self.splitters.append(re.compile(f"({MARK}+[^{MARK}]*)"))
+            self.splitters.append(Splitter(f"{MARK}+[^{MARK}]*"))
+        for component in list_components(spec, "decoder", "decoders"):
+            self.read_decoder(component)
+        if self.strips_prefix is None:
+            self.strips_prefix = self.marks_spaces and self.prefix is not Prefix.NEVER
 
     def read_normalizer(self, component):
         kind = component["type"]
         replaced = component.get("pattern")
         replacement = component.get("content")
-        if kind in UNICODE_FORMS:
+        if kind in UNICODE_FORMS and not self.marks_spaces:
             self.unicode_forms.append(kind)
         elif kind == "Prepend" and component.get("prepend") == MARK:
             self.prefix = Prefix.PREPEND
         elif kind == "Replace" and replaced == {"String": " "} and replacement == MARK:
             self.marks_spaces = True
         else:
-            stop(f"tokenizer.json: the normalizer {kind} is not supported")
+            stop(f"tokenizer.json: the normalizer {component} is not supported")
 
     def read_pre_tokenizer(self, component):
-        """Read one component that cuts a text. What lies between its matches is a word too."""
+        """Read one component that cuts a text, or that writes it in another way before it is cut.
+
+        ByteLevel is the last one, because the others would cut the characters that it spells bytes
+        with."""
         kind = component["type"]
+        is_first = not self.splitters
+        if self.is_byte_level:
+            stop(f"tokenizer.json: the pre-tokenizer {kind} after ByteLevel is not supported")
         if kind == "Split":
             self.read_split(component)
         elif kind == "Digits":
             individual = component.get("individual_digits")
             self.splitters.append(compile_splitter(r"\p{N}" if individual else r"\p{N}+"))
-        elif kind == "ByteLevel" and not component.get("add_prefix_space"):
-            if component.get("use_regex", True):
-                self.splitters.append(compile_splitter(GPT2))
-        elif kind == "Metaspace" and component.get("replacement") == MARK:
+        elif kind == "ByteLevel" and (is_first or not component.get("add_prefix_space")):
+            self.read_byte_level(component)
+        elif kind == "Metaspace" and component.get("replacement") == MARK and is_first:
             self.read_metaspace(component)
         else:
-            stop(f"tokenizer.json: the pre-tokenizer {component} is not supported")
+            stop(f"tokenizer.json: the pre-tokenizer {component} is not supported here")
+
+    def read_byte_level(self, component):
+        self.is_byte_level = True
+        if component.get("add_prefix_space"):
+            self.prefix = Prefix.ALWAYS
+        if component.get("use_regex", True):
+            self.splitters.append(compile_splitter(GPT2))
 
     def read_split(self, component):
         pattern = component.get("pattern")
-        isolates_matches = component.get("behavior") == "Isolated" and not component.get("invert")
-        if not isolates_matches or not isinstance(pattern, dict):
+        behavior = component.get("behavior")
+        invert = bool(component.get("invert"))
+        if behavior not in Splitter.behaviors or not isinstance(pattern, dict):
             stop(f"tokenizer.json: the pre-tokenizer {component} is not supported")
         regex = pattern.get("Regex")
         literal = pattern.get("String")
         if isinstance(regex, str):
-            self.splitters.append(compile_splitter(regex))
+            self.splitters.append(compile_splitter(regex, behavior, invert))
         elif isinstance(literal, str):
-            self.splitters.append(re.compile(f"({re.escape(literal)})"))
+            expression = re.escape(literal)
+            self.splitters.append(Splitter(expression, behavior=behavior, invert=invert))
         else:
             stop(f"tokenizer.json: the pre-tokenizer {component} is not supported")
 
@@ -266,7 +310,21 @@ class BPEEngine:
             stop(f"tokenizer.json: the prepend_scheme {scheme!r} is not supported")
         self.prefix = Prefix(scheme)
         if component.get("split", True):
-            self.splitters.append(re.compile(f"({MARK}[^{MARK}]*)"))
+            self.splitters.append(Splitter(f"{MARK}[^{MARK}]*"))
+
+    def read_decoder(self, component):
+        """Read one component that decodes. What decode() does anyway needs only to be known."""
+        kind = component["type"]
+        replaced = component.get("pattern")
+        replacement = component.get("content")
+        if kind == "ByteLevel" and self.is_byte_level:
+            self.strips_prefix = False
+        elif kind == "Replace" and replaced == {"String": MARK} and replacement == " ":
+            self.strips_prefix = bool(self.strips_prefix)
+        elif kind == "Strip" and component == {**STRIP_ONE_SPACE, "type": kind}:
+            self.strips_prefix = True
+        elif kind not in ("ByteFallback", "Fuse", "Metaspace"):
+            stop(f"tokenizer.json: the decoder {component} is not supported")
 
     @property
     def identity(self):
@@ -289,33 +347,25 @@ class BPEEngine:
 
         plain changes nothing here, because this engine makes no special token of any text."""
         text = self.normalize(text)
+        if text and begins and self.needs_prefix(text):
+            text = " " + text
         if self.marks_spaces:
-            text = self.mark_spaces(text, begins)
+            text = text.replace(" ", MARK)
         words = [text]
         for splitter in self.splitters:
-            pieces = []
-            for word in words:
-                pieces += splitter.split(word)
-            words = [piece for piece in pieces if piece]
-        ids = []
-        for word in words:
-            if len(word) <= REMEMBERED_LENGTH:
-                ids += self.remembered(word)
-            else:
-                ids += self.encode_word(word)
-        return ids
+            words = list(chain.from_iterable(map(splitter.split, words)))
+        return list(chain.from_iterable(map(self.remembered.__getitem__, words)))
+
+    def needs_prefix(self, text):
+        """Whether a space is put in front of a text."""
+        if self.prefix is Prefix.NEVER:
+            return False
+        begins_with_space = text.startswith((" ", MARK) if self.marks_spaces else " ")
+        return self.prefix is Prefix.PREPEND or not begins_with_space
 
     def encode_batch(self, texts):
         """encode() of many texts."""
         return [self.encode(text) for text in texts]
-
-    def mark_spaces(self, text, begins):
-        """Write spaces as marks, with one in front of the text where the file says so."""
-        has_prefix = begins and self.prefix is not Prefix.NEVER
-        if self.prefix is not Prefix.PREPEND and text.startswith((" ", MARK)):
-            has_prefix = False
-        marked = text.replace(" ", MARK)
-        return MARK + marked if has_prefix else marked
 
     def encode_word(self, word):
         """Token ids of a word."""
@@ -348,21 +398,11 @@ class BPEEngine:
     def decode(self, ids, begins=True):
         """The text of ids. begins: they begin a text, whose space in front is left out."""
         pieces = [self.pieces.get(id, "") for id in ids]
-        data = bytearray()
-        if not self.marks_spaces:
-            for character in "".join(pieces):
-                if character in BYTES:
-                    data += BYTES[character]
-                else:
-                    data += character.encode()
-            return data.decode(errors="replace")
-        for piece in pieces:
-            if re.fullmatch("<0x[0-9A-F]{2}>", piece):
-                data.append(int(piece[3:5], 16))
-            else:
-                data += piece.replace(MARK, " ").encode()
-        text = data.decode(errors="replace")
-        if begins and self.prefix is not Prefix.NEVER:
+        if self.is_byte_level:
+            text = decode_spelled_bytes("".join(pieces))
+        else:
+            text = decode_byte_tokens(pieces)
+        if begins and self.strips_prefix:
             text = text.removeprefix(" ")
         return text
 
@@ -395,6 +435,34 @@ class BPEEngine:
             "eos_token": tokenizer.contents[tokenizer.eos_id],
         }
         write_json(config, path, "tokenizer_config.json")
+
+
+def decode_spelled_bytes(spelled):
+    """The text of bytes for which characters stand. Another character is taken as it is."""
+    data = bytearray()
+    for character in spelled:
+        data += BYTES.get(character) or character.encode()
+    return data.decode(errors="replace")
+
+
+def decode_byte_tokens(pieces):
+    """The pieces as one text, with spaces for marks, and bytes for <0x0A> and the like.
+
+    Where the bytes in a row are no UTF-8, each of them becomes U+FFFD, as in tokenizers."""
+    text = ""
+    data = bytearray()  # of the byte tokens in a row
+    for piece in [*pieces, ""]:
+        if BYTE_TOKEN.fullmatch(piece):
+            data.append(int(piece[3:5], 16))
+            continue
+        if data:
+            try:
+                text += data.decode()
+            except UnicodeDecodeError:
+                text += REPLACEMENT * len(data)
+            data.clear()
+        text += piece.replace(MARK, " ")
+    return text
 
 
 def merge_pairs(symbols, ranks):
