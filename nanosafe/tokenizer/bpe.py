@@ -479,14 +479,16 @@ def merge_pairs(symbols, ranks):
     following = [*range(1, end + 1), 0]  # the index of the next symbol
     preceding = list(range(-1, end))  # the index of the symbol before
     heap = []  # (rank, index of the left symbol, pair)
+    for i, pair in enumerate(zip(symbols, symbols[1:])):
+        if pair in ranks:
+            heap.append((ranks[pair], i, pair))
+    heapq.heapify(heap)
 
     def push_pair(i):
         pair = (symbols[i], symbols[following[i]])
         if pair in ranks:
             heapq.heappush(heap, (ranks[pair], i, pair))
 
-    for i in range(end):
-        push_pair(i)
     while heap:
         rank, i, pair = heapq.heappop(heap)
         j = following[i]
