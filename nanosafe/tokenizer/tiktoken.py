@@ -25,16 +25,14 @@ LLAMA3 = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 QWEN = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+LEAD = r"[^\r\n\p{L}\p{N}]?"
+CAPITALS = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
+LOWERCASE = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-LLAMA4 = "|".join(
-    [
-        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-        + CONTRACTION,
-        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-        + CONTRACTION,
-        r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-    ]
-)
+LOWERCASE_WORD = LEAD + CAPITALS + "*" + LOWERCASE + "+" + CONTRACTION
+CAPITALIZED_WORD = LEAD + CAPITALS + "+" + LOWERCASE + "*" + CONTRACTION
+NO_WORD = r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA4 = "|".join([LOWERCASE_WORD, CAPITALIZED_WORD, NO_WORD])
 
 
 def reserve(prefix, first, last):
