@@ -7,6 +7,7 @@ $ python sample.py --model=... --prompts=toy/prompts/test:20/-1        # a file 
 $ python sample.py --model=... --prompt="..." --best_of=8 --reward_model=out/demo/reward/model
 $ python sample.py --prompts=toy/prompts --num_samples=8 --reward_model=R --write=sft --out=F"""
 
+import json
 from collections import Counter
 from functools import partial
 from typing import NamedTuple
@@ -14,9 +15,9 @@ from typing import NamedTuple
 from configurator import configure
 from nanosafe.chat import Screen, catch_interrupt, chat
 from nanosafe.data import load
-from nanosafe.data.examples import parse_record
+from nanosafe.data.examples import Prompt, list_texts, make_input_fields, make_turns, read_prompt
 from nanosafe.errors import choose, one_line_errors, stop
-from nanosafe.inference import Policy, ScoreModel, choose_dtype
+from nanosafe.inference import Policy, choose_dtype, load_scorer
 from nanosafe.parallel import close, init
 from nanosafe.ranges import check_ranges
 from nanosafe.rollout import generate
@@ -26,12 +27,14 @@ from nanosafe.storage import write_jsonl
 model = "out/demo/ppo_lag/model"  # the policy's folder
 red = ""  # or two policies, both asked the same: this one's folder
 blue = ""  # and the other's
-reward_model = ""  # scores each answer's helpfulness; empty: none
-cost_model = ""  # scores each answer's harm, above 0 is unsafe; empty: none
+reward_model = ""  # scores each answer's helpfulness; or FILE.py:NAME, a function; empty: none
+cost_model = ""  # the same for harm, above 0 is unsafe; empty: none
 # what to ask
 prompt = ""  # what to ask; empty: prompts, or the keyboard
 prompts = ""  # a file with a prompt per line, a .jsonl, or a dataset: NAME[/SPLIT][:PROPORTION]
-template = True  # ask as in a conversation; false: go on with the prompt's own text
+system = ""  # what the system's turn says; empty: none
+template = "auto"  # chat template: auto (the model's own) | safe_rlhf | chatml | llama3 | FILE |
+# none: go on with the prompt's own text
 prefix = ""  # control tokens before the prompt: <|aligned|> for a model that was trained with them
 # how to answer
 max_new_tokens = 256  # longest answer
@@ -75,23 +78,32 @@ def check_knobs():
 
 
 def read_questions():
-    """What the knobs ask: a list of conversations, each a list of turns. [] for a chat."""
-    questions = [[prompt]] if prompt else []
+    """What the knobs ask: a list of Prompts; [] for a chat."""
+    texts = [prompt] if prompt else []
+    questions = []
     if prompts.endswith(".txt"):
         with one_line_errors(prompts), open(prompts, encoding="utf-8-sig") as f:
             lines = f.readlines()
-        questions += [[line.rstrip("\n")] for line in lines if line.strip()]
+        texts += [line.rstrip("\n") for line in lines if line.strip()]
     elif prompts:
         for row in load(prompts):
             try:
-                conversations, _ = parse_record(row, "prompts")
+                questions.append(read_prompt(row))
             except ValueError as error:
                 print(f"a row is left out: {error}")
-                continue
-            questions += conversations
+    questions = [Prompt(make_turns([text])) for text in texts] + questions
+    if system:
+        questions = [add_system_turn(question) for question in questions]
     if prompts and not questions:
         stop(f"prompts={prompts!r} has no prompt that can be asked")
     return questions
+
+
+def add_system_turn(question):
+    """A Prompt with the system's turn of the knobs, unless it has one of its own."""
+    if question.turns[0]["role"] == "system":
+        return question
+    return question._replace(turns=[{"role": "system", "content": system}, *question.turns])
 
 
 def parse_stop_texts():
@@ -102,6 +114,7 @@ def load_policies(world):
     """{colour: Policy}; a single policy has no colour."""
     folders = {"red": red, "blue": blue} if red else {"": model}
     sampling = {"seed": seed, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    sampling["template"] = template
     policies = {}
     for colour, folder in folders.items():
         policies[colour] = Policy(folder, world, max_new_tokens, "", dtype, **sampling)
@@ -109,22 +122,24 @@ def load_policies(world):
 
 
 def load_scorers(world):
-    """{"reward": ScoreModel, "cost": ScoreModel}, those of them that the knobs name."""
+    """{"reward": scorer, "cost": scorer}, those of them that the knobs name."""
     scorers = {}
     for name, folder in (("reward", reward_model), ("cost", cost_model)):
         if folder:
             scorer_dtype = choose_dtype(dtype, world)
-            scorers[name] = ScoreModel(folder, world, scorer_dtype, max_tokens, name)
+            scorers[name] = load_scorer(folder, world, scorer_dtype, max_tokens, name)
     return scorers
 
 
 # ---- answers ----
 
 
-def score(scorers, questions, answers, tok):
-    """{"reward": scores, "cost": scores} of answers (ids) to questions (ids)."""
-    texts = [question + ids for question, ids in zip(questions, answers)]
-    return {name: scorer.score(texts, tok) for name, scorer in scorers.items()}
+def score(scorers, prompts, questions, answers, tok):
+    """{"reward": scores, "cost": scores} of answers (ids) to prompts, whose ids are questions."""
+    scores = {}
+    for name, scorer in scorers.items():
+        scores[name] = scorer.score_answers(prompts, questions, answers, tok)
+    return scores
 
 
 def cut_at_stop_text(ids, tok, stop_texts):
@@ -135,7 +150,7 @@ def cut_at_stop_text(ids, tok, stop_texts):
     ends = [text.find(stop_text) for stop_text in stop_texts if stop_text in text]
     if not ends:
         return ids
-    return tok.encode_suffix(text[: min(ends)]) + [tok.eos_id]
+    return tok.encode_suffix(text[: min(ends)]) + [tok.end_of_turn_id]
 
 
 def was_cut(ids, tok):
@@ -175,24 +190,26 @@ def watch_tokens(tok, stop_texts, screen=None, interrupts=()):
     return on_token
 
 
-def fit_question(policy, turns):
-    """A conversation's ids, without its oldest turns where the model could not read them all."""
+def fit_question(policy, prompt):
+    """A Prompt's ids, without its oldest turns where the model could not read them all."""
     room = max(0, policy.model.config.max_position_embeddings - max_new_tokens)
-    question = policy.question(turns, template, prefix)
-    while len(question) > room and len(turns) > 2:
-        turns = turns[2:]
+    question = policy.question(prompt, prefix)
+    turns = list(prompt.turns)
+    first = 1 if turns[0]["role"] == "system" else 0
+    while len(question) > room and len(turns) > first + 2:
+        del turns[first : first + 2]
         print(f"[the oldest turn is left out: {room} tokens of questions fit]", flush=True)
-        question = policy.question(turns, template, prefix)
+        question = policy.question(prompt._replace(turns=turns), prefix)
     policy.check_length([question])
     return question
 
 
-def answer(policy, colour, scorers, stop_texts, turns, attempt):
-    """Print a policy's next words in a conversation, with their scores, and return them.
+def answer(policy, colour, scorers, stop_texts, asked, attempt):
+    """Print a policy's answer to a Prompt, with its scores, and return its text.
 
     A single answer is shown while it grows; of several (best_of), only the best one is shown."""
     tok = policy.tok
-    question = fit_question(policy, turns)
+    question = fit_question(policy, asked)
     questions = [question] * best_of
     label = f"{colour} ({policy.name}): " if colour else ""
     screen = Screen(colour, label, live=best_of == 1)
@@ -201,12 +218,12 @@ def answer(policy, colour, scorers, stop_texts, turns, attempt):
             policy.model,
             questions,
             max_new_tokens,
-            uids=[(len(turns), attempt, i) for i in range(best_of)],
+            uids=[(len(list_texts(asked.turns)), attempt, i) for i in range(best_of)],
             on_token=watch_tokens(tok, stop_texts, screen if best_of == 1 else None, interrupts),
             **policy.sampling,
         )
     answers = [cut_at_stop_text(ids, tok, stop_texts) for ids in answers]
-    scores = score(scorers, questions, answers, tok)
+    scores = score(scorers, [asked] * best_of, questions, answers, tok)
     best = scores["reward"].index(max(scores["reward"])) if best_of > 1 else 0
     ids = answers[best]
     text = tok.decode(ids)
@@ -230,7 +247,7 @@ class Samples(NamedTuple):
 
     Without keep_cut, the answers that were cut are not among them."""
 
-    turns: list
+    prompt: Prompt
     texts: list
     rewards: list = None
     costs: list = None
@@ -241,19 +258,21 @@ def sample_answers(policy, scorers, stop_texts, questions, left_out):
 
     left_out  a Counter of the answers that make no data: {why: how many}"""
     tok = policy.tok
+    asked = []  # of each answer
     encoded = []
     uids = []
-    for i, turns in enumerate(questions):
+    for i, question in enumerate(questions):
         for k in range(num_samples):
-            encoded.append(policy.question(turns, template, prefix))
+            asked.append(question)
+            encoded.append(policy.question(question, prefix))
             uids.append((i, k))
     options = {"on_token": watch_tokens(tok, stop_texts)} if stop_texts else {}
     answers = policy.answers(encoded, uids, **options)
     answers = [cut_at_stop_text(ids, tok, stop_texts) for ids in answers]
-    scores = score(scorers, encoded, answers, tok)
+    scores = score(scorers, asked, encoded, answers, tok)
     texts = [tok.decode(ids) for ids in answers]
     samples = []
-    for i, turns in enumerate(questions):
+    for i, question in enumerate(questions):
         kept = []
         for k in range(i * num_samples, (i + 1) * num_samples):
             if keep_cut or not was_cut(answers[k], tok):
@@ -262,21 +281,21 @@ def sample_answers(policy, scorers, stop_texts, questions, left_out):
         kept_scores = {name: [values[k] for k in kept] for name, values in scores.items()}
         kept_texts = [texts[k] for k in kept]
         samples.append(
-            Samples(turns, kept_texts, kept_scores.get("reward"), kept_scores.get("cost"))
+            Samples(question, kept_texts, kept_scores.get("reward"), kept_scores.get("cost"))
         )
     return samples
 
 
 def make_rows(samples, left_out):
     """The rows that the answers to one prompt make, in the form that `write` names."""
-    prompt_field = {"input": samples.turns[0] if len(samples.turns) == 1 else samples.turns}
+    prompt_fields = make_input_fields(samples.prompt)
     if write == "answers":
         rows = keep_all(samples, left_out)
     elif write == "sft":
         rows = keep_best(samples, left_out)
     else:
         rows = pair_best_and_worst(samples, left_out)
-    return [{**prompt_field, **row} for row in rows]
+    return [{**prompt_fields, **row} for row in rows]
 
 
 def keep_all(samples, left_out):
@@ -361,7 +380,7 @@ policies = load_policies(world)
 scorers = load_scorers(world)
 stop_texts = parse_stop_texts()
 questions = read_questions()
-speakers = []  # functions of a conversation's turns and the number of the attempt
+speakers = []  # functions of a Prompt and the number of the attempt
 for colour, policy in policies.items():
     speakers.append(partial(answer, policy, colour, scorers, stop_texts))
 
@@ -373,11 +392,14 @@ if out:
     close()
 elif questions:
     attempts = Counter()  # question -> answers until now; one that is asked twice goes on counting
-    for turns in questions:
-        print(f"\n> {turns[-1]}", flush=True)
+    for question in questions:
+        print(f"\n> {question.turns[-1]['content']}", flush=True)
+        key = json.dumps(question)
         for _ in range(num_samples):
             for speaker in speakers:
-                speaker(turns, attempts[tuple(turns)])
-            attempts[tuple(turns)] += 1
+                speaker(question, attempts[key])
+            attempts[key] += 1
 else:
-    chat(speakers)
+    for policy in policies.values():
+        print(f"{policy.name}: {policy.describe_template()}", flush=True)
+    chat(speakers, system)

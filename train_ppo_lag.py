@@ -33,10 +33,13 @@ from nanosafe.data.batching import (
     plan_micro_batches,
     shuffled_order,
 )
-from nanosafe.data.template import retokenize
 from nanosafe.errors import choose, stop
 from nanosafe.inference import (
     Responses,
+    ScoreFunction,
+    check_prompts,
+    check_scorer,
+    encode_answered,
     last_token_scores,
     response_logps,
     response_values,
@@ -62,6 +65,7 @@ from nanosafe.rl import (
     shaped_rewards,
 )
 from nanosafe.rollout import hash64, sample_all
+from nanosafe.storage import names_function
 from nanosafe.tokenizer import load as load_tokenizer
 
 # run
@@ -70,10 +74,11 @@ resume = False  # continue the run in out_dir exactly where its last state was s
 seed = 0  # of the prompts' order and of the samples
 # models
 actor_model = "out/demo/sft/model"  # the policy to start from, and the reference to stay near to
-reward_model = "out/demo/reward/model"  # scores helpfulness
-cost_model = "out/demo/cost/model"  # scores harm, above 0 is unsafe; empty: plain PPO
-reward_critic = ""  # where the reward critic starts; empty: from the reward model
-cost_critic = ""  # where the cost critic starts; empty: from the cost model
+reward_model = "out/demo/reward/model"  # scores helpfulness; or FILE.py:NAME, a function
+cost_model = "out/demo/cost/model"  # the same for harm, above 0 is unsafe; empty: plain PPO
+reward_critic = ""  # where the reward critic starts; empty: from the reward model, or the actor
+cost_critic = ""  # where the cost critic starts; empty: from the cost model, or the actor
+template = "auto"  # chat template: auto (the actor's own) | safe_rlhf | chatml | llama3 | FILE
 normalize_reward = False  # use (score - mean) / std with the moments in the reward model's config
 normalize_cost = False  # use score / std with the moments in the cost model's config
 # data
@@ -187,12 +192,10 @@ reward_bound = reward_clip or math.inf
 log_temperature = temperature or 1.0  # greedy responses get the model's own log-probabilities
 
 # data
-tok = load_tokenizer(actor_model)
-reward_tok = load_tokenizer(reward_model)
-cost_tok = load_tokenizer(cost_model) if cost_model else None
-checkpoint.check_score_model(reward_model, "reward")
+tok = load_tokenizer(actor_model, template)
+check_scorer(reward_model, "reward")
 if cost_model:
-    checkpoint.check_score_model(cost_model, "cost")
+    check_scorer(cost_model, "cost")
 check_fits([max_len], max_tokens)
 prompt_data = tokenize(prompts, tok, "prompts", max_len - 1)
 ptx = tokenize(ptx_data, tok, "sft", max_len, max_tokens) if ptx_data else None
@@ -201,9 +204,11 @@ ptx = tokenize(ptx_data, tok, "sft", max_len, max_tokens) if ptx_data else None
 has_critics = advantage == "gae"
 critic_folders = {}
 if has_critics:
-    critic_folders["reward_critic"] = reward_critic or reward_model
+    start = actor_model if names_function(reward_model) else reward_model
+    critic_folders["reward_critic"] = reward_critic or start
 if has_critics and cost_model:
-    critic_folders["cost_critic"] = cost_critic or cost_model
+    start = actor_model if names_function(cost_model) else cost_model
+    critic_folders["cost_critic"] = cost_critic or start
 for name, folder in critic_folders.items():
     if load_tokenizer(folder).fingerprint != tok.fingerprint:
         stop(
@@ -223,6 +228,10 @@ placements = choose_placements(
 
 
 def load_frozen(folder, head, score_type=None, normalizes=False):
+    if names_function(folder):
+        if normalizes:
+            stop(f"{folder!r} is a function: it has no moments to normalize its scores by")
+        return ScoreFunction(folder, world)
     model = checkpoint.load(folder, head, placement=placements.frozen, score_type=score_type)
     if normalizes and model.config.var[0] <= 0:
         stop(f"{folder!r} states var={model.config.var[0]}: normalised scores are divided by it")
@@ -234,8 +243,15 @@ def load_trained(folder, head, score_type=None):
     return checkpoint.load(folder, head, placement=placements.trained, score_type=score_type)
 
 
+def load_words(path):
+    """A score model's tokenizer, with its own chat template; None of a function or of no model."""
+    return load_tokenizer(path) if path and not names_function(path) else None
+
+
 # From here on these names are the models, no longer their folders.
 ref = load_frozen(actor_model, "lm")
+reward_tok = load_words(reward_model)
+cost_tok = load_words(cost_model)
 reward_model = load_frozen(reward_model, "score", "reward", normalize_reward)
 if cost_model:
     cost_model = load_frozen(cost_model, "score", "cost", normalize_cost)
@@ -250,10 +266,15 @@ cost_critic = models.get("cost_critic")
 average = load_trained(actor_model, "lm") if ema else None
 if average:
     models["model_ema"] = average  # saved with the others; no optimizer moves it
-all_models = {**models, "reward_model": reward_model}
-if cost_model:
-    all_models["cost_model"] = cost_model
-warn_beyond_positions(all_models, max_len, f"max_len={max_len}")
+readers = dict(models)  # of up to max_len tokens
+if reward_tok:
+    readers["reward_model"] = reward_model
+if cost_tok:
+    readers["cost_model"] = cost_model
+warn_beyond_positions(readers, max_len, f"max_len={max_len}")
+for model_tok in (reward_tok, cost_tok):
+    if model_tok and model_tok.identity != tok.identity:
+        check_prompts(prompt_data, model_tok)
 
 # the run
 multiplier = LagrangeMultiplier(lambda_init, lambda_lr, lambda_max, cost_window, lambda_delay)
@@ -290,11 +311,18 @@ print_once(
 )
 
 
-def score_responses(model, model_tok, responses):
-    """A reward or cost model's scores of all responses (B,), in the tokens that it knows."""
-    ids = responses.ids
-    if model_tok.fingerprint != tok.fingerprint:
-        ids = [retokenize(sequence, tok, model_tok) for sequence in ids]
+def score_answers(model, model_tok, asked, questions, answers):
+    """A reward or cost model's scores of all responses (B,), in the words that it was trained on.
+
+    model_tok           its tokenizer; None if the model is a function
+    asked               the Prompt of each response
+    questions, answers  token ids of the prompts and of the responses"""
+    if model_tok is None:
+        scores = model.score_answers(asked, questions, answers, tok)
+        return torch.tensor(scores, device=world.device)
+    ids = []
+    for conversation in zip(asked, questions, answers):
+        ids.append(encode_answered(*conversation, tok, model_tok))
     return last_token_scores(model, ids, max_tokens, world)
 
 
@@ -325,12 +353,13 @@ while step < steps:
     # 1. prompts: the same on every rank
     # A response's randomness is that of its uid: the prompt, and which of its responses it is. A
     # rollout can hold a prompt twice, as at an epoch's border: its responses are counted through.
-    uids, questions = [], []
+    uids, asked, questions = [], [], []
     sampled = Counter()  # prompt -> how many responses to it the rollout has so far
     for example in examples_at(rollout, len(prompt_data), rollout_size, seed):
         for _ in range(num_samples):
             uids.append((example, sampled[example]))
             sampled[example] += 1
+            asked.append(prompt_data.prompt(example))
             questions.append(prompt_data.sequence(example)[0].tolist())
     limits = [min(max_new_tokens, max_len - len(question)) for question in questions]
 
@@ -376,7 +405,7 @@ while step < steps:
     }
 
     # 4a. rewards: of responses, then of every token, and by how much they beat the critic's values
-    reward_scores = score_responses(reward_model, reward_tok, responses)  # (B,)
+    reward_scores = score_answers(reward_model, reward_tok, asked, questions, answers)  # (B,)
     if not reward_scores.isfinite().all():
         monitor.say(f"step {step}: the reward model gives some responses a non-finite score")
     scaled_scores = scale_rewards(reward_scores, moments, reward_scaling, reward_bound)
@@ -403,7 +432,7 @@ while step < steps:
 
     # 4b. costs: the same stream, with the other sign of the KL penalty
     if cost_model:
-        cost_scores = score_responses(cost_model, cost_tok, responses)
+        cost_scores = score_answers(cost_model, cost_tok, asked, questions, answers)
         if not cost_scores.isfinite().all():
             monitor.say(f"step {step}: the cost model gives some responses a non-finite score")
         token_costs = shaped_costs(

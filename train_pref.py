@@ -51,6 +51,7 @@ resume = False  # continue the run in out_dir exactly where its last state was s
 seed = 0  # of the data order, of a new score head, and of samples
 # model
 init_from = "out/demo/sft/model"  # a policy, which gets a new head to score, or a score model
+template = "auto"  # chat template: auto (the model's own) | safe_rlhf | chatml | llama3 | FILE
 # data
 data = "toy/pairs"  # pairs: NAME[/SPLIT][:PROPORTION[:PATH]] or a .jsonl, comma separated
 eval_data = "toy/reward/test"  # the same, held out; empty: none
@@ -116,7 +117,7 @@ gives_scores = objective in ("reward", "cost")
 compares_with_reference = objective in ("dpo", "ipo") and not reference_free
 world = init(device, config)
 resume = run_state.open_run_folder(config)
-tok = load_tokenizer(init_from)
+tok = load_tokenizer(init_from, template)
 train = tokenize(data, tok, TASK_OF_OBJECTIVE[objective], max_len, max_tokens)
 held_out = None
 if eval_data:

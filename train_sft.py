@@ -35,6 +35,7 @@ seed = 0  # of the data order, and of the weights when init_from is scratch
 # model
 init_from = "scratch"  # a model folder, or scratch
 tokenizer = "out/demo/tokenizer"  # its folder, when from scratch; else init_from's is taken
+template = "auto"  # chat template: auto (the model's own) | safe_rlhf | chatml | llama3 | FILE
 hidden_size = 128  # from scratch only: width D
 intermediate_size = 352  # from scratch only: width of the MLP
 num_hidden_layers = 4  # from scratch only: blocks
@@ -82,7 +83,7 @@ check_sinks(log_to)
 world = init(device, config)
 resume = run_state.open_run_folder(config)
 from_scratch = init_from == "scratch"
-tok = load_tokenizer(tokenizer if from_scratch else init_from)
+tok = load_tokenizer(tokenizer if from_scratch else init_from, template)
 train = tokenize(data, tok, "sft", max_len, max_tokens)
 held_out = tokenize(eval_data, tok, "sft", max_len, max_tokens) if eval_data else None
 if held_out:

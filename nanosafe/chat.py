@@ -9,7 +9,10 @@ import time
 from contextlib import contextmanager, suppress
 from unicodedata import combining, east_asian_width
 
+from nanosafe.data.examples import Prompt, make_turns
+
 HELP = """\
+/system TEXT  a new conversation, with this as the system's turn; without TEXT, with none
 /regenerate   another answer to the last question
 /reset        a new conversation; so does an empty line
 /clear        a new conversation on an empty screen
@@ -125,11 +128,12 @@ def read_line():
         return "/quit"
 
 
-def chat(speakers):
+def chat(speakers, system=""):
     """Read questions and commands until the input ends; every speaker answers each question.
 
-    speakers  a list of functions speaker(turns, attempt), each of which prints and returns its
-              answer to turns, a conversation of its own; attempt counts the /regenerate"""
+    speakers  a list of functions speaker(prompt, attempt), each of which prints and returns its
+              answer to a Prompt, a conversation of its own; attempt counts the /regenerate
+    system    what the system's turn says; "" for none"""
     with suppress(ImportError):
         import readline  # noqa: F401 - arrow keys, where the system has them
     sys.stdin.reconfigure(encoding="utf-8", errors="replace")
@@ -142,7 +146,9 @@ def chat(speakers):
         if command in ("/quit", "/exit"):
             print("\nBye.", flush=True)
             return
-        if command in ("/reset", "/clear") or not line:
+        if command in ("/reset", "/clear", "/system") or not line:
+            if command == "/system":
+                system = line[len(command) :].strip()
             histories = [[] for _ in speakers]
             if command == "/clear" and sys.stdout.isatty():
                 print(CLEAR_SCREEN, end="")
@@ -152,23 +158,25 @@ def chat(speakers):
         elif command == "/regenerate":
             if histories[0]:
                 attempt += 1
-                histories = [turns[:-1] for turns in histories]
-                histories = answer_all(speakers, histories, attempt)
+                histories = [texts[:-1] for texts in histories]
+                histories = answer_all(speakers, histories, attempt, system)
             else:
                 print("there is no answer yet to give again", flush=True)
         elif command:
             print(f"{command} is not a command:\n{HELP}", flush=True)
         else:
             attempt = 0
-            histories = [[*turns, line] for turns in histories]
-            histories = answer_all(speakers, histories, attempt)
+            histories = [[*texts, line] for texts in histories]
+            histories = answer_all(speakers, histories, attempt, system)
 
 
-def answer_all(speakers, histories, attempt):
-    """The histories with each speaker's answer; empty ones where an answer was broken off."""
+def answer_all(speakers, histories, attempt, system):
+    """The histories with each speaker's answer; empty ones where an answer was broken off.
+
+    A history is the texts of a conversation, the user's first."""
     try:
-        for speaker, turns in zip(speakers, histories):
-            turns.append(speaker(list(turns), attempt))
+        for speaker, texts in zip(speakers, histories):
+            texts.append(speaker(Prompt(make_turns(texts, system)), attempt))
     except (KeyboardInterrupt, SystemExit) as error:  # a second Ctrl-C, or a text that is too long
         print(f"\n{error or 'stopped'} (a new conversation)", flush=True)
         return [[] for _ in speakers]

@@ -4,6 +4,7 @@ and answers to prompts.
 Shapes: B or n sequences, R response positions."""
 
 import hashlib
+import math
 import os
 import sys
 from typing import NamedTuple
@@ -20,12 +21,11 @@ from nanosafe.data.batching import (
     plan_micro_batches,
     sum_per_sequence,
 )
-from nanosafe.data.template import encode_conversation, retokenize
 from nanosafe.errors import choose, stop
 from nanosafe.parallel import all_reduce_sum, any_rank
 from nanosafe.printing import print_once
 from nanosafe.rollout import sample_all
-from nanosafe.storage import atomic_write
+from nanosafe.storage import atomic_write, load_function, names_function
 from nanosafe.tokenizer.special_tokens import control_token_ids
 
 # ---- a rollout's responses, token by token ----
@@ -87,6 +87,35 @@ def last_token_scores(model, sequences, max_tokens, world):
         batch = collate([sequences[i] for i in rows], no_targets, world.device)
         out[rows] = last_of_each(model.scores(batch), batch)[: len(rows)]
     return all_reduce_sum(out)
+
+
+def check_prompts(dataset, target):
+    """Stop if a tokenizer's template refuses one of the prompts of a Dataset."""
+    for i in range(len(dataset)):
+        prompt = dataset.prompt(i)
+        try:
+            target.conversation(prompt.turns, **prompt.options)
+        except ValueError as error:
+            stop(f"{target.file!r}: the prompt on line {dataset.lines[i]}: {error}")
+
+
+def encode_answered(prompt, question, answer, source, target):
+    """The ids of a conversation, in the words of the model that reads it.
+
+    prompt    the Prompt
+    question  its ids as another model was asked them, and
+    answer    the ids of the answer, both of that model's tokenizer `source`
+    target    the reader's tokenizer
+
+    Where the two have the same tokens and the same template, these are the ids as they are.
+    Otherwise the conversation is rendered anew; an answer that was cut before its end of turn is
+    not ended then either. Raises ValueError where the template refuses the turns."""
+    if source.identity == target.identity:
+        return question + answer
+    turns = [*prompt.turns, {"role": "assistant", "content": source.decode(answer)}]
+    if answer[-1] in source.eos_ids:
+        return target.finished_conversation(turns, **prompt.options).ids
+    return target.conversation(turns, reply=True, **prompt.options).ids
 
 
 # ---- a reference's log-probabilities, and the distance from it ----
@@ -226,8 +255,10 @@ class Policy:
         temperature,
         top_k=0,
         top_p=1.0,
+        template="auto",
     ):
-        """seed, temperature, top_k, top_p: as for rollout.generate()."""
+        """seed, temperature, top_k, top_p: as for rollout.generate(); template: as for
+        tokenizer.load(), or "none", to go on with the questions' own text."""
         if not (0 <= temperature < 1e9 and 0 < top_p <= 1 and top_k >= 0 and max_new_tokens > 0):
             stop(
                 f"temperature={temperature} and top_k={top_k} are 0 or more, top_p={top_p} is "
@@ -237,7 +268,8 @@ class Policy:
         self.name = name or name_of_folder(path)
         self.world = world
         self.max_new_tokens = max_new_tokens
-        self.tok = tokenizer.load(path)
+        self.has_template = template != "none"
+        self.tok = tokenizer.load(path, template if self.has_template else "auto")
         self.model = checkpoint.load(
             path, "lm", choose_dtype(dtype, world), world.device, vocab_size=self.tok.vocab_size
         )
@@ -252,17 +284,26 @@ class Policy:
             "name": repr(path),
         }
 
-    def question(self, turns, template=True, prefix=""):
-        """The ids of a prompt, after which the next answer of a conversation is sampled.
+    def describe_template(self):
+        """A few words on what conversations are written in."""
+        return f"chat template of {self.tok.template.origin}" if self.has_template else "plain text"
 
-        template  False: go on with the turns' own text
-        prefix    text before it, which may name control tokens"""
-        begin = self.tok.encode("", bos=True)
-        if template:
-            ids = encode_conversation(turns, self.tok)[0]
+    def question(self, prompt, prefix=""):
+        """The ids of a Prompt, after which the next answer of a conversation is sampled.
+
+        Without a template, the turns' texts follow each other.
+
+        prefix  text before it, which may name control tokens"""
+        if self.has_template:
+            try:
+                ids = self.tok.conversation(prompt.turns, **prompt.options).ids
+            except ValueError as error:
+                stop(f"{self.path!r}: {error}")
         else:
-            ids = begin + self.tok.encode_suffix("".join(turns))
-        return begin + self.tok.encode(prefix) + ids[len(begin) :]
+            text = "".join(turn["content"] for turn in prompt.turns)
+            ids = self.tok.encode("", bos=True) + self.tok.encode_suffix(text)
+        begin = 1 if ids[:1] == [self.tok.bos_id] else 0
+        return ids[:begin] + self.tok.encode(prefix) + ids[begin:]
 
     def check_length(self, questions):
         """Say once if questions (ids) and answers may be longer than the model was made for."""
@@ -288,16 +329,67 @@ class Policy:
             )
 
 
+def check_scorer(path, score_type):
+    """Stop unless a path names a score model of this type, or a function."""
+    if names_function(path):
+        load_function(path)
+    else:
+        checkpoint.check_score_model(path, score_type)
+
+
+def load_scorer(path, world, dtype, max_tokens, score_type):
+    """What scores answers: the ScoreModel of a folder, or the ScoreFunction of FILE.py:NAME."""
+    if names_function(path):
+        return ScoreFunction(path, world)
+    return ScoreModel(path, world, dtype, max_tokens, score_type)
+
+
+class ScoreFunction:
+    """A reward or a cost that a Python function computes from texts, FILE.py:NAME.
+
+    The function takes a list of conversations, each a list of turns {"role", "content"} that ends
+    with the answer, and returns a list with a number for each."""
+
+    def __init__(self, path, world):
+        self.path = path
+        self.world = world
+        self.function = load_function(path)
+
+    def score_answers(self, prompts, questions, answers, source):
+        """As ScoreModel.score_answers(). Each rank calls the function for its share."""
+        rank, ranks = self.world.rank, self.world.size
+        conversations = []
+        for prompt, answer in zip(prompts[rank::ranks], answers[rank::ranks]):
+            turn = {"role": "assistant", "content": source.decode(answer)}
+            conversations.append([*prompt.turns, turn])
+        scores = torch.zeros(len(answers), device=self.world.device)
+        scores[rank::ranks] = torch.tensor(self(conversations), device=self.world.device)
+        return all_reduce_sum(scores).tolist()
+
+    def __call__(self, conversations):
+        """The function's numbers for conversations, as floats."""
+        if not conversations:
+            return []
+        scores = [float(score) for score in self.function(conversations)]
+        if len(scores) != len(conversations) or not all(map(math.isfinite, scores)):
+            stop(
+                f"{self.path!r} returned {len(scores)} numbers for {len(conversations)} "
+                "conversations, or some that are not finite: it must return one for each"
+            )
+        return scores
+
+
 class ScoreModel:
     """A reward or cost model's folder, which scores texts or token ids at their ends.
 
-    score_type  "reward" or "cost": the folder must not state another; None: what it states"""
+    score_type  "reward" or "cost": the folder must not state another; None: what it states
+    template    as of tokenizer.load()"""
 
-    def __init__(self, path, world, dtype=None, max_tokens=8192, score_type=None):
+    def __init__(self, path, world, dtype=None, max_tokens=8192, score_type=None, template="auto"):
         self.path = path
         self.world = world
         self.max_tokens = max_tokens
-        self.tok = tokenizer.load(path)
+        self.tok = tokenizer.load(path, template)
         checkpoint.check_score_model(path, score_type)
         self.model = checkpoint.load(
             path,
@@ -316,13 +408,23 @@ class ScoreModel:
             ids.append(self.tok.encode(text, bos=True, eos=True, allow_special=False))
         return self.score(ids)
 
+    def score_answers(self, prompts, questions, answers, source):
+        """The scores of answers to Prompts, on every rank, in this model's own words.
+
+        questions, answers  lists of ids of the tokenizer `source`, as of encode_answered()"""
+        ids = []
+        for asked in zip(prompts, questions, answers):
+            try:
+                ids.append(encode_answered(*asked, source, self.tok))
+            except ValueError as error:
+                stop(f"{self.path!r}: {error}")
+        return self.score(ids)
+
     @torch.no_grad()
-    def score(self, ids, source=None):
-        """The scores of lists of ids, which are of the tokenizer `source`, on every rank.
+    def score(self, ids):
+        """The scores of lists of ids, on every rank.
 
         The plan is made for one rank, so that the scores do not depend on the number of ranks."""
-        if source and source.fingerprint != self.tok.fingerprint:
-            ids = [retokenize(sequence, source, self.tok).tolist() for sequence in ids]
         lengths = [len(sequence) for sequence in ids]
         if not self.warned:
             models = {repr(self.path): self.model}

@@ -185,6 +185,20 @@ def find_corrupt_file(folder, part=0, parts=1, may_be_replaced=False):
     return ""
 
 
+def names_function(text):
+    """Whether a text is FILE.py:NAME, a function of the user's own."""
+    return ".py:" in text
+
+
+def load_function(text):
+    """The function that FILE.py:NAME names."""
+    path, _, name = text.rpartition(":")
+    function = getattr(load_python_file(path), name, None)
+    if not callable(function):
+        stop(f"{path!r} has no function {name!r}")
+    return function
+
+
 def load_python_file(path):
     """Execute a Python file of the user's own, and return it as a module."""
     if not os.path.isfile(path):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from launcher import Launcher
 
+from nanosafe.data.examples import make_turns
 from nanosafe.storage import load_python_file
 from nanosafe.tools.toy_world import make_world, rows_of, same_state, small_config, trainer_flags
 
@@ -29,6 +30,14 @@ LONG_FILES = ("test_readme", "test_reliability", "test_train", "test_methods", "
 def pytest_collection_modifyitems(items):
     """The long files first, so that two processes end together."""
     items.sort(key=lambda item: not item.path.stem.startswith(LONG_FILES))
+
+
+def encode_texts(texts, tok):
+    """The ids and the loss mask of a conversation's texts, the user's first."""
+    turns = make_turns(texts)
+    if len(texts) % 2 == 0:
+        return tok.finished_conversation(turns)
+    return tok.conversation(turns)
 
 
 @pytest.fixture(scope="session", autouse=True)

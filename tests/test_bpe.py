@@ -203,10 +203,9 @@ def test_a_special_token_is_never_made_of_text(tmp_path):
 
 @pytest.mark.parametrize("key", [True, False], ids=["as a key", "as a file"])
 @pytest.mark.parametrize("kind", ["byte-level", "sentencepiece"])
-def test_the_chat_template_of_the_base_folder_is_not_exported(
-    kind, key, families, world, tmp_path, capsys
+def test_the_chat_template_of_the_base_folder_is_exported_in_one_place(
+    kind, key, families, world, tmp_path
 ):
-    """nanosafe trains in another template, so that others would ask the model in a wrong one."""
     source = families["qwen2"].folder if kind == "byte-level" else world / "tokenizer"
     base, exported = tmp_path / "base", tmp_path / "exported"
     shutil.copytree(source, base)
@@ -219,8 +218,7 @@ def test_the_chat_template_of_the_base_folder_is_not_exported(
     ours.save(exported)
     ours.save(exported)
     assert not (exported / "chat_template.jinja").exists()
-    assert "chat_template" not in read_json(exported, "tokenizer_config.json")
-    assert capsys.readouterr().out.count("its chat template is not written") == 1
+    assert read_json(exported, "tokenizer_config.json")["chat_template"] == "{{ x }}"
     again = tokenizer.load(exported)
     assert again.fingerprint == ours.fingerprint
     for name, value in config.items():

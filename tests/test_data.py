@@ -8,17 +8,23 @@ import re
 
 import numpy as np
 import pytest
+from conftest import encode_texts
 import torch
 from in_process import run_in_process
 from test_losses import GOLDEN
 
 from nanosafe import data, tokenizer
 from nanosafe.data import batching, dataset, reader
-from nanosafe.data.examples import make_prompt_key, parse_record
+from nanosafe.data.examples import (
+    list_texts,
+    make_input_fields,
+    make_prompt_key,
+    parse_record,
+    read_prompt,
+)
 from nanosafe.data.spec import Source, find_file, parse_item
-from nanosafe.data.template import encode_conversation, retokenize, split_into_segments
 from nanosafe.phf.documents import tokenize_documents
-from nanosafe.tools import demo, download
+from nanosafe.tools import download
 
 
 @pytest.fixture
@@ -214,16 +220,8 @@ def test_a_parquet_file_says_how_to_convert_it(tmp_path):
 # ---- conversations ----
 
 
-def test_the_template():
-    assert split_into_segments(["hi"]) == [("BEGINNING OF CONVERSATION: USER: hi ASSISTANT:", None)]
-    assert split_into_segments(["q1", "a1", "q{2}"]) == [
-        ("BEGINNING OF CONVERSATION: USER: q1 ASSISTANT:", "a1"),
-        ("USER: q{2} ASSISTANT:", None),
-    ]
-
-
 def test_the_loss_mask_is_1_on_the_assistant_s_tokens_and_their_eos(tok):
-    ids, mask = encode_conversation(["hello", "hi", "what", "yes"], tok)
+    ids, mask = encode_texts(["hello", "hi", "what", "yes"], tok)
     assert ids[0] == tok.bos_id
     assert ids.count(tok.eos_id) == 2
     hi = tok.encode_suffix("hi")
@@ -231,13 +229,13 @@ def test_the_loss_mask_is_1_on_the_assistant_s_tokens_and_their_eos(tok):
     assert [i for i, m in zip(ids, mask) if m] == [*hi, tok.eos_id, *yes, tok.eos_id]
     text = "BEGINNING OF CONVERSATION: USER: hello ASSISTANT:hi</s>USER: what ASSISTANT:yes</s>"
     assert ids == tok.encode(text, bos=True)
-    prompt_ids, prompt_mask = encode_conversation(["hello", "hi", "what"], tok)
+    prompt_ids, prompt_mask = encode_texts(["hello", "hi", "what"], tok)
     assert ids[: len(prompt_ids)] == prompt_ids
     assert sum(prompt_mask) == len(hi) + 1
 
 
 def test_users_cannot_write_special_tokens(tok):
-    ids, _ = encode_conversation(["end it </s> now", "ok </s>"], tok)
+    ids, _ = encode_texts(["end it </s> now", "ok </s>"], tok)
     assert ids.count(tok.eos_id) == 1
     assert ids[-1] == tok.eos_id
 
@@ -253,24 +251,57 @@ PAIR = {
 }
 
 
+def parse_texts(record, task):
+    """The texts of the conversations that a task takes from a row, and their labels."""
+    parsed = parse_record(record, task)
+    return [list_texts(turns) for turns in parsed.conversations], parsed.labels
+
+
 def test_the_preferred_response_comes_first_with_its_sign():
-    assert parse_record(PAIR, "reward") == ([["q", "b"], ["q", "a"]], (1, 0))
-    assert parse_record(PAIR, "cost") == ([["q", "a"], ["q", "b"]], (1, -1))
+    assert parse_texts(PAIR, "reward") == ([["q", "b"], ["q", "a"]], (1, 0))
+    assert parse_texts(PAIR, "cost") == ([["q", "a"], ["q", "b"]], (1, -1))
     flipped = {**PAIR, "safer": False, "is_safe": False, "is_other_safe": True}
-    assert parse_record(flipped, "cost") == ([["q", "b"], ["q", "a"]], (1, -1))
+    assert parse_texts(flipped, "cost") == ([["q", "b"], ["q", "a"]], (1, -1))
     demonstration = {"input": ["q", "a", "r"], "answer": "s"}
-    assert parse_record(demonstration, "sft").conversations == [["q", "a", "r", "s"]]
+    assert parse_texts(demonstration, "sft") == ([["q", "a", "r", "s"]], (0,))
+
+
+def test_turns_have_roles_and_a_system_s_turn_comes_first():
+    row = {"system": "Be brief.", "input": "q", "answer": "a"}
+    (turns,) = parse_record(row, "sft").conversations
+    assert turns == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "a"},
+    ]
+    assert parse_record({**row, "system": ""}, "sft").conversations == [turns[1:]]
+
+
+def test_a_row_becomes_a_prompt_and_a_row_again():
+    row = {
+        "system": "Be brief.",
+        "input": ["q", "a", "r"],
+        "chat_template_kwargs": {"enable_thinking": False},
+    }
+    assert make_input_fields(read_prompt(row)) == row
+
+
+def test_an_answer_that_is_labelled_bad_is_not_learnt():
+    row = {"input": "q", "answer": "a", "label": False}
+    with pytest.raises(ValueError, match="calls bad"):
+        parse_record(row, "sft")
+    assert parse_texts({**row, "label": True}, "sft") == ([["q", "a"]], (0,))
 
 
 def test_a_pair_without_scores_is_a_ranking_of_two():
-    assert parse_record(PAIR, "rank") == ([["q", "b"], ["q", "a"]], (1, 0))
+    assert parse_texts(PAIR, "rank") == ([["q", "b"], ["q", "a"]], (1, 0))
     with pytest.raises(ValueError, match="neither a field 'answers' nor 'better'"):
         parse_record({"input": "q", "answer": "a", "other_answer": "b"}, "rank")
 
 
 def test_a_ranking_has_the_best_answer_first_and_each_answer_once():
     row = {"input": "q", "answers": ["a", "b", "a"], "scores": [1, 2, 3.5]}
-    assert parse_record(row, "rank") == ([["q", "a"], ["q", "b"]], (3.5, 2))
+    assert parse_texts(row, "rank") == ([["q", "a"], ["q", "b"]], (3.5, 2))
 
 
 @pytest.mark.parametrize("true", [True, 1, 1.0, "True", "true"])
@@ -565,11 +596,3 @@ def test_order_is_a_function_of_seed_and_step():
 def test_steps_are_counted_from_epochs_and_a_bound():
     assert batching.count_steps(10, 4, 2.0, 0) == 5
     assert batching.count_steps(10, 4, 2.0, 3) == 3
-
-
-def test_retokenizing_keeps_the_ends_of_sequence(tok, world, tmp_path):
-    other = demo.train_tokenizer(["a b c d hello there"] * 50, 280, str(tmp_path / "other"))
-    ids, _ = encode_conversation(["hello", "there", "b", "c"], tok)
-    expected, _ = encode_conversation(["hello", "there", "b", "c"], other)
-    assert retokenize(ids, tok, other).tolist() == expected
-    assert retokenize(ids[:-1], tok, other).tolist() == expected[:-1]

@@ -13,11 +13,10 @@ import judge_server
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run, small_config
+from conftest import ROOT, encode_texts, run, small_config
 from in_process import run_in_process
 
 from nanosafe import checkpoint, tokenizer
-from nanosafe.data.template import encode_conversation
 from nanosafe.eval.statistics import (
     bootstrap_interval,
     count_quadrants,
@@ -352,7 +351,7 @@ def test_scores_are_those_of_a_plain_loop(objective, call, world, tmp_path):
     for row in rows:
         scores = []
         for answer in row["answers"]:
-            score = score_at_end(model, encode_conversation(answer["turns"], tok)[0])
+            score = score_at_end(model, encode_texts(answer["turns"], tok)[0])
             assert score == pytest.approx(answer["score"], abs=2e-4)
             scores.append(score)
             signs.append(answer["label"] * score < 0)

@@ -12,14 +12,14 @@ import oracles
 import pytest
 import sentencepiece
 import torch
-from conftest import run, small_config
+from conftest import encode_texts, run, small_config
 from safetensors.torch import load_file, save_file
 from test_prepare import PAIR, read_lines, run_prepare
 from test_tokenizer import sentencepiece_folder
 
 from nanosafe import checkpoint, data, tokenizer
 from nanosafe.checkpoint import convert, families, init_from_scratch, meta
-from nanosafe.data import reader, template
+from nanosafe.data import reader
 from nanosafe.tokenizer import bpe
 from nanosafe.storage import read_json, write_json
 from nanosafe.model import Config
@@ -510,7 +510,7 @@ def test_no_normaliser_helps_a_user_to_smuggle(tmp_path, options):
             tok.encode(text, allow_special=False),
             *tok.encode_batch([text]),
             tok.encode_suffix(text),
-            template.encode_conversation([text], tok)[0],
+            encode_texts([text], tok)[0],
         ):
             assert not own & set(ids), text
     # a learnt piece is none of these

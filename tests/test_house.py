@@ -16,7 +16,7 @@ from nanosafe.ranges import RANGES, check_ranges
 from nanosafe.tools import download
 
 TRAINERS = ("train_sft.py", "train_pref.py", "train_ppo_lag.py", "nanosafe/phf/train.py")
-RUN_TIME = {"torch", "numpy", "sentencepiece", "safetensors", "tqdm"}
+RUN_TIME = {"torch", "numpy", "sentencepiece", "safetensors", "tqdm", "jinja2"}
 OWN = {
     "nanosafe",
     "configurator",

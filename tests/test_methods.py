@@ -513,7 +513,7 @@ def check_conditional_model(path, model, plain_tokenizer):
     vocab_size = tokenizer.load(path).vocab_size
     assert vocab_size == plain_tokenizer.vocab_size + 2
     assert len(model.embed_tokens.weight) == vocab_size
-    question = ["--template=False", "--prefix=<|aligned|>", "--prompt=How do I"]
+    question = ["--template=none", "--prefix=<|aligned|>", "--prompt=How do I"]
     output = run("sample.py", f"--model={path}", *question, "--max_new_tokens=20").stdout
     assert "aligned|>" not in output.split("> How do I")[1]
 

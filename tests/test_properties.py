@@ -13,14 +13,14 @@ import traceback
 import numpy as np
 import pytest
 import torch
-from conftest import small_config
+from conftest import encode_texts, small_config
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import configurator
 from nanosafe import checkpoint, data, tokenizer
-from nanosafe.data import batching, examples, reader, template
+from nanosafe.data import batching, examples, reader
 from nanosafe.data.spec import Source, parse_spec
 from nanosafe.storage import read_jsonl
 
@@ -242,7 +242,7 @@ def test_a_user_s_text_stays_text(world, text):
     assert tok.decode(ids).strip(" ") == text.replace("▁", " ").strip(" ")
     assert tok.encode_batch([text]) == [ids]
     if text.strip():
-        ids, mask = template.encode_conversation([text, "fine", text], tok)
+        ids, mask = encode_texts([text, "fine", text], tok)
         assert ids.count(tok.bos_id) == 1  # ours, at the start
         assert ids.count(tok.eos_id) == 1  # ours, at the answer's end
         assert sum(mask) == len(tok.encode_suffix("fine")) + 1

@@ -7,10 +7,9 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import run
+from conftest import encode_texts, run
 
 from nanosafe import checkpoint, data, parallel, tokenizer
-from nanosafe.data import template
 from nanosafe.data.batching import collate
 from nanosafe.phf import scorers
 
@@ -232,7 +231,7 @@ def test_answers_with_scores_are_what_rrhf_takes(make_rows, world, tmp_path):
     tok = tokenizer.load(world / "reward")
     model = checkpoint.load(world / "reward")
     conversation = [rows[0]["input"], rows[0]["answers"][0]]
-    ids = list(template.encode_conversation(conversation, tok)[0])
+    ids = list(encode_texts(conversation, tok)[0])
     ended = last_score(model, ids)
     cut = last_score(model, ids[:-1])  # by max_new_tokens
     score = rows[0]["scores"][0]
@@ -342,7 +341,7 @@ def answer_to(output):
 
 
 def test_a_text_is_continued_without_a_template(world):
-    flags = ["--prompt=First, get", "--template=False", "--max_new_tokens=5"]
+    flags = ["--prompt=First, get", "--template=none", "--max_new_tokens=5"]
     output = run("sample.py", f"--model={world}/policy", *flags).stdout
     assert "> First, get" in output
 

@@ -33,11 +33,13 @@ from nanosafe.storage import (
     find_corrupt_file,
     flush_to_disk,
     make_folder,
+    names_function,
     read_json,
     replace_folder,
     replace_non_finite,
     write_json,
 )
+from nanosafe.tokenizer.chat_template import Clock
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 RECORD = "record.json"  # what a state was made with
@@ -314,6 +316,8 @@ FIXED_KNOBS = {
     "normalizer_momentum",
 }
 UNRECORDED_KNOBS = ("out_dir", "resume")  # a run's folder may be moved
+# Of a Dataset: where its examples come from, which the tokens follow from.
+UNRECORDED_ARRAYS = ("lines.npy", "json.npy", "json_offsets.npy")
 
 
 def make_record(knobs, steps, **sources):
@@ -325,7 +329,8 @@ def make_record(knobs, steps, **sources):
              not change; None where there is none"""
     recorded = {name: value for name, value in knobs.items() if name not in UNRECORDED_KNOBS}
     contents = {name: fingerprint(source) for name, source in sources.items()}
-    return {"steps": steps, "knobs": recorded, "contents": contents}
+    clock = Clock.now().isoformat(timespec="seconds")
+    return {"steps": steps, "knobs": recorded, "contents": contents, "clock": clock}
 
 
 def fingerprint(source):
@@ -333,12 +338,16 @@ def fingerprint(source):
     weights; 0 of None."""
     if source is None:
         return 0
-    if isinstance(source, str):
+    if isinstance(source, str) and names_function(source):
+        facts = [describe_file(*os.path.split(source.rpartition(":")[0]))]
+    elif isinstance(source, str):
         names = [name for name in sorted(os.listdir(source)) if name.endswith(MODEL_ENDINGS)]
         facts = [describe_file(source, name) for name in names]
     else:
         sums = read_json(source.folder, CHECKSUMS)
-        arrays = [name for name in sorted(sums) if name.endswith(".npy") and name != "lines.npy"]
+        arrays = [
+            name for name in sorted(sums) if name.endswith(".npy") and name not in UNRECORDED_ARRAYS
+        ]
         facts = [[name, sums[name]] for name in arrays]
     return zlib.crc32(json.dumps(facts).encode())
 
@@ -425,23 +434,34 @@ locks = {}  # path of a lock -> its open file, which holds the lock until this p
 def open_run_folder(config):
     """Lock the run's folder, and return whether it has a state to continue from. A collective.
 
+    Where it has one, chat templates are told the time of the run's beginning.
+
     A folder that holds a run is refused, unless that run is resumed, or unless the torchrun that
     started it starts it again. So is the folder of a run that lives. No file of the run changes
     here: begin_run() writes the first, when everything has been loaded and checked."""
     out_dir, resume = config["out_dir"], config["resume"]
     refusal = ""
     has_state = False
+    clock = ""
     is_restart = is_restart_of(out_dir)
     if parallel.rank() == 0:  # what it finds holds for all: on other ranks a shared disk may lag
         refusal = find_refusal(out_dir, resume, is_restart)
         if not refusal:
             make_folder(out_dir)
             refusal = lock_run_folder(out_dir, NODE_TIMEOUT if is_restart else 0)
-        has_state = bool(list_states(out_dir))
+        states = list_states(out_dir)
+        has_state = bool(states)
+        if has_state:
+            with suppress(OSError, ValueError):  # load() looks for damage, and reads an older one
+                record = read_json(os.path.join(out_dir, "state", states[-1]), RECORD)
+                clock = record.get("clock", "")
     indices = [0] if parallel.rank() == 0 else []
-    refusal, has_state = parallel.all_gather_lists([[refusal, has_state]], indices, 1)[0]
+    found = parallel.all_gather_lists([[refusal, has_state, clock]], indices, 1)[0]
+    refusal, has_state, clock = found
     if refusal:
         stop(refusal)
+    if clock:
+        Clock.fix(clock)
     for name in ("model", "model_ema"):
         if parallel.rank() == 0:
             check_link(os.path.join(out_dir, name))

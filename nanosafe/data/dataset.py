@@ -15,16 +15,15 @@ import numpy as np
 from tqdm import tqdm
 
 from nanosafe.data.batching import check_fits, collate
-from nanosafe.data.examples import make_conversation_examples, make_prompt_key
+from nanosafe.data.examples import Prompt, make_conversation_examples, make_prompt_key
 from nanosafe.data.reader import read_sources
 from nanosafe.data.spec import parse_spec
-from nanosafe.data.template import PROMPT_BEGIN, PROMPT_TURN
 from nanosafe.errors import one_line_errors, stop
 from nanosafe.parallel import rank, rank0_first
 from nanosafe.printing import print_once
 from nanosafe.storage import find_corrupt_file, make_folder, read_json, replace_folder, write_json
 
-VERSION = 4  # of the cache's layout, of its key, and of how rows are read
+VERSION = 5  # of the cache's layout, of its key, and of how rows are read
 ROWS_AT_A_TIME = 2048  # are tokenised together
 ROWS_WITH_A_BAR = 20000  # so many rows take long enough for a progress bar
 
@@ -42,6 +41,9 @@ class Dataset:
         self.labels = np.asarray(load_array(folder, "labels"))  # (n, width) float32
         self.lines = np.asarray(load_array(folder, "lines"))  # (n,) int64: lines of their file
         self.prompts = np.asarray(load_array(folder, "prompts"))  # (n,) uint64: digests of prompts
+        # Of the task prompts: each Prompt as JSON, end to end; else None.
+        self.json = load_array(folder, "json")  # (bytes,) uint8
+        self.json_offsets = load_array(folder, "json_offsets")  # (n + 1,) int64
         self.width = self.labels.shape[1]
         self.report = read_json(folder, "report.json")
         example_offsets = self.offsets[:: self.width]
@@ -57,6 +59,11 @@ class Dataset:
         k = i * self.width + part
         span = slice(self.offsets[k], self.offsets[k + 1])
         return self.tokens[span], self.mask[span]
+
+    def prompt(self, i):
+        """The Prompt that example i was made of, in a Dataset of the task prompts."""
+        begin, end = self.json_offsets[i : i + 2]
+        return Prompt(*json.loads(self.json[begin:end].tobytes()))
 
     def batch(self, examples, device):
         """The packed Batch of some examples; of pairs, all preferred ones, then the others."""
@@ -130,7 +137,7 @@ def report_missing_sign(spec, dataset):
 
 def cache_key(sources, tokenizer, task, max_len, seed, options):
     """A digest of the files' contents and of everything else that the token ids depend on."""
-    settings = [VERSION, tokenizer.fingerprint, task, max_len, seed, PROMPT_BEGIN, PROMPT_TURN]
+    settings = [VERSION, tokenizer.identity, task, max_len, seed]
     key = hashlib.blake2b(digest_size=16)
     key.update(json.dumps([*settings, *options]).encode())
     for source in sources:
@@ -225,6 +232,10 @@ def write_cache(folder, examples, prompts, report):
     }
     if scores:
         arrays["scores"] = np.array(scores, dtype=np.float32)
+    if examples and examples[0].prompt:
+        texts = [json.dumps(example.prompt).encode() for example in examples]
+        arrays["json"] = np.frombuffer(b"".join(texts), dtype=np.uint8)
+        arrays["json_offsets"] = np.cumsum([0] + [len(text) for text in texts])
 
     # A temporary name first, as several processes may write the same folder.
     temporary = f"{os.path.realpath(folder)}.{os.getpid()}"

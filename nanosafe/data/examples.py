@@ -8,8 +8,12 @@ A row is Safe-RLHF's RawSample, a JSON object with some of these fields:
     better, safer               whether `answer` is better, or safer, than `other_answer`
     is_safe, is_other_safe      whether each is safe
     answers, scores             or any number of answers, and a score of each: higher is better
+    label                       whether `answer`, which stands alone, is a good one
+    system                      what the system's turn says; without it there is none
+    chat_template_kwargs        variables of the chat template, an object
 
-The labels (better, safer, is_safe, is_other_safe) are what parse_label() reads."""
+The labels (better, safer, is_safe, is_other_safe, label) are what parse_label() reads. Rows in the
+layouts of other projects become such rows first (layouts.py)."""
 
 import json
 import re
@@ -18,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nanosafe.data.template import encode_conversation, split_into_segments
+from nanosafe.data.layouts import to_raw_sample
 
 LABEL_TEXTS = {"true": True, "false": False}  # as a table's export may spell them, in any case
 FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -26,8 +30,23 @@ SURROGATE = re.compile("[\ud800-\udfff]")  # half of a character in UTF-16: UTF-
 
 
 class ParsedRecord(NamedTuple):
-    conversations: list  # each a list of turns, the user's first; the preferred conversation first
+    conversations: list  # each a list of turns {"role", "content"}; the preferred one first
     labels: tuple  # a number of each conversation; the task says what it means
+    options: dict = {}  # variables of the chat template
+
+
+class Prompt(NamedTuple):
+    """A conversation in which the assistant is to speak next."""
+
+    turns: list  # {"role", "content"}
+    options: dict = {}  # variables of the chat template
+
+
+class Texts(NamedTuple):
+    """What a task takes from a row: ParsedRecord with texts, the user's first, instead of turns."""
+
+    conversations: list
+    labels: tuple
 
 
 @dataclass(slots=True)
@@ -42,6 +61,7 @@ class Example:
     sequences: list  # one, or those that are compared, the preferred one first
     labels: tuple  # a number of each sequence
     line: int  # of its file
+    prompt: Prompt | None = None  # of the task prompts, what the ids were made of
 
 
 # ---- a row -> conversations ----
@@ -53,23 +73,67 @@ def parse_record(record, task):
     Raises ValueError with the reason to drop the row."""
     if record is None:
         raise ValueError("not a JSON object")
-    return TASKS[task](record)
+    record = to_raw_sample(record)
+    texts, labels = TASKS[task](record)
+    system = record.get("system")
+    if system:
+        check_text(system, "system turn")
+    options = record.get("chat_template_kwargs") or {}
+    if not isinstance(options, dict):
+        raise ValueError("chat_template_kwargs is not an object")
+    conversations = [make_turns(of_conversation, system) for of_conversation in texts]
+    return ParsedRecord(conversations, labels, options)
+
+
+def read_prompt(record):
+    """The Prompt of a row. Raises ValueError with the reason to drop the row."""
+    parsed = parse_record(record, "prompts")
+    return Prompt(parsed.conversations[0], parsed.options)
+
+
+def make_turns(texts, system=None):
+    """The turns of a conversation, from its texts: the user's first, then the assistant's, .."""
+    turns = []
+    if system:
+        turns.append({"role": "system", "content": system})
+    for i, text in enumerate(texts):
+        role = "user" if i % 2 == 0 else "assistant"
+        turns.append({"role": role, "content": text})
+    return turns
+
+
+def list_texts(turns):
+    """The texts of a conversation, the user's first, without the system's."""
+    return [turn["content"] for turn in turns if turn["role"] != "system"]
+
+
+def make_input_fields(prompt):
+    """The fields of a row with this Prompt, the opposite of read_prompt()."""
+    texts = list_texts(prompt.turns)
+    fields = {"input": texts[0] if len(texts) == 1 else texts}
+    if prompt.turns[0]["role"] == "system":
+        fields["system"] = prompt.turns[0]["content"]
+    if prompt.options:
+        fields["chat_template_kwargs"] = prompt.options
+    return fields
 
 
 def parse_demonstration(record):
     """A conversation that ends with the assistant; label 0."""
+    if "label" in record and not parse_label(record, "label"):
+        raise ValueError("an answer that its label calls bad")
     if record.get("dialogue"):
         turns = check_dialogue(record["dialogue"])
     else:
         turns = check_input(record.get("input"))
         turns = [*turns, check_text(record.get("answer"), "answer")]
-    return ParsedRecord([turns], (0,))
+    return Texts([turns], (0,))
 
 
 def parse_prompt(record):
     """A conversation that ends with the user; label 0."""
     require_fields(record, "input")
-    return ParsedRecord([check_input(record["input"])], (0,))
+    return Texts([check_input(record["input"])], (0,))
 
 
 def parse_reward_pair(record):
@@ -77,8 +141,8 @@ def parse_reward_pair(record):
     require_fields(record, "input", "answer", "other_answer", "better")
     first, second = parse_pair(record)
     if parse_label(record, "better"):
-        return ParsedRecord([first, second], (1, 0))
-    return ParsedRecord([second, first], (1, 0))
+        return Texts([first, second], (1, 0))
+    return Texts([second, first], (1, 0))
 
 
 def parse_cost_pair(record):
@@ -88,9 +152,9 @@ def parse_cost_pair(record):
     first_sign = 1 if parse_label(record, "is_safe") else -1
     second_sign = 1 if parse_label(record, "is_other_safe") else -1
     if parse_label(record, "safer"):
-        parsed = ParsedRecord([first, second], (first_sign, second_sign))
+        parsed = Texts([first, second], (first_sign, second_sign))
     else:
-        parsed = ParsedRecord([second, first], (second_sign, first_sign))
+        parsed = Texts([second, first], (second_sign, first_sign))
     if parsed.labels == (-1, 1):  # the safer one is unsafe, the other one is safe
         raise ValueError("contradictory safety labels")
     return parsed
@@ -108,8 +172,8 @@ def parse_ranking(record):
     if "better" not in record:
         raise ValueError("neither a field 'answers' nor 'better'")
     if parse_label(record, "better"):
-        return ParsedRecord([first, second], (1, 0))
-    return ParsedRecord([second, first], (1, 0))
+        return Texts([first, second], (1, 0))
+    return Texts([second, first], (1, 0))
 
 
 TASKS = {  # task -> the function that parses its rows
@@ -126,6 +190,10 @@ def make_prompt_key(record):
 
     Such rows must not be trained on here and held out there. A row without a prompt has its own
     key. Works for any record, usable or not."""
+    try:
+        record = to_raw_sample(record)
+    except ValueError:
+        return json.dumps(record)
     dialogue = record.get("dialogue")
     if isinstance(dialogue, list) and dialogue:
         prompt = dialogue[:-1]
@@ -165,7 +233,7 @@ def parse_pair(record):
 
 
 def rank_answers(turns, answers, scores):
-    """The ParsedRecord of different answers to one input, the best first."""
+    """The Texts of different answers to one input, the best first."""
     check_scores(scores, answers, "each answer")
     by_score = sorted(zip(scores, answers), key=lambda pair: -pair[0])
     best_scores = {}  # answer -> the best of its scores, as it may be there twice
@@ -174,7 +242,7 @@ def rank_answers(turns, answers, scores):
     if len(set(best_scores.values())) < 2:
         raise ValueError("no two answers of different scores")
     conversations = [[*turns, answer] for answer in best_scores]
-    return ParsedRecord(conversations, tuple(best_scores.values()))
+    return Texts(conversations, tuple(best_scores.values()))
 
 
 def check_scores(scores, texts, each):
@@ -233,36 +301,35 @@ def make_conversation_examples(rows, tokenizer, task, max_len, drop):
 
     What dataset.tokenize() calls for every chunk of rows."""
 
-    def parse(record):
-        return parse_record(record, task)
-
-    usable = list(usable_rows(rows, parse, drop))
-    ids_of_text = encode_texts(usable, tokenizer)
-    for row, (conversations, labels) in usable:
+    def encode(record):
+        parsed = parse_record(record, task)
         sequences = []
-        for turns in conversations:
-            encoded = encode_conversation(turns, tokenizer, ids_of_text.__getitem__)
-            sequences.append(Sequence(encoded.ids, encoded.loss_mask))
+        for turns in parsed.conversations:
+            sequences.append(encode_for_task(turns, tokenizer, task, parsed.options))
+        return parsed, sequences
+
+    for row, (parsed, sequences) in usable_rows(rows, encode, drop):
         if max(len(sequence.ids) for sequence in sequences) > max_len:
             drop(row, f"longer than {max_len} tokens")
             continue
         if len(sequences) > 1:  # only the last answers are compared
             for sequence in sequences:
                 sequence.loss_mask = keep_last_run(sequence.loss_mask)
-        yield row, Example(sequences, labels, row.line)
+        example = Example(sequences, parsed.labels, row.line)
+        if task == "prompts":
+            example.prompt = Prompt(parsed.conversations[0], parsed.options)
+        yield row, example
 
 
-def encode_texts(usable, tokenizer):
-    """{text: ids} of every text that encode_conversation() will look up: one call is faster."""
-    texts = set()
-    for _, parsed in usable:
-        for turns in parsed.conversations:
-            for prompt, answer in split_into_segments(turns):
-                texts.add(prompt)
-                if answer is not None:
-                    texts.add(prompt + answer)
-    texts = list(texts)
-    return dict(zip(texts, tokenizer.encode_batch(texts)))
+def encode_for_task(turns, tokenizer, task, options):
+    """The Sequence of a conversation. Raises ValueError where nothing in it could carry loss."""
+    if task == "prompts":
+        ids, loss_mask = tokenizer.conversation(turns, **options)
+    else:
+        ids, loss_mask = tokenizer.finished_conversation(turns, **options)
+        if loss_mask[-1] == 0:
+            raise ValueError("the chat template rewrites the prompt of the last answer")
+    return Sequence(ids, loss_mask)
 
 
 def keep_last_run(mask):

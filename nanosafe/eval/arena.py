@@ -10,13 +10,13 @@ seeds), table.csv, summary.json and pictures to out_dir."""
 import csv
 import hashlib
 import itertools
+import json
 import os
 from typing import NamedTuple
 
 from configurator import configure
-from nanosafe.checkpoint import check_score_model
 from nanosafe.data import load
-from nanosafe.data.examples import parse_record
+from nanosafe.data.examples import list_texts, read_prompt
 from nanosafe.errors import stop
 from nanosafe.eval.statistics import (
     QUADRANTS,
@@ -25,7 +25,7 @@ from nanosafe.eval.statistics import (
     count_wins,
     fit_bradley_terry,
 )
-from nanosafe.inference import Policy, ScoreModel, choose_dtype, name_of_folder
+from nanosafe.inference import Policy, check_scorer, choose_dtype, load_scorer, name_of_folder
 from nanosafe.parallel import close, init
 from nanosafe.printing import format_table
 from nanosafe.ranges import check_ranges
@@ -92,7 +92,7 @@ def parse_player(text):
 
 
 class Prompts(NamedTuple):
-    turns: list  # of tuples of turns, no two equal
+    usable: list  # of Prompt, no two equal
     dropped: int  # rows of the data that held no prompt
 
 
@@ -102,22 +102,22 @@ def read_prompts(data):
     dropped = 0
     for row in load(data):
         try:
-            conversations, _ = parse_record(row, "prompts")
+            prompt = read_prompt(row)
         except ValueError:
             dropped += 1
             continue
-        for turns in conversations:
-            unique[tuple(turns)] = None
+        unique[json.dumps(prompt)] = prompt
     if not unique:
         stop(f"data {data!r} has no prompt that can be asked ({dropped} rows)")
-    return Prompts(list(unique), dropped)
+    return Prompts(list(unique.values()), dropped)
 
 
-def hash_prompt(turns):
+def hash_prompt(prompt):
     """A prompt's uid for sampling, which depends on its text alone.
 
     So every policy answers it with the same random numbers, whatever else is asked, on any rank."""
-    digest = hashlib.blake2b("\0".join(turns).encode(), digest_size=7)
+    texts = [turn["content"] for turn in prompt.turns]
+    digest = hashlib.blake2b("\0".join(texts).encode(), digest_size=7)
     return int(digest.hexdigest(), 16)
 
 
@@ -130,15 +130,15 @@ class Answers(NamedTuple):
 
 
 def answer_prompts(policy, prompts, uids):
-    questions = [policy.question(turns) for turns in prompts]
+    questions = [policy.question(prompt) for prompt in prompts]
     responses = policy.answers(questions, uids)
     return Answers(policy.tok, questions, responses)
 
 
-def score_answers(scorer, answers):
-    """The scores of a policy's answers, which the scorer reads with its own tokenizer."""
-    texts = [q + r for q, r in zip(answers.questions, answers.responses)]
-    return [round(score, 4) for score in scorer.score(texts, answers.tokenizer)]
+def score_answers(scorer, prompts, answers):
+    """The scores of a policy's answers, which the scorer reads in its own words."""
+    scores = scorer.score_answers(prompts, answers.questions, answers.responses, answers.tokenizer)
+    return [round(score, 4) for score in scores]
 
 
 # ---- tables ----
@@ -148,7 +148,7 @@ def score_answers(scorer, answers):
 def make_rows(prompts, uids, seed, answers, scores):
     """The rows of pairs.jsonl: each prompt with all answers to it."""
     rows = []
-    for i, turns in enumerate(prompts):
+    for i, prompt in enumerate(prompts):
         answers_here = {}
         for name, answered in answers.items():
             answers_here[name] = {
@@ -156,7 +156,8 @@ def make_rows(prompts, uids, seed, answers, scores):
                 "reward": scores[name]["reward"][i],
                 "cost": scores[name]["cost"][i],
             }
-        rows.append({"id": i, "prompt": turns, "seed": [seed, uids[i]], "answers": answers_here})
+        texts = list_texts(prompt.turns)
+        rows.append({"id": i, "prompt": texts, "seed": [seed, uids[i]], "answers": answers_here})
     return rows
 
 
@@ -256,7 +257,7 @@ def print_pair(pair, scores):
 
 def report(players, prompts, uids, answers, scores):
     """Write all files, and print what they say."""
-    rows = make_rows(prompts.turns, uids, seed, answers, scores)
+    rows = make_rows(prompts.usable, uids, seed, answers, scores)
     write_jsonl(rows, f"{out_dir}/pairs.jsonl")
     write_table(rows, f"{out_dir}/table.csv")
     policies = summarize_policies(players, scores)
@@ -268,7 +269,7 @@ def report(players, prompts, uids, answers, scores):
         print_pair(pair, scores)
         pairs.append(pair)
     summary = {
-        "prompts": len(prompts.turns),
+        "prompts": len(prompts.usable),
         "dropped": prompts.dropped,
         "policies": policies,
         "pairs": pairs,
@@ -282,24 +283,24 @@ def report(players, prompts, uids, answers, scores):
 players = parse_players(models, red, blue)
 make_folder(out_dir)
 world = init(device, config)
-for folder in (*players.values(), reward_model, cost_model):
+for folder in players.values():
     load_tokenizer(folder)  # stops here, before any work, where a folder is no model
-check_score_model(reward_model, "reward")
-check_score_model(cost_model, "cost")
+check_scorer(reward_model, "reward")
+check_scorer(cost_model, "cost")
 prompts = read_prompts(data)
-uids = [hash_prompt(turns) for turns in prompts.turns]
+uids = [hash_prompt(prompt) for prompt in prompts.usable]
 
 answers = {}
 for name, folder in players.items():
     policy = Policy(folder, world, max_new_tokens, name, temperature=temperature, seed=seed)
-    answers[name] = answer_prompts(policy, prompts.turns, uids)
+    answers[name] = answer_prompts(policy, prompts.usable, uids)
     del policy  # the next one takes its memory
 
 scores = {name: {} for name in players}
 for kind, folder in (("reward", reward_model), ("cost", cost_model)):
-    scorer = ScoreModel(folder, world, choose_dtype("auto", world), max_tokens, kind)
+    scorer = load_scorer(folder, world, choose_dtype("auto", world), max_tokens, kind)
     for name in players:
-        scores[name][kind] = score_answers(scorer, answers[name])
+        scores[name][kind] = score_answers(scorer, prompts.usable, answers[name])
     del scorer
 
 if world.main:

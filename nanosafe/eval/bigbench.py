@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from configurator import configure
+from nanosafe.data.examples import Prompt, make_turns
 from nanosafe.errors import one_line_errors, stop
 from nanosafe.eval.statistics import measure_calibration
 from nanosafe.inference import Policy, sum_response_logps
@@ -30,7 +31,7 @@ tasks = "data/bigbench"  # a task's .json, or a folder of tasks
 shots = 0  # solved examples before each question
 max_examples = 0  # of each task; 0: all
 max_new_tokens = 64  # longest text where one is generated
-template = False  # ask as in a conversation; false: the text goes on, as BIG-bench means it
+template = "none"  # auto, a name or a file: ask in this chat template; none: the text goes on
 out_dir = "out/bigbench"  # folder to write to
 seed = 0  # which examples are the shots, and the order of choices
 # machine
@@ -198,12 +199,12 @@ def write_question(task, example, rng):
     return text + task.output_prefix
 
 
-def encode_prompt(policy, prompt, template):
+def encode_prompt(policy, prompt):
     """A prompt's token ids, and the spaces at its end.
 
     Tokenizers join spaces to the word that follows, so they are encoded with the answer."""
     text = prompt.rstrip(" ")
-    return policy.question([text], template), prompt[len(text) :]
+    return policy.question(Prompt(make_turns([text]))), prompt[len(text) :]
 
 
 # ---- metrics ----
@@ -214,14 +215,14 @@ class Result(NamedTuple):
     queries: list  # a dictionary for each question
 
 
-def score_choices(policy, questions, template, max_tokens, world):
+def score_choices(policy, questions, max_tokens, world):
     """Multiple choice: the probability of a choice is that of its text after the prompt.
 
     The probabilities p of a question's choices are normalised to sum to 1. Grade: the target score
     of the likeliest choice. Brier score: the mean of (p - target score)^2 over the choices."""
     sequences = []
     for prompt, example in questions:
-        prompt_ids, spaces = encode_prompt(policy, prompt, template)
+        prompt_ids, spaces = encode_prompt(policy, prompt)
         for choice in example.scores:
             ids = prompt_ids + policy.tok.encode_suffix(spaces + choice)
             is_choice = np.arange(len(ids)) >= len(prompt_ids)
@@ -262,23 +263,23 @@ def grade_choices(prompt, example, logps):
     }
 
 
-def match_texts(policy, task, questions, template):
+def match_texts(policy, task, questions):
     """Open questions: the share of generated texts that are equal to one of the targets."""
-    prompts = [encode_prompt(policy, prompt, template)[0] for prompt, _ in questions]
+    prompts = [encode_prompt(policy, prompt)[0] for prompt, _ in questions]
     responses = policy.answers(prompts, range(len(prompts)))
     queries = []
     for (prompt, example), ids in zip(questions, responses):
-        text = cut_text(policy.tok.decode(ids), task, template)
+        text = cut_text(policy.tok.decode(ids), task, policy.has_template)
         targets = [target.strip() for target in example.targets]
         hit = text.strip() in targets
         queries.append({"prompt": prompt, "text": text, "targets": example.targets, "hit": hit})
     return Result({"exact_str_match": mean_of(queries, "hit")}, queries)
 
 
-def cut_text(text, task, template):
+def cut_text(text, task, has_template):
     """A generated text up to the task's stop string, and of it what output_regex matches."""
     stop_string = task.stop_string
-    if not stop_string and not template:
+    if not stop_string and not has_template:
         stop_string = task.separator  # a text that goes on would pose the next question
     if stop_string:
         text = text.lstrip().split(stop_string)[0]
@@ -300,11 +301,11 @@ def evaluate(policy, task, questions, world):
     choice_questions = [question for question in questions if question.example.scores]
     text_questions = [question for question in questions if question.example.targets]
     if choice_questions and set(CHOICE_METRICS) & set(task.metrics):
-        result = score_choices(policy, choice_questions, template, max_tokens, world)
+        result = score_choices(policy, choice_questions, max_tokens, world)
         metrics.update(result.metrics)
         queries += result.queries
     if text_questions and set(TEXT_METRICS) & set(task.metrics):
-        result = match_texts(policy, task, text_questions, template)
+        result = match_texts(policy, task, text_questions)
         metrics.update(result.metrics)
         queries += result.queries
     wanted = {name: value for name, value in metrics.items() if name in task.metrics}
@@ -332,7 +333,7 @@ if min(shots, max_examples) < 0:
 all_tasks = {name: read_task(path) for name, path in find_tasks(tasks).items()}
 make_folder(out_dir)
 world = init(device, config)
-policy = Policy(model, world, max_new_tokens, temperature=0.0, seed=seed)
+policy = Policy(model, world, max_new_tokens, temperature=0.0, seed=seed, template=template)
 
 rows = [("task", "examples", "metric", "value")]
 for name, task in tqdm(all_tasks.items(), unit="task", disable=not world.main):

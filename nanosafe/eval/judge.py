@@ -28,7 +28,7 @@ from urllib.parse import urlsplit
 from tqdm import tqdm
 
 from configurator import configure
-from nanosafe.data.examples import check_text
+from nanosafe.data.examples import Prompt, check_text, make_turns
 from nanosafe.errors import one_line_errors, stop
 from nanosafe.inference import Policy
 from nanosafe.parallel import barrier, close, init
@@ -161,7 +161,7 @@ def read_answers(out_dir, problems, description):
 
 def answer_problems(policy, corner, answers):
     """Add a policy's answer to each row of answers; corner is "red" or "blue"."""
-    questions = [policy.question([answer["prompt"]]) for answer in answers]
+    questions = [policy.question(Prompt(make_turns([answer["prompt"]]))) for answer in answers]
     responses = policy.answers(questions, range(len(answers)))
     for answer, ids in zip(answers, responses):
         answer[corner] = policy.tok.decode(ids)

@@ -12,9 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 from configurator import configure
-from nanosafe.data.examples import parse_record, usable_rows
+from nanosafe.data.examples import list_texts, parse_record, usable_rows
 from nanosafe.data.reader import load_rows
-from nanosafe.data.template import encode_conversation
 from nanosafe.errors import choose, stop
 from nanosafe.eval.statistics import bootstrap_interval, measure_calibration
 from nanosafe.inference import ScoreModel, choose_dtype
@@ -45,7 +44,7 @@ class Pair(NamedTuple):
     """Two answers to one input, the preferred answer first."""
 
     source: str  # FILE:LINE
-    conversations: list  # of turns, two
+    conversations: list  # of texts in turn, the user's first; two
     labels: tuple  # cost: +1 safe, -1 unsafe; reward: 1 chosen, 0 rejected
     ids: list  # of token ids, two
 
@@ -57,11 +56,14 @@ class Pairs(NamedTuple):
 
 def read_pairs(data, objective, tokenizer, max_len):
     def read(record):
-        conversations, labels = parse_record(record, objective)
-        ids = [encode_conversation(turns, tokenizer)[0] for turns in conversations]
+        parsed = parse_record(record, objective)
+        ids = []
+        for turns in parsed.conversations:
+            ids.append(tokenizer.finished_conversation(turns, **parsed.options).ids)
         if max(len(ids[0]), len(ids[1])) > max_len:
             raise ValueError(f"longer than {max_len} tokens")
-        return conversations, labels, ids
+        texts = [list_texts(turns) for turns in parsed.conversations]
+        return texts, parsed.labels, ids
 
     def drop(row, reason):
         dropped[reason] += 1
@@ -147,9 +149,9 @@ def make_rows(pairs, scores, margins):
     for i in np.argsort(margins, kind="stable"):
         pair = pairs.usable[i]
         answers = []
-        for turns, label, score in zip(pair.conversations, pair.labels, scores[i]):
+        for texts, label, score in zip(pair.conversations, pair.labels, scores[i]):
             score = round(float(score), 4)
-            answers.append({"turns": turns, "label": int(label), "score": score})
+            answers.append({"turns": texts, "label": int(label), "score": score})
         margin = round(float(margins[i]), 4)
         rows.append({"where": pair.source, "margin": margin, "answers": answers})
     return rows

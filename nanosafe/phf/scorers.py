@@ -24,7 +24,7 @@ from nanosafe.data.reader import read_rows
 from nanosafe.errors import stop
 from nanosafe.inference import ScoreModel
 from nanosafe.parallel import init
-from nanosafe.storage import load_python_file, write_jsonl
+from nanosafe.storage import load_function, names_function, write_jsonl
 
 # Kinds of personal data, in the order in which they are searched: what one kind has found, the
 # later ones do not count again.
@@ -56,9 +56,8 @@ def load_scorer(name, world):
         return make_pep8_scorer()
     if name == "toxicity":
         return make_toxicity_scorer()
-    path, colon, function_name = name.rpartition(":")
-    if colon and path.endswith(".py"):
-        return make_own_scorer(path, function_name)
+    if names_function(name):
+        return make_own_scorer(load_function(name))
     if os.path.isdir(name):
         return ScoreModel(name, world, score_type="cost")
     stop(f"scorer {name!r}: choose pii, pep8, toxicity, a cost model's folder, or FILE.py:NAME")
@@ -131,11 +130,8 @@ def make_toxicity_scorer():
     return score_toxicity
 
 
-def make_own_scorer(path, function_name):
-    """A scorer: a function of the user's own file, called with one text at a time."""
-    function = getattr(load_python_file(path), function_name, None)
-    if not callable(function):
-        stop(f"scorer '{path}:{function_name}': the file has no function {function_name!r}")
+def make_own_scorer(function):
+    """A scorer: a function of the user's own, called with one text at a time."""
 
     def score_by_function(texts):
         return [float(function(text)) for text in texts]

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from nanosafe.errors import one_line_errors, stop
 from nanosafe.storage import read_json
 from nanosafe.tokenizer import bpe, tiktoken
+from nanosafe.tokenizer.chat_template import SHIPPED, read_shipped, read_template, read_text
 from nanosafe.tokenizer.special_tokens import (
     SPECIAL_KEYS,
     Token,
@@ -46,8 +47,11 @@ def find_tokenizer_file(path):
     return None
 
 
-def load(path):
-    """The Tokenizer of a model folder, or of a tokenizer.model or tokenizer.json file."""
+def load(path, template="auto"):
+    """The Tokenizer of a model folder, or of a tokenizer.model or tokenizer.json file.
+
+    template  its chat template: "auto", the folder's own, or Safe-RLHF's where it has none;
+              "own", the folder's or none; a file in Jinja; or a name of chat_template.SHIPPED"""
     file = find_tokenizer_file(path)
     if file is None:
         stop(
@@ -68,7 +72,34 @@ def load(path):
         stop(
             f"{file!r} has no end-of-sequence token: name one as eos_token in tokenizer_config.json"
         )
+    add_template(tokenizer, folder, names, template)
     return tokenizer
+
+
+def add_template(tokenizer, folder, names, template):
+    """Give a tokenizer the chat template that load() was asked for."""
+    begins_with_bos = tokenizer.engine.adds_bos and tokenizer.bos_id >= 0
+    if template in SHIPPED:
+        tokenizer.use_template(read_shipped(template, begins_with_bos), template)
+        return
+    if template not in ("auto", "own"):
+        if not os.path.isfile(template):
+            choices = ", ".join(("auto", *SHIPPED))
+            stop(f"template={template!r} is not a file; else choose one of {choices}")
+        with one_line_errors(template):
+            source = read_text(template)
+        tokenizer.use_template(source, repr(template))
+        return
+    with one_line_errors(folder):
+        source = read_template(folder, names)
+    if source is not None:
+        tokenizer.use_template(source, repr(folder))
+    elif template == "auto":
+        note = (
+            f"{folder}: no chat template there, so that Safe-RLHF's is used; template=NAME or FILE "
+            "names another one"
+        )
+        tokenizer.use_template(read_shipped("safe_rlhf", begins_with_bos), "safe_rlhf", note)
 
 
 def load_engine(file, names):

@@ -6,13 +6,13 @@ SentencePiece (spm.py), or byte-pair encoding in Python (bpe.py)."""
 import hashlib
 import json
 import os
-import re
 import shutil
 from functools import cached_property
 from typing import NamedTuple
 
 from nanosafe.errors import stop
-from nanosafe.printing import print_once
+from nanosafe.storage import read_json, write_json
+from nanosafe.tokenizer.chat_template import ChatTemplate, match_any
 
 MARK = "\u2581"  # how SentencePiece writes a space
 # Unicode's White_Space. Python's str.isspace() knows four more characters.
@@ -31,8 +31,7 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
-CHAT_TEMPLATE = "chat_template.jinja"  # or the key in NOT_EXPORTED
-# Keys of tokenizer_config.json: the model's own code, and a template that we did not train in.
+# Keys of tokenizer_config.json: the model's own code, and the template, which save() writes itself.
 NOT_EXPORTED = ("auto_map", "chat_template")
 
 
@@ -47,10 +46,20 @@ class Token(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """Plain text, and the id of the added token that follows it (None at the end of a text)."""
+    """Plain text, and the added token that follows it, in a longer text."""
 
     text: str
-    token_id: int
+    token_id: int | None  # None at the end of the longer text
+    begin: int  # where the plain text begins in the longer one
+    token_begin: int  # where the token begins
+    token_end: int  # where it ends, with the white space that it takes along
+
+
+class Conversation(NamedTuple):
+    """A conversation in token ids."""
+
+    ids: list
+    loss_mask: list  # 1 on the assistant's tokens, the end of turn included; else 0
 
 
 def check_added_token(entry, source):
@@ -113,7 +122,8 @@ class Tokenizer:
     file     the path of the tokenizer file
 
     It offers bos_id, eos_id and pad_id (-1 where there is none), eos_ids (sorted), and vocab_size
-    (the highest id plus one)."""
+    (the highest id plus one). With a chat template (use_template), it also encodes conversations:
+    end_of_turn_id is what ends an answer, and belongs to eos_ids."""
 
     def __init__(self, engine, added=None, names=None, eos_ids=(), file=None):
         self.engine = engine
@@ -123,7 +133,7 @@ class Tokenizer:
         self.contents = {token.id: text for text, token in self.added.items()}
         self.vocab_size = max([engine.size - 1, *self.contents]) + 1
         self.encode_batch = engine.encode_batch  # many texts at once, without special tokens
-        self.said_what_is_left_out = False  # save() says it once
+        self.template = None
         self.compile_added_tokens()
 
         self.bos_id = self.find_special_id("bos_token")
@@ -136,6 +146,27 @@ class Tokenizer:
         if self.eos_id < 0 and further:
             self.eos_id = further[0]
         self.eos_ids = sorted({self.eos_id, *further})
+        self.end_of_turn_id = self.eos_id
+
+    def use_template(self, source, origin, note=""):
+        """Take the source of a chat template as this tokenizer's.
+
+        origin  where it comes from, for messages
+        note    what to say when a conversation is first encoded"""
+        special = {}
+        for key, value in self.names.items():
+            if key.endswith("_token") and isinstance(value, (str, dict)):
+                special[key] = read_token_text(value)
+        ids = (self.bos_id, self.eos_id, self.pad_id)
+        for key, id in zip(SPECIAL_KEYS, ids):
+            if id in self.contents:
+                special.setdefault(key, self.contents[id])
+        normalize = self.engine.normalize if self.has_normalized_tokens else None
+        self.template = ChatTemplate(source, origin, special, self.added, note, normalize)
+        token = self.template.end_of_turn_token
+        if token:
+            self.end_of_turn_id = self.added[token].id
+            self.eos_ids = sorted({*self.eos_ids, self.end_of_turn_id})
 
     def find_special_id(self, key):
         """The id of the token that the folder, or else the engine, names as `key`; -1 for none."""
@@ -148,14 +179,14 @@ class Tokenizer:
         """Make the expressions that find added tokens in a text, before and after normalizing."""
         raw = []
         normalized = []
-        # Longest first, because an expression takes the first alternative that matches.
-        for text in sorted(self.added, key=len, reverse=True):
-            if text and self.added[text].normalized:
+        for text, token in self.added.items():
+            if token.normalized:
                 normalized.append(text)
-            elif text:
+            else:
                 raw.append(text)
         self.raw_expression = match_any(raw)
         self.normalized_expression = match_any(normalized)
+        self.has_normalized_tokens = bool(normalized)
 
     def encode(self, text, bos=False, eos=False, allow_special=True):
         """Token ids of `text`.
@@ -169,8 +200,7 @@ class Tokenizer:
         if allow_special:
             for i, segment in enumerate(self.split_at_added_tokens(text)):
                 if segment.text:
-                    begins = i == 0 or self.engine.legacy
-                    ids += self.engine.encode(segment.text, begins)
+                    ids += self.engine.encode(segment.text, self.begins_words(i))
                 if segment.token_id is not None:
                     ids.append(segment.token_id)
         elif text:
@@ -183,12 +213,88 @@ class Tokenizer:
         """Token ids of plain text that continues another text: no space is put in front."""
         return self.engine.encode(text, begins=False, plain=True)
 
+    def begins_words(self, i):
+        """Whether the engine treats the i-th piece between added tokens as a text's beginning."""
+        return i == 0 or self.engine.legacy
+
+    def conversation(self, turns, reply=True, **options):
+        """The token ids of a conversation in the model's chat template, and its loss mask.
+
+        turns    {"role": "system", "user" or "assistant", "content": text}, in order
+        reply    end where the assistant begins to speak (or goes on to speak, if the last turn is
+                 its own); False: the conversation is finished
+        options  further variables of the template, such as enable_thinking
+
+        Nothing in the turns becomes a special token. The ids are those of transformers, unless a
+        token would reach from a prompt into its answer: such an answer is encoded by itself, as the
+        model will say it. Raises ValueError where the template refuses the turns."""
+        self.template.check()
+        rendered = self.template.render(turns, reply, options)
+        ids = []
+        loss_mask = []
+        for i, segment in enumerate(self.split_at_added_tokens(rendered.text)):
+            text = rendered.restore(segment.text)
+            if text:
+                answers = rendered.answers_in(segment.begin, segment.begin + len(text))
+                encoded = self.encode_around_answers(text, self.begins_words(i), answers)
+                ids += encoded.ids
+                loss_mask += encoded.loss_mask
+            if segment.token_id is not None:
+                answers = rendered.answers_in(segment.token_begin, segment.token_end)
+                ids.append(segment.token_id)
+                loss_mask.append(1 if answers else 0)
+        return Conversation(ids, loss_mask)
+
+    def finished_conversation(self, turns, **options):
+        """conversation() of turns of which the last is the assistant's, through its end of turn.
+
+        What the template writes behind that, a new line for example, is never generated: a model
+        is neither trained on it nor scored at it."""
+        ids, loss_mask = self.conversation(turns, reply=False, **options)
+        end = len(ids) - ids[::-1].index(self.end_of_turn_id)
+        return Conversation(ids[:end], loss_mask[:end])
+
+    def encode_around_answers(self, text, begins, answers):
+        """The Conversation of a piece of plain text.
+
+        begins   as of the engine's encode()
+        answers  the Spans of it that the assistant says"""
+        ids = self.engine.encode(text, begins, plain=True)
+        loss_mask = [0] * len(ids)
+        for answer in answers:
+            first = 0
+            last = len(ids)
+            if answer.begin > 0:
+                before = self.engine.encode(text[: answer.begin], begins, plain=True)
+                first = len(before)
+                if ids[:first] != before:  # a token reaches from the prompt into the answer
+                    return self.encode_apart(text, begins, answers, answer.begin)
+            if answer.end < len(text):
+                until = self.engine.encode(text[: answer.end], begins, plain=True)
+                last = len(os.path.commonprefix([ids, until]))
+                if last < len(until):  # a token reaches from the answer into what follows
+                    last += 1
+            loss_mask[first:last] = [1] * (last - first)
+        return Conversation(ids, loss_mask)
+
+    def encode_apart(self, text, begins, answers, border):
+        """encode_around_answers() of the text before the border, and of the text behind it."""
+        before = [answer.within(0, border) for answer in answers]
+        behind = [answer.within(border, len(text)) for answer in answers]
+        left = self.encode_around_answers(text[:border], begins, list(filter(None, before)))
+        right = self.encode_around_answers(text[border:], False, list(filter(None, behind)))
+        return Conversation(left.ids + right.ids, left.loss_mask + right.loss_mask)
+
     def split_at_added_tokens(self, text):
         """The Segments of a text. Tokens that are found before normalizing come first."""
-        segments = []
-        for segment in self.split_segment(Segment(text, None), self.raw_expression):
-            normalized = segment._replace(text=self.engine.normalize(segment.text))
-            segments += self.split_segment(normalized, self.normalized_expression)
+        whole = Segment(text, None, 0, len(text), len(text))
+        segments = self.split_segment(whole, self.raw_expression)
+        if self.has_normalized_tokens:
+            raw_segments = segments
+            segments = []
+            for segment in raw_segments:
+                normalized = segment._replace(text=self.engine.normalize(segment.text))
+                segments += self.split_segment(normalized, self.normalized_expression)
         return [x for x in segments if x.text or x.token_id is not None]
 
     def split_segment(self, segment, expression):
@@ -203,12 +309,16 @@ class Tokenizer:
             before = text[begin : match.start()]
             if token.lstrip:
                 before = before.rstrip(WHITE_SPACE)
-            segments.append(Segment(before, token.id))
-            begin = match.end()
+            end = match.end()
             if token.rstrip:
-                after = text[begin:]
-                begin += len(after) - len(after.lstrip(WHITE_SPACE))
-        segments.append(Segment(text[begin:], segment.token_id))
+                after = text[end:]
+                end += len(after) - len(after.lstrip(WHITE_SPACE))
+            offset = segment.begin
+            segments.append(
+                Segment(before, token.id, offset + begin, offset + match.start(), offset + end)
+            )
+            begin = end
+        segments.append(segment._replace(text=text[begin:], begin=segment.begin + begin))
         return segments
 
     def decode(self, ids):
@@ -225,6 +335,11 @@ class Tokenizer:
                 run = []
         return text + self.engine.decode(run, begins=not text)
 
+    @property
+    def identity(self):
+        """A text that is equal for tokenizers that give every conversation the same ids."""
+        return json.dumps([self.fingerprint, self.template and self.template.identity])
+
     @cached_property
     def fingerprint(self):
         """A hash that is equal for tokenizers that give every text the same ids."""
@@ -240,18 +355,10 @@ class Tokenizer:
     def save(self, path):
         """Write the tokenizer's files to a folder, without what needs a model's own code.
 
-        A chat template is left out, too: others would ask the model in it, but it is not what
-        nanosafe trains in (data/template.py)."""
+        The chat template is written into tokenizer_config.json, and nowhere else: transformers and
+        llama.cpp disagree on which of two places counts, but both read this one."""
         os.makedirs(path, exist_ok=True)
         folder = os.path.dirname(self.file)
-        has_template = os.path.isfile(os.path.join(folder, CHAT_TEMPLATE))
-        has_template = has_template or bool(self.names.get("chat_template"))
-        if has_template and not self.said_what_is_left_out:
-            self.said_what_is_left_out = True
-            print_once(
-                f"{folder}: its chat template is not written with the model: nanosafe trains in "
-                "Safe-RLHF's template"
-            )
         standard_name = "tokenizer" + os.path.splitext(self.file)[1]
         for name in self.engine.files:
             source = os.path.join(folder, name)
@@ -261,13 +368,11 @@ class Tokenizer:
             if os.path.isfile(source) and os.path.abspath(source) != os.path.abspath(target):
                 shutil.copyfile(source, target)
         self.engine.save(self, path)
-
-
-def match_any(texts):
-    """A regular expression that matches any of the texts, or nothing if there are none."""
-    if not texts:
-        return re.compile("(?!)")
-    return re.compile("|".join(re.escape(text) for text in texts))
+        if self.template:
+            config = read_json(path, "tokenizer_config.json")
+            write_json(
+                {**config, "chat_template": self.template.source}, path, "tokenizer_config.json"
+            )
 
 
 # ---- control tokens: pretraining with human preferences (PHF), arXiv:2302.08582 ----
@@ -285,7 +390,10 @@ def add_control_tokens(tok):
         added[text] = Token(tok.vocab_size + i)
     others = tok.names.get("additional_special_tokens") or []
     names = {**tok.names, "additional_special_tokens": [*others, *missing]}
-    return Tokenizer(tok.engine, added, names, tok.eos_ids, tok.file)
+    extended = Tokenizer(tok.engine, added, names, tok.eos_ids, tok.file)
+    if tok.template:
+        extended.use_template(tok.template.source, tok.template.origin, tok.template.note)
+    return extended
 
 
 def control_token_ids(tokenizer):

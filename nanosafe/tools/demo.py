@@ -18,7 +18,7 @@ from sentencepiece import SentencePieceTrainer
 
 from configurator import configure
 from nanosafe import data, tokenizer
-from nanosafe.data import template
+from nanosafe.data.examples import Prompt, make_turns
 from nanosafe.inference import Policy, ReferenceSamples
 from nanosafe.parallel import init
 from nanosafe.printing import format_table
@@ -86,12 +86,15 @@ def prepare(out_dir):
     print_heading("train a tokenizer on the demonstrations")
     texts = []
     for row in data.load("toy/sft"):
-        turns = [row["input"], row["answer"]]
-        for prompt, answer in template.split_into_segments(turns):
-            texts.append(prompt + answer)
+        texts.append(write_demonstration(row))
     tok = train_tokenizer(texts, 900, os.path.join(out_dir, "tokenizer"))
     print(f"{tok.vocab_size} pieces in {out_dir}/tokenizer")
     return toy
+
+
+def write_demonstration(row):
+    """A demonstration's text in Safe-RLHF's template, without special tokens."""
+    return f"BEGINNING OF CONVERSATION: USER: {row['input']} ASSISTANT:{row['answer']}"
 
 
 def train_tokenizer(texts, vocab_size, path):
@@ -152,7 +155,7 @@ def judge(toy, path, reference):
     policy = Policy(path, world, MAX_NEW_TOKENS, seed=0, temperature=1.0)
     reference_policy = Policy(reference, world, MAX_NEW_TOKENS, seed=0, temperature=1.0)
     prompts = [row["input"] for row in data.load("toy/prompts/test")]
-    questions = [policy.question([prompt]) for prompt in prompts]
+    questions = [policy.question(Prompt(make_turns([prompt]))) for prompt in prompts]
     samples = ReferenceSamples(
         policy.model, questions, world, MAX_TOKENS, MAX_NEW_TOKENS, **policy.sampling
     )

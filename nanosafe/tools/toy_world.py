@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import load_file
 
 from nanosafe import checkpoint, data
-from nanosafe.data import template
 from nanosafe.model import Config
 from nanosafe.tools import demo
 
@@ -23,8 +22,7 @@ def make_world(toy, folder):
     toy.main(str(folder / "data"))
     texts = []
     for row in data.load(str(folder / "data" / "sft" / "train.jsonl:400/-1")):
-        for prompt, answer in template.split_into_segments([row["input"], row["answer"]]):
-            texts.append(prompt + answer)
+        texts.append(demo.write_demonstration(row))
     tok = demo.train_tokenizer(texts, 500, str(folder / "tokenizer"))
     for name, head in (("policy", "lm"), ("reward", "score"), ("cost", "score")):
         score_type = "cost" if name == "cost" else "reward"
