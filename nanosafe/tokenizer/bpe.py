@@ -25,8 +25,10 @@ from nanosafe.tokenizer.patterns import compile_splitter
 from nanosafe.tokenizer.special_tokens import (
     MARK,
     NOT_EXPORTED,
+    SPECIAL_KEYS,
     TOKENIZER_FILES,
     read_added_tokens,
+    read_token_text,
 )
 
 REMEMBERED_WORDS = 2**18
@@ -34,6 +36,14 @@ REMEMBERED_LENGTH = 32  # characters; longer words hardly come back
 UNICODE_FORMS = ("NFC", "NFD", "NFKC", "NFKD")
 # How the tokenizer of GPT-2 cuts a text: also what a ByteLevel pre-tokenizer does by itself.
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# How transformers' Qwen2Tokenizer cuts a text, after NFC.
+QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# tokenizer_config.json says all that special_tokens_map.json does. Where both are there,
+# transformers prefers the latter, and nanosafe the former.
+EXPORTED_FILES = [name for name in TOKENIZER_FILES if name != "special_tokens_map.json"]
 END_OF_SEQUENCE = ("<|end_of_text|>", "<|endoftext|>", "</s>")  # where no file names one
 
 
@@ -162,7 +172,7 @@ class BPEEngine:
     names  what tokenizer_config.json says"""
 
     # Llama 3's tokenizer.model is not copied, because others would take it for SentencePiece's.
-    files = [name for name in TOKENIZER_FILES if name != "tokenizer.model"]
+    files = [name for name in EXPORTED_FILES if name != "tokenizer.model"]
 
     def __init__(self, spec, ranks, added, names):
         model = spec["model"]
@@ -366,35 +376,60 @@ class BPEEngine:
             text = text.removeprefix(" ")
         return text
 
+    @property
+    def is_cut_as_qwen2(self):
+        """Whether texts are normalized and cut as the tokenizer class that Qwen2 has in transformers.
+
+        That class puts its own rules in the place of those in a tokenizer.json."""
+        components = list_components(self.spec, "pre_tokenizer", "pretokenizers")
+        kinds = [component["type"] for component in components]
+        if kinds != ["Split", "ByteLevel"] or self.unicode_forms != ["NFC"]:
+            return False
+        return components[0]["pattern"] == {"Regex": QWEN2}
+
     def save(self, tokenizer, path):
         """Write tokenizer.json with the tokens that were added later, and tokenizer_config.json.
 
-        Tokenizer.save() has copied the files that there are. A class of the model's own may need
-        its own code (auto_map), so that transformers' class is named instead. A chat template in
-        tokenizer_config.json is left out, too."""
+        Tokenizer.save() has copied the files that there are."""
         beyond = []
         for text, token in tokenizer.added.items():
             if text not in self.added:
-                beyond.append({"content": text, "single_word": False, **token._asdict()})
-        if beyond:
+                beyond.append(describe_added_token(text, token))
+        if beyond or not os.path.exists(os.path.join(path, "tokenizer.json")):
             added_tokens = [*(self.spec.get("added_tokens") or []), *beyond]
             write_json({**self.spec, "added_tokens": added_tokens}, path, "tokenizer.json")
-        if os.path.exists(os.path.join(path, "tokenizer.json")):
-            config = read_json(path, "tokenizer_config.json")
-            kept = {key: value for key, value in config.items() if key not in NOT_EXPORTED}
-            if config.get("auto_map"):
-                kept["tokenizer_class"] = "PreTrainedTokenizerFast"
-            if kept != config:
-                write_json(kept, path, "tokenizer_config.json")
-            return
-        write_json(self.spec, path, "tokenizer.json")
-        config = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "clean_up_tokenization_spaces": False,
-            "bos_token": tokenizer.contents[tokenizer.bos_id],
-            "eos_token": tokenizer.contents[tokenizer.eos_id],
-        }
-        write_json(config, path, "tokenizer_config.json")
+        write_json(make_tokenizer_config(tokenizer), path, "tokenizer_config.json")
+
+
+# ---- what is written for others ----
+
+
+def describe_added_token(text, token):
+    """An entry of the added_tokens in a tokenizer.json."""
+    return {"content": text, "single_word": False, **token._asdict()}
+
+
+def make_tokenizer_config(tokenizer):
+    """The tokenizer_config.json with which every version of transformers gives a tokenizer's ids.
+
+    Only the class that it names here takes tokenizer.json as it is: others put rules of their own
+    in the place of those in the file. That class knows nothing about the model, so that what
+    depends on the model is written too, unless the source's files say it."""
+    config = {}
+    for key, value in tokenizer.names.items():
+        if key not in NOT_EXPORTED:
+            config[key] = value
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    config.setdefault("clean_up_tokenization_spaces", False)
+    # transformers 4 would otherwise make token_type_ids as well, which these models refuse.
+    config.setdefault("model_input_names", ["input_ids", "attention_mask"])
+    config.setdefault("padding_side", "left")  # an answer continues the last token of a prompt
+    ids = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
+    for key, id in zip(SPECIAL_KEYS, ids):
+        text = tokenizer.contents.get(id)
+        if text is not None and read_token_text(config.get(key)) != text:
+            config[key] = text
+    return config
 
 
 def merge_pairs(symbols, ranks):
