@@ -418,7 +418,7 @@ def make_tokenizer_config(tokenizer):
     config = {}
     for key, value in tokenizer.names.items():
         if key not in NOT_EXPORTED:
-            config[key] = value
+            config[key] = take_texts(value)
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     config.setdefault("clean_up_tokenization_spaces", False)
     # transformers 4 would otherwise make token_type_ids as well, which these models refuse.
@@ -430,6 +430,18 @@ def make_tokenizer_config(tokenizer):
         if text is not None and read_token_text(config.get(key)) != text:
             config[key] = text
     return config
+
+
+def take_texts(value):
+    """A value of tokenizer_config.json with the texts of tokens in the place of descriptions.
+
+    special_tokens_map.json describes tokens by objects that transformers does not take in this
+    file. tokenizer.json has the descriptions."""
+    if isinstance(value, list):
+        return [take_texts(item) for item in value]
+    if isinstance(value, dict) and isinstance(value.get("content"), str):
+        return value["content"]
+    return value
 
 
 def merge_pairs(symbols, ranks):
