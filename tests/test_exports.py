@@ -156,7 +156,7 @@ def test_a_tokenizer_json_that_would_give_other_ids_is_not_written(options, tmp_
     assert tokenizer.load(tmp_path / "exported").fingerprint == ours.fingerprint
 
 
-def test_a_tokenizer_json_that_lacks_a_token_is_not_copied(world, tmp_path):
+def test_a_tokenizer_json_that_lacks_a_token_is_replaced(world, tmp_path):
     """A published folder has both files, and tokens that were added later in a third."""
     source = tmp_path / "source"
     pieces = tokenizer.load(world / "tokenizer")
@@ -171,6 +171,22 @@ def test_a_tokenizer_json_that_lacks_a_token_is_not_copied(world, tmp_path):
     assert theirs.pad_token_id == ours.pad_id
     assert len(theirs) == ours.vocab_size
     assert theirs.encode("[PAD]", add_special_tokens=False) == [ours.pad_id]
+
+
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_texts_begin_as_add_bos_token_says(adds_bos, tmp_path):
+    """Phi-3's says that there is no BOS in front, and its tokenizer.json puts one there."""
+    source = tmp_path / "source"
+    bos = None if adds_bos else "<s>"
+    names = {"bos_token": "<s>", "add_bos_token": adds_bos}
+    oracles.byte_level(source, bpe.GPT2, specials=("<s>", "</s>"), bos=bos, **names)
+    ours = tokenizer.load(source)
+    assert ours.engine.adds_bos == adds_bos
+    export(tmp_path / "exported", ours)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "exported")
+    assert find_mismatches(ours, theirs, list_texts()) == []
+    assert (theirs.encode("a")[0] == ours.bos_id) == adds_bos
+    assert tokenizer.load(tmp_path / "exported").fingerprint == ours.fingerprint
 
 
 def test_the_special_tokens_are_said_in_one_file(tmp_path):

@@ -28,7 +28,6 @@ from nanosafe.tokenizer.special_tokens import (
     SPECIAL_KEYS,
     TOKENIZER_FILES,
     read_added_tokens,
-    read_token_text,
 )
 
 REMEMBERED_WORDS = 2**18
@@ -378,7 +377,7 @@ class BPEEngine:
 
     @property
     def is_cut_as_qwen2(self):
-        """Whether texts are normalized and cut as the tokenizer class that Qwen2 has in transformers.
+        """Whether texts are normalized and cut as by transformers' Qwen2Tokenizer.
 
         That class puts its own rules in the place of those in a tokenizer.json."""
         components = list_components(self.spec, "pre_tokenizer", "pretokenizers")
@@ -388,16 +387,25 @@ class BPEEngine:
         return components[0]["pattern"] == {"Regex": QWEN2}
 
     def save(self, tokenizer, path):
-        """Write tokenizer.json with the tokens that were added later, and tokenizer_config.json.
+        """Write tokenizer.json, if it is not there or lacks something, and tokenizer_config.json.
 
-        Tokenizer.save() has copied the files that there are."""
+        Tokenizer.save() has copied the files that there are. A tokenizer.json may lack tokens that
+        were added later. It may also begin texts otherwise than the add_bos_token beside it says,
+        which not every version of transformers reads."""
+        spec = dict(self.spec)
         beyond = []
         for text, token in tokenizer.added.items():
             if text not in self.added:
                 beyond.append(describe_added_token(text, token))
-        if beyond or not os.path.exists(os.path.join(path, "tokenizer.json")):
-            added_tokens = [*(self.spec.get("added_tokens") or []), *beyond]
-            write_json({**self.spec, "added_tokens": added_tokens}, path, "tokenizer.json")
+        if beyond:
+            spec["added_tokens"] = [*(spec.get("added_tokens") or []), *beyond]
+        bos = tokenizer.contents.get(tokenizer.bos_id) if self.adds_bos else None
+        first_tokens = [token for token in list_first_tokens(spec) if token]
+        if first_tokens != ([bos] if bos else []):
+            spec["post_processor"] = describe_beginning(tokenizer.added, bos)
+        is_there = os.path.exists(os.path.join(path, "tokenizer.json"))
+        if spec != self.spec or not is_there:
+            write_json(spec, path, "tokenizer.json")
         write_json(make_tokenizer_config(tokenizer), path, "tokenizer_config.json")
 
 
@@ -407,6 +415,23 @@ class BPEEngine:
 def describe_added_token(text, token):
     """An entry of the added_tokens in a tokenizer.json."""
     return {"content": text, "single_word": False, **token._asdict()}
+
+
+def describe_beginning(tokens, bos):
+    """The post-processor that puts the token `bos` in front of a text; None: it puts none there."""
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    second_text = {"Sequence": {"id": "B", "type_id": 1}}
+    single = [text]
+    special_tokens = {}
+    if bos is not None:
+        single.insert(0, {"SpecialToken": {"id": bos, "type_id": 0}})
+        special_tokens[bos] = {"id": bos, "ids": [tokens[bos].id], "tokens": [bos]}
+    return {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": [*single, second_text],
+        "special_tokens": special_tokens,
+    }
 
 
 def make_tokenizer_config(tokenizer):
@@ -427,8 +452,10 @@ def make_tokenizer_config(tokenizer):
     ids = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
     for key, id in zip(SPECIAL_KEYS, ids):
         text = tokenizer.contents.get(id)
-        if text is not None and read_token_text(config.get(key)) != text:
+        if text is not None:
             config[key] = text
+    # null: there is none. Where nothing is said, Qwen2Tokenizer may add a token of its own.
+    config.setdefault("unk_token", None)
     return config
 
 

@@ -10,8 +10,8 @@ import os
 
 from nanosafe.errors import one_line_errors, stop
 from nanosafe.storage import read_json
-from nanosafe.tokenizer.bpe import BPEEngine, spell_bytes
-from nanosafe.tokenizer.special_tokens import read_added_tokens
+from nanosafe.tokenizer.bpe import BPEEngine, describe_beginning, spell_bytes
+from nanosafe.tokenizer.special_tokens import Token, read_added_tokens
 
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -127,19 +127,13 @@ def make_tokenizer_json(vocab, ranks, special_tokens):
         "behavior": "Isolated",
         "invert": False,
     }
-    sequence = {"Sequence": {"id": "A", "type_id": 0}}
     return {
         "version": "1.0",
         "normalizer": None,
         "decoder": byte_level,
         "added_tokens": added_tokens,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "pair": [sequence],
-            "single": [{"SpecialToken": {"id": bos, "type_id": 0}}, sequence],
-            "special_tokens": {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}},
-        },
+        "post_processor": describe_beginning({bos: Token(bos_id)}, bos),
         "model": {
             "type": "BPE",
             "ignore_merges": True,

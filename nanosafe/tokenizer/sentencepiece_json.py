@@ -7,7 +7,7 @@ written."""
 
 import re
 
-from nanosafe.tokenizer.bpe import BPEEngine, describe_added_token
+from nanosafe.tokenizer.bpe import BPEEngine, describe_added_token, describe_beginning
 from nanosafe.tokenizer.special_tokens import MARK
 
 BYTE_PIECES = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -130,23 +130,6 @@ def list_added_tokens(tokens):
     """The added_tokens of a tokenizer.json, by their ids."""
     by_id = sorted(tokens.items(), key=lambda item: item[1].id)
     return [describe_added_token(text, token) for text, token in by_id]
-
-
-def describe_beginning(tokens, bos):
-    """The post-processor that puts the token `bos` in front of a text; None: it puts none there."""
-    text = {"Sequence": {"id": "A", "type_id": 0}}
-    second_text = {"Sequence": {"id": "B", "type_id": 1}}
-    single = [text]
-    special_tokens = {}
-    if bos is not None:
-        single.insert(0, {"SpecialToken": {"id": bos, "type_id": 0}})
-        special_tokens[bos] = {"id": bos, "ids": [tokens[bos].id], "tokens": [bos]}
-    return {
-        "type": "TemplateProcessing",
-        "single": single,
-        "pair": [*single, second_text],
-        "special_tokens": special_tokens,
-    }
 
 
 def list_trial_texts(engine):
