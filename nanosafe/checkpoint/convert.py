@@ -8,7 +8,6 @@ from tqdm import tqdm
 
 from nanosafe import tokenizer
 from nanosafe.checkpoint.exports import check_can_be_a_classifier
-from nanosafe.checkpoint.families import choose_written_family
 from nanosafe.checkpoint.folder import (
     check_tensors,
     choose_head,
@@ -76,10 +75,6 @@ def convert(source, target, dtype=None, layout="hf"):
     ranges = map_tensors(shapes, config, folder.family)
     check_tensors(folder, head, shapes, ranges)
     dtype = dtype or folder.dtype()
-    if layout == "classifier":
-        if head != "score":
-            stop(f"{source!r} is a policy, and has no score head: --to=hf writes policies")
-        check_can_be_a_classifier(source, config, choose_written_family(config))
     tok = None
     if tokenizer.find_tokenizer_file(source):
         tok = tokenizer.load(source)
@@ -98,8 +93,7 @@ def convert(source, target, dtype=None, layout="hf"):
             yield name, whole
 
     if layout == "classifier":
-        if tok is None:
-            stop(f"{source!r} has no tokenizer, and a classifier must say which token is padding")
+        check_can_be_a_classifier(source, config, head, tok)
         head = "classifier"
     sampling = read_json(folder.path, "generation_config.json")
     try:

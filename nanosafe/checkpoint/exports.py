@@ -6,6 +6,7 @@ label that others open."""
 import copy
 from functools import cache
 
+from nanosafe.checkpoint.families import choose_written_family
 from nanosafe.errors import stop
 from nanosafe.printing import print_once
 
@@ -72,21 +73,20 @@ def say_once(text):
 # ---- a score model as a classifier ----
 
 
-def check_can_be_a_classifier(path, config, model_type):
-    """Stop unless transformers' classifier gives the scores of this score model.
+def check_can_be_a_classifier(path, config, head, tokenizer):
+    """Stop unless transformers' classifier gives the scores of this model.
 
-    Its score is a product of the last hidden state and a vector: there is no bias.
-    model_type  of the folder that is written"""
-    if model_type == "baichuan":
-        stop(
-            f"{path!r}: transformers has no classifier for the model_type {model_type}: "
-            "--to=hf writes it for nanosafe and Safe-RLHF"
-        )
+    Its score is the product of the last hidden state and a vector: there is no bias."""
+    for_others = "--to=hf writes it for nanosafe and Safe-RLHF"
+    if head != "score":
+        stop(f"{path!r} is a policy, and has no score head: --to=hf writes policies")
+    if tokenizer is None:
+        stop(f"{path!r} has no tokenizer, and a classifier must say which token is padding")
+    kind = choose_written_family(config)
+    if kind == "baichuan":
+        stop(f"{path!r}: transformers has no classifier for the model_type {kind}: {for_others}")
     if config.score_bias:
-        stop(
-            f"{path!r} has a score head with a bias, which a classifier has not: --to=hf writes it "
-            "for nanosafe and Safe-RLHF"
-        )
+        stop(f"{path!r} has a score head with a bias, which a classifier has not: {for_others}")
     if config.do_normalize and config.score_type != "critic":
         stop(
             f"{path!r} normalizes its scores, which a classifier does not: set do_normalize to "
