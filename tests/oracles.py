@@ -17,8 +17,8 @@ from tokenizers import (
     trainers,
 )
 
-from nanosafe.tokenizer.bpe import make_byte_spelling
-from nanosafe.tokenizer.tiktoken import LLAMA3, QWEN
+from nanosafe.tokenizer.bpe import QWEN2, make_byte_spelling
+from nanosafe.tokenizer.tiktoken import LLAMA3
 
 WORDS = (
     "the of and to in is that for it as was with be by on not he I this are or his from at which "
@@ -128,7 +128,7 @@ FAMILIES = {
         specials=("<|begin_of_text|>", "<|endoftext|>", "<|eot_id|>"),
     ),
     "qwen2": dict(
-        pattern=QWEN,
+        pattern=QWEN2,
         nfc=True,
         eos_token="<|endoftext|>",
         bos_token=None,

@@ -400,11 +400,12 @@ def test_llama4_s_own_file(tmp_path):
     check_saved(ours, tmp_path / "saved")
 
 
-def test_qwen_s_own_file(qwen_ranks):
+def test_qwen_s_own_file(qwen_ranks, tmp_path):
     folder, ranks = qwen_ranks
     pattern = read_pattern(DASHSCOPE, QWEN_SOURCE)
     ours = check_against_tiktoken(folder, ranks, pattern, "qwen", QWEN_TOKENS, "NFC")
     assert (ours.bos_id, ours.eos_id, ours.vocab_size) == (-1, 151643, 151646)
+    check_saved(ours, tmp_path)
 
 
 def test_tekken(tmp_path):

@@ -25,6 +25,7 @@ from nanosafe.tokenizer.patterns import Splitter, compile_splitter
 from nanosafe.tokenizer.special_tokens import (
     MARK,
     NOT_EXPORTED,
+    SPECIAL_KEYS,
     TOKENIZER_FILES,
     read_added_tokens,
 )
@@ -37,6 +38,14 @@ REPLACEMENT = "\ufffd"  # what stands for bytes that are no text
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 STRIP_ONE_SPACE = {"content": " ", "start": 1, "stop": 0}
+# How transformers' Qwen2Tokenizer cuts a text, after NFC.
+QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# tokenizer_config.json says all that special_tokens_map.json does. Where both are there,
+# transformers prefers the latter, and nanosafe the former.
+EXPORTED_FILES = [name for name in TOKENIZER_FILES if name != "special_tokens_map.json"]
 END_OF_SEQUENCE = ("<|end_of_text|>", "<|endoftext|>", "</s>")  # where no file names one
 
 
@@ -181,7 +190,7 @@ class BPEEngine:
     names  what tokenizer_config.json says"""
 
     # Llama 3's tokenizer.model is not copied, because others would take it for SentencePiece's.
-    files = [name for name in TOKENIZER_FILES if name != "tokenizer.model"]
+    files = [name for name in EXPORTED_FILES if name != "tokenizer.model"]
 
     def __init__(self, spec, ranks, added, names):
         model = spec["model"]
@@ -406,35 +415,100 @@ class BPEEngine:
             text = text.removeprefix(" ")
         return text
 
-    def save(self, tokenizer, path):
-        """Write tokenizer.json with the tokens that were added later, and tokenizer_config.json.
+    @property
+    def is_cut_as_qwen2(self):
+        """Whether texts are normalized and cut as by transformers' Qwen2Tokenizer.
 
-        Tokenizer.save() has copied the files that there are. A class of the model's own may need
-        its own code (auto_map), so that transformers' class is named instead. A chat template in
-        tokenizer_config.json is left out, too."""
+        That class puts its own rules in the place of those in a tokenizer.json."""
+        components = list_components(self.spec, "pre_tokenizer", "pretokenizers")
+        kinds = [component["type"] for component in components]
+        if kinds != ["Split", "ByteLevel"] or self.unicode_forms != ["NFC"]:
+            return False
+        return components[0]["pattern"] == {"Regex": QWEN2}
+
+    def save(self, tokenizer, path):
+        """Write tokenizer.json, if it is not there or lacks something, and tokenizer_config.json.
+
+        Tokenizer.save() has copied the files that there are. A tokenizer.json may lack tokens that
+        were added later. It may also begin texts otherwise than the add_bos_token beside it says,
+        which not every version of transformers reads."""
+        spec = dict(self.spec)
         beyond = []
         for text, token in tokenizer.added.items():
             if text not in self.added:
-                beyond.append({"content": text, "single_word": False, **token._asdict()})
+                beyond.append(describe_added_token(text, token))
         if beyond:
-            added_tokens = [*(self.spec.get("added_tokens") or []), *beyond]
-            write_json({**self.spec, "added_tokens": added_tokens}, path, "tokenizer.json")
-        if os.path.exists(os.path.join(path, "tokenizer.json")):
-            config = read_json(path, "tokenizer_config.json")
-            kept = {key: value for key, value in config.items() if key not in NOT_EXPORTED}
-            if config.get("auto_map"):
-                kept["tokenizer_class"] = "PreTrainedTokenizerFast"
-            if kept != config:
-                write_json(kept, path, "tokenizer_config.json")
-            return
-        write_json(self.spec, path, "tokenizer.json")
-        config = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "clean_up_tokenization_spaces": False,
-            "bos_token": tokenizer.contents[tokenizer.bos_id],
-            "eos_token": tokenizer.contents[tokenizer.eos_id],
-        }
-        write_json(config, path, "tokenizer_config.json")
+            spec["added_tokens"] = [*(spec.get("added_tokens") or []), *beyond]
+        bos = tokenizer.contents.get(tokenizer.bos_id) if self.adds_bos else None
+        first_tokens = [token for token in list_first_tokens(spec) if token]
+        if first_tokens != ([bos] if bos else []):
+            spec["post_processor"] = describe_beginning(tokenizer.added, bos)
+        is_there = os.path.exists(os.path.join(path, "tokenizer.json"))
+        if spec != self.spec or not is_there:
+            write_json(spec, path, "tokenizer.json")
+        write_json(make_tokenizer_config(tokenizer), path, "tokenizer_config.json")
+
+
+# ---- what is written for others ----
+
+
+def describe_added_token(text, token):
+    """An entry of the added_tokens in a tokenizer.json."""
+    return {"content": text, "single_word": False, **token._asdict()}
+
+
+def describe_beginning(tokens, bos):
+    """The post-processor that puts the token `bos` in front of a text; None: it puts none there."""
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    second_text = {"Sequence": {"id": "B", "type_id": 1}}
+    single = [text]
+    special_tokens = {}
+    if bos is not None:
+        single.insert(0, {"SpecialToken": {"id": bos, "type_id": 0}})
+        special_tokens[bos] = {"id": bos, "ids": [tokens[bos].id], "tokens": [bos]}
+    return {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": [*single, second_text],
+        "special_tokens": special_tokens,
+    }
+
+
+def make_tokenizer_config(tokenizer):
+    """The tokenizer_config.json with which every version of transformers gives a tokenizer's ids.
+
+    Only the class that it names here takes tokenizer.json as it is: others put rules of their own
+    in the place of those in the file. That class knows nothing about the model, so that what
+    depends on the model is written too, unless the source's files say it."""
+    config = {}
+    for key, value in tokenizer.names.items():
+        if key not in NOT_EXPORTED:
+            config[key] = take_texts(value)
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    config.setdefault("clean_up_tokenization_spaces", False)
+    # transformers 4 would otherwise make token_type_ids as well, which these models refuse.
+    config.setdefault("model_input_names", ["input_ids", "attention_mask"])
+    config.setdefault("padding_side", "left")  # an answer continues the last token of a prompt
+    ids = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
+    for key, id in zip(SPECIAL_KEYS, ids):
+        text = tokenizer.contents.get(id)
+        if text is not None:
+            config[key] = text
+    # null: there is none. Where nothing is said, Qwen2Tokenizer may add a token of its own.
+    config.setdefault("unk_token", None)
+    return config
+
+
+def take_texts(value):
+    """A value of tokenizer_config.json with the texts of tokens in the place of descriptions.
+
+    special_tokens_map.json describes tokens by objects that transformers does not take in this
+    file. tokenizer.json has the descriptions."""
+    if isinstance(value, list):
+        return [take_texts(item) for item in value]
+    if isinstance(value, dict) and isinstance(value.get("content"), str):
+        return value["content"]
+    return value
 
 
 def decode_spelled_bytes(spelled):

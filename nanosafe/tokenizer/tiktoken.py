@@ -17,14 +17,13 @@ from typing import Callable, NamedTuple
 
 from nanosafe.errors import one_line_errors, stop
 from nanosafe.storage import read_json
-from nanosafe.tokenizer.bpe import BPEEngine, spell_bytes
+from nanosafe.tokenizer.bpe import QWEN2, BPEEngine, describe_beginning, spell_bytes
 from nanosafe.tokenizer.special_tokens import read_added_tokens
 
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-QWEN = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 LEAD = r"[^\r\n\p{L}\p{N}]?"
 CAPITALS = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
 LOWERCASE = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
@@ -105,7 +104,7 @@ class Published(NamedTuple):
 BY_RANKS = {
     128000: Published("Llama 3", LLAMA3, list_llama3_tokens),
     200000: Published("Llama 4", LLAMA4, list_llama4_tokens),
-    151643: Published("Qwen", QWEN, list_qwen_tokens, has_bos=False, normalizer={"type": "NFC"}),
+    151643: Published("Qwen", QWEN2, list_qwen_tokens, has_bos=False, normalizer={"type": "NFC"}),
 }
 # tekken.json, of before it listed them (mistral-common 1.13).
 TEKKEN_TOKENS = (
@@ -260,7 +259,7 @@ def make_engine(vocab, added_tokens, bos, pattern, normalizer, names):
         "decoder": byte_level,
         "added_tokens": added_tokens,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
-        "post_processor": describe_beginning(bos) if bos else byte_level,
+        "post_processor": byte_level,
         "model": {
             "type": "BPE",
             "ignore_merges": True,
@@ -268,17 +267,8 @@ def make_engine(vocab, added_tokens, bos, pattern, normalizer, names):
             "merges": [list(pair) for pair in merges],
         },
     }
+    added = read_added_tokens(spec)
+    if bos:
+        spec["post_processor"] = describe_beginning(added, bos["content"])
     ranks = {pair: rank for rank, pair in enumerate(merges)}
-    return BPEEngine(spec, ranks, read_added_tokens(spec), names)
-
-
-def describe_beginning(bos):
-    """The post-processor that puts an added token in front of a text."""
-    text = bos["content"]
-    sequence = {"Sequence": {"id": "A", "type_id": 0}}
-    return {
-        "type": "TemplateProcessing",
-        "pair": [sequence],
-        "single": [{"SpecialToken": {"id": text, "type_id": 0}}, sequence],
-        "special_tokens": {text: {"id": text, "ids": [bos["id"]], "tokens": [text]}},
-    }
+    return BPEEngine(spec, ranks, added, names)
