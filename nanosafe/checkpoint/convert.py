@@ -26,7 +26,7 @@ HELP = f"""{SYNOPSIS}
 
 Write any model that opens as a Hugging Face folder, with its tokenizer.
 
-SOURCE   a model folder of a family in docs/formats.md, or one of Meta's
+SOURCE   a model folder of a family in docs/formats.md, one of Meta's, or a name on the hub
 TARGET   the folder to write, which must not exist
 --to     the layout to write: hf, the only one
 --dtype  of the tensors to write; SOURCE's by default"""
