@@ -176,7 +176,7 @@ def answer_all(speakers, histories, attempt, system):
     A history is the texts of a conversation, the user's first."""
     try:
         for speaker, texts in zip(speakers, histories):
-            texts.append(speaker(Prompt(make_turns(texts, system)), attempt))
+            texts.append(speaker(Prompt(make_turns(texts, system or None)), attempt))
     except (KeyboardInterrupt, SystemExit) as error:  # a second Ctrl-C, or a text that is too long
         print(f"\n{error or 'stopped'} (a new conversation)", flush=True)
         return [[] for _ in speakers]

@@ -22,6 +22,7 @@ from nanosafe.data.batching import (
     sum_per_sequence,
 )
 from nanosafe.errors import choose, stop
+from nanosafe.hub import find_model
 from nanosafe.parallel import all_reduce_sum, any_rank
 from nanosafe.printing import print_once
 from nanosafe.rollout import sample_all
@@ -158,6 +159,7 @@ def cached_reference_logps(model, path, dataset, max_tokens, world):
 
 def fingerprint_model(model, path, world):
     """A text that changes with a model's files, the device and what is computed in."""
+    path = find_model(path)
     placement = getattr(model, "placement", None)
     facts = [
         os.path.realpath(path),

@@ -22,6 +22,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["OMP_WAIT_POLICY"] = "passive"
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the real hub; test_hub.py has one of its own
 
 
 LONG_FILES = ("test_readme", "test_reliability", "test_train", "test_methods", "test_eval")

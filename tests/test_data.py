@@ -1,10 +1,12 @@
 """Specifications, rows, conversations, the cache of token ids, packing and order."""
 
+import datetime
 import gzip
-import lzma
-import zipfile
 import json
+import lzma
 import re
+import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -212,9 +214,82 @@ def test_a_json_file_with_one_object_over_many_lines_is_refused(tmp_path):
         data.load(str(tmp_path / "a.json"))
 
 
-def test_a_parquet_file_says_how_to_convert_it(tmp_path):
-    with pytest.raises(SystemExit, match="read_parquet"):
-        list(reader.read_rows(str(tmp_path / "x.parquet")))
+def test_a_csv_file_has_a_row_on_each_line_after_the_names_of_its_columns(tmp_path):
+    table = '\ufeffinput,category\r\n"What, ""why""?\nHow?",a\r\nWhen?\r\n\r\nWho?,b,c\r\n'
+    (tmp_path / "a.csv").write_text(table, newline="")
+    (tmp_path / "a.csv.gz").write_bytes(gzip.compress(table.encode()))
+    rows = list(reader.read_rows(str(tmp_path / "a.csv")))
+    records = [row.record for row in rows]
+    assert records[0] == {"input": 'What, "why"?\nHow?', "category": "a"}
+    assert records[1] == {"input": "When?", "category": None}
+    assert records[2] is None  # it has more cells than there are columns
+    assert [row.line for row in rows] == [3, 4, 6]
+    assert [row.record for row in reader.read_rows(str(tmp_path / "a.csv.gz"))] == records
+
+
+def test_a_cell_of_a_csv_file_may_be_long(tmp_path):
+    (tmp_path / "a.csv").write_text("input\n" + "x" * 200_000 + "\n")
+    assert len(data.load(str(tmp_path / "a.csv"))[0]["input"]) == 200_000
+
+
+PARQUET_ROWS = [
+    {"messages": [{"role": "user", "content": "é"}], "options": {"a": False}, "n": 1},
+    {"messages": [], "options": {"a": None}, "n": None},
+]
+
+
+def write_parquet(path, rows, **options):
+    """Write a .parquet file; returns its path as a text."""
+    pyarrow = pytest.importorskip("pyarrow")
+    table = pyarrow.Table.from_pylist(rows)
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(table, path, **options)
+    return str(path)
+
+
+def test_lists_and_structures_of_a_parquet_file_are_lists_and_dicts(tmp_path):
+    path = write_parquet(tmp_path / "a.parquet", PARQUET_ROWS)
+    assert data.load(path) == PARQUET_ROWS
+    assert [row.line for row in reader.read_rows(path)] == [1, 2]
+
+
+def test_columns_without_json_values_are_left_out_of_a_parquet_file(tmp_path):
+    picture = {"bytes": b"GIF", "path": "a.gif"}
+    rows = [{"input": "q", "time": datetime.datetime(2026, 1, 2), "images": [picture]}]
+    assert data.load(write_parquet(tmp_path / "a.parquet", rows)) == [{"input": "q"}]
+
+
+def test_a_large_parquet_file_is_not_in_memory_whole(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    rng = np.random.default_rng(0)
+    rows = [{"input": rng.bytes(2000).hex()} for _ in range(10_000)]
+    path = write_parquet(tmp_path / "a.parquet", rows, row_group_size=10_000)
+    del rows
+    before = pyarrow.default_memory_pool().bytes_allocated()
+    most = 0
+    for row in reader.read_rows(path):
+        most = max(most, pyarrow.default_memory_pool().bytes_allocated() - before)
+    assert row.line == 10_000
+    assert most < 20e6  # of 40 MB
+
+
+def test_a_damaged_parquet_file_is_refused_in_one_line(tmp_path):
+    path = tmp_path / "a.parquet"
+    write_parquet(path, PARQUET_ROWS)
+    whole = path.read_bytes()
+    for content in (b"", whole[:50], whole[:4] + b"x" * 60 + whole[64:], whole[:-20]):
+        path.write_bytes(content)
+        with pytest.raises(SystemExit, match="a.parquet' cannot be read") as stop:
+            data.load(str(path))
+        assert "\n" not in str(stop.value)
+
+
+def test_a_parquet_file_without_pyarrow_names_the_command_that_installs_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    path = tmp_path / "a.parquet"
+    path.write_bytes(b"PAR1")
+    with pytest.raises(SystemExit, match="pip install pyarrow"):
+        data.load(str(path))
 
 
 # ---- conversations ----
@@ -274,7 +349,15 @@ def test_turns_have_roles_and_a_system_s_turn_comes_first():
         {"role": "user", "content": "q"},
         {"role": "assistant", "content": "a"},
     ]
-    assert parse_record({**row, "system": ""}, "sft").conversations == [turns[1:]]
+    (empty,) = parse_record({**row, "system": ""}, "sft").conversations
+    assert empty == [{"role": "system", "content": ""}, *turns[1:]]
+    assert parse_record({**row, "system": None}, "sft").conversations == [turns[1:]]
+    with pytest.raises(ValueError, match="not text"):
+        parse_record({**row, "system": 3}, "sft")
+
+
+def test_a_dialogue_s_last_question_is_a_prompt():
+    assert parse_texts({"dialogue": ["q", "a", "r", "s"]}, "prompts") == ([["q", "a", "r"]], (0,))
 
 
 def test_a_row_becomes_a_prompt_and_a_row_again():

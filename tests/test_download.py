@@ -155,16 +155,15 @@ def test_compressed_files_are_downloaded_as_they_are(server, tmp_path):
     assert content_of(paths[0]) == BODY
 
 
-def test_a_release_in_parquet_says_how_to_convert_it(monkeypatch, tmp_path):
-    published = ["data/train-00000-of-00001.parquet"]
+def test_the_parquet_files_of_a_release_are_chosen_by_their_names(monkeypatch):
+    published = ["data/test_prefs-00000-of-00001.parquet", "data/test_sft-00000-of-00001.parquet"]
     monkeypatch.setattr(download, "list_repository", lambda *arguments: published)
-    with pytest.raises(SystemExit, match="parquet files only.*read_parquet.*--raw=FOLDER"):
-        download.download_release(Release("some/repo"), str(tmp_path))
+    assert download.choose_files(Release("some/repo", "_prefs")) == published[:1]
 
 
 def test_a_raw_folder_without_readable_files_is_refused(tmp_path):
-    (tmp_path / "x.parquet").write_bytes(b"PAR1")
-    with pytest.raises(SystemExit, match="--raw=.*parquet is converted with.*read_parquet"):
+    (tmp_path / "x.xlsx").write_bytes(b"PK")
+    with pytest.raises(SystemExit, match="--raw=.*no .jsonl, .json, .csv or .parquet file"):
         download.find_raw_files(str(tmp_path))
     with pytest.raises(SystemExit, match="--raw="):
         download.find_raw_files(str(tmp_path / "missing"))

@@ -26,7 +26,8 @@ OWN = {
     "train_pref",
     "train_ppo_lag",
 }
-OPTIONAL = {"wandb", "matplotlib", "pycodestyle", "detoxify", "readline"}  # inside functions only
+# Imported inside functions only.
+OPTIONAL = {"wandb", "matplotlib", "pycodestyle", "detoxify", "readline", "pyarrow"}
 MEASURING = {"transformers", "trl", "datasets"}  # what the benchmark compares with
 
 
@@ -175,6 +176,8 @@ ROOMS = {
 BOTTOM = {
     "errors",
     "storage",
+    "transfer",
+    "hub",
     "printing",
     "parallel",
     "ranges",

@@ -177,7 +177,8 @@ def test_a_run_that_does_not_fit_is_reported_with_the_nearest_that_does(capsys):
         ([*RECIPE, "--gpu=v100"], "choose one of"),
         ([*RECIPE, "--gpus=many"], "gpus takes a whole number"),
         ([*RECIPE, "--rollot_size=8"], "rollout_size"),
-        (["train_sft.py", "--init_from=models/mine"], "--shape="),
+        (["train_sft.py", "--init_from=./models/mine"], "--shape="),
+        (["train_sft.py", "--init_from=models/mine"], "no folder 'models/mine', and no such model"),
     ],
 )
 def test_mistakes_are_one_line(arguments, message):

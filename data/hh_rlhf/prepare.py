@@ -8,9 +8,9 @@ Each subset gives SUBSET/{train,test}.jsonl, pairs, and SUBSET-dialogue/{train,t
 preferred dialogues; the four together all/ and all-dialogue/. processed-hh-rlhf opens as well."""
 
 import os
-import re
 
 from configurator import configure
+from nanosafe.data.layouts import read_transcripts
 from nanosafe.errors import choose, stop
 from nanosafe.tools import download
 
@@ -27,7 +27,6 @@ RELEASES = {
         HUB, "^(harmless-base|helpful-base|helpful-online|helpful-rejection-sampled)/"
     ),
 }
-MARK = re.compile(r"\n\n(Human|Assistant):")
 
 
 def to_record(row):
@@ -39,23 +38,12 @@ def to_record(row):
             "answer": row["chosen"]["text"],
             "other_answer": row["rejected"]["text"],
         }
-    # Split at the marks: what is before the first one, then who speaks, what is said, and so on.
-    pieces = MARK.split(row["chosen"])
-    speakers = pieces[1::2]
-    turns = pieces[2::2]
-    if not speakers or speakers[-1] != "Assistant":
-        raise ValueError("the last turn is the human's")
-    prompt = row["chosen"].removesuffix(turns[-1])
-    rejected = row["rejected"]
-    if not rejected.startswith(prompt) or MARK.search(rejected, len(prompt)):
-        raise ValueError("the two dialogues differ before the last answer")
-    if speakers != ["Human", "Assistant"] * (len(speakers) // 2):
-        raise ValueError("the turns do not alternate")
+    pair = read_transcripts(row["chosen"], row["rejected"])
     return {
-        "input": [turn.strip() for turn in turns[:-1]],
+        "input": pair.turns,
         "better": True,
-        "answer": turns[-1].strip(),
-        "other_answer": rejected[len(prompt) :].strip(),
+        "answer": pair.answer,
+        "other_answer": pair.other_answer,
     }
 
 

@@ -14,13 +14,14 @@ from nanosafe.tools import download
 task = "toxicity"  # toxicity | pii | pep8
 config = configure(globals(), vars(download))
 
+PARQUET = r"\.parquet$"
 RELEASES = {
     "toxicity": download.Release(
-        "tomekkorbak/detoxify-pile-chunk3-0-50000", files="", subfolder="toxicity"
+        "tomekkorbak/detoxify-pile-chunk3-0-50000", PARQUET, subfolder="toxicity"
     ),
-    "pii": download.Release("tomekkorbak/pii-pile-chunk3-0-50000", files="", subfolder="pii"),
+    "pii": download.Release("tomekkorbak/pii-pile-chunk3-0-50000", PARQUET, subfolder="pii"),
     "pep8": download.Release(
-        "kejian/codeparrot-train-more-filter-3.3b-cleaned", files="", subfolder="pep8"
+        "kejian/codeparrot-train-more-filter-3.3b-cleaned", PARQUET, subfolder="pep8"
     ),
 }
 

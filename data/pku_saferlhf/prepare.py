@@ -25,7 +25,7 @@ RELEASES = {
 
 
 def to_record(row):
-    """One pair; a release without one of the two labels makes pairs without it."""
+    """One pair with its labels; a release without one of the two makes pairs without it."""
     record = {
         "input": row["prompt"],
         "answer": row["response_0"],
@@ -38,7 +38,20 @@ def to_record(row):
         record["better"] = not parse_label(row, "better_response_id")
     if row.get("safer_response_id") is not None:
         record["safer"] = not parse_label(row, "safer_response_id")
+    # The current release says how severe the harm is, from 0 to 3, and in which categories.
+    for prefix, response in (("", "response_0"), ("other_", "response_1")):
+        if response + "_severity_level" in row:
+            record[prefix + "severity"] = row[response + "_severity_level"]
+        if response + "_harm_category" in row:
+            record[prefix + "harm"] = list_categories(row[response + "_harm_category"])
     return record
+
+
+def list_categories(categories):
+    """The names of the categories of harm: a list of them, or {name: whether it is marked}."""
+    if isinstance(categories, dict):
+        categories = [name for name in categories if parse_label(categories, name)]
+    return sorted(categories)
 
 
 choose("version", version, RELEASES)

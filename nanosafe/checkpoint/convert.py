@@ -32,7 +32,7 @@ HELP = f"""{SYNOPSIS}
 
 Write any model that opens as a Hugging Face folder, with its tokenizer.
 
-SOURCE   a model folder of a family in docs/formats.md, or one of Meta's
+SOURCE   a model folder of a family in docs/formats.md, one of Meta's, or a name on the hub
 TARGET   the folder to write, which must not exist
 --to     the class to write a score model as: hf (Safe-RLHF's, by default), or
          classifier (transformers' classifier with one label, which vLLM opens too)

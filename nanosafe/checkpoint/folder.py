@@ -19,6 +19,7 @@ from nanosafe.checkpoint import meta
 from nanosafe.checkpoint.families import FAMILIES, META, Family, find_rows, name_tensor
 from nanosafe.checkpoint.tensors import FolderReader, LazyTensor, clean_name, copy_rows
 from nanosafe.errors import one_line_errors, stop
+from nanosafe.hub import WEIGHT_FILES, find_model, read_weight_map
 from nanosafe.model import Config, LLaMA
 from nanosafe.printing import print_once
 from nanosafe.storage import read_json
@@ -27,12 +28,6 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 IGNORED = ("rotary_emb.inv_freq", "masked_bias", "rope.freqs")  # buffers that old files carry
 ROWS_AT_ONCE = 4096  # of two matrices that are compared
 NORMALIZER = ("normalizer.mean", "normalizer.var", "normalizer.count")  # of old score models
-WEIGHT_FILES = (  # the first that exists is read
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
 # Keys of config.json that we compute with before Config checks them all.
 COUNTS = ("vocab_size", "hidden_size", "num_attention_heads")
 OBJECTS = ("rope_scaling", "rope_parameters", "rotary")
@@ -65,8 +60,10 @@ class Folder:
 
 
 def open_folder(path):
-    """The Folder at a path, in Hugging Face's layout or in Meta's. No weights are read yet."""
-    path = os.fspath(path)
+    """The Folder at a path, in Hugging Face's layout or in Meta's. No weights are read yet.
+
+    path  a folder, or a model's name on the hub"""
+    path = find_model(path)
     if os.path.isfile(os.path.join(path, "config.json")):
         config_json = read_config(path)
         family = find_family(path, config_json)
@@ -116,22 +113,13 @@ class WeightFiles(NamedTuple):
 
 def find_weight_files(path):
     for name in WEIGHT_FILES:
-        if os.path.isfile(os.path.join(path, name)):
-            return read_index(path, name) if name.endswith(".json") else WeightFiles([name], {})
+        if not os.path.isfile(os.path.join(path, name)):
+            continue
+        if not name.endswith(".json"):
+            return WeightFiles([name], {})
+        weight_map = read_weight_map(path, name)
+        return WeightFiles(sorted(set(weight_map.values())), weight_map)
     stop(f"no weights in {path!r}: model.safetensors, pytorch_model.bin or an index")
-
-
-def read_index(path, name):
-    with one_line_errors(path):
-        weight_map = read_json(path, name).get("weight_map", {})
-    if not isinstance(weight_map, dict):
-        stop(f"{path!r}: the weight_map in {name} is not an object")
-    for file in weight_map.values():
-        if not isinstance(file, str):
-            stop(f"{path!r}: the weight_map in {name} names {file!r}, which is not a file")
-    if not weight_map:
-        stop(f"no weights in {path!r}: the weight_map in {name} is empty")
-    return WeightFiles(sorted(set(weight_map.values())), weight_map)
 
 
 def index_tensors(path, weight_files):

@@ -31,6 +31,7 @@ from nanosafe.checkpoint.folder import (
     open_folder,
 )
 from nanosafe.errors import one_line_errors, stop
+from nanosafe.hub import find_model
 from nanosafe.model import Config, LLaMA
 from nanosafe.printing import print_once
 from nanosafe.storage import CHECKSUMS, find_corrupt_file, make_folder, replace_folder, write_json
@@ -53,6 +54,7 @@ def load(
 ):
     """Read a model folder -> LLaMA. Stops with one line on missing, surplus or misshapen tensors.
 
+    path        a folder, or a model's name on the hub
     head        "lm", "score", "both", or "auto": what the folder holds. A score head that it lacks
                 is drawn with `seed`, and a line says so.
     dtype       of the parameters; by default that of the files
@@ -97,6 +99,7 @@ def load(
 
 def check_for_damage(path, among_ranks):
     """Stop on a file that does not fit its checksum. among_ranks: each rank checks its share."""
+    path = find_model(path)
     if not os.path.exists(os.path.join(path, CHECKSUMS)):
         return
     part, parts = 0, 1
@@ -104,7 +107,7 @@ def check_for_damage(path, among_ranks):
         part, parts = parallel.rank(), parallel.world_size()
     name = find_corrupt_file(path, part, parts, may_be_replaced=True)
     if name:
-        stop(f"{os.fspath(path)!r}: {name} is damaged; if you changed it, remove {CHECKSUMS}")
+        stop(f"{path!r}: {name} is damaged; if you changed it, remove {CHECKSUMS}")
 
 
 def build_model(config, head, placement, dtype):

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from nanosafe import parallel
 from nanosafe.checkpoint.tensors import RowRange, copy_rows
 from nanosafe.errors import one_line_errors, stop
+from nanosafe.hub import find_model
 from nanosafe.printing import print_once
 from nanosafe.storage import (
     CHECKSUMS,
@@ -325,7 +326,7 @@ def make_record(knobs, steps, **sources):
 
     knobs    the run's configuration
     steps    optimizer steps of the whole run, which its learning rates depend on
-    sources  {knob: what it names}, the Dataset, or the path of a model folder, whose contents must
+    sources  {knob: what it names}, the Dataset, or the path or name of a model, whose contents must
              not change; None where there is none"""
     recorded = {name: value for name, value in knobs.items() if name not in UNRECORDED_KNOBS}
     contents = {name: fingerprint(source) for name, source in sources.items()}
@@ -341,6 +342,7 @@ def fingerprint(source):
     if isinstance(source, str) and names_function(source):
         facts = [describe_file(*os.path.split(source.rpartition(":")[0]))]
     elif isinstance(source, str):
+        source = find_model(source)
         names = [name for name in sorted(os.listdir(source)) if name.endswith(MODEL_ENDINGS)]
         facts = [describe_file(source, name) for name in names]
     else:

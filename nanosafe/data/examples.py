@@ -9,7 +9,7 @@ A row is Safe-RLHF's RawSample, a JSON object with some of these fields:
     is_safe, is_other_safe      whether each is safe
     answers, scores             or any number of answers, and a score of each: higher is better
     label                       whether `answer`, which stands alone, is a good one
-    system                      what the system's turn says; without it there is none
+    system                      what the system's turn says, perhaps nothing; without it there is none
     chat_template_kwargs        variables of the chat template, an object
 
 The labels (better, safer, is_safe, is_other_safe, label) are what parse_label() reads. Rows in the
@@ -76,8 +76,8 @@ def parse_record(record, task):
     record = to_raw_sample(record)
     texts, labels = TASKS[task](record)
     system = record.get("system")
-    if system:
-        check_text(system, "system turn")
+    if system is not None and not isinstance(system, str):
+        raise ValueError("a system turn that is not text")
     options = record.get("chat_template_kwargs") or {}
     if not isinstance(options, dict):
         raise ValueError("chat_template_kwargs is not an object")
@@ -94,7 +94,7 @@ def read_prompt(record):
 def make_turns(texts, system=None):
     """The turns of a conversation, from its texts: the user's first, then the assistant's, .."""
     turns = []
-    if system:
+    if system is not None:
         turns.append({"role": "system", "content": system})
     for i, text in enumerate(texts):
         role = "user" if i % 2 == 0 else "assistant"
@@ -131,7 +131,10 @@ def parse_demonstration(record):
 
 
 def parse_prompt(record):
-    """A conversation that ends with the user; label 0."""
+    """A conversation that ends with the user; label 0. A dialogue gives the turns before its last
+    answer."""
+    if record.get("dialogue"):
+        return Texts([check_dialogue(record["dialogue"])[:-1]], (0,))
     require_fields(record, "input")
     return Texts([check_input(record["input"])], (0,))
 

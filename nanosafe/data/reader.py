@@ -1,8 +1,10 @@
 """The files of a dataset specification -> their rows.
 
 A file has a JSON object on each line (.jsonl), or is a list of objects or has one on each line
-(.json); either may be compressed (.gz, .xz, or a .zip with nothing else in it)."""
+(.json), or is a table whose first line names its columns (.csv). Each may be compressed (.gz, .xz,
+or a .zip with nothing else in it). A table may also be .parquet, which pyarrow reads."""
 
+import csv
 import gzip
 import io
 import json
@@ -19,16 +21,15 @@ from nanosafe.errors import one_line_errors, stop
 
 CHUNK = 2**16  # characters of a JSON list to read at a time
 SEPARATORS = re.compile(r"[\s,]*")  # between the items of a JSON list
-CONVERT_PARQUET = (
-    "python -c \"import pandas as pd; pd.read_parquet('IN.parquet').to_json("
-    "'OUT.jsonl', orient='records', lines=True)\""
-)
+LONGEST_CELL = 2**30  # characters of a cell of a .csv file; Python's own limit is 2**17
+PARQUET_BATCH = 1024  # rows of a .parquet file to read at a time
+PARQUET_BUFFER = 2**20  # bytes of a column to read at a time
 
 
 class Row(NamedTuple):
     record: dict | None  # None where the file has something else than a JSON object
     file: str
-    line: int  # in a JSON list: the item; from 1
+    line: int  # in a JSON list: the item; in a .parquet file: the row; from 1
 
 
 def load(spec, seed=42):
@@ -93,14 +94,26 @@ def split_train_test(n, ratio, seed=42):
 
 def read_rows(path):
     """Yield the Rows of a file. Stops with one line where the file cannot be read."""
-    with one_line_errors(path), open_text(path) as f:
-        if name_without_compression(path).endswith(".json"):
-            values = read_json_list_or_lines(f, path)
+    with one_line_errors(path):
+        if path.endswith(".parquet"):
+            values = read_parquet(path)
         else:
-            values = read_json_lines(f)
+            values = read_text_file(path)
         for line, value in values:
             record = value if isinstance(value, dict) else None
             yield Row(record, path, line)
+
+
+def read_text_file(path):
+    """Yield (number, value) of the rows of a text file, perhaps compressed."""
+    name = name_without_compression(path)
+    with open_text(path) as f:
+        if name.endswith(".json"):
+            yield from read_json_list_or_lines(f, path)
+        elif name.endswith(".csv"):
+            yield from read_csv(f)
+        else:
+            yield from read_json_lines(f)
 
 
 def open_text(path):
@@ -111,8 +124,6 @@ def open_text(path):
         return lzma.open(path, "rt", encoding="utf-8-sig")
     if path.endswith(".zip"):
         return open_zip(path)
-    if path.endswith(".parquet"):
-        stop(f"{path!r}: parquet is not read here; convert it with {CONVERT_PARQUET}")
     return open(path, encoding="utf-8-sig")
 
 
@@ -121,7 +132,7 @@ def open_zip(path):
     archive = zipfile.ZipFile(path)
     names = []
     for name in archive.namelist():
-        if name.endswith((".json", ".jsonl")) and not name.startswith("__MACOSX"):
+        if name.endswith((".json", ".jsonl", ".csv")) and not name.startswith("__MACOSX"):
             names.append(name)
     if len(names) != 1:
         stop(f"{path!r} holds {len(names)} files of rows, not one: unpack it")
@@ -195,3 +206,55 @@ def read_json_list(f, path):
         buffer = buffer[position:] + more
         position = 0
         size *= 2  # so that an item of n characters is parsed log(n) times
+
+
+def read_csv(f):
+    """Yield (line, row) of a table: a dict of texts, {column: cell}. None is what has more cells
+    than there are columns. Raises ValueError where the file is not a table."""
+    csv.field_size_limit(LONGEST_CELL)
+    table = csv.DictReader(f)
+    try:
+        for row in table:
+            yield table.line_num, None if None in row else row
+    except csv.Error as error:
+        raise ValueError(f"line {table.line_num}: {error}") from error
+
+
+def read_parquet(path):
+    """Yield (number, row) of a .parquet file, of which one batch of rows is in memory at a time.
+
+    Lists and structures become Python's lists and dicts. Columns that JSON has no kind of value for
+    are left out, pictures and times for example."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        stop(f"{path!r}: parquet is read by pyarrow, which is not installed: pip install pyarrow")
+    number = 0
+    try:
+        with parquet.ParquetFile(path, buffer_size=PARQUET_BUFFER, pre_buffer=False) as file:
+            columns = [field.name for field in file.schema_arrow if has_json_values(field.type)]
+            for batch in file.iter_batches(PARQUET_BATCH, columns=columns):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield number, record
+    except (pyarrow.ArrowException, NotImplementedError) as error:
+        raise ValueError(str(error)) from error
+
+
+def has_json_values(column_type):
+    """Whether JSON has the values of a pyarrow type: texts, numbers, lists and dicts of them."""
+    from pyarrow import types
+
+    if types.is_map(column_type):  # Python has its values as pairs
+        return False
+    if types.is_nested(column_type):
+        for i in range(column_type.num_fields):
+            if not has_json_values(column_type.field(i).type):
+                return False
+        return True
+    if types.is_dictionary(column_type):
+        return has_json_values(column_type.value_type)
+    is_text = types.is_string(column_type) or types.is_large_string(column_type)
+    is_number = types.is_integer(column_type) or types.is_floating(column_type)
+    return is_text or is_number or types.is_boolean(column_type) or types.is_null(column_type)

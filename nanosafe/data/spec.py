@@ -15,7 +15,8 @@ from nanosafe.errors import stop
 from nanosafe.storage import REPOSITORY
 
 COMPRESSED_ENDINGS = (".gz", ".xz", ".zip")
-FILE_ENDINGS = (".jsonl", ".json", *COMPRESSED_ENDINGS)  # a name that ends like this is a path
+# A name that ends like this is a path.
+FILE_ENDINGS = (".jsonl", ".json", ".csv", ".parquet", *COMPRESSED_ENDINGS)
 DATA_FOLDERS = ("data", os.path.join(REPOSITORY, "data"))  # below the current folder, and our own
 ITEM = re.compile("(?P<name>[^:]+)(:(?P<proportion>[^:]*)(:(?P<folder>[^:]+))?)?")
 

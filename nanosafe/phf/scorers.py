@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from nanosafe.data.reader import read_rows
 from nanosafe.errors import stop
+from nanosafe.hub import find_model
 from nanosafe.inference import ScoreModel
 from nanosafe.parallel import init
 from nanosafe.storage import load_function, names_function, write_jsonl
@@ -58,7 +59,7 @@ def load_scorer(name, world):
         return make_toxicity_scorer()
     if names_function(name):
         return make_own_scorer(load_function(name))
-    if os.path.isdir(name):
+    if os.path.isdir(find_model(name)):
         return ScoreModel(name, world, score_type="cost")
     stop(f"scorer {name!r}: choose pii, pep8, toxicity, a cost model's folder, or FILE.py:NAME")
 

@@ -11,6 +11,7 @@ import re
 from typing import NamedTuple
 
 from nanosafe.errors import one_line_errors, stop
+from nanosafe.hub import find_model
 from nanosafe.storage import read_json
 from nanosafe.tokenizer import bpe, tiktoken
 from nanosafe.tokenizer.chat_template import SHIPPED, read_shipped, read_template, read_text
@@ -36,7 +37,7 @@ class EosIds(NamedTuple):
 
 def find_tokenizer_file(path):
     """The tokenizer file of a model folder, or of a model file; None where there is none."""
-    path = os.fspath(path)
+    path = find_model(path, weights=False)
     if os.path.isfile(path) and path.endswith((".model", ".json", ".tiktoken")):
         return path
     folder = path if os.path.isdir(path) else os.path.dirname(path)

@@ -4,24 +4,18 @@ Files come from the Hugging Face hub (or the mirror in HF_ENDPOINT), or from a f
 goes to a temporary name, continues where it broke off, and is checked when its SHA-256 is known."""
 
 import hashlib
-import json
 import os
 import re
 import urllib.parse
-import urllib.request
 from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple, TextIO
 
 from tqdm import tqdm
 
+from nanosafe import transfer
 from nanosafe.data.examples import SURROGATE, make_prompt_key, parse_record
-from nanosafe.data.reader import (
-    CONVERT_PARQUET,
-    name_without_compression,
-    read_rows,
-    split_train_test,
-)
+from nanosafe.data.reader import name_without_compression, read_rows, split_train_test
 from nanosafe.errors import stop
 from nanosafe.printing import format_table
 from nanosafe.ranges import check_ranges
@@ -34,9 +28,8 @@ holdout = 0.0  # share of the prompts for test.jsonl, all files pooled; 0: the r
 out = ""  # folder to write to; empty: beside this script, some releases in a subfolder
 tokenizer = ""  # folder with a tokenizer, to count tokens instead of characters
 
-READABLE_ENDINGS = (".jsonl", ".json")  # perhaps with one of COMPRESSED_ENDINGS behind it
-ATTEMPTS = 5  # at a download
-TIMEOUT = 30  # seconds without an answer
+# All but the last may have one of COMPRESSED_ENDINGS behind it.
+READABLE_ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
 TEST_FILE = re.compile("(^|[^a-z])test([^a-z]|$)")  # the word "test" in a file's name
 
 
@@ -49,6 +42,7 @@ class Release(NamedTuple):
     sha256: dict = {}  # {path in the repository: digest}, where it is known
     url: str = ""  # or one file somewhere else
     subfolder: str = ""  # of the script's folder, to write to
+    split: str = ""  # of all its rows; empty: by the word "test" in a file's name
 
 
 def prepare(script, to_record, config, release):
@@ -65,7 +59,8 @@ def prepare(script, to_record, config, release):
         paths = download_release(release, os.path.join(folder, "raw"))
     out = config["out"] or os.path.join(folder, release.subfolder)
     tokenizer = os.path.expanduser(config["tokenizer"])
-    convert(paths, to_record, os.path.expanduser(out), config["holdout"], tokenizer)
+    out = os.path.expanduser(out)
+    convert(paths, to_record, out, config["holdout"], tokenizer, release.split)
 
 
 # ---- raw files ----
@@ -79,10 +74,7 @@ def find_raw_files(folder):
             if name_without_compression(name).endswith(READABLE_ENDINGS):
                 paths.append(f"{parent}/{name}")
     if not paths:
-        stop(
-            f"--raw={folder}: no .jsonl or .json file there, compressed or not; parquet is "
-            f"converted with {CONVERT_PARQUET}"
-        )
+        stop(f"--raw={folder}: no .jsonl, .json, .csv or .parquet file there, nor a compressed one")
     return sorted(paths)
 
 
@@ -93,7 +85,7 @@ def download_release(release, folder):
         return [download_file(release.url, os.path.join(folder, name))]
     # Releases are apart, as their files may have the same names.
     folder = os.path.join(folder, release.repository, release.revision)
-    address = f"{hub_address()}/datasets/{release.repository}/resolve/{release.revision}"
+    address = f"{transfer.hub_address()}/datasets/{release.repository}/resolve/{release.revision}"
     paths = []
     for name in choose_files(release):
         url = f"{address}/{urllib.parse.quote(name)}"
@@ -112,29 +104,21 @@ def choose_files(release):
             chosen.append(name)
     if chosen:
         return chosen
-    if any(name.endswith(".parquet") for name in published):
-        stop(
-            f"{release.repository} has parquet files only: convert each with {CONVERT_PARQUET} and "
-            "give --raw=FOLDER"
-        )
     stop(
         f"{release.repository} (revision {release.revision}) has none of the files expected: "
         "download it by hand and give --raw=FOLDER"
     )
 
 
-def hub_address():
-    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-
-
 def list_repository(repository, revision):
     """The paths of the files in a dataset repository on the hub."""
-    url = f"{hub_address()}/api/datasets/{repository}/revision/{revision}"
     try:
-        with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
-            return [file["rfilename"] for file in json.load(answer)["siblings"]]
-    except (OSError, ValueError, KeyError) as error:
-        stop(f"{url}: {error}; set HF_ENDPOINT to a mirror, or download and give --raw=FOLDER")
+        return transfer.list_repository("datasets", repository, revision).files
+    except transfer.FAILURES as error:
+        stop(
+            f"{repository} (revision {revision}) at {transfer.hub_address()}: {error}; set "
+            "HF_ENDPOINT to a mirror, or download and give --raw=FOLDER"
+        )
 
 
 def download_file(url, path, sha256=None):
@@ -146,57 +130,18 @@ def download_file(url, path, sha256=None):
         return path
     partial = path + ".part"
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    receive_with_retries(url, partial)
+    with tqdm(unit="B", unit_scale=True, desc=os.path.basename(path)) as bar:
+        try:
+            transfer.receive_file(url, partial, bar)
+        except transfer.FAILURES as error:
+            stop(f"{url}: {error}; what arrived stays in {partial!r} and is continued next time")
     if sha256:
-        digest = hash_file(partial)
+        digest = transfer.hash_file(partial, hashlib.sha256())
         if digest != sha256:
             os.remove(partial)
             stop(f"{url}: the SHA-256 is {digest}, not {sha256}: damaged or has changed")
     os.replace(partial, path)
     return path
-
-
-def hash_file(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while block := f.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def receive_with_retries(url, partial):
-    for attempt in range(1, ATTEMPTS + 1):
-        try:
-            receive(url, partial)
-            return
-        except OSError as error:  # URLError, timeouts and resets are all OSError
-            status = getattr(error, "code", None)  # of an answer from the server
-            if status == 416:  # nothing follows `partial`, which may even be longer than the file
-                os.remove(partial)
-            is_refused = status is not None and status < 500 and status != 416
-            if is_refused or attempt == ATTEMPTS:
-                stop(
-                    f"{url}: {error}; what arrived stays in {partial!r} and is continued next time"
-                )
-
-
-def receive(url, partial):
-    """Append what is missing of `url` to the file `partial`; OSError if it breaks off."""
-    have = os.path.getsize(partial) if os.path.exists(partial) else 0
-    headers = {"Range": f"bytes={have}-"} if have else {}
-    request = urllib.request.Request(url, headers=headers)
-    with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
-        if answer.status != 206:
-            have = 0  # the server ignores ranges: from the start
-        size = have + int(answer.headers.get("Content-Length") or 0)
-        name = os.path.basename(partial).removesuffix(".part")
-        bar = tqdm(total=size or None, initial=have, unit="B", unit_scale=True, desc=name)
-        with open(partial, "ab" if have else "wb") as f, bar:
-            while block := answer.read(2**16):
-                f.write(block)
-                bar.update(len(block))
-    if size and os.path.getsize(partial) != size:
-        raise OSError(f"{os.path.getsize(partial)} of {size} bytes arrived")
 
 
 # ---- raw rows -> jsonl ----
@@ -223,13 +168,14 @@ class Split:
     unsafe: int = 0  # those that are not safe
 
 
-def convert(paths, to_record, out, holdout=0.0, tokenizer=""):
+def convert(paths, to_record, out, holdout=0.0, tokenizer="", split=""):
     """Convert raw files to out/train.jsonl and out/test.jsonl; print what was kept and dropped.
 
     to_record  a raw row -> a record, or ValueError with the reason to drop the row
     holdout    0: the raw files' own split, by the word "test" in a file's name; else the share of
                the prompts (by make_prompt_key()) that goes to test, all files pooled: no prompt is
                in both files, of pairs and of dialogues alike
+    split      train or test: of all rows, whatever their files' names are
     tokenizer  the folder of one: the table counts its tokens instead of characters
 
     No file is in memory whole; with a holdout they are read twice."""
@@ -247,7 +193,7 @@ def convert(paths, to_record, out, holdout=0.0, tokenizer=""):
             dropped[conversion.reason] += 1
             first_dropped.setdefault(conversion.reason, conversion.source)
             continue
-        is_test = conversion.split == "test"
+        is_test = (split or conversion.split) == "test"
         if holdout:
             is_test = make_prompt_key(conversion.record) in held_out
         write_record(conversion.record, test if is_test else train, tok)

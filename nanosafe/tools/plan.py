@@ -11,6 +11,7 @@ column `expected` divides by SHARES, the part of these rates that others have me
 import ast
 import math
 import os
+import re
 import sys
 from dataclasses import fields, replace
 from typing import NamedTuple
@@ -20,6 +21,7 @@ from torch.utils.benchmark import Timer
 
 import configurator
 from nanosafe.errors import choose, stop
+from nanosafe.hub import find_model
 from nanosafe.model import Config, LLaMA
 from nanosafe.printing import format_table
 from nanosafe.ranges import check_ranges
@@ -158,13 +160,22 @@ def read_shape(knobs):
             return Config(**{name: knobs[name] for name in names})
         if os.path.isfile(os.path.join(path, "config.json")):
             return Config.from_dict(read_json(path, "config.json"))
-        for known in SHAPES:
-            if known in path.lower():
-                name = known
-                break
+        name = find_shape_in(path)
+    if not name:  # perhaps one of the hub's models
+        config_json = read_json(find_model(path, weights=False), "config.json")
+        if config_json:
+            return Config.from_dict(config_json)
     if name not in SHAPES:
         stop(f"no model at {path!r}: say --shape=, one of {', '.join(SHAPES)}")
     return SHAPES[name]
+
+
+def find_shape_in(path):
+    """The name of a shape that a path holds, or "". 1.7b is not 7b."""
+    for name in SHAPES:
+        if re.search(rf"(?<![\d.]){name}", path.lower()):
+            return name
+    return ""
 
 
 # ---- the model ----
