@@ -17,7 +17,8 @@ from tokenizers import (
     trainers,
 )
 
-from nanosafe.tokenizer.llama3 import LLAMA3
+from nanosafe.tokenizer.bpe import QWEN2, make_byte_spelling
+from nanosafe.tokenizer.tiktoken import LLAMA3
 
 WORDS = (
     "the of and to in is that for it as was with be by on not he I this are or his from at which "
@@ -53,15 +54,18 @@ def assigned_code_points():
     return codes
 
 
-def make_texts(n, seed=0):
-    """n texts: mixtures of words, white space, special tokens, marks and random code points."""
+def make_texts(n, seed=0, further=()):
+    """n texts: mixtures of words, white space, special tokens, marks and random code points.
+
+    further  words to mix in, such as special tokens of one model"""
     rng = random.Random(seed)
+    known_parts = [*PARTS, *further]
     codes = assigned_code_points()
     for _ in range(n):
         parts = []
         for _ in range(rng.randint(0, 12)):
             known = rng.random() < 0.8
-            parts.append(rng.choice(PARTS) if known else chr(rng.choice(codes)))
+            parts.append(rng.choice(known_parts) if known else chr(rng.choice(codes)))
         text = ""
         for part in parts:
             text += part
@@ -124,7 +128,7 @@ FAMILIES = {
         specials=("<|begin_of_text|>", "<|endoftext|>", "<|eot_id|>"),
     ),
     "qwen2": dict(
-        pattern=LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}"),
+        pattern=QWEN2,
         nfc=True,
         eos_token="<|endoftext|>",
         bos_token=None,
@@ -161,7 +165,7 @@ def list_merges(sp, vocab):
 def from_sentencepiece(sp, path, legacy=True):
     """Write a SentencePiece model's tokenizer.json as Hugging Face does; returns its tokenizer.
 
-    legacy  as transformers 4 writes it; False: as transformers 5 does"""
+    legacy  with a space before each piece between special tokens; False: before the first one"""
     vocab = {sp.id_to_piece(i): i for i in range(sp.vocab_size())}
     merges = list_merges(sp, vocab)
     theirs = Tokenizer(
@@ -180,7 +184,10 @@ def from_sentencepiece(sp, path, legacy=True):
             decoders.Strip(" ", 1, 0),
         ]
     )
-    specials = [AddedToken(s, special=True, normalized=False) for s in ("<unk>", "<s>", "</s>")]
+    specials = []
+    for piece, id in vocab.items():
+        if sp.is_control(id) or sp.is_unknown(id):
+            specials.append(AddedToken(piece, special=True, normalized=False))
     theirs.add_special_tokens(specials)
     theirs.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", 1)]
@@ -188,3 +195,106 @@ def from_sentencepiece(sp, path, legacy=True):
     path.mkdir(parents=True, exist_ok=True)
     theirs.save(str(path / "tokenizer.json"))
     return theirs
+
+
+def from_ranks(ranks, pattern, path, specials, every_split, nfc=False, bos=None):
+    """Write the tokenizer.json that is published for a tiktoken file; returns its tokenizer.
+
+    ranks        {token in bytes: rank}
+    specials     the tokens behind the others, in the order of their ids
+    every_split  Llama 3's manner: each pair that makes a token merges, and a word that is a token
+                 is taken whole. False: Qwen's manner: a token has one merge, the last of those that
+                 make it of its bytes"""
+    spelling = make_byte_spelling()
+    spelled = {token: "".join(spelling[byte] for byte in token) for token in ranks}
+    vocab = {spelled[token]: rank for token, rank in ranks.items()}
+    merges = []
+    for token in sorted(ranks, key=ranks.get):
+        pairs = list_splits(token, ranks) if every_split else [find_last_merge(token, ranks)]
+        for left, right in pairs:
+            if left and right:
+                merges.append((spelled[left], spelled[right]))
+    theirs = Tokenizer(models.BPE(vocab, merges, ignore_merges=every_split))
+    theirs.normalizer = normalizers.NFC() if nfc else None
+    split = pre_tokenizers.Split(Regex(pattern), "isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    theirs.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    theirs.decoder = decoders.ByteLevel()
+    theirs.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in specials])
+    theirs.post_processor = processors.ByteLevel(trim_offsets=False)
+    if bos:
+        template = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, theirs.token_to_id(bos))]
+        )
+        theirs.post_processor = processors.Sequence([theirs.post_processor, template])
+    path.mkdir(parents=True, exist_ok=True)
+    theirs.save(str(path / "tokenizer.json"))
+    return theirs
+
+
+def list_splits(token, ranks):
+    """The pairs of tokens that make a token, those of the lowest ranks first."""
+    pairs = []
+    for i in range(1, len(token)):
+        left = token[:i]
+        right = token[i:]
+        if left in ranks and right in ranks:
+            pairs.append((left, right))
+    return sorted(pairs, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
+
+
+def find_last_merge(token, ranks):
+    """The two parts that byte-pair encoding makes of a token's bytes before it makes the token."""
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        candidates = []
+        for i in range(len(parts) - 1):
+            rank = ranks.get(parts[i] + parts[i + 1])
+            if rank is not None:
+                candidates.append((rank, i))
+        _, i = min(candidates)
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts if len(parts) == 2 else (None, None)
+
+
+def in_the_manner_of_smollm2(vocab, merges, specials, path):
+    """Write the tokenizer.json of SmolLM2 for a vocabulary; returns its tokenizer."""
+    theirs = Tokenizer(models.BPE(vocab, merges))
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    theirs.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
+    theirs.decoder = decoders.ByteLevel()
+    theirs.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in specials])
+    path.mkdir(parents=True, exist_ok=True)
+    theirs.save(str(path / "tokenizer.json"))
+    return theirs
+
+
+def find_mismatches(ours, theirs, n, further=()):
+    """Texts on which the ids, with and without BOS, or their decoding differ.
+
+    ours    a Tokenizer of nanosafe's
+    theirs  one of tokenizers'"""
+    found = []
+    for text in make_texts(n, further=further):
+        ids = theirs.encode(text, add_special_tokens=False).ids
+        same = (
+            ours.encode(text) == ids
+            and ours.encode(text, bos=True) == theirs.encode(text).ids
+            and ours.decode(ids) == theirs.decode(ids)
+        )
+        if not same:
+            found.append(text)
+    return found
+
+
+def find_decoding_mismatches(ours, theirs, n):
+    """Lists of random ids, such as an untrained model samples, that decode to different texts."""
+    rng = random.Random(0)
+    size = theirs.get_vocab_size()
+    found = []
+    for _ in range(n):
+        ids = [rng.randrange(size) for _ in range(rng.randint(0, 12))]
+        if ours.decode(ids) != theirs.decode(ids):
+            found.append(ids)
+    return found

@@ -1,4 +1,4 @@
-"""python -m nanosafe.checkpoint SOURCE TARGET [--to=hf] [--dtype=bfloat16]"""
+"""python -m nanosafe.checkpoint SOURCE TARGET [--to=hf|classifier] [--dtype=bfloat16]"""
 
 import sys
 

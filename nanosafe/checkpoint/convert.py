@@ -7,6 +7,7 @@ import torch
 from tqdm import tqdm
 
 from nanosafe import tokenizer
+from nanosafe.checkpoint.exports import check_can_be_a_classifier
 from nanosafe.checkpoint.folder import (
     check_tensors,
     choose_head,
@@ -19,16 +20,22 @@ from nanosafe.checkpoint.folder import (
 from nanosafe.checkpoint.model_folder import write_model_folder
 from nanosafe.errors import stop
 from nanosafe.printing import print_once
+from nanosafe.storage import read_json
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SYNOPSIS = f"python -m nanosafe.checkpoint SOURCE TARGET [--to=hf] [--dtype={'|'.join(DTYPES)}]"
+LAYOUTS = ("hf", "classifier")
+SYNOPSIS = (
+    f"python -m nanosafe.checkpoint SOURCE TARGET [--to={'|'.join(LAYOUTS)}] "
+    f"[--dtype={'|'.join(DTYPES)}]"
+)
 HELP = f"""{SYNOPSIS}
 
 Write any model that opens as a Hugging Face folder, with its tokenizer.
 
 SOURCE   a model folder of a family in docs/formats.md, one of Meta's, or a name on the hub
 TARGET   the folder to write, which must not exist
---to     the layout to write: hf, the only one
+--to     the class to write a score model as: hf (Safe-RLHF's, by default), or
+         classifier (transformers' classifier with one label, which vLLM opens too)
 --dtype  of the tensors to write; SOURCE's by default"""
 
 
@@ -44,20 +51,21 @@ def main(arguments):
             flags[name] = value
         else:
             paths.append(argument)
-    choices = {"to": ("hf",), "dtype": DTYPES}
+    choices = {"to": LAYOUTS, "dtype": DTYPES}
     for name, value in flags.items():
         if value not in choices.get(name, ()):
             stop(SYNOPSIS)
     if len(paths) != 2:
         stop(SYNOPSIS)
     source, target = paths
-    convert(source, target, DTYPES.get(flags.get("dtype")))
+    convert(source, target, DTYPES.get(flags.get("dtype")), flags.get("to", "hf"))
 
 
-def convert(source, target, dtype=None):
+def convert(source, target, dtype=None, layout="hf"):
     """Write a model folder, tensor by tensor.
 
-    In memory are the file that is read and the file to be written, at most."""
+    In memory are the file that is read and the file to be written, at most. The weights are the
+    source's, so that what its generation_config.json says about sampling is kept."""
     temporary = target.rstrip("/") + ".tmp"
     check_target(target, temporary)
     folder = open_folder(source)
@@ -84,8 +92,12 @@ def convert(source, target, dtype=None):
                 stop(f"{name} is not finite in {dtype}; {source!r} has it in {folder.dtype()}")
             yield name, whole
 
+    if layout == "classifier":
+        check_can_be_a_classifier(source, config, head, tok)
+        head = "classifier"
+    sampling = read_json(folder.path, "generation_config.json")
     try:
-        write_model_folder(target, config, head, read_weights(), tok, dtype)
+        write_model_folder(target, config, head, read_weights(), tok, dtype, sampling)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     count = sum(shape.numel() for shape in shapes.values())

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from nanosafe import parallel
+from nanosafe.checkpoint import exports
 from nanosafe.checkpoint.families import (
     FAMILIES,
     check_can_be_saved,
@@ -180,8 +181,12 @@ def gather_weights(model, head):
             yield name, parallel.full_tensor(parameter)
 
 
-def write_model_folder(path, config, head, weights, tokenizer, dtype):
-    """Write whole parameters as a model folder, on rank 0. weights: yields (name, tensor)."""
+def write_model_folder(path, config, head, weights, tokenizer, dtype, sampling=None):
+    """Write whole parameters as a model folder, on rank 0.
+
+    head      "lm" or "score"; "classifier" writes a score model in the layout that others open
+    weights   yields (name, tensor)
+    sampling  a generation_config.json whose values for sampling are kept"""
     check_can_be_saved(config)
     if parallel.rank() > 0:
         for _ in weights:  # each is gathered from all ranks
@@ -193,14 +198,23 @@ def write_model_folder(path, config, head, weights, tokenizer, dtype):
     shutil.rmtree(temporary, ignore_errors=True)
     make_folder(temporary)
     tensors = split_parameters(weights, config, dtype)
+    if head == "classifier":
+        tensors = exports.rename_score_head(tensors)
+        tokenizer = exports.choose_padding(tokenizer)
     write_weight_files(path, temporary, split_into_shards(tensors))
-    config_json = make_config_json(config, head)
+    config_json = make_config_json(config, "lm" if head == "lm" else "score")
     config_json["torch_dtype"] = str(dtype).removeprefix("torch.")
     config_json["dtype"] = config_json["torch_dtype"]
+    if head == "classifier":
+        config_json = exports.make_classifier_json(config_json)
     if tokenizer is not None:
-        config_json.update(describe_special_tokens(tokenizer))
+        config_json.update(exports.describe_special_tokens(tokenizer))
+        exports.warn_of_another_tokenizer(config_json["model_type"], tokenizer)
         tokenizer.save(temporary)
     write_json(config_json, temporary, "config.json")
+    generation = exports.make_generation_json(sampling or {}, tokenizer)
+    if head == "lm" and generation:
+        write_json(generation, temporary, "generation_config.json")
     with one_line_errors(path, "written"):
         replace_folder(temporary, target)
 
@@ -256,13 +270,3 @@ def write_index(folder, names, sizes_of_shards):
             total += size
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     write_json(index, folder, "model.safetensors.index.json")
-
-
-def describe_special_tokens(tokenizer):
-    """What config.json says of a tokenizer: None where it has no such token."""
-    several_ends = len(tokenizer.eos_ids) > 1
-    return {
-        "bos_token_id": tokenizer.bos_id if tokenizer.bos_id >= 0 else None,
-        "eos_token_id": tokenizer.eos_ids if several_ends else tokenizer.eos_id,
-        "pad_token_id": tokenizer.pad_id if tokenizer.pad_id >= 0 else None,
-    }

@@ -2,9 +2,9 @@
 
 load() reads a tokenizer from a model folder. A Tokenizer (special_tokens.py) is an engine that
 knows plain text, and the special tokens around it. There are three kinds of files: SentencePiece's
-tokenizer.model (spm.py), Hugging Face's tokenizer.json (bpe.py), and Llama 3's tokenizer.model
-(llama3.py). The files beside it say which tokens were added, which are special, and which end a
-sequence."""
+tokenizer.model (spm.py), Hugging Face's tokenizer.json (bpe.py), and files in tiktoken's format or
+like it: Llama 3's tokenizer.model, qwen.tiktoken and tekken.json (tiktoken.py). The files beside it
+say which tokens were added, which are special, and which end a sequence."""
 
 import os
 import re
@@ -13,7 +13,7 @@ from typing import NamedTuple
 from nanosafe.errors import one_line_errors, stop
 from nanosafe.hub import find_model
 from nanosafe.storage import read_json
-from nanosafe.tokenizer import bpe, llama3
+from nanosafe.tokenizer import bpe, tiktoken
 from nanosafe.tokenizer.chat_template import SHIPPED, read_shipped, read_template, read_text
 from nanosafe.tokenizer.special_tokens import (
     SPECIAL_KEYS,
@@ -38,10 +38,10 @@ class EosIds(NamedTuple):
 def find_tokenizer_file(path):
     """The tokenizer file of a model folder, or of a model file; None where there is none."""
     path = find_model(path, weights=False)
-    if os.path.isfile(path) and path.endswith((".model", ".json")):
+    if os.path.isfile(path) and path.endswith((".model", ".json", ".tiktoken")):
         return path
     folder = path if os.path.isdir(path) else os.path.dirname(path)
-    for name in ("tokenizer.model", "tokenizer.json"):
+    for name in ("tokenizer.model", "tokenizer.json", "qwen.tiktoken", "tekken.json"):
         file = os.path.join(folder, name)
         if os.path.isfile(file):
             return file
@@ -105,13 +105,15 @@ def add_template(tokenizer, folder, names, template):
 
 def load_engine(file, names):
     """The engine of a tokenizer file."""
+    if os.path.basename(file).startswith("tekken"):
+        return tiktoken.load_tekken(file, names)
     if file.endswith(".json"):
         return bpe.load(file, names)
     with one_line_errors(file), open(file, "rb") as f:
         content = f.read()
-    # Llama 3's tokenizer.model is text, "<token in base64> <rank>" in each line.
+    # tiktoken's format is text, "<token in base64> <rank>" in each line.
     if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", content):
-        return llama3.load(content, names, file)
+        return tiktoken.load(content, names, file)
     return SentencePieceEngine(content, names, file)
 
 

@@ -6,11 +6,11 @@ import sentencepiece
 
 from nanosafe.errors import stop
 from nanosafe.storage import write_json
+from nanosafe.tokenizer.bpe import EXPORTED_FILES, make_tokenizer_config
+from nanosafe.tokenizer.sentencepiece_json import make_tokenizer_json
 from nanosafe.tokenizer.special_tokens import (
     MARK,
-    NOT_EXPORTED,
     SPECIAL_KEYS,
-    TOKENIZER_FILES,
     WHITE_SPACE,
     Token,
 )
@@ -27,7 +27,8 @@ class SentencePieceEngine:
     names    what tokenizer_config.json says
     file     the file's path, for messages"""
 
-    files = TOKENIZER_FILES
+    files = EXPORTED_FILES
+    is_cut_as_qwen2 = False
 
     def __init__(self, content, names, file="tokenizer.model"):
         try:
@@ -119,24 +120,25 @@ class SentencePieceEngine:
         return self.sp.decode(dot + ids)[len(self.sp.decode(dot)) :]
 
     def save(self, tokenizer, path):
-        """Write tokenizer_config.json for transformers' LlamaTokenizer, and added_tokens.json.
+        """Write tokenizer.json, tokenizer_config.json, and added_tokens.json if there are any.
 
-        A model's own class may need its own code (auto_map), which is left out, as is a chat
-        template."""
-        config = {"add_bos_token": True, "add_eos_token": False, "legacy": self.legacy}
-        for key, value in tokenizer.names.items():
-            if key not in NOT_EXPORTED:
-                config[key] = value
-        config["tokenizer_class"] = "LlamaTokenizer"
+        Tokenizer.save() has copied the files that there are: a tokenizer.json among them is
+        replaced, because it may lack tokens, or cut texts in another way. It stays only where this
+        model cannot be written as one."""
+        config = make_tokenizer_config(tokenizer)
+        config.setdefault("add_bos_token", True)
+        config.setdefault("add_eos_token", False)
+        config.setdefault("legacy", self.legacy)
         config["clean_up_tokenization_spaces"] = False
         config["unk_token"] = self.pieces[self.sp.unk_id()]
         if self.sp.encode("a") == self.sp_no_prefix.encode("a"):
             config["add_prefix_space"] = False
-        for key in SPECIAL_KEYS:
-            id = tokenizer.find_special_id(key)
-            if id >= 0:
-                config[key] = tokenizer.contents[id]
         write_json(config, path, "tokenizer_config.json")
+
+        bos = tokenizer.contents.get(tokenizer.bos_id) if self.adds_bos else None
+        spec = make_tokenizer_json(self, tokenizer.added, bos)
+        if spec is not None:
+            write_json(spec, path, "tokenizer.json")
 
         beyond = {}
         for text, token in tokenizer.added.items():
