@@ -44,7 +44,7 @@ WEIGHT_FILES = (  # of a model folder; the first that exists is read
     "pytorch_model.bin.index.json",
 )
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")  # the first counts
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json")
 SHARD = re.compile(r"\w[\w.-]*\.(safetensors|bin)", re.ASCII)
 OTHER_FORMATS = (".gguf", ".pth", ".onnx", ".bin", ".safetensors")
 SMALL_FILES = (  # in this order, so that where config.json is, the others are

@@ -352,8 +352,16 @@ def test_turns_have_roles_and_a_system_s_turn_comes_first():
     (empty,) = parse_record({**row, "system": ""}, "sft").conversations
     assert empty == [{"role": "system", "content": ""}, *turns[1:]]
     assert parse_record({**row, "system": None}, "sft").conversations == [turns[1:]]
-    with pytest.raises(ValueError, match="not text"):
-        parse_record({**row, "system": 3}, "sft")
+    for system in (3, ["x"], "\ud800"):
+        with pytest.raises(ValueError, match="system turn"):
+            parse_record({**row, "system": system}, "sft")
+
+
+@pytest.mark.parametrize("options", [3, "x", ["y"], {"reply": False}, {"messages": []}])
+def test_variables_of_a_template_are_an_object_without_ours(options):
+    row = {"input": "q", "answer": "a", "chat_template_kwargs": options}
+    with pytest.raises(ValueError, match="chat_template_kwargs"):
+        parse_record(row, "sft")
 
 
 def test_a_dialogue_s_last_question_is_a_prompt():

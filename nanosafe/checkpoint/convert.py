@@ -77,7 +77,7 @@ def convert(source, target, dtype=None, layout="hf"):
     dtype = dtype or folder.dtype()
     tok = None
     if tokenizer.find_tokenizer_file(source):
-        tok = tokenizer.load(source)
+        tok = tokenizer.load(source, template="own")
         if tok.vocab_size > config.vocab_size:
             print_once(
                 f"note: the tokenizer has {tok.vocab_size} tokens, {source!r} has rows for "

@@ -179,7 +179,7 @@ def build_cache(folder, rows, tokenizer, task, max_len, make_examples, options):
     for reason, count in dropped.most_common():
         text += f"; dropped {count} {reason} (first: {first_dropped[reason]})"
     report = {"text": text, "dropped": dropped}
-    write_cache(folder, list(examples.values()), list(prompts.values()), report)
+    write_cache(folder, make_arrays(list(examples.values()), list(prompts.values())), report)
 
 
 def digest_prompt(record):
@@ -199,9 +199,8 @@ def report_shared_prompts(train, held_out):
         )
 
 
-def write_cache(folder, examples, prompts, report):
-    """Write Examples, the digests of their prompts and the report to the folder, which appears
-    when it is whole.
+def make_arrays(examples, prompts):
+    """{name: array} of a cache, from Examples and the digests of their prompts.
 
     Examples may have different numbers of sequences: those that one lacks are empty, labelled nan.
     """
@@ -236,7 +235,11 @@ def write_cache(folder, examples, prompts, report):
         texts = [json.dumps(example.prompt).encode() for example in examples]
         arrays["json"] = np.frombuffer(b"".join(texts), dtype=np.uint8)
         arrays["json_offsets"] = np.cumsum([0] + [len(text) for text in texts])
+    return arrays
 
+
+def write_cache(folder, arrays, report):
+    """Write arrays and the report to the folder, which appears when it is whole."""
     # A temporary name first, as several processes may write the same folder.
     temporary = f"{os.path.realpath(folder)}.{os.getpid()}"
     make_folder(temporary)

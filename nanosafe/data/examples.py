@@ -26,6 +26,7 @@ from nanosafe.data.layouts import to_raw_sample
 
 LABEL_TEXTS = {"true": True, "false": False}  # as a table's export may spell them, in any case
 FLOAT32_MAX = float(np.finfo(np.float32).max)
+TAKEN_NAMES = {"self", "turns", "reply", "messages"}  # by Tokenizer.conversation()
 SURROGATE = re.compile("[\ud800-\udfff]")  # half of a character in UTF-16: UTF-8 cannot write it
 
 
@@ -76,11 +77,11 @@ def parse_record(record, task):
     record = to_raw_sample(record)
     texts, labels = TASKS[task](record)
     system = record.get("system")
-    if system is not None and not isinstance(system, str):
-        raise ValueError("a system turn that is not text")
+    if system is not None and system != "":  # an empty one keeps a template's own text away
+        check_text(system, "system turn")
     options = record.get("chat_template_kwargs") or {}
-    if not isinstance(options, dict):
-        raise ValueError("chat_template_kwargs is not an object")
+    if not isinstance(options, dict) or options.keys() & TAKEN_NAMES:
+        raise ValueError("chat_template_kwargs is not an object with a template's variables")
     conversations = [make_turns(of_conversation, system) for of_conversation in texts]
     return ParsedRecord(conversations, labels, options)
 
