@@ -9,6 +9,7 @@ import torch
 from conftest import ROOT, rows_of, run
 
 from nanosafe import checkpoint, score_functions, tokenizer
+from nanosafe.data.batching import collate
 from nanosafe.data.examples import Prompt, make_turns
 from nanosafe.inference import ScoreFunction, ScoreModel, encode_answered
 from nanosafe.parallel import init
@@ -189,8 +190,6 @@ def test_a_reward_model_in_other_words_scores_what_it_would_read(trainers, other
 
 @torch.no_grad()
 def score_at_end(model, ids):
-    from nanosafe.data.batching import collate
-
     batch = collate([np.array(ids)], [np.zeros(len(ids), np.uint8)], "cpu")
     return model.scores(batch)[-1].item()
 

