@@ -45,7 +45,6 @@ ONEDNN_ROWS = 256  # up to so many rows, a CPU multiplies faster with oneDNN tha
 class Config:
     """A LLaMA's shape, under Hugging Face's key names, and how its relatives differ from it."""
 
-    model_type: str = "llama"  # the family whose config.json is written, if it can express the rest
     vocab_size: int = 32000
     hidden_size: int = 4096
     intermediate_size: int = 11008
@@ -75,6 +74,7 @@ class Config:
     bos_token_id: int = 1
     eos_token_id: object = 2  # an int, or a list of them
     pad_token_id: int = None
+    model_type: str = "llama"  # the family whose config.json is written, if it can express the rest
     score_bias: bool = False  # from here on: score models only
     score_type: str = "reward"  # reward | cost | critic
     do_normalize: bool = False
@@ -157,7 +157,8 @@ class Config:
             values["rope_scaling"] = {**rope_scaling, "rope_type": rope_type}
         if rope_type in WITH_ORIGINAL_LENGTH:
             key = "original_max_position_embeddings"
-            inside = rope_scaling.get(key) or values.get("max_position_embeddings")
+            longest = values.get("max_position_embeddings", cls.max_position_embeddings)
+            inside = rope_scaling.get(key) or longest
             values["rope_scaling"][key] = values.get(key, inside)
         values.setdefault("score_bias", values.get("bias", False))
         values.setdefault("output_bias", values.get("attention_bias", False))
