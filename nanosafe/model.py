@@ -243,23 +243,23 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(self.E if by_head else self.K * self.E, config)
 
     def forward(self, x, cos, sin, layout, cache):
-        qkv = self.qkv_proj(x)
-        if self.qk_norm:
-            qkv = self.normalize_queries_and_keys(qkv)
-        qkv = qkv.to(attention.attention_dtype(x)).view(len(x), -1, self.E)
+        qkv = self.qkv_proj(x).view(len(x), -1, self.E)
         qk, v = qkv.split([self.H + self.K, self.K], dim=1)
-        q, k = rope.turn(qk, cos, sin).split([self.H, self.K], dim=1)
-        out = layout.attend(q, k, v, cache)  # (N, H, E)
+        if self.qk_norm:
+            qk = self.normalize(qk)
+        dtype = attention.attention_dtype(x)
+        q, k = rope.turn(qk.to(dtype), cos, sin).split([self.H, self.K], dim=1)
+        out = layout.attend(q, k, v.to(dtype), cache)  # (N, H, E)
         return self.o_proj(out.flatten(1).to(x.dtype))  # (N, D)
 
-    def normalize_queries_and_keys(self, qkv):
-        """qkv (N, (H + 2K) E) with RMSNorm of queries and of keys."""
-        N = len(qkv)
-        q, k, v = qkv.split([self.H * self.E, self.K * self.E, self.K * self.E], dim=1)
-        if self.qk_norm == "head":
-            q, k = q.view(N, self.H, self.E), k.view(N, self.K, self.E)
-        q, k = self.q_norm(q), self.k_norm(k)
-        return torch.cat((q.view(N, -1), k.view(N, -1), v), dim=1)
+    def normalize(self, qk):
+        """RMSNorm of queries and of keys, qk (N, H + K, E): of each, or of all of a token."""
+        q, k = qk.split([self.H, self.K], dim=1)
+        if self.qk_norm == "width":
+            q, k = q.flatten(1), k.flatten(1)
+        q = self.q_norm(q).view(len(qk), self.H, self.E)
+        k = self.k_norm(k).view(len(qk), self.K, self.E)
+        return torch.cat((q, k), dim=1)
 
 
 class MLP(nn.Module):

@@ -163,6 +163,16 @@ def translate_config(path, config_json, kind):
     return {**values, "model_type": kind, **translated}
 
 
+def read_model_config(path):
+    """The Config that a folder's config.json describes, with or without weights beside it.
+
+    It has no biases, which only tensors tell."""
+    config_json = read_config(path)
+    values = translate_config(path, config_json, find_model_type(path, config_json))
+    with one_line_errors(path):
+        return Config.from_dict(values)
+
+
 def share_head(tensors, family):
     """Let an LM head be the embedding, too, where the two are tied and files hold only the head."""
     head = name_tensor("lm_head.weight", family)
