@@ -147,8 +147,8 @@ class Config:
         for key, value in rope_scaling.items():
             if isinstance(value, dict):
                 raise ValueError(f"RoPE that differs by layer ({key}) is not this family's")
-        theta = rope_parameters.get("rope_theta", values.get("rope_theta", 10000.0))
-        values["rope_theta"] = rope_scaling.pop("rope_theta", theta)
+        theta = rope_parameters.get("rope_theta") or values.get("rope_theta", 10000.0)
+        values["rope_theta"] = rope_scaling.pop("rope_theta", None) or theta
         rope_scaling.pop("partial_rotary_factor", None)  # Phi-3's translation reads it
         rope_type = rope_scaling.get("rope_type", rope_scaling.get("type", "default"))
         if rope_type == "default":

@@ -248,14 +248,15 @@ FACTORS = ("short_factor", "long_factor")  # lists of "longrope"
 
 def check(config):
     """Raise ValueError where RoPE cannot be computed from a Config."""
-    R = rotary_width(config)
-    if not 0 < R <= config.head_dim or R % 2:
+    share = config.partial_rotary_factor
+    R = rotary_width(config) if 0 < share <= 1 else 0
+    if R == 0 or R % 2:
         raise ValueError(
-            f"partial_rotary_factor {config.partial_rotary_factor!r} turns {R} of a head's "
-            f"{config.head_dim} dimensions, which must be an even number of them"
+            f"partial_rotary_factor {share!r} of heads of {config.head_dim} dimensions must be an "
+            "even number of them"
         )
     kind = config.rope_type
-    if kind not in SCALINGS:
+    if not isinstance(kind, str) or kind not in SCALINGS:
         raise ValueError(f"rope_type {kind!r} is not one of {', '.join(SCALINGS)}")
     scaling = config.rope_scaling or {}
     for key in NUMBERS.get(kind, ()):

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import configurator
 from nanosafe import checkpoint, data, tokenizer
+from nanosafe.checkpoint.families import FAMILIES
 from nanosafe.data import batching, examples, reader, template
 from nanosafe.data.spec import Source, parse_spec
 from nanosafe.storage import read_jsonl
