@@ -36,8 +36,6 @@ CHOICES = {  # what a field, or an entry of a list, may be
     "layer_types": ("full_attention", "sliding_attention"),
     "no_rope_layers": (0, 1),
 }
-# Kinds of RoPE that depend on the length of the texts that a model was first trained on.
-WITH_ORIGINAL_LENGTH = ("llama3", "yarn", "longrope")
 ONEDNN_ROWS = 256  # up to so many rows, a CPU multiplies faster with oneDNN than with BLAS
 
 
@@ -105,25 +103,28 @@ class Config:
                 too_small = value < 0
             if not right_type or too_small:
                 raise ValueError(f"{f.name} is {value!r}")
-        for name, known in CHOICES.items():
-            value = getattr(self, name)
-            if value is None:
-                continue
-            entries = value if isinstance(value, list) else [value]
-            for entry in entries:
-                if entry not in known:
-                    words = ", ".join(map(str, known))
-                    raise ValueError(f"{name} {entry!r} is not one of {words}")
-            if isinstance(value, list) and len(value) < self.num_hidden_layers:
-                raise ValueError(
-                    f"{name} has {len(value)} entries for {self.num_hidden_layers} layers"
-                )
+        self.check_choices()
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads={self.num_key_value_heads}"
             )
         rope.check(self)
+
+    def check_choices(self):
+        for name, known in CHOICES.items():
+            value = getattr(self, name)
+            if value is None:
+                continue
+            by_layer = isinstance(value, list)
+            for entry in value if by_layer else [value]:
+                if entry not in known:
+                    words = ", ".join(map(str, known))
+                    raise ValueError(f"{name} {entry!r} is not one of {words}")
+            if by_layer and len(value) < self.num_hidden_layers:
+                raise ValueError(
+                    f"{name} has {len(value)} entries for {self.num_hidden_layers} layers"
+                )
 
     @property
     def rope_type(self):
@@ -142,24 +143,7 @@ class Config:
     def from_dict(cls, stated):
         """Read a LLaMA's config.json: transformers 4's or 5's, or Safe-RLHF's with its `bias`."""
         values = {key: value for key, value in stated.items() if value is not None}
-        rope_parameters = values.get("rope_parameters", {})  # transformers 5
-        rope_scaling = dict(values.get("rope_scaling") or rope_parameters)
-        for key, value in rope_scaling.items():
-            if isinstance(value, dict):
-                raise ValueError(f"RoPE that differs by layer ({key}) is not this family's")
-        theta = rope_parameters.get("rope_theta") or values.get("rope_theta", 10000.0)
-        values["rope_theta"] = rope_scaling.pop("rope_theta", None) or theta
-        rope_scaling.pop("partial_rotary_factor", None)  # Phi-3's translation reads it
-        rope_type = rope_scaling.get("rope_type", rope_scaling.get("type", "default"))
-        if rope_type == "default":
-            values["rope_scaling"] = None
-        else:
-            values["rope_scaling"] = {**rope_scaling, "rope_type": rope_type}
-        if rope_type in WITH_ORIGINAL_LENGTH:
-            key = "original_max_position_embeddings"
-            longest = values.get("max_position_embeddings", cls.max_position_embeddings)
-            inside = rope_scaling.get(key) or longest
-            values["rope_scaling"][key] = values.get(key, inside)
+        values.update(rope.read_config_json(values))
         values.setdefault("score_bias", values.get("bias", False))
         values.setdefault("output_bias", values.get("attention_bias", False))
         known = {f.name for f in fields(cls)}

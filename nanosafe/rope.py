@@ -226,7 +226,33 @@ SCALINGS = {  # by rope_type
 }
 
 
-# ---- what a config.json may say ----
+# ---- what a config.json says ----
+
+
+def read_config_json(values):
+    """Config's rope_theta and rope_scaling from the keys of a config.json that are not null.
+
+    transformers 4 says rope_scaling, and transformers 5 rope_parameters; the first one wins."""
+    parameters = values.get("rope_parameters", {})
+    scaling = dict(values.get("rope_scaling") or parameters)
+    for key, value in scaling.items():
+        if isinstance(value, dict):
+            raise ValueError(f"RoPE that differs by layer ({key}) is not this family's")
+    theta = parameters.get("rope_theta") or values.get("rope_theta", 10000.0)
+    theta = scaling.pop("rope_theta", None) or theta
+    scaling.pop("partial_rotary_factor", None)  # only Phi-3 has it, whose translation has read it
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "default":
+        return {"rope_theta": theta, "rope_scaling": None}
+    scaling["rope_type"] = kind
+    key = "original_max_position_embeddings"  # of the texts that a model was first trained on
+    if kind in ("llama3", "yarn", "longrope"):
+        for length in (values.get(key), scaling.get(key), values.get("max_position_embeddings")):
+            if length is not None:
+                scaling[key] = length
+                break
+    return {"rope_theta": theta, "rope_scaling": scaling}
+
 
 NUMBERS = {  # that rope_scaling must have
     "linear": ("factor",),

@@ -25,6 +25,7 @@ from torch import tensor
 from nanosafe import checkpoint, model
 from nanosafe.checkpoint import families, folder, init_from_scratch
 from nanosafe.rollout import generate
+from nanosafe.tools import toy_world
 
 transformers = pytest.importorskip("transformers")
 
@@ -319,8 +320,9 @@ def test_the_original_length_is_taken_from_where_transformers_looks():
         ("phi3", {"rope_scaling": {"type": ["su"]}}, "rope_type"),
         ("llama", {"rope_scaling": {**YARN, "factor": "4"}}, "factor of its yarn RoPE is '4'"),
         ("llama", {"rope_scaling": YARN, "rope_theta": 1.0}, "both must be above 1"),
-        ("llama", {"rope_scaling": {**LONGROPE, "long_factor": [1.0]}}, "list of 4 numbers"),
-        ("llama", {"rope_scaling": {**LONGROPE, "long_factor": [1, 0, 1, 1]}}, "has a 0"),
+        ("llama", {"rope_scaling": LONGROPE}, "original_max_position_embeddings .* is None"),
+        ("llama", longrope(9, long_factor=[1.0]), "list of 4 numbers"),
+        ("llama", longrope(9, long_factor=[1, 0, 1, 1]), "has a 0"),
         ("llama", {"rope_scaling": {"rope_type": "proportional"}}, "'proportional'"),
         ("ministral3", {}, "has no rope_parameters"),
         ("ministral3", {"rope_scaling": {**YARN, "llama_4_scaling_beta": -1.0}}, "is -1.0"),
@@ -396,6 +398,7 @@ def test_gradients_equal_transformers(tmp_path):
             assert torch.allclose(ours, expected, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_ranks_train_and_write_families(tmp_path):
     """Two FSDP ranks load each model, take a step of length zero, and write the same tensors."""
     names = ("qwen3 with windows", "smollm3", "olmo3 with yarn", "phi4 mini")
@@ -407,6 +410,47 @@ def test_ranks_train_and_write_families(tmp_path):
     run(tmp_path / "script.py", *folders, ranks=2)
     for path in folders:
         assert_equal_tensors(read_saved(path / "saved"), read_saved(path))
+
+
+SHAPES_OF_FAMILIES = {
+    "olmo3": {
+        "model_type": "olmo3",
+        "qk_norm": "width",
+        "post_norm": True,
+        "sliding_window": 16,
+        "layer_types": [SLIDING, FULL],
+        "rope_scaling": YARN,
+        "scale_full_layers_only": True,
+    },
+    "phi3": {
+        "model_type": "phi3",
+        "rope_scaling": {**LONGROPE, "original_max_position_embeddings": 40},
+    },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [0, 2])
+@pytest.mark.parametrize("kind", SHAPES_OF_FAMILIES)
+def test_ppo_lag_trains_a_family(kind, ranks, toy, tmp_path, monkeypatch):
+    """The whole loop: responses, which cross the border of longrope, scores, values and updates."""
+    changes = SHAPES_OF_FAMILIES[kind]
+    make_shape = toy_world.small_config
+    monkeypatch.setattr(toy_world, "small_config", lambda **others: make_shape(**changes, **others))
+    world = toy_world.make_world(toy, tmp_path)
+    command = toy_world.trainer_flags(world)["ppo_lag"]
+    flags = ["--max_steps=4", "--parallel=fsdp"] if ranks else ["--max_steps=4"]
+    run(*command, *flags, f"--out_dir={tmp_path}/out", ranks=ranks)
+    trained = checkpoint.load(tmp_path / "out" / "model")
+    assert trained.config.model_type == kind
+    before = checkpoint.load(world / "policy")
+    assert not torch.equal(trained.norm.weight, before.norm.weight)
+    opened = open_in_transformers(tmp_path / "out" / "model")
+    tokens = TOKENS % 97
+    n = len(tokens)
+    with torch.no_grad():
+        expected = opened(tokens[None]).logits[0]
+        assert torch.allclose(trained(tokens, ends(0, n), n), expected, atol=1e-4)
 
 
 # ---- tied heads ----

@@ -165,8 +165,9 @@ def olmo3(config_json):
     full.update(config_json.get("rope_scaling") or {})  # transformers 4
     full.pop("truncate", None)  # transformers does not look for it here
     alike = full == sliding
-    kind_of_sliding = sliding.get("rope_type", "default")
-    if not alike and (kind_of_sliding != "default" or full["rope_theta"] != sliding["rope_theta"]):
+    kind = sliding.get("rope_type", sliding.get("type", "default"))
+    same_theta = full["rope_theta"] == sliding["rope_theta"]
+    if not alike and not (kind == "default" and same_theta):
         raise ValueError("layers with a window have a RoPE that is not the others' without scaling")
     return {
         **olmo2(config_json),
