@@ -3,8 +3,8 @@
 The tokens of a forward come in one of two layouts. A `PackedBatch` holds whole sequences laid end
 to end: training, scoring, and the prefill of prompts. A `DecodeBatch` holds one new token for each
 of n cached sequences: decoding. Both have attend(q, k, v, cache), which lets each query see the
-keys of its own sequence up to its own position. add_window_and_alibi() adds what LLaMA does not
-have: sliding windows and ALiBi.
+keys of its own sequence up to its own position. layouts_of_layers() adds what LLaMA does not have:
+sliding windows, which may differ by layer, and ALiBi.
 
 Shapes: N packed tokens, B sequences, L length of the longest, H heads, K kv heads, E head width,
 S cache slots, T cached positions, n rows that are decoded."""
@@ -39,6 +39,10 @@ class PackedBatch(NamedTuple):
     slots: Optional[torch.Tensor] = None  # (B,) cache slot of each sequence, for prefill
     window: int = 0  # how many keys a query sees, its own included; 0: all before it
     mask: Optional[torch.Tensor] = None  # (L, L) or (H, L, L), where causality is not enough
+
+    def text_lengths(self):
+        """How long the sequence of each token is (N,)."""
+        return self.cu_seqlens.diff().long()[self.rows]
 
     def attend(self, q, k, v, cache):
         """q (N, H, E), k and v (N, K, E) -> (N, H, E)."""
@@ -115,6 +119,10 @@ class DecodeBatch(NamedTuple):
     rows: torch.Tensor  # (n,) 0 .. n-1
     groups: list  # of RowGroup, which together cover all n rows
 
+    def text_lengths(self):
+        """How long each sequence is (n,), its new token included."""
+        return self.positions + 1
+
     def attend(self, q, k, v, cache):
         """q (n, H, E), k and v (n, K, E) -> (n, H, E)."""
         n, H, E = q.shape
@@ -156,23 +164,34 @@ def repeat_heads(x, q):
 # ---- sliding windows and ALiBi ----
 
 
-def add_window_and_alibi(layout, config, x):
-    """The layout with a model's sliding window or ALiBi; x (N, D) has the device and the dtype."""
+def layouts_of_layers(layout, windows, config, x):
+    """The layout of each layer, with its window; x (N, D) has the device and the dtype."""
+    by_window = {}
+    for window in windows:
+        if window not in by_window:
+            by_window[window] = add_window_and_alibi(layout, window, config, x)
+    return [by_window[window] for window in windows]
+
+
+def add_window_and_alibi(layout, window, config, x):
+    """The layout with a layer's window, and with ALiBi where the model has it."""
+    if not window and not config.alibi:
+        return layout
     slopes = None
     if config.alibi:
         slopes = alibi_slopes(config.num_attention_heads, x.device)  # (H,)
     if isinstance(layout, DecodeBatch):
-        return add_to_decode_batch(layout, config, slopes, attention_dtype(x))
-    return add_to_packed_batch(layout, config, slopes, x)
+        return add_to_decode_batch(layout, window, config, slopes, attention_dtype(x))
+    return add_to_packed_batch(layout, window, config, slopes, x)
 
 
-def add_to_decode_batch(layout, config, slopes, dtype):
+def add_to_decode_batch(layout, window, config, slopes, dtype):
     """The DecodeBatch whose groups have masks with the window, or ALiBi's biases."""
     groups = []
     for rows, mask in layout.groups:
         keys = torch.arange(mask.shape[-1], device=mask.device)
         distance = layout.positions[rows, None, None] - keys
-        mask = attention_mask(distance, config.sliding_window, slopes, dtype)
+        mask = attention_mask(distance, window, slopes, dtype)
         if config.alibi:  # one bias per head, laid out as the queries are: (rows, K, H / K, extent)
             mask = mask.view(len(mask), config.num_key_value_heads, -1, len(keys))
         else:
@@ -181,9 +200,8 @@ def add_to_decode_batch(layout, config, slopes, dtype):
     return layout._replace(groups=groups)
 
 
-def add_to_packed_batch(layout, config, slopes, x):
+def add_to_packed_batch(layout, window, config, slopes, x):
     """The PackedBatch with its window, and with a mask where the kernel does not know windows."""
-    window = config.sliding_window
     layout = layout._replace(window=window)
     window_is_wide = window >= layout.max_seqlen
     kernel_knows_windows = x.is_cuda and x.dtype != torch.float32

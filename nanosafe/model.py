@@ -14,11 +14,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from nanosafe import attention
+from nanosafe import attention, rope
 from nanosafe.errors import stop
 from nanosafe.logprobs import LogProbs, UniformLogProbs
 
-ROPE_TYPES = ("default", "linear", "llama3", "dynamic")
 SCORE_TYPES = ("reward", "cost", "critic")
 SIZES = (
     "vocab_size",
@@ -31,12 +30,18 @@ SIZES = (
     "head_dim",
     "rope_theta",
 )
+CHOICES = {  # what a field, or an entry of a list, may be
+    "score_type": SCORE_TYPES,
+    "qk_norm": ("head", "width"),
+    "layer_types": ("full_attention", "sliding_attention"),
+    "no_rope_layers": (0, 1),
+}
 ONEDNN_ROWS = 256  # up to so many rows, a CPU multiplies faster with oneDNN than with BLAS
 
 
 @dataclass
 class Config:
-    """A LLaMA's shape, under Hugging Face's key names."""
+    """A LLaMA's shape, under Hugging Face's key names, and how its relatives differ from it."""
 
     vocab_size: int = 32000
     hidden_size: int = 4096
@@ -47,19 +52,27 @@ class Config:
     head_dim: int = 0  # 0: hidden_size / heads
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    rope_scaling: dict = None  # {"rope_type": "linear" | "llama3" | "dynamic", "factor": ..}
+    rope_scaling: dict = None  # {"rope_type": "linear" | .., "factor": ..}: see rope.py
     max_position_embeddings: int = 2048
     tie_word_embeddings: bool = False
     attention_bias: bool = False  # of q, k and v
     output_bias: bool = False  # of the attention's output projection
     mlp_bias: bool = False
     sliding_window: int = 0  # how many keys a query sees, its own included; 0: all before it
+    layer_types: list = None  # "full_attention" or "sliding_attention" of each; None: all slide
+    qk_norm: str = None  # RMSNorm of queries and keys: by "head" (Qwen3), or their "width" (OLMo 2)
+    post_norm: bool = False  # norms come after attention and MLP, not before them, as in OLMo 2
+    no_rope_layers: list = None  # 1: the layer has RoPE; 0: it has none, as some of SmolLM3's
+    partial_rotary_factor: float = 1.0  # the share of a head that RoPE turns: 0.75 in Phi-4-mini
+    scale_full_layers_only: bool = False  # rope_scaling leaves layers with a window out (OLMo 3)
+    llama_4_scaling_beta: float = 0.0  # queries grow with the position, as in Ministral 3
     alibi: bool = False  # attention falls with distance instead of RoPE, as in Baichuan-13B
     norm_head: bool = False  # the rows of the LM head are normalised, as in Baichuan2
     initializer_range: float = 0.02
     bos_token_id: int = 1
     eos_token_id: object = 2  # an int, or a list of them
     pad_token_id: int = None
+    model_type: str = "llama"  # the family whose config.json is written, if it can express the rest
     score_bias: bool = False  # from here on: score models only
     score_type: str = "reward"  # reward | cost | critic
     do_normalize: bool = False
@@ -86,36 +99,51 @@ class Config:
             too_small = False
             if right_type and f.name in SIZES:
                 too_small = value <= 0
-            if right_type and f.name == "sliding_window":
+            if right_type and f.name in ("sliding_window", "llama_4_scaling_beta"):
                 too_small = value < 0
             if not right_type or too_small:
                 raise ValueError(f"{f.name} is {value!r}")
-        for name, known in (("rope_type", ROPE_TYPES), ("score_type", SCORE_TYPES)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} {getattr(self, name)!r} is not one of {', '.join(known)}")
+        self.check_choices()
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads={self.num_key_value_heads}"
             )
+        rope.check(self)
+
+    def check_choices(self):
+        for name, known in CHOICES.items():
+            value = getattr(self, name)
+            if value is None:
+                continue
+            by_layer = isinstance(value, list)
+            for entry in value if by_layer else [value]:
+                if entry not in known:
+                    words = ", ".join(map(str, known))
+                    raise ValueError(f"{name} {entry!r} is not one of {words}")
+            if by_layer and len(value) < self.num_hidden_layers:
+                raise ValueError(
+                    f"{name} has {len(value)} entries for {self.num_hidden_layers} layers"
+                )
 
     @property
     def rope_type(self):
         return (self.rope_scaling or {}).get("rope_type", "default")
 
+    def windows_of_layers(self):
+        """How many keys a query sees in each layer; 0: all before it."""
+        if self.layer_types is None:
+            return (self.sliding_window,) * self.num_hidden_layers
+        windows = []
+        for kind in self.layer_types[: self.num_hidden_layers]:
+            windows.append(self.sliding_window if kind == "sliding_attention" else 0)
+        return tuple(windows)
+
     @classmethod
     def from_dict(cls, stated):
         """Read a LLaMA's config.json: transformers 4's or 5's, or Safe-RLHF's with its `bias`."""
         values = {key: value for key, value in stated.items() if value is not None}
-        rope_parameters = values.get("rope_parameters", {})  # transformers 5
-        rope_scaling = dict(values.get("rope_scaling") or rope_parameters)
-        theta = rope_parameters.get("rope_theta", values.get("rope_theta", 10000.0))
-        values["rope_theta"] = rope_scaling.pop("rope_theta", theta)
-        rope_type = rope_scaling.get("rope_type", rope_scaling.get("type", "default"))
-        if rope_type == "default":
-            values["rope_scaling"] = None
-        else:
-            values["rope_scaling"] = {**rope_scaling, "rope_type": rope_type}
+        values.update(rope.read_config_json(values))
         values.setdefault("score_bias", values.get("bias", False))
         values.setdefault("output_bias", values.get("attention_bias", False))
         known = {f.name for f in fields(cls)}
@@ -135,26 +163,34 @@ class Config:
             "rope_type": "default",
             **(self.rope_scaling or {}),
         }
+        if self.rope_type == "longrope":  # transformers 4 looks for it here
+            key = "original_max_position_embeddings"
+            values[key] = self.rope_scaling[key]
         architecture = "LlamaForScore" if head == "score" else "LlamaForCausalLM"
         return {
             "architectures": [architecture],
-            "model_type": "llama",
             "hidden_act": "silu",
             **values,
         }
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight (arXiv:1910.07467). In float32, rounded once before the weight, as HF."""
+    """x / rms(x) * weight (arXiv:1910.07467). In float32, rounded once before the weight, as HF.
 
-    def __init__(self, width, eps):
+    OLMo 2 rounds once after it."""
+
+    def __init__(self, width, config):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
+        self.eps = config.rms_norm_eps
+        self.round_last = config.post_norm
 
     def forward(self, x):
         if x.dtype == torch.float32:
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        if self.round_last:
+            weight = self.weight.float()
+            return F.rms_norm(x.float(), weight.shape, weight, self.eps).to(x.dtype)
         return self.weight * F.rms_norm(x.float(), self.weight.shape, eps=self.eps).to(x.dtype)
 
 
@@ -184,13 +220,30 @@ class Attention(nn.Module):
         qkv_width = (self.H + 2 * self.K) * self.E
         self.qkv_proj = Linear(config.hidden_size, qkv_width, bias=config.attention_bias)
         self.o_proj = Linear(self.H * self.E, config.hidden_size, bias=config.output_bias)
+        self.qk_norm = config.qk_norm
+        if self.qk_norm:
+            by_head = self.qk_norm == "head"
+            self.q_norm = RMSNorm(self.E if by_head else self.H * self.E, config)
+            self.k_norm = RMSNorm(self.E if by_head else self.K * self.E, config)
 
     def forward(self, x, cos, sin, layout, cache):
-        qkv = self.qkv_proj(x).to(attention.attention_dtype(x)).view(len(x), -1, self.E)
+        qkv = self.qkv_proj(x).view(len(x), -1, self.E)
         qk, v = qkv.split([self.H + self.K, self.K], dim=1)
-        q, k = apply_rope(qk, cos, sin).split([self.H, self.K], dim=1)
-        out = layout.attend(q, k, v, cache)  # (N, H, E)
+        if self.qk_norm:
+            qk = self.normalize(qk)
+        dtype = attention.attention_dtype(x)
+        q, k = rope.turn(qk.to(dtype), cos, sin).split([self.H, self.K], dim=1)
+        out = layout.attend(q, k, v.to(dtype), cache)  # (N, H, E)
         return self.o_proj(out.flatten(1).to(x.dtype))  # (N, D)
+
+    def normalize(self, qk):
+        """RMSNorm of queries and of keys, qk (N, H + K, E): of each, or of all of a token."""
+        q, k = qk.split([self.H, self.K], dim=1)
+        if self.qk_norm == "width":
+            q, k = q.flatten(1), k.flatten(1)
+        q = self.q_norm(q).view(len(qk), self.H, self.E)
+        k = self.k_norm(k).view(len(qk), self.K, self.E)
+        return torch.cat((q, k), dim=1)
 
 
 class MLP(nn.Module):
@@ -210,12 +263,19 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_norm = config.post_norm
+        if not self.post_norm:
+            self.input_layernorm = RMSNorm(config.hidden_size, config)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config)
         self.mlp = MLP(config)
+        if self.post_norm:
+            self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config)
 
     def forward(self, x, cos, sin, layout, cache=None):
+        if self.post_norm:  # OLMo 2
+            x = x + self.post_attention_layernorm(self.self_attn(x, cos, sin, layout, cache))
+            return x + self.post_feedforward_layernorm(self.mlp(x))
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, layout, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -234,15 +294,16 @@ class LLaMA(nn.Module):
         self.activation_checkpointing = False  # True: recompute blocks in the backward pass
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config)
         if head != "score":
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
             if config.tie_word_embeddings:
                 self.lm_head.weight = self.embed_tokens.weight
         if head != "lm":
             self.score_head = nn.Linear(config.hidden_size, 1, bias=config.score_bias)
-        # Not a buffer, because it is neither trained, nor saved, nor cast to the model's dtype.
-        self.inv_freq = rope_frequencies(config)
+        # Layers are alike in a LLaMA; in some of its relatives windows and RoPE differ by layer.
+        self.windows = config.windows_of_layers()
+        self.rope = rope.Rope(config)
 
     def log_probs(self, batch, temperature=1.0, uniform_weights=False):
         """log p(batch.targets[t] | tokens up to t) (N,) float32, and 0 where the target is -100.
@@ -307,18 +368,14 @@ class LLaMA(nn.Module):
 
         layout  an attention.PackedBatch or DecodeBatch; caches: one per layer, or None"""
         x = self.embed_tokens(tokens)
-        if self.inv_freq.device != x.device:
-            self.inv_freq = self.inv_freq.to(x.device)
-        if self.config.sliding_window or self.config.alibi:
-            layout = attention.add_window_and_alibi(layout, self.config, x)
-        angles = layout.positions[:, None] * self.inv_freq  # (N, E/2) float32
-        cos = torch.cos(angles)[:, None].to(x.dtype)  # (N, 1, E/2)
-        sin = torch.sin(angles)[:, None].to(x.dtype)
+        layouts = attention.layouts_of_layers(layout, self.windows, self.config, x)
+        rotations = self.rope.rotations(layout, x)
         for i, layer in enumerate(self.layers):
+            cos, sin = rotations[i]
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, layout, use_reentrant=False)
+                x = checkpoint(layer, x, cos, sin, layouts[i], use_reentrant=False)
             else:
-                x = layer(x, cos, sin, layout, caches[i] if caches else None)
+                x = layer(x, cos, sin, layouts[i], caches[i] if caches else None)
         return self.norm(x)
 
     def output_embedding(self):
@@ -345,27 +402,3 @@ class LLaMA(nn.Module):
                 f"{length} tokens, but nanosafe implements this model's dynamic RoPE only up to "
                 f"{longest}: lower max_len or max_new_tokens"
             )
-
-
-def apply_rope(x, cos, sin):
-    """RoPE (arXiv:2104.09864) of x (N, heads, E): dimensions i and i + E/2 turn together."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-
-
-def rope_frequencies(config):
-    """Angle per position of each pair of dimensions (E/2,) float32, scaled as the config says."""
-    dimensions = torch.arange(0, config.head_dim, 2, dtype=torch.int64, device="cpu").float()
-    inv_freq = 1.0 / (config.rope_theta ** (dimensions / config.head_dim))
-    if config.alibi:
-        return torch.zeros_like(inv_freq)  # these models have no rotation
-    scaling = config.rope_scaling or {}
-    if config.rope_type == "linear":
-        return inv_freq / scaling["factor"]
-    if config.rope_type == "llama3":
-        # Long waves are slowed down, short ones kept, with a linear blend between the two.
-        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-        turns = scaling["original_max_position_embeddings"] * inv_freq / (2 * math.pi)
-        blend = ((turns - low) / (high - low)).clamp(0, 1)
-        return (1 - blend) * inv_freq / scaling["factor"] + blend * inv_freq
-    return inv_freq  # "dynamic" acts beyond max_position_embeddings only

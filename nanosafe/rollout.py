@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from nanosafe import attention
+from nanosafe import attention, rope
 from nanosafe.errors import stop
 from nanosafe.model import linear
 from nanosafe.parallel import all_gather_lists, gathered_for_sampling
@@ -106,6 +106,7 @@ def generate(
     while scheduler.waiting or scheduler.live:
         scheduler.refill()
         if scheduler.live:
+            scheduler.renew_rows_that_grow_long()
             scheduler.accept(engine.step(len(scheduler.live)), first_row=0)
     return scheduler.responses
 
@@ -156,6 +157,17 @@ class Scheduler:
             keys = [self.keys[i] for i in new]
             self.accept(self.engine.prefill(first_row, prompts, keys), first_row)
 
+    def renew_rows_that_grow_long(self):
+        """Compute the cache of a row again when its text grows too long for its RoPE (longrope).
+
+        From then on all positions turn otherwise, also those that are in the cache already."""
+        if not self.engine.border:
+            return
+        for row, i in enumerate(self.live):
+            text = [*self.prompts[i], *self.responses[i]]
+            if len(text) == self.engine.border + 1:
+                self.engine.renew(row, text)
+
     def accept(self, tokens, first_row):
         """Append the new token of each row from first_row on, and free the rows that are finished.
 
@@ -197,6 +209,7 @@ class Engine:
         self.sampling = sampling
         self.head = model.output_embedding()
         dtype = attention.attention_dtype(model.embed_tokens.weight)
+        self.border = rope.find_border(config)  # tokens; 0: a text's RoPE does not change with it
         model.check_length(length)
         length = CACHE_STEP * ceil(length / CACHE_STEP)
         self.slots = min(slots or self.count_slots_that_fit(length, dtype), wanted)
@@ -243,6 +256,14 @@ class Engine:
         for row, prompt in enumerate(prompts, start=first_row):
             self.extents[row] = len(prompt) + 1
         return self.tokens[rows].tolist()
+
+    def renew(self, row, text):
+        """Compute a row's keys and values again, as those of the whole text."""
+        tokens = self.make_tensor(text)
+        cu_seqlens = self.make_tensor([0, len(text)]).int()
+        slots = self.rows[row : row + 1]
+        layout = attention.pack(cu_seqlens, len(text), len(text), slots=slots)
+        self.model.hidden_states(tokens, layout, self.caches)
 
     def make_tensor(self, numbers):
         return torch.tensor(numbers, dtype=torch.int64, device=self.device)

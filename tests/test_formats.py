@@ -251,10 +251,7 @@ def test_a_family_of_transformers_opens_and_is_written_bit_by_bit(family, tmp_pa
     checkpoint.save(ours, tmp_path / "ours")
     assert_equal_tensors(read_saved(tmp_path / "theirs"), read_saved(tmp_path / "ours"))
     again = open_in_transformers(tmp_path / "ours")
-    if family == "mistral v0.2":  # a Mistral without a window is a LLaMA
-        assert type(again) is transformers.LlamaForCausalLM
-    else:
-        assert type(again) is type(theirs)
+    assert type(again) is type(theirs)
     assert torch.equal(logits_of(again), expected)
     check_logits(tmp_path / "ours", expected)
 
@@ -266,15 +263,6 @@ def test_a_sliding_window_changes_the_logits():
     far = logits_of(make_theirs(**{**options, "sliding_window": None}))
     assert torch.equal(near[:9], far[:9])
     assert not torch.allclose(near[9:], far[9:], atol=1e-3)
-
-
-def test_qwen2_with_a_window_in_some_layers_is_refused(tmp_path):
-    make_theirs(**NATIVE["qwen2"]).save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["use_sliding_window"] = True
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(SystemExit, match="only some layers have a window"):
-        checkpoint.load(tmp_path)
 
 
 # ---- families that transformers does not have: its LLaMA, with tensors renamed and fused ----
@@ -382,17 +370,19 @@ def test_alibi_slopes_of_forty_heads():
 
 
 def test_the_docs_example_of_one_more_family_is_right(tmp_path, monkeypatch):
-    """docs/formats.md adds Phi-3 in a line, which is taken from there."""
+    """docs/formats.md adds Seed-OSS in a line, which is taken from there."""
     with open(os.path.join(ROOT, "docs", "formats.md")) as f:
-        line = re.search(r'^    "phi3": (Family\(.*\)),$', f.read(), re.M)[1]
-    theirs = make_theirs(
-        transformers.Phi3Config, transformers.Phi3ForCausalLM, sliding_window=9, pad_token_id=0
-    )
-    theirs.save_pretrained(tmp_path)
-    with pytest.raises(SystemExit, match="model_type 'phi3' is not supported"):
-        checkpoint.load(tmp_path)
-    monkeypatch.setitem(families.FAMILIES, "phi3", eval(line, vars(families)))
-    check_logits(tmp_path, logits_of(theirs))
+        line = re.search(r'^    "seed_oss": (Family\(.*\)),$', f.read(), re.M)[1]
+    theirs = make_theirs(transformers.SeedOssConfig, transformers.SeedOssForCausalLM, head_dim=16)
+    theirs.save_pretrained(tmp_path / "theirs")
+    with pytest.raises(SystemExit, match="model_type 'seed_oss' is not supported"):
+        checkpoint.load(tmp_path / "theirs")
+    monkeypatch.setitem(families.FAMILIES, "seed_oss", eval(line, vars(families)))
+    ours = check_logits(tmp_path / "theirs", logits_of(theirs))
+    checkpoint.save(ours, tmp_path / "ours")
+    again = open_in_transformers(tmp_path / "ours")
+    assert type(again) is type(theirs)
+    assert torch.equal(logits_of(again), logits_of(theirs))
 
 
 def test_an_unknown_family_is_refused(tmp_path):

@@ -12,6 +12,7 @@ import torch
 from conftest import ROOT, run
 
 from nanosafe.model import Config, LLaMA
+from nanosafe.storage import write_json
 from nanosafe.tools import plan
 
 RECIPE = ["train_ppo_lag.py", "config/beaver_7b/ppo_lag.py"]
@@ -140,6 +141,29 @@ def test_ppo_lag_of_7b_agrees_with_arithmetic_by_hand():
     sampling = {part.name: part.bytes for part in memory.sampling}
     assert always["AdamW's moments"] == pytest.approx(3 * 8 * P / 8, rel=0.03)
     assert sampling["KV cache"] == 16 * 512 * 32 * 2 * 4096 * 2
+
+
+def test_a_window_costs_less_than_the_whole_sequence():
+    config = plan.SHAPES["7b"]
+    length = 2048
+    whole = make_run(config=config, length=length)
+    assert whole.count_seen_keys() == 32 * length / 2
+    kinds = ["sliding_attention", "full_attention"] * 16
+    windows = make_run(config=replace(config, sliding_window=512, layer_types=kinds), length=length)
+    # Of 2,048 queries the first 512 see 256 keys on average, the others 512.
+    assert windows.count_seen_keys() == 16 * length / 2 + 16 * (256 + 3 * 512) / 4
+    wide = make_run(config=replace(config, sliding_window=4096), length=length)
+    assert wide.count_seen_keys() == whole.count_seen_keys()
+
+
+def test_the_shape_of_a_folder_of_another_family_is_read(tmp_path):
+    values = {"model_type": "qwen3", "vocab_size": 1000, "hidden_size": 64, "num_hidden_layers": 2}
+    write_json(
+        {**values, "num_attention_heads": 4, "intermediate_size": 96}, tmp_path, "config.json"
+    )
+    config = plan.read_shape({"init_from": str(tmp_path), "shape": ""})
+    assert config.head_dim == 128
+    assert config.qk_norm == "head"
 
 
 def test_the_roofline_is_the_slowest_rate():

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import configurator
 from nanosafe import checkpoint, data, tokenizer
+from nanosafe.checkpoint.families import FAMILIES
 from nanosafe.data import batching, examples, reader
 from nanosafe.data.spec import Source, parse_spec
 from nanosafe.storage import read_jsonl
@@ -350,13 +351,27 @@ CONFIG = st.dictionaries(
             "architectures",
             "rope_parameters",
             "intermediate_size",
+            "sliding_window",
+            "use_sliding_window",
+            "max_window_layers",
+            "layer_types",
+            "no_rope_layers",
+            "no_rope_layer_interval",
+            "partial_rotary_factor",
+            "original_max_position_embeddings",
         ]
     ),
     JSON
     | st.integers(-5, 300)
-    | st.sampled_from(["llama", "mistral", "qwen2", "baichuan", "internlm2", "silu", "cost"]),
+    | st.sampled_from([*FAMILIES, "silu", "cost"])
+    | st.lists(st.sampled_from(["full_attention", "sliding_attention", 0, 1, 2]), max_size=3)
+    | st.dictionaries(
+        st.sampled_from(["rope_type", "type", "factor", "rope_theta", "short_factor", "truncate"]),
+        st.sampled_from(["yarn", "longrope", "su", "llama3", "default", 0, 2.0, [1.0] * 4, None]),
+        max_size=4,
+    ),
     min_size=1,
-    max_size=3,
+    max_size=5,
 )
 
 

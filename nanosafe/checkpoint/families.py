@@ -1,8 +1,7 @@
 """Families of models that are almost LLaMA: how their config.json and their tensors differ from it.
 
 This file holds data and functions of data; it reads no files. One more family is one more entry in
-FAMILIES, and, if nanosafe shall also write it, a case in choose_written_family() and
-make_config_json(). docs/formats.md shows how."""
+FAMILIES. docs/formats.md shows how."""
 
 from typing import Callable, NamedTuple
 
@@ -10,7 +9,21 @@ from nanosafe.checkpoint.tensors import RowRange
 from nanosafe.errors import stop
 
 BAICHUAN2_VOCABULARY = 125696  # rows; older Baichuans have 64,000
-MISTRAL_WINDOW = 4096  # keys, where config.json does not say
+MISTRAL_WINDOW = 4096  # keys, where config.json does not say; Qwen's and OLMo 3's, too
+FULL, SLIDING = "full_attention", "sliding_attention"
+# Fields of Config that LLaMA's config.json does not have. Where one says them, they mean nothing.
+NOT_LLAMA = (
+    "sliding_window",
+    "layer_types",
+    "qk_norm",
+    "post_norm",
+    "no_rope_layers",
+    "partial_rotary_factor",
+    "scale_full_layers_only",
+    "llama_4_scaling_beta",
+    "alibi",
+    "norm_head",
+)
 
 
 # ---- where queries, keys and values lie in a family's tensors ----
@@ -64,6 +77,8 @@ def qkv_interleaved(tensors, H, K, E):
 
 
 # ---- a family's config.json -> the keys that LLaMA spells otherwise ----
+#
+# Each function takes a config.json and returns keys of Config.
 
 
 def keep_config(config_json):
@@ -74,16 +89,117 @@ def mistral(config_json):
     return {"sliding_window": config_json.get("sliding_window", MISTRAL_WINDOW)}
 
 
+def ministral(config_json):
+    """Mistral's window in some of the layers."""
+    return {**mistral(config_json), "layer_types": config_json.get("layer_types")}
+
+
+def ministral3(config_json):
+    """The queries' growth is among the numbers of RoPE."""
+    scaling = config_json.get("rope_scaling") or config_json.get("rope_parameters")
+    if not scaling:
+        raise ValueError("it has no rope_parameters")
+    return {
+        "sliding_window": config_json.get("sliding_window"),
+        "head_dim": config_json.get("head_dim", 128),
+        "llama_4_scaling_beta": scaling.get("llama_4_scaling_beta"),
+    }
+
+
 def qwen2(config_json):
+    """Layers from max_window_layers on may have a window."""
+    if not config_json.get("use_sliding_window"):
+        return {}
+    layer_types = config_json.get("layer_types")
+    if layer_types is None:
+        first = read_count(config_json, "max_window_layers", 28)
+        layer_types = []
+        for i in range(read_count(config_json, "num_hidden_layers", 32)):
+            layer_types.append(SLIDING if i >= first else FULL)
+    window = config_json.get("sliding_window", MISTRAL_WINDOW)
+    return {"sliding_window": window, "layer_types": layer_types}
+
+
+def qwen3(config_json):
+    head_dim = config_json.get("head_dim", 128)
+    return {**qwen2(config_json), "qk_norm": "head", "head_dim": head_dim}
+
+
+def smollm3(config_json):
+    """Some layers have no RoPE; if there are windows, these layers have them."""
+    turns = config_json.get("no_rope_layers")
+    if turns is None:
+        interval = read_count(config_json, "no_rope_layer_interval", 4)
+        turns = []
+        for i in range(read_count(config_json, "num_hidden_layers", 36)):
+            turns.append(int((i + 1) % max(interval, 1) != 0))
+    changes = {
+        "no_rope_layers": turns,
+        "rope_theta": config_json.get("rope_theta", 2e6),
+        "tie_word_embeddings": config_json.get("tie_word_embeddings", True),
+    }
     if config_json.get("use_sliding_window"):
-        stop("a Qwen2 with use_sliding_window is not supported: only some layers have a window")
-    return {"sliding_window": 0}
+        layer_types = config_json.get("layer_types")
+        if layer_types is None and isinstance(turns, list):
+            layer_types = [FULL if has_rope else SLIDING for has_rope in turns]
+        changes["layer_types"] = layer_types
+        changes["sliding_window"] = config_json.get("sliding_window")
+    return changes
+
+
+def olmo2(config_json):
+    return {"qk_norm": "width", "post_norm": True}
+
+
+def olmo3(config_json):
+    """Three of four layers have a window, and a RoPE of their own."""
+    layer_types = config_json.get("layer_types")
+    if layer_types is None:
+        layer_types = []
+        for i in range(read_count(config_json, "num_hidden_layers", 32)):
+            layer_types.append(SLIDING if (i + 1) % 4 else FULL)
+    theta = config_json.get("rope_theta", 5e5)
+    by_kind = config_json.get("rope_parameters") or {}  # transformers 5
+    full = {"rope_theta": theta, **read_object(by_kind, FULL)}
+    sliding = {"rope_theta": theta, **read_object(by_kind, SLIDING)}
+    full.update(config_json.get("rope_scaling") or {})  # transformers 4
+    full.pop("truncate", None)  # transformers does not look for it here
+    alike = full == sliding
+    kind = sliding.get("rope_type", sliding.get("type", "default"))
+    same_theta = full["rope_theta"] == sliding["rope_theta"]
+    if not alike and not (kind == "default" and same_theta):
+        raise ValueError("layers with a window have a RoPE that is not the others' without scaling")
+    return {
+        **olmo2(config_json),
+        "sliding_window": config_json.get("sliding_window", MISTRAL_WINDOW),
+        "layer_types": layer_types,
+        "rope_scaling": full,
+        "rope_parameters": None,
+        "scale_full_layers_only": not alike,
+    }
+
+
+def phi3(config_json):
+    """RoPE of "su" or "yarn" is longrope, and its border is a key of its own."""
+    scaling = dict(config_json.get("rope_scaling") or config_json.get("rope_parameters") or {})
+    if scaling.get("rope_type", scaling.get("type")) in ("su", "yarn"):
+        scaling["rope_type"] = "longrope"
+    share = scaling.get("partial_rotary_factor", config_json.get("partial_rotary_factor"))
+    return {
+        "sliding_window": config_json.get("sliding_window"),
+        "rope_scaling": scaling,
+        "partial_rotary_factor": share,
+        "original_max_position_embeddings": config_json.get(
+            "original_max_position_embeddings", 4096
+        ),
+    }
 
 
 def internlm(config_json):
     """InternLM's key `bias` is about attention: a score head must not take it for its own."""
     rotary = config_json.get("rotary") or {}
-    return {"bias": None, "rope_theta": rotary.get("base", config_json.get("rope_theta"))}
+    theta = rotary.get("base", config_json.get("rope_theta"))
+    return {"model_type": "llama", "bias": None, "rope_theta": theta}
 
 
 def baichuan(config_json):
@@ -94,10 +210,109 @@ def baichuan(config_json):
         raise ValueError("it has neither max_position_embeddings nor model_max_length")
     vocabulary = config_json.get("vocab_size") or 0
     return {
+        "model_type": "llama",  # which Baichuan-7B is
         "alibi": length is None,
         "max_position_embeddings": longest,
         "norm_head": config_json.get("norm_head", vocabulary >= BAICHUAN2_VOCABULARY),
     }
+
+
+def read_count(config_json, key, default):
+    """A whole number that a config.json may leave out."""
+    value = config_json.get(key)
+    if value is None:
+        return default
+    if not isinstance(value, int) or value < 0:
+        raise ValueError(f"{key} is {value!r}, not a whole number")
+    return value
+
+
+def read_object(values, key):
+    value = values.get(key) or {}
+    if not isinstance(value, dict):
+        raise ValueError(f"{key} is {value!r}, not an object")
+    return value
+
+
+# ---- Config -> what a family's config.json says otherwise than LLaMA's ----
+#
+# Each function changes LLaMA's config.json.
+
+
+def write_llama(values, config):
+    pass
+
+
+def write_window(values, config):
+    """Mistral, Phi-3: one window, or null."""
+    values["sliding_window"] = config.sliding_window or None
+
+
+def write_layer_types(values, config):
+    """Ministral: a window in some of the layers."""
+    window = max(config.windows_of_layers())
+    values["sliding_window"] = window or None
+    values["layer_types"] = list_layer_types(config)
+
+
+def write_ministral3(values, config):
+    write_window(values, config)
+    for key in ("rope_scaling", "rope_parameters"):
+        scaling = values[key] or {}
+        values[key] = {**scaling, "llama_4_scaling_beta": config.llama_4_scaling_beta}
+
+
+def write_qwen(values, config):
+    """max_window_layers is for transformers before 4.53, layer_types for later ones."""
+    write_layer_types(values, config)
+    windows = config.windows_of_layers()
+    values["use_sliding_window"] = max(windows) > 0
+    values["max_window_layers"] = windows.count(0)
+
+
+def write_smollm3(values, config):
+    write_layer_types(values, config)
+    values["use_sliding_window"] = values["sliding_window"] is not None
+    values["no_rope_layers"] = config.no_rope_layers
+
+
+def write_olmo3(values, config):
+    """transformers 4 scales full layers only, whatever is said."""
+    write_layer_types(values, config)
+    scaled = values["rope_parameters"]
+    plain = {"rope_theta": config.rope_theta, "rope_type": "default"}
+    sliding = plain if config.scale_full_layers_only else scaled
+    values["rope_parameters"] = {FULL: scaled, SLIDING: sliding}
+
+
+def write_phi3(values, config):
+    """transformers 4 refuses a rope_scaling that has more than these three keys."""
+    write_window(values, config)
+    values["partial_rotary_factor"] = config.partial_rotary_factor
+    values["rope_parameters"]["partial_rotary_factor"] = config.partial_rotary_factor
+    scaling = config.rope_scaling
+    if scaling:
+        three = {"type": "longrope"}
+        for key in ("short_factor", "long_factor"):
+            three[key] = scaling[key]
+        for key in ("factor", "attention_factor"):  # which transformers 5 knows
+            if scaling.get(key) is not None:
+                three[key] = scaling[key]
+        values["rope_scaling"] = three
+
+
+def write_baichuan(values, config):
+    values["norm_head"] = config.norm_head
+    values["model_max_length"] = config.max_position_embeddings
+    if config.alibi:
+        del values["max_position_embeddings"]
+
+
+def list_layer_types(config):
+    kinds = []
+    for window in config.windows_of_layers():
+        kinds.append(SLIDING if window else FULL)
+    return kinds
 
 
 # ---- the families ----
@@ -112,6 +327,11 @@ class Family(NamedTuple):
     layout: Callable = qkv_separate  # where these lie in the tensors
     gate_up: tuple = ("gate_proj", "up_proj")
     renames: tuple = ()  # (a part of our tensors' names, the family's word for it)
+    # What its config.json can say, in the words of list_traits(); a family that is never written
+    # has no function that writes it.
+    write_config: Callable = None
+    always: tuple = ()  # of each of its models
+    sometimes: tuple = ()  # of some
 
 
 SHORT_NAMES = (
@@ -125,11 +345,70 @@ SHORT_NAMES = (
     ("embed_tokens", "tok_embeddings"),
 )
 
-LLAMA = Family()
+SOME_ROPE = ("scaled RoPE", "longrope", "head width")
+WINDOWS = ("one window", "windows by layer")
+OLMO = ("norms after", "norm of all queries")
+
+LLAMA = Family(write_config=write_llama, sometimes=(*SOME_ROPE, "biases", "MLP biases"))
 FAMILIES = {  # by the model_type of config.json
     "llama": LLAMA,
-    "mistral": Family("Mistral", mistral),
-    "qwen2": Family("Qwen2", qwen2),
+    "mistral": Family(
+        "Mistral", mistral, write_config=write_window, sometimes=(*SOME_ROPE, "one window")
+    ),
+    "ministral": Family(
+        "Ministral", ministral, write_config=write_layer_types, sometimes=(*SOME_ROPE, *WINDOWS)
+    ),
+    "ministral3": Family(
+        "Ministral3",
+        ministral3,
+        write_config=write_ministral3,
+        always=("scaled RoPE",),
+        sometimes=("growing queries", "head width", "one window"),
+    ),
+    "qwen2": Family(
+        "Qwen2",
+        qwen2,
+        write_config=write_qwen,
+        always=("biases of q, k, v",),
+        sometimes=(*SOME_ROPE, *WINDOWS),
+    ),
+    "qwen3": Family(
+        "Qwen3",
+        qwen3,
+        write_config=write_qwen,
+        always=("norm of each query",),
+        sometimes=(*SOME_ROPE, *WINDOWS, "biases"),
+    ),
+    "smollm3": Family(
+        "SmolLM3",
+        smollm3,
+        write_config=write_smollm3,
+        always=("layers without RoPE",),
+        sometimes=(*SOME_ROPE, *WINDOWS, "biases", "MLP biases"),
+    ),
+    "olmo2": Family(
+        "Olmo2",
+        olmo2,
+        write_config=write_llama,
+        always=OLMO,
+        sometimes=(*SOME_ROPE, "biases"),
+    ),
+    "olmo3": Family(
+        "Olmo3",
+        olmo3,
+        write_config=write_olmo3,
+        always=OLMO,
+        sometimes=(*SOME_ROPE, *WINDOWS, "RoPE by window", "biases"),
+    ),
+    "phi3": Family(
+        "Phi3",
+        phi3,
+        qkv=("qkv_proj",),
+        layout=qkv_stacked,
+        gate_up=("gate_up_proj",),
+        write_config=write_phi3,
+        sometimes=("longrope", "partial RoPE", "one window"),
+    ),
     "internlm": Family("InternLM", internlm),
     "internlm2": Family(
         "InternLM2",
@@ -139,7 +418,14 @@ FAMILIES = {  # by the model_type of config.json
         gate_up=("w1", "w3"),
         renames=SHORT_NAMES,
     ),
-    "baichuan": Family("Baichuan", baichuan, qkv=("W_pack",), layout=qkv_stacked),
+    "baichuan": Family(
+        "Baichuan",
+        baichuan,
+        qkv=("W_pack",),
+        layout=qkv_stacked,
+        write_config=write_baichuan,
+        sometimes=(*SOME_ROPE, "ALiBi or normalised head"),
+    ),
 }
 META = Family(  # Meta's own checkpoints, which meta.py reads
     qkv=("wq", "wk", "wv"),
@@ -185,52 +471,72 @@ def find_rows(config, name, height, family=LLAMA):
 # ---- the config.json that is written ----
 
 
+def list_traits(config):
+    """What a model has that a plain LLaMA has not."""
+    traits = set()
+    if config.attention_bias and config.output_bias:
+        traits.add("biases")
+    elif config.attention_bias:
+        traits.add("biases of q, k, v")
+    elif config.output_bias:
+        traits.add("biases of o")  # no family's
+    if config.mlp_bias:
+        traits.add("MLP biases")
+    windows = set(config.windows_of_layers())
+    if len(windows) > 1:
+        traits.add("windows by layer")
+    elif windows != {0}:
+        traits.add("one window")
+    if config.alibi or config.norm_head:
+        traits.add("ALiBi or normalised head")
+    if config.qk_norm:
+        traits.add("norm of each query" if config.qk_norm == "head" else "norm of all queries")
+    if config.post_norm:
+        traits.add("norms after")
+    if config.no_rope_layers is not None:
+        traits.add("layers without RoPE")
+    if config.partial_rotary_factor != 1:
+        traits.add("partial RoPE")
+    if config.rope_type != "default":
+        traits.add("longrope" if config.rope_type == "longrope" else "scaled RoPE")
+        if config.scale_full_layers_only:
+            traits.add("RoPE by window")
+    if config.llama_4_scaling_beta:
+        traits.add("growing queries")
+    if config.head_dim * config.num_attention_heads != config.hidden_size:
+        traits.add("head width")
+    return traits
+
+
 def choose_written_family(config):
-    """The model_type whose config.json can express a model: LLaMA's if possible.
+    """The model_type whose config.json can express a model: its own if possible.
 
     None where no family's config.json can."""
-    is_baichuan = config.alibi or config.norm_head
-    has_window = config.sliding_window > 0
-    has_bias = config.attention_bias or config.output_bias or config.mlp_bias
-    if not is_baichuan and not has_window:
-        if config.attention_bias == config.output_bias:
-            return "llama"
-        if not config.output_bias and not config.mlp_bias:
-            return "qwen2"
-    if is_baichuan and not has_window and not has_bias:
-        return "baichuan"
-    if has_window and not is_baichuan and not has_bias:
-        return "mistral"
+    traits = list_traits(config)
+    for kind in (config.model_type, *FAMILIES):
+        family = FAMILIES.get(kind, LLAMA)
+        always = set(family.always)
+        if family.write_config and always <= traits <= always | set(family.sometimes):
+            return kind
     return None
 
 
 def check_can_be_saved(config):
     """Stop, before anything is trained, if no config.json can express this model."""
     if choose_written_family(config) is None:
-        stop(
-            "no family's config.json can express this model: a window, ALiBi or a normalised head, "
-            "and biases exclude each other, and biases of only some matrices are Qwen2's"
-        )
+        traits = ", ".join(sorted(list_traits(config)))
+        stop(f"no family's config.json can express a model that has all of this: {traits}")
 
 
 def make_config_json(config, head):
     """The config.json to write for a model that check_can_be_saved() lets pass."""
     values = config.to_dict(head)
-    for key in ("sliding_window", "alibi", "norm_head", "output_bias"):  # not in LLaMA's
+    for key in (*NOT_LLAMA, "output_bias"):
         del values[key]
     kind = choose_written_family(config)
-    if kind == "llama":
-        return values
-    if kind == "mistral":
-        values["sliding_window"] = config.sliding_window
-    if kind == "qwen2":
-        values["use_sliding_window"] = False
-    if kind == "baichuan":
-        values["norm_head"] = config.norm_head
-        values["model_max_length"] = config.max_position_embeddings
-        if config.alibi:
-            del values["max_position_embeddings"]
+    family = FAMILIES[kind]
+    family.write_config(values, config)
     ending = "ForCausalLM" if head == "lm" else "ForScore"
     values["model_type"] = kind
-    values["architectures"] = [FAMILIES[kind].architecture + ending]
+    values["architectures"] = [family.architecture + ending]
     return values

@@ -16,7 +16,14 @@ import torch
 
 from nanosafe import parallel
 from nanosafe.checkpoint import meta
-from nanosafe.checkpoint.families import FAMILIES, META, Family, find_rows, name_tensor
+from nanosafe.checkpoint.families import (
+    FAMILIES,
+    META,
+    NOT_LLAMA,
+    Family,
+    find_rows,
+    name_tensor,
+)
 from nanosafe.checkpoint.tensors import FolderReader, LazyTensor, clean_name, copy_rows
 from nanosafe.errors import one_line_errors, stop
 from nanosafe.hub import WEIGHT_FILES, find_model, read_weight_map
@@ -31,15 +38,6 @@ NORMALIZER = ("normalizer.mean", "normalizer.var", "normalizer.count")  # of old
 # Keys of config.json that we compute with before Config checks them all.
 COUNTS = ("vocab_size", "hidden_size", "num_attention_heads")
 OBJECTS = ("rope_scaling", "rope_parameters", "rotary")
-ROPE_NUMBERS = {  # that config.json must have for each kind of scaled RoPE
-    "linear": ("factor",),
-    "llama3": (
-        "factor",
-        "low_freq_factor",
-        "high_freq_factor",
-        "original_max_position_embeddings",
-    ),
-}
 
 
 @dataclass
@@ -66,9 +64,13 @@ def open_folder(path):
     path = find_model(path)
     if os.path.isfile(os.path.join(path, "config.json")):
         config_json = read_config(path)
-        family = find_family(path, config_json)
+        kind = find_model_type(path, config_json)
+        family = FAMILIES[kind]
+        config = translate_config(path, config_json, kind)
         tensors = index_tensors(path, find_weight_files(path))
-        config = translate_config(path, config_json, tensors, family)
+        if config.get("tie_word_embeddings") is True:
+            share_head(tensors, family)
+        config.update(find_biases(tensors, family))
         return Folder(path, config, tensors, family)
     if meta.find_shards(path):
         found = meta.read_meta_folder(path)
@@ -96,14 +98,14 @@ def read_config(path):
     return config_json
 
 
-def find_family(path, config_json):
+def find_model_type(path, config_json):
     kind = str(config_json.get("model_type") or "llama").lower()
     if kind not in FAMILIES:
         stop(
             f"{path!r}: model_type {kind!r} is not supported: choose one of {', '.join(FAMILIES)} "
             "(docs/formats.md says how to add one)"
         )
-    return FAMILIES[kind]
+    return kind
 
 
 class WeightFiles(NamedTuple):
@@ -138,16 +140,37 @@ def index_tensors(path, weight_files):
     return tensors
 
 
-def translate_config(path, config_json, tensors, family):
-    """config.json under LLaMA's keys. Whether there are biases depends on the tensors alone."""
+def translate_config(path, config_json, kind):
+    """config.json under LLaMA's keys, without biases: whether there are any, only tensors tell."""
     with one_line_errors(path):
-        translated = family.translate_config(config_json)
+        translated = FAMILIES[kind].translate_config(config_json)
+    values = {}
+    for key, value in config_json.items():
+        if key not in NOT_LLAMA:
+            values[key] = value
+    return {**values, "model_type": kind, **translated}
+
+
+def read_model_config(path):
+    """The Config that a folder's config.json describes, with or without weights beside it.
+
+    It has no biases, which only tensors tell."""
+    config_json = read_config(path)
+    values = translate_config(path, config_json, find_model_type(path, config_json))
+    with one_line_errors(path):
+        return Config.from_dict(values)
+
+
+def share_head(tensors, family):
+    """Let an LM head be the embedding, too, where the two are tied and files hold only the head."""
+    head = name_tensor("lm_head.weight", family)
+    embedding = name_tensor("embed_tokens.weight", family)
+    if head in tensors and embedding not in tensors:
+        tensors[embedding] = tensors.pop(head)
+
+
+def find_biases(tensors, family):
     return {
-        **config_json,
-        "sliding_window": 0,  # LLaMA has none of these, whatever its config.json says
-        "alibi": False,
-        "norm_head": False,
-        **translated,
         "attention_bias": has_bias(tensors, family.qkv[0]),
         "output_bias": has_bias(tensors, "o_proj") or has_bias(tensors, "wo"),
         "mlp_bias": has_bias(tensors, family.gate_up[0]),
@@ -207,10 +230,6 @@ def make_config(folder, score_type=None):
         values["score_type"] = score_type
     with one_line_errors(folder.path):
         config = Config.from_dict(values)
-    for key in ROPE_NUMBERS.get(config.rope_type, ()):
-        value = config.rope_scaling.get(key)
-        if not isinstance(value, (int, float)):
-            stop(f"{folder.path!r}: {key} of its {config.rope_type} RoPE is {value!r}")
     return config
 
 

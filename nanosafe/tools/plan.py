@@ -20,12 +20,12 @@ import torch
 from torch.utils.benchmark import Timer
 
 import configurator
+from nanosafe.checkpoint.folder import read_model_config
 from nanosafe.errors import choose, stop
 from nanosafe.hub import find_model
 from nanosafe.model import Config, LLaMA
 from nanosafe.printing import format_table
 from nanosafe.ranges import check_ranges
-from nanosafe.storage import read_json
 
 gpus = 0  # of the run, over all nodes; 0: the 8 of a node, or 1 for cpu
 gpu = "a800-80gb"  # a800-80gb | a100-80gb | a100-40gb | h100 | h200 | rtx-4090 | cpu (this machine)
@@ -159,12 +159,12 @@ def read_shape(knobs):
             names = [f.name for f in fields(Config) if f.name in knobs]
             return Config(**{name: knobs[name] for name in names})
         if os.path.isfile(os.path.join(path, "config.json")):
-            return Config.from_dict(read_json(path, "config.json"))
+            return read_model_config(path)
         name = find_shape_in(path)
     if not name:  # perhaps one of the hub's models
-        config_json = read_json(find_model(path, weights=False), "config.json")
-        if config_json:
-            return Config.from_dict(config_json)
+        folder = find_model(path, weights=False)
+        if os.path.isfile(os.path.join(folder, "config.json")):
+            return read_model_config(folder)
     if name not in SHAPES:
         stop(f"no model at {path!r}: say --shape=, one of {', '.join(SHAPES)}")
     return SHAPES[name]
@@ -315,6 +315,9 @@ class Run:
             per_block = 7 * width + 4 * inner + 4.4 * attention
         else:
             per_block = 4 * width + 4 * inner + 5 * attention
+        if config.qk_norm:  # which keeps its input, of half precision in float32, and its output
+            heads = config.num_attention_heads + config.num_key_value_heads
+            per_block += (2.4 if self.device.is_cpu else 3) * heads * config.head_dim
         if self.knobs["activation_checkpointing"]:
             per_token = per_block + config.num_hidden_layers * width
         else:
@@ -440,16 +443,24 @@ class Run:
     def flops(self, head, tokens, targets, passes, products):
         """FLOP of matrix products: 2 per weight and token in each pass over the blocks.
 
-        A query sees half of the sequence on average. A target costs `products` products with the
-        vocabulary's matrix."""
+        A target costs `products` products with the vocabulary's matrix."""
         config = self.config
         blocks = self.count_blocks(head) * 2 * tokens
         width = config.num_attention_heads * config.head_dim
-        attention = 2 * config.num_hidden_layers * width * self.length * tokens
+        attention = 4 * width * self.count_seen_keys() * tokens
         flops = passes * (blocks + attention)
         if head == "lm":
             flops += 2 * config.vocab_size * config.hidden_size * targets * products
         return flops
+
+    def count_seen_keys(self):
+        """Keys that a query sees on average, added up over the layers: half of the sequence each,
+        or fewer with a window."""
+        seen = 0
+        for window in self.config.windows_of_layers():
+            window = min(window or self.length, self.length)
+            seen += window - window**2 / (2 * self.length)
+        return seen
 
     def traffic(self, head, shards, micro_batches=1, trains=False):
         """The Traffic of a model's passes, as FSDP2 sends it.
