@@ -33,8 +33,7 @@ cost_model = ""  # the same for harm, above 0 is unsafe; empty: none
 prompt = ""  # what to ask; empty: prompts, or the keyboard
 prompts = ""  # a file with a prompt per line, a .jsonl, or a dataset: NAME[/SPLIT][:PROPORTION]
 system = ""  # what the system's turn says; empty: none
-template = "auto"  # chat template: auto (the model's own) | safe_rlhf | chatml | llama3 | FILE |
-# none: go on with the prompt's own text
+template = "auto"  # auto (the model's own) | safe_rlhf | chatml | llama3 | FILE | none: bare text
 prefix = ""  # control tokens before the prompt: <|aligned|> for a model that was trained with them
 # how to answer
 max_new_tokens = 256  # longest answer

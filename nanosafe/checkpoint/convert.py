@@ -75,14 +75,7 @@ def convert(source, target, dtype=None, layout="hf"):
     ranges = map_tensors(shapes, config, folder.family)
     check_tensors(folder, head, shapes, ranges)
     dtype = dtype or folder.dtype()
-    tok = None
-    if tokenizer.find_tokenizer_file(source):
-        tok = tokenizer.load(source, template="own")
-        if tok.vocab_size > config.vocab_size:
-            print_once(
-                f"note: the tokenizer has {tok.vocab_size} tokens, {source!r} has rows for "
-                f"{config.vocab_size}; training adds the missing rows"
-            )
+    tok = load_own_tokenizer(source, config)
 
     def read_weights():
         for name, shape in tqdm(shapes.items(), unit="tensor", desc=target):
@@ -107,6 +100,19 @@ def convert(source, target, dtype=None, layout="hf"):
         f"{target}: {config.num_hidden_layers} layers, {count:,} parameters, {dtype_name}, with "
         f"{which_tokenizer} tokenizer"
     )
+
+
+def load_own_tokenizer(source, config):
+    """The tokenizer of a folder with its own chat template, or None where there is none."""
+    if not tokenizer.find_tokenizer_file(source):
+        return None
+    tok = tokenizer.load(source, template="own")
+    if tok.vocab_size > config.vocab_size:
+        print_once(
+            f"note: the tokenizer has {tok.vocab_size} tokens, {source!r} has rows for "
+            f"{config.vocab_size}; training adds the missing rows"
+        )
+    return tok
 
 
 def check_target(target, temporary):
