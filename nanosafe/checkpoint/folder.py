@@ -15,7 +15,9 @@ from typing import NamedTuple
 import torch
 
 from nanosafe import parallel
+from nanosafe.adapter_base import find_base, is_adapter
 from nanosafe.checkpoint import meta
+from nanosafe.checkpoint.adapters import merge_adapter
 from nanosafe.checkpoint.families import FAMILIES, META, Family, find_rows, name_tensor
 from nanosafe.checkpoint.tensors import FolderReader, LazyTensor, clean_name, copy_rows
 from nanosafe.errors import one_line_errors, stop
@@ -67,6 +69,8 @@ class Folder:
 def open_folder(path):
     """The Folder at a path, in Hugging Face's layout or in Meta's. No weights are read yet."""
     path = os.fspath(path)
+    if is_adapter(path):
+        return merge_adapter(path, open_folder(find_base(path)))
     if os.path.isfile(os.path.join(path, "config.json")):
         config_json = read_config(path)
         family = find_family(path, config_json)

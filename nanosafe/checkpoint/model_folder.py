@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from nanosafe import parallel
+from nanosafe.adapter_base import list_model_folders
 from nanosafe.checkpoint.families import (
     FAMILIES,
     check_can_be_saved,
@@ -59,7 +60,8 @@ def load(
     vocab_size  rows that the tokenizer needs; missing ones become the mean of the others
     score_type  "reward", "cost" or "critic", whatever the config says. A script that only reads
                 scores calls check_score_model() first."""
-    check_for_damage(path, among_ranks=placement is not None)
+    for folder_path in list_model_folders(path):
+        check_for_damage(folder_path, among_ranks=placement is not None)
     folder = open_folder(path)
     head = choose_head(folder, head)
     config = make_config(folder, score_type)

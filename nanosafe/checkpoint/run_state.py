@@ -22,6 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from nanosafe import parallel
+from nanosafe.adapter_base import list_model_folders
 from nanosafe.checkpoint.tensors import RowRange, copy_rows
 from nanosafe.errors import one_line_errors, stop
 from nanosafe.printing import print_once
@@ -341,8 +342,10 @@ def fingerprint(source):
     if isinstance(source, str) and names_function(source):
         facts = [describe_file(*os.path.split(source.rpartition(":")[0]))]
     elif isinstance(source, str):
-        names = [name for name in sorted(os.listdir(source)) if name.endswith(MODEL_ENDINGS)]
-        facts = [describe_file(source, name) for name in names]
+        facts = []
+        for folder in list_model_folders(source):
+            names = [name for name in sorted(os.listdir(folder)) if name.endswith(MODEL_ENDINGS)]
+            facts += [describe_file(folder, name) for name in names]
     else:
         sums = read_json(source.folder, CHECKSUMS)
         arrays = [
