@@ -28,6 +28,7 @@ from nanosafe.storage import read_json
 
 TASKS = (None, "CAUSAL_LM", "SEQ_CLS")
 BIASES = ("none", "all", "lora_only")
+ALL_LINEAR = "all-linear"  # as target_modules: all matrices but the embedding and the heads
 SCORE_MODULES = ("classifier", "score")  # which PEFT saves of each SEQ_CLS model
 # How A and B are drawn, where the base stays as it is. Others, such as pissa, change its weights.
 INITIALIZATIONS = (None, True, False, "gaussian", "orthogonal", "eva")
@@ -333,7 +334,7 @@ def merge_adapter(path, base):
     elif lm_head not in weights and embedding in weights:
         weights[lm_head] = weights[embedding]
 
-    targets = find_targets(path, base, weights, config)
+    targets = find_targets(path, base, weights, config, (embedding, lm_head))
     check_names(path, config, weights, stored, targets, (embedding, lm_head))
     merged = replace_tensors(path, weights, stored, (embedding, lm_head))
     is_head_tied = lm_head in weights and lm_head not in base.tensors
@@ -359,16 +360,23 @@ def module_of(name):
 def read_stored(path):
     """{name: LazyTensor} of the adapter's file, under the names of base tensors.
 
-    Where a module has an adapter, PEFT calls the module itself its "base_layer"."""
+    Where a module has an adapter, PEFT calls the module itself its "base_layer". Where a vocabulary
+    got new rows, and embedding and LM head are among modules_to_save, it writes each three times:
+    under its name, again under "modules_to_save", and untrained as "original_module"."""
     for file in ADAPTER_WEIGHTS:
         if os.path.isfile(os.path.join(path, file)):
             break
     else:
         stop(f"no weights in the adapter folder {path!r}: {' or '.join(ADAPTER_WEIGHTS)}")
     reader = FolderReader(path)
+    keys = list(reader.open(file))
     stored = {}
-    for key in reader.open(file):
-        name = clean_name(key).replace(".base_layer.", ".")
+    for key in keys:
+        plain_key = key.replace(".modules_to_save.", ".")
+        is_copy = plain_key != key and plain_key in keys
+        if is_copy or ".original_module." in key:
+            continue
+        name = clean_name(plain_key).replace(".base_layer.", ".")
         if name in stored:
             stop(f"{path!r} holds {name!r} twice")
         stored[name] = LazyTensor(reader, file, key)
@@ -377,13 +385,17 @@ def read_stored(path):
     return stored
 
 
-def find_targets(path, base, weights, config):
+def find_targets(path, base, weights, config, vocabulary_tensors):
     """The modules with adapters, in the order of the base's tensors."""
+    not_linear = ()
+    if config.targets == ALL_LINEAR:
+        config = config._replace(targets=".*")
+        not_linear = (*vocabulary_tensors, "score_head.weight")
     targets = []
     for name, tensor in weights.items():
         module = module_of(name)
         is_matrix = name.endswith(".weight") and len(tensor.shape) == 2
-        if is_matrix and is_target(module, config):
+        if is_matrix and name not in not_linear and is_target(module, config):
             targets.append(module)
     if not targets:
         stop(
