@@ -29,6 +29,7 @@ from nanosafe.storage import read_json
 TASKS = (None, "CAUSAL_LM", "SEQ_CLS")
 BIASES = ("none", "all", "lora_only")
 ALL_LINEAR = "all-linear"  # as target_modules: all matrices but the embedding and the heads
+LARGEST_ALPHA = 1e9  # larger numbers are mistakes
 SCORE_MODULES = ("classifier", "score")  # which PEFT saves of each SEQ_CLS model
 # How A and B are drawn, where the base stays as it is. Others, such as pissa, change its weights.
 INITIALIZATIONS = (None, True, False, "gaussian", "orthogonal", "eva")
@@ -182,9 +183,9 @@ def read_rank(path, key, value):
 
 
 def read_alpha(path, key, value):
-    if type(value) not in (int, float) or not math.isfinite(value):
-        stop_at_value(path, key, value, "a number")
-    return float(value)
+    if type(value) not in (int, float) or not abs(value) < LARGEST_ALPHA:
+        stop_at_value(path, key, value, f"a number below {LARGEST_ALPHA:g}")
+    return value
 
 
 def read_flag(path, values, key):
@@ -261,7 +262,7 @@ def check_expression(path, key, expression):
 
 
 def is_target(module, config):
-    """Whether PEFT trained an adapter of a module. Its rules are these, the list's order too."""
+    """Whether PEFT trained an adapter of a module. A full name in the list counts in each layer."""
     if matches(module, config.excluded) or is_saved(module, config):
         return False
     if isinstance(config.targets, str) or module in config.targets:
@@ -280,17 +281,17 @@ def matches(module, targets):
 def is_in_chosen_layer(module, config):
     if not config.layers:
         return True
-    lists = [f"(?:{name})" for name in config.layer_lists] or [r"[^.]*\.[^.]*"]
-    for name in lists:
-        found = re.match(rf"(?:.*?\.)?{name}\.(\d+)\.", module)
+    for name in config.layer_lists or ["[^.]*"]:
+        found = re.match(rf"(?:.*?\.)?(?:{name})\.(?P<layer>\d{{1,9}})\.", module)
         if found:
-            return int(found[1]) in config.layers
+            return int(found["layer"]) in config.layers
     return False
 
 
 def is_saved(module, config):
-    """Whether a module, or one that it is in, is one of modules_to_save. PEFT compares the ends of
-    names, of any length: "norm" means each module whose name ends so."""
+    """Whether a module, or one that it is in, is one of modules_to_save.
+
+    PEFT compares the ends of names, dots or not: "norm" is each module whose name ends so."""
     while module:
         if module.endswith(config.saved):
             return True
@@ -315,41 +316,59 @@ def find_scale(module, config):
 # ---- merging ----
 
 
+class Vocabulary(NamedTuple):
+    """What a family calls its two tensors with a row for each token."""
+
+    embedding: str
+    lm_head: str
+
+
 def merge_adapter(path, base):
     """The Folder of an adapter folder: its base's, with the tensors that the adapter changes.
 
-    Stops with one line where the adapter's tensors are not those that its config and the base let
-    expect, or where they do not fit."""
+    Stops with one line where the adapter's tensors are not those that its config names modules for,
+    or where their shapes do not fit the base."""
     path = os.fspath(path)
     config = read_adapter_config(path)
     stored = read_stored(path)
-    embedding = name_tensor("embed_tokens.weight", base.family)
-    lm_head = name_tensor("lm_head.weight", base.family)
+    vocabulary = Vocabulary(
+        name_tensor("embed_tokens.weight", base.family),
+        name_tensor("lm_head.weight", base.family),
+    )
+    weights = list_weights(base, config, vocabulary)
+    targets = find_targets(path, base, weights, config, vocabulary)
+    check_names(path, config, weights, stored, targets, vocabulary)
+    merged = replace_tensors(path, weights, stored, vocabulary)
 
-    # What the adapter was trained on: a score model has no LM head, and where an LM head is tied
-    # to the embedding, an adapter changes one of them and leaves the other as it was.
-    weights = dict(base.tensors)
-    if config.task_type == "SEQ_CLS":
-        weights.pop(lm_head, None)
-    elif lm_head not in weights and embedding in weights:
-        weights[lm_head] = weights[embedding]
-
-    targets = find_targets(path, base, weights, config, (embedding, lm_head))
-    check_names(path, config, weights, stored, targets, (embedding, lm_head))
-    merged = replace_tensors(path, weights, stored, (embedding, lm_head))
-    is_head_tied = lm_head in weights and lm_head not in base.tensors
-    if is_head_tied and lm_head not in stored and not is_saved(module_of(embedding), config):
-        merged[lm_head] = merged[embedding]  # which may have got rows for new tokens
+    has_tied_head = vocabulary.lm_head in weights and vocabulary.lm_head not in base.tensors
+    trains_embedding = is_saved(module_of(vocabulary.embedding), config)
+    if has_tied_head and vocabulary.lm_head not in stored and not trains_embedding:
+        merged[vocabulary.lm_head] = merged[vocabulary.embedding]  # perhaps with new tokens' rows
     for module in targets:
         name = module + ".weight"
-        pair = find_pair(path, stored, module, config, merged[name].shape, name == embedding)
+        is_embedding = name == vocabulary.embedding
+        pair = find_pair(path, stored, module, config, merged[name].shape, is_embedding)
         merged[name] = MergedTensor(merged[name], pair, weights[name].dtype)
-    if is_head_tied and merged[lm_head] is merged[embedding]:
-        del merged[lm_head]
+    if has_tied_head and merged[vocabulary.lm_head] is merged[vocabulary.embedding]:
+        del merged[vocabulary.lm_head]  # as in the base's files: the two are tied still
+
     changes = {"score_bias": "score_head.bias" in merged}
-    if embedding in stored:
-        changes["vocab_size"] = stored[embedding].shape[0]
+    if vocabulary.embedding in stored:
+        changes["vocab_size"] = stored[vocabulary.embedding].shape[0]
     return replace(base, path=path, config={**base.config, **changes}, tensors=merged)
+
+
+def list_weights(base, config, vocabulary):
+    """{name: tensor} of the model that an adapter was trained on: the base, with another head.
+
+    A score model has no LM head. An LM head that is tied to the embedding has a name of its own: an
+    adapter of one of the two leaves the other as it was."""
+    weights = dict(base.tensors)
+    if config.task_type == "SEQ_CLS":
+        weights.pop(vocabulary.lm_head, None)
+    elif vocabulary.lm_head not in weights and vocabulary.embedding in weights:
+        weights[vocabulary.lm_head] = weights[vocabulary.embedding]
+    return weights
 
 
 def module_of(name):
@@ -385,12 +404,12 @@ def read_stored(path):
     return stored
 
 
-def find_targets(path, base, weights, config, vocabulary_tensors):
+def find_targets(path, base, weights, config, vocabulary):
     """The modules with adapters, in the order of the base's tensors."""
     not_linear = ()
     if config.targets == ALL_LINEAR:
         config = config._replace(targets=".*")
-        not_linear = (*vocabulary_tensors, "score_head.weight")
+        not_linear = (*vocabulary, "score_head.weight")
     targets = []
     for name, tensor in weights.items():
         module = module_of(name)
@@ -411,14 +430,13 @@ def names_of_pair(module, is_embedding):
     return [module + ".lora_A.weight", module + ".lora_B.weight"]
 
 
-def check_names(path, config, weights, stored, targets, vocabulary_tensors):
+def check_names(path, config, weights, stored, targets, vocabulary):
     """Stop unless the adapter's file holds the tensors that it should, and no other.
 
-    vocabulary_tensors  the names of the embedding and the LM head. Where these have adapters, or
-                        got rows for new tokens, PEFT writes them, too."""
+    PEFT writes the embedding and the LM head, too, where these have adapters, or new tokens."""
     expected = set()
     for module in targets:
-        is_embedding = module + ".weight" == vocabulary_tensors[0]
+        is_embedding = module + ".weight" == vocabulary.embedding
         expected.update(names_of_pair(module, is_embedding))
         if config.bias == "lora_only" and module + ".bias" in weights:
             expected.add(module + ".bias")
@@ -426,17 +444,17 @@ def check_names(path, config, weights, stored, targets, vocabulary_tensors):
         is_trained_bias = config.bias == "all" and name.endswith(".bias")
         if is_trained_bias or is_saved(module_of(name), config):
             expected.add(name)
-    may_be_there = {*expected, *vocabulary_tensors}
     if config.task_type == "SEQ_CLS":
         expected.add("score_head.weight")
+    may_be_there = {*expected, *(weights.keys() & vocabulary)}
     if is_saved("score_head", config):
         may_be_there.update(("score_head.weight", "score_head.bias"))
     missing = sorted(expected - stored.keys())
     left_over = sorted(stored.keys() - may_be_there)
     if missing:
-        stop(f"{path!r} misses {list_some(missing)}, which {ADAPTER_CONFIG} promises")
+        stop(f"{path!r} misses {list_some(missing)}, which its {ADAPTER_CONFIG} asks for")
     if left_over:
-        stop(f"{path!r} holds {list_some(left_over)}, for which {ADAPTER_CONFIG} has no reason")
+        stop(f"{path!r} holds {list_some(left_over)}, which its {ADAPTER_CONFIG} does not ask for")
 
 
 def list_some(names):
@@ -444,7 +462,7 @@ def list_some(names):
     return ", ".join(names[:5]) + more
 
 
-def replace_tensors(path, weights, stored, vocabulary_tensors):
+def replace_tensors(path, weights, stored, vocabulary):
     """A copy of the base's {name: tensor}, with those that the adapter's file holds whole."""
     merged = dict(weights)
     for name, tensor in stored.items():
@@ -454,7 +472,7 @@ def replace_tensors(path, weights, stored, vocabulary_tensors):
             merged[name] = tensor
             continue
         wanted = list(weights[name].shape)
-        if name in vocabulary_tensors:  # rows for new tokens
+        if name in vocabulary:  # there may be rows for new tokens
             wanted[:1] = tensor.shape[:1]
         check_shape(path, name, tensor, wanted)
         merged[name] = MergedTensor(tensor, None, weights[name].dtype)
