@@ -15,9 +15,9 @@ WHOLE_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # an index begins wi
 
 
 def is_adapter(path):
-    """Whether a folder is an adapter's. Stops with one line where it is a whole model's, too.
+    """Whether a folder is an adapter's. Stops with one line where it has a whole model's weights.
 
-    Such a folder is ambiguous: the weights may be the base, or the adapter may be merged in them."""
+    These may be the base's, or have the adapter merged in them: nobody can tell."""
     path = os.fspath(path)
     if not os.path.isfile(os.path.join(path, ADAPTER_CONFIG)):
         return False
