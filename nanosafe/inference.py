@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from nanosafe import checkpoint, tokenizer
+from nanosafe.adapter_base import list_model_folders
 from nanosafe.data.batching import (
     collate,
     gather_responses,
@@ -166,10 +167,11 @@ def fingerprint_model(model, path, world):
         world.device.type,
         str(placement and placement.compute_dtype),
     ]
-    names = sorted(os.listdir(path)) if os.path.isdir(path) else [""]
-    for name in names:
-        status = os.stat(os.path.join(path, name) if name else path)
-        facts.append((name, status.st_size, status.st_mtime_ns))
+    for folder in list_model_folders(path):
+        names = sorted(os.listdir(folder)) if os.path.isdir(folder) else [""]
+        for name in names:
+            status = os.stat(os.path.join(folder, name) if name else folder)
+            facts.append((name, status.st_size, status.st_mtime_ns))
     return hashlib.blake2b(repr(facts).encode(), digest_size=16).hexdigest()
 
 

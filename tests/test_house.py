@@ -181,6 +181,7 @@ BOTTOM = {
     "printing",
     "parallel",
     "ranges",
+    "adapter_base",
     "watchdog",
 }  # small files for everybody
 

@@ -7,6 +7,7 @@ import torch
 from tqdm import tqdm
 
 from nanosafe import tokenizer
+from nanosafe.adapter_base import find_whole_model
 from nanosafe.checkpoint.exports import check_can_be_a_classifier
 from nanosafe.checkpoint.folder import (
     check_tensors,
@@ -88,7 +89,7 @@ def convert(source, target, dtype=None, layout="hf"):
     if layout == "classifier":
         check_can_be_a_classifier(source, config, head, tok)
         head = "classifier"
-    sampling = read_json(folder.path, "generation_config.json")
+    sampling = read_json(find_whole_model(folder.path), "generation_config.json")
     try:
         write_model_folder(target, config, head, read_weights(), tok, dtype, sampling)
     finally:

@@ -15,7 +15,9 @@ from typing import NamedTuple
 import torch
 
 from nanosafe import parallel
+from nanosafe.adapter_base import find_base, is_adapter
 from nanosafe.checkpoint import meta
+from nanosafe.checkpoint.adapters import merge_adapter
 from nanosafe.checkpoint.families import (
     FAMILIES,
     META,
@@ -62,6 +64,8 @@ def open_folder(path):
 
     path  a folder, or a model's name on the hub"""
     path = find_model(path)
+    if is_adapter(path):
+        return merge_adapter(path, open_folder(find_base(path)))
     if os.path.isfile(os.path.join(path, "config.json")):
         config_json = read_config(path)
         kind = find_model_type(path, config_json)

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from nanosafe import parallel
+from nanosafe.adapter_base import list_model_folders
 from nanosafe.checkpoint import exports
 from nanosafe.checkpoint.families import (
     FAMILIES,
@@ -62,7 +63,8 @@ def load(
     vocab_size  rows that the tokenizer needs; missing ones become the mean of the others
     score_type  "reward", "cost" or "critic", whatever the config says. A script that only reads
                 scores calls check_score_model() first."""
-    check_for_damage(path, among_ranks=placement is not None)
+    for folder_path in list_model_folders(find_model(path)):
+        check_for_damage(folder_path, among_ranks=placement is not None)
     folder = open_folder(path)
     head = choose_head(folder, head)
     config = make_config(folder, score_type)
@@ -99,7 +101,6 @@ def load(
 
 def check_for_damage(path, among_ranks):
     """Stop on a file that does not fit its checksum. among_ranks: each rank checks its share."""
-    path = find_model(path)
     if not os.path.exists(os.path.join(path, CHECKSUMS)):
         return
     part, parts = 0, 1

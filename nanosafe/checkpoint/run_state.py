@@ -22,6 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from nanosafe import parallel
+from nanosafe.adapter_base import list_model_folders
 from nanosafe.checkpoint.tensors import RowRange, copy_rows
 from nanosafe.errors import one_line_errors, stop
 from nanosafe.hub import find_model
@@ -342,9 +343,10 @@ def fingerprint(source):
     if isinstance(source, str) and names_function(source):
         facts = [describe_file(*os.path.split(source.rpartition(":")[0]))]
     elif isinstance(source, str):
-        source = find_model(source)
-        names = [name for name in sorted(os.listdir(source)) if name.endswith(MODEL_ENDINGS)]
-        facts = [describe_file(source, name) for name in names]
+        facts = []
+        for folder in list_model_folders(find_model(source)):
+            names = [name for name in sorted(os.listdir(folder)) if name.endswith(MODEL_ENDINGS)]
+            facts += [describe_file(folder, name) for name in names]
     else:
         sums = read_json(source.folder, CHECKSUMS)
         arrays = [

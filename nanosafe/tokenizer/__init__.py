@@ -10,6 +10,7 @@ import os
 import re
 from typing import NamedTuple
 
+from nanosafe.adapter_base import find_base, find_whole_model, is_adapter
 from nanosafe.errors import one_line_errors, stop
 from nanosafe.hub import find_model
 from nanosafe.storage import read_json
@@ -45,7 +46,7 @@ def find_tokenizer_file(path):
         file = os.path.join(folder, name)
         if os.path.isfile(file):
             return file
-    return None
+    return find_tokenizer_file(find_base(folder)) if is_adapter(folder) else None
 
 
 def load(path, template="auto"):
@@ -62,7 +63,7 @@ def load(path, template="auto"):
     folder = os.path.dirname(file)
     with one_line_errors(file):
         names = read_names(folder)
-        eos_ids = read_eos_ids(folder)
+        eos_ids = read_eos_ids(find_whole_model(folder))
     engine = load_engine(file, names)
     with one_line_errors(file):
         added = gather_added_tokens(file, engine, names)

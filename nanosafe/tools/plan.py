@@ -20,6 +20,7 @@ import torch
 from torch.utils.benchmark import Timer
 
 import configurator
+from nanosafe.adapter_base import find_whole_model
 from nanosafe.checkpoint.folder import read_model_config
 from nanosafe.errors import choose, stop
 from nanosafe.hub import find_model
@@ -158,11 +159,11 @@ def read_shape(knobs):
         if path == "scratch":
             names = [f.name for f in fields(Config) if f.name in knobs]
             return Config(**{name: knobs[name] for name in names})
-        if os.path.isfile(os.path.join(path, "config.json")):
-            return read_model_config(path)
+        if os.path.isfile(os.path.join(find_whole_model(path), "config.json")):
+            return read_model_config(find_whole_model(path))
         name = find_shape_in(path)
     if not name:  # perhaps one of the hub's models
-        folder = find_model(path, weights=False)
+        folder = find_whole_model(find_model(path, weights=False))
         if os.path.isfile(os.path.join(folder, "config.json")):
             return read_model_config(folder)
     if name not in SHAPES:
