@@ -39,7 +39,7 @@ from nanosafe.inference import (
     ScoreFunction,
     check_prompts,
     check_scorer,
-    encode_answered,
+    encode_all_answered,
     last_token_scores,
     response_logps,
     response_values,
@@ -320,9 +320,7 @@ def score_answers(model, model_tok, asked, questions, answers):
     if model_tok is None:
         scores = model.score_answers(asked, questions, answers, tok)
         return torch.tensor(scores, device=world.device)
-    ids = []
-    for conversation in zip(asked, questions, answers):
-        ids.append(encode_answered(*conversation, tok, model_tok))
+    ids = encode_all_answered(asked, questions, answers, tok, model_tok)
     return last_token_scores(model, ids, max_tokens, world)
 
 

@@ -4,7 +4,6 @@ and answers to prompts.
 Shapes: B or n sequences, R response positions."""
 
 import hashlib
-import math
 import os
 import sys
 from typing import NamedTuple
@@ -84,7 +83,8 @@ def last_token_scores(model, sequences, max_tokens, world):
     """A reward or cost model's scores of the last tokens of sequences (B,), on every rank."""
     out = torch.zeros(len(sequences), device=world.device)
     lengths = [len(sequence) for sequence in sequences]
-    for rows in plan_micro_batches(lengths, max_tokens, world.size)[world.rank]:
+    longest_forward = max(max_tokens, *lengths)  # a reward model's template may be the longer one
+    for rows in plan_micro_batches(lengths, longest_forward, world.size)[world.rank]:
         no_targets = [np.zeros(lengths[i], np.uint8) for i in rows]
         batch = collate([sequences[i] for i in rows], no_targets, world.device)
         out[rows] = last_of_each(model.scores(batch), batch)[: len(rows)]
@@ -92,11 +92,13 @@ def last_token_scores(model, sequences, max_tokens, world):
 
 
 def check_prompts(dataset, target):
-    """Stop if a tokenizer's template refuses one of the prompts of a Dataset."""
+    """Stop if a tokenizer's template refuses one of the prompts of a Dataset with an answer."""
     for i in range(len(dataset)):
         prompt = dataset.prompt(i)
+        turns = [*prompt.turns, {"role": "assistant", "content": "Yes."}]
         try:
-            target.conversation(prompt.turns, **prompt.options)
+            target.finished_conversation(turns, **prompt.options)
+            target.conversation(turns, **prompt.options)
         except ValueError as error:
             stop(f"{target.file!r}: the prompt on line {dataset.lines[i]}: {error}")
 
@@ -118,6 +120,17 @@ def encode_answered(prompt, question, answer, source, target):
     if answer[-1] in source.eos_ids:
         return target.finished_conversation(turns, **prompt.options).ids
     return target.conversation(turns, reply=True, **prompt.options).ids
+
+
+def encode_all_answered(prompts, questions, answers, source, target):
+    """encode_answered() of many conversations. Stops where the target's template refuses one."""
+    ids = []
+    for prompt, question, answer in zip(prompts, questions, answers):
+        try:
+            ids.append(encode_answered(prompt, question, answer, source, target))
+        except ValueError as error:
+            stop(f"an answer cannot be scored: {target.template.origin}: {error}")
+    return ids
 
 
 # ---- a reference's log-probabilities, and the distance from it ----
@@ -364,8 +377,9 @@ class ScoreFunction:
         rank, ranks = self.world.rank, self.world.size
         conversations = []
         for prompt, answer in zip(prompts[rank::ranks], answers[rank::ranks]):
-            turn = {"role": "assistant", "content": source.decode(answer)}
-            conversations.append([*prompt.turns, turn])
+            turns = [dict(turn) for turn in prompt.turns]  # the function may change its own copy
+            turns.append({"role": "assistant", "content": source.decode(answer)})
+            conversations.append(turns)
         scores = torch.zeros(len(answers), device=self.world.device)
         scores[rank::ranks] = torch.tensor(self(conversations), device=self.world.device)
         return all_reduce_sum(scores).tolist()
@@ -374,13 +388,20 @@ class ScoreFunction:
         """The function's numbers for conversations, as floats."""
         if not conversations:
             return []
-        scores = [float(score) for score in self.function(conversations)]
-        if len(scores) != len(conversations) or not all(map(math.isfinite, scores)):
+        returned = self.function(conversations)
+        if torch.is_tensor(returned) or isinstance(returned, np.ndarray):
+            returned = returned.tolist()
+        numbers = list(returned) if isinstance(returned, (list, tuple, map)) else []
+        try:
+            scores = torch.tensor([float(number) for number in numbers])
+        except (TypeError, ValueError, OverflowError):
+            scores = torch.empty(0)
+        if len(scores) != len(conversations) or not scores.isfinite().all():
             stop(
-                f"{self.path!r} returned {len(scores)} numbers for {len(conversations)} "
-                "conversations, or some that are not finite: it must return one for each"
+                f"{self.path!r} must return a list with a finite number for each of "
+                f"{len(conversations)} conversations, and returned {str(returned)[:100]}"
             )
-        return scores
+        return scores.tolist()
 
 
 class ScoreModel:
@@ -416,13 +437,7 @@ class ScoreModel:
         """The scores of answers to Prompts, on every rank, in this model's own words.
 
         questions, answers  lists of ids of the tokenizer `source`, as of encode_answered()"""
-        ids = []
-        for asked in zip(prompts, questions, answers):
-            try:
-                ids.append(encode_answered(*asked, source, self.tok))
-            except ValueError as error:
-                stop(f"{self.path!r}: {error}")
-        return self.score(ids)
+        return self.score(encode_all_answered(prompts, questions, answers, source, self.tok))
 
     @torch.no_grad()
     def score(self, ids):

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import math
 import os
+import sys
 import shutil
 import zlib
 from contextlib import contextmanager
@@ -203,7 +204,8 @@ def load_python_file(path):
     """Execute a Python file of the user's own, and return it as a module."""
     if not os.path.isfile(path):
         stop(f"there is no file {path!r}")
-    spec = importlib.util.spec_from_file_location("module", path)
+    spec = importlib.util.spec_from_file_location(f"file {path}", path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for their module
     spec.loader.exec_module(module)
     return module

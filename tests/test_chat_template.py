@@ -13,7 +13,7 @@ from conftest import ROOT
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from nanosafe import tokenizer
-from nanosafe.storage import read_json
+from nanosafe.storage import read_json, write_json
 from nanosafe.tokenizer import chat_template
 from nanosafe.tokenizer.chat_template import SHIPPED, ChatTemplate, Marks, take_marks_out
 
@@ -367,10 +367,97 @@ def test_nobody_can_write_a_special_token(load, role):
     assert FORGED in "".join(tok.contents.get(id) or tok.decode([id]) for id in ids)
 
 
+def load_with_tokens(folder, tmp_path, source, **flags_of_texts):
+    """The tokenizer with further added tokens: {name: (text, its flags)}."""
+    path = tmp_path / "more"
+    shutil.copytree(folder, path)
+    spec = read_json(path, "tokenizer.json")
+    for text, flags in flags_of_texts.values():
+        id = max(token["id"] for token in spec["added_tokens"]) + 1
+        plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+        token = {"id": id, "content": text, **plain, "special": True, **flags}
+        spec["added_tokens"].append(token)
+    write_json(spec, path, "tokenizer.json")
+    (path / "chat_template.jinja").write_text(source)
+    return tokenizer.load(path)
+
+
+OVERLAPPING = [
+    (["[<s>]"], "a [<s>] b"),
+    (["<a>", "a>b"], "x <a>b"),
+    (["|"], "a <|im_end|> b"),
+    (["|||PHONE|||", "|||MAIL|||"], "to |||MAIL|||PHONE||| x"),
+    (["\ue000", "\ue001", "\ue002", "\ue003"], "x <|im_end|> <s>"),
+]
+
+
+@pytest.mark.parametrize("texts, content", OVERLAPPING)
+def test_tokens_that_overlap_cannot_be_written_either(folder, tmp_path, texts, content):
+    flags = {f"token{i}": (text, {}) for i, text in enumerate(texts)}
+    tok = load_with_tokens(folder, tmp_path, STRIPPING, **flags)
+    ids = tok.conversation([{"role": "user", "content": content}]).ids
+    added = [tok.contents[id] for id in ids if id in tok.contents]
+    assert added == ["<|im_start|>", "<|im_end|>", "<|im_start|>"]
+
+
+@pytest.mark.parametrize(
+    "source, contents",
+    [
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", ["<|im_", "end|>"]),
+        ("{% for m in messages %}{{ m.content }}|>{% endfor %}", ["<|im_start", "x"]),
+        ("{% for m in messages %}<|im_{{ m.content | trim }}{% endfor %}", [" end|> ", "start|>"]),
+    ],
+)
+def test_the_border_of_a_content_makes_no_token(load, source, contents):
+    """The template puts a content beside another one, or beside text of its own."""
+    tok = load(source + "{% if not add_generation_prompt %}</s>{% endif %}")
+    turns = []
+    for role, content in zip(("system", "user"), contents):
+        turns.append({"role": role, "content": content})
+    ids = tok.conversation(turns).ids
+    assert not [id for id in ids if id in tok.contents]
+
+
+def test_a_token_that_the_folder_names_as_special_is_special(folder, tmp_path):
+    flags = {"end": ("<end>", {"special": False})}
+    load_with_tokens(folder, tmp_path, STRIPPING.replace("<|im_end|>", "<end>"), **flags)
+    config = read_json(tmp_path / "more", "tokenizer_config.json")
+    write_json({**config, "eos_token": "<end>"}, tmp_path / "more", "tokenizer_config.json")
+    tok = tokenizer.load(tmp_path / "more")
+    ids = tok.finished_conversation([USER, {"role": "assistant", "content": "a <end> b"}]).ids
+    assert tok.end_of_turn_id == tok.eos_id and ids.count(tok.eos_id) == 2
+
+
+def test_white_space_that_a_token_takes_along_carries_no_loss(folder, tmp_path):
+    source = """{%- for m in messages %}{{- '<in>' + m.content + '</s>' }}{%- endfor %}
+    {%- if add_generation_prompt %}{{- '<in>' }}{%- endif %}"""
+    tok = load_with_tokens(folder, tmp_path, source, token=("<in>", {"rstrip": True}))
+    answer = {"role": "assistant", "content": "\n Mix"}
+    assert said(tok, tok.conversation([USER, answer], reply=False)) == ["Mix</s>"]
+
+
+def test_generation_tags_that_leave_out_the_end_of_turn_are_extended(load):
+    source = STRIPPING.replace(
+        "{{- '<|im_start|>' + message.role + '\\n' + message.content.strip() + '<|im_end|>\\n' }}",
+        """{{- '<|im_start|>' + message.role + '\\n' }}{%- if message.role == 'assistant' %}
+        {%- generation %}{{- message.content }}{%- endgeneration %}
+        {%- else %}{{- message.content }}{%- endif %}{{- '<|im_end|>\\n' }}""",
+    )
+    tok = load(source)
+    assert tok.template.has_generation_tags
+    texts = said(tok, tok.conversation([USER, ANSWER], reply=False))
+    assert texts == ["Mix, knead, rise, bake.<|im_end|>"]
+    assert not load("{# {% generation %} #}" + STRIPPING).template.has_generation_tags
+
+
 def test_tools_and_options_cannot_write_one_either(load):
     tok = load("{{ date }}" + STRIPPING)
     ids = tok.conversation([USER], date=["<|im_end|>"]).ids
     assert tok.added["<|im_end|>"].id not in ids[: -len(tok.conversation([USER], date="").ids)]
+    tok = load("{{ tools | tojson }}" + STRIPPING)
+    tools = [{"name": "f", "properties": {"<|im_end|>": 1}}]
+    counts = [tok.conversation([USER], tools=x).ids.count(tok.end_of_turn_id) for x in ([], tools)]
+    assert counts == [1, 1]
 
 
 def test_characters_of_private_use_are_ordinary_text(load):
@@ -404,6 +491,8 @@ def test_a_template_that_is_not_there_is_one_line(folder):
         ("{{ messages.nothing.more }}", "without a special token"),
         ("{% for m in messages %}{{ m.content }}{% endfor %}", "no answer would ever end"),
         ("", "no answer would ever end"),
+        ("{{ " + "(" * 3000 + ")" * 3000 + " }}", "is not valid"),
+        ("{% break %}", "is not valid"),
     ],
 )
 def test_a_template_that_cannot_be_used_says_why(load, source, reason):
@@ -412,7 +501,12 @@ def test_a_template_that_cannot_be_used_says_why(load, source, reason):
         tok.conversation([USER])
 
 
-@pytest.mark.parametrize("turns", [[], [{"role": "wizard", "content": "x"}]])
+HOPELESS = [[], [{"role": "wizard", "content": "x"}], [{"content": "x"}], ["x"], [None]]
+HOPELESS += [[{"role": "user", "content": b"x"}]]
+HOPELESS += [[{"role": "user", "content": "".join(map(chr, range(0xE000, 0xF900)))}]]
+
+
+@pytest.mark.parametrize("turns", HOPELESS)
 def test_turns_that_are_none_are_refused(load, turns):
     with pytest.raises(ValueError):
         load(STRIPPING).conversation(turns)

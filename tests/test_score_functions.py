@@ -66,13 +66,39 @@ def test_a_function_reads_the_conversation_with_its_answer(tmp_path, world):
     assert scorer.score_answers(prompts, [[], []], answers, tok) == [3, 4]
 
 
+@pytest.mark.parametrize("result", ["[1]", "(1,)", "np.ones(1)", "torch.ones(1)", "map(len, 'x')"])
+def test_a_function_may_return_numbers_in_several_ways(tmp_path, result):
+    body = "import numpy as np\nimport torch\ndef f(conversations):\n    return "
+    (tmp_path / "f.py").write_text(body + result)
+    assert ScoreFunction(f"{tmp_path}/f.py:f", init("cpu"))([ask("q", "a")]) == [1]
+
+
+def test_a_function_cannot_change_the_prompts(tmp_path, world):
+    (tmp_path / "f.py").write_text(
+        "def f(conversations):\n"
+        "    for turns in conversations:\n"
+        "        turns[0]['content'] = 'changed'\n"
+        "    return [1] * len(conversations)\n"
+    )
+    tok = tokenizer.load(world / "tokenizer")
+    scorer = ScoreFunction(f"{tmp_path}/f.py:f", init("cpu"))
+    prompt = Prompt(make_turns(["q"]))
+    scorer.score_answers([prompt], [[]], [[tok.eos_id]], tok)
+    assert prompt == Prompt(make_turns(["q"]))
+
+
 @pytest.mark.parametrize(
     "body, message",
     [
         ("def g(conversations): return []", "has no function 'f'"),
-        ("def f(conversations): return []", "must return one for each"),
-        ("def f(conversations): return [float('nan')]", "must return one for each"),
+        ("def f(conversations): return []", "must return a list"),
+        ("def f(conversations): return [float('nan')]", "must return a list"),
         ("f = 3", "has no function 'f'"),
+        ("def f(conversations): return None", "and returned None"),
+        ("def f(conversations): return [None]", "must return a list"),
+        ("def f(conversations): return '1'", "must return a list"),
+        ("def f(conversations): return {1: 2}", "must return a list"),
+        ("def f(conversations): return [1e300]", "must return a list"),
     ],
 )
 def test_a_function_that_cannot_be_used_is_one_line(tmp_path, body, message):

@@ -438,7 +438,7 @@ locks = {}  # path of a lock -> its open file, which holds the lock until this p
 def open_run_folder(config):
     """Lock the run's folder, and return whether it has a state to continue from. A collective.
 
-    Where it has one, chat templates are told the time of the run's beginning.
+    Chat templates are told the time of the run's beginning from now on.
 
     A folder that holds a run is refused, unless that run is resumed, or unless the torchrun that
     started it starts it again. So is the folder of a run that lives. No file of the run changes
@@ -446,7 +446,7 @@ def open_run_folder(config):
     out_dir, resume = config["out_dir"], config["resume"]
     refusal = ""
     has_state = False
-    clock = ""
+    clock = Clock.now().isoformat(timespec="seconds")
     is_restart = is_restart_of(out_dir)
     if parallel.rank() == 0:  # what it finds holds for all: on other ranks a shared disk may lag
         refusal = find_refusal(out_dir, resume, is_restart)
@@ -458,14 +458,13 @@ def open_run_folder(config):
         if has_state:
             with suppress(OSError, ValueError):  # load() looks for damage, and reads an older one
                 record = read_json(os.path.join(out_dir, "state", states[-1]), RECORD)
-                clock = record.get("clock", "")
+                clock = record.get("clock", clock)
     indices = [0] if parallel.rank() == 0 else []
     found = parallel.all_gather_lists([[refusal, has_state, clock]], indices, 1)[0]
     refusal, has_state, clock = found
     if refusal:
         stop(refusal)
-    if clock:
-        Clock.fix(clock)
+    Clock.fix(clock)
     for name in ("model", "model_ema"):
         if parallel.rank() == 0:
             check_link(os.path.join(out_dir, name))

@@ -160,6 +160,9 @@ def gather_added_tokens(file, engine, names):
     spec = engine.spec if file.endswith(".json") else read_json(folder, "tokenizer.json")
     added.update(read_added_tokens(spec, first_id=engine.size))
 
+    for text in special:  # these are, whatever their own description says
+        if text in added:
+            added[text] = added[text]._replace(special=True)
     for text, token in added.items():
         if not 0 <= token.id < MOST_IDS:
             raise ValueError(f"the added token {text!r} has the id {token.id}, too high or too low")

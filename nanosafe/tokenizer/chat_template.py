@@ -9,8 +9,9 @@ Two things are not left to the template:
 
 Special tokens.  What people write must never become a special token. The template puts their words
     and its own tokens into one text, so their words are disguised before: the first character of
-    everything in them that reads like a special token is replaced by one that nobody uses, and is
-    put back only when the text has been cut at its special tokens.
+    everything in them that reads like a special token, or like a part of one at their borders, is
+    replaced by one that nobody uses, and is put back only when the text has been cut at its
+    special tokens. (A template that changes letters, by lower() for example, could still make one.)
 Where the assistant speaks.  Templates that say so, with {% generation %}, are believed. In the
     others, a turn of the assistant's is what follows the text that invites it: the conversation
     before the turn is rendered as a prompt, and must be the beginning of the whole text. Some
@@ -168,8 +169,8 @@ def raise_exception(message):
 
 
 class Clock:
-    """What templates that write the date are told. A resumed run goes on at its old time, so that
-    its prompts stay as they were."""
+    """What templates that write the date are told. A run has the time of its beginning, also when
+    it is resumed, so that its prompts stay as they were."""
 
     fixed = None
 
@@ -179,8 +180,11 @@ class Clock:
 
     @classmethod
     def fix(cls, text):
-        """Stop the clock, at a time as datetime.isoformat() writes it."""
-        cls.fixed = datetime.fromisoformat(text)
+        """Stop the clock, at a time as datetime.isoformat() writes it; else now."""
+        try:
+            cls.fixed = datetime.fromisoformat(text)
+        except (TypeError, ValueError):
+            cls.fixed = datetime.now()
 
 
 def format_now(format):
@@ -268,15 +272,18 @@ class ChatTemplate:
         # Runs of white space are added tokens in some vocabularies, but nothing special.
         visible_texts = [text for text in added if text.strip()]
         self.special_expression = match_any(special_texts)
-        self.control_expression = match_any([*special_texts, *visible_texts])
-        self.has_generation_tags = bool(re.search(r"{%[-+]?\s*generation\b", source))
+        self.special_tokens = ForgedTokens(special_texts)
+        self.control_tokens = ForgedTokens([*special_texts, *visible_texts])
+        self.reserved = "".join([source, *added, *special.values()])
+        without_comments = re.sub("{#.*?#}", "", source, flags=re.DOTALL)
+        self.has_generation_tags = bool(re.search(r"{%[-+]?\s*generation\b", without_comments))
 
     @cached_property
     def program(self):
         """The compiled template. Raises ValueError where the source is not Jinja."""
         try:
             return ENVIRONMENT.from_string(self.source)
-        except jinja2.TemplateError as error:
+        except Exception as error:  # Jinja's own, or Python's, which compiles what Jinja writes
             raise ValueError(f"the chat template of {self.origin} is not valid: {error}") from None
 
     @cached_property
@@ -347,19 +354,25 @@ class ChatTemplate:
                  where it goes on to speak; False: the conversation is finished
         options  further variables of the template"""
         turns = [clean_turn(turn) for turn in turns]
+        options = {key: value for key, value in options.items() if value is not None}
         if not turns:
             raise ValueError("a conversation without a turn")
-        unused = unused_characters(json.dumps([turns, options], ensure_ascii=False) + self.source)
+        try:
+            words = json.dumps([turns, options], ensure_ascii=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"turns that JSON cannot express: {error}") from None
+        unused = unused_characters(words + self.reserved)
         marks = Marks(next(unused), next(unused))
         tail = next(unused)
         disguise = Disguise(unused, self.normalize)
         for turn in turns:
             # In the assistant's words, <think> is a token, but an end of turn is not.
             is_answer = turn["role"] == "assistant"
-            expression = self.special_expression if is_answer else self.control_expression
+            tokens = self.special_tokens if is_answer else self.control_tokens
             for key in turn.keys() - {"role"}:
-                turn[key] = disguise.apply(turn[key], expression)
-        options = disguise.apply(options, self.control_expression)
+                turn[key] = disguise.apply(turn[key], tokens)
+        for key, value in options.items():
+            options[key] = disguise.apply(value, self.control_tokens)
 
         continues = reply and turns[-1]["role"] == "assistant"
         if continues:
@@ -369,9 +382,16 @@ class ChatTemplate:
             text = cut_at_tail(text, tail)
         if self.has_generation_tags:
             text, answers = take_marks_out(text, marks)
+            answers = [self.extend_to_end_of_turn(answer, text) for answer in answers]
         else:
             answers = self.find_answers(turns, options, text, tail)
         return RenderedConversation(text, answers, disguise.originals)
+
+    def extend_to_end_of_turn(self, answer, text):
+        """A Span with the end of turn behind it, which some templates' tags leave out."""
+        if self.end_of_turn and text.startswith(self.end_of_turn, answer.end):
+            return answer._replace(end=answer.end + len(self.end_of_turn))
+        return answer
 
     def find_answers(self, turns, options, text, tail):
         """The Spans of the assistant's turns in the text of a conversation.
@@ -429,8 +449,8 @@ def clean_turn(turn):
     """A turn as templates get it: without fields of None, thinking under each of its names.
 
     Raises ValueError for a role that there is not: templates write it as it is."""
-    if turn["role"] not in ROLES:
-        raise ValueError(f"a turn with the role {turn['role']!r}")
+    if not isinstance(turn, dict) or turn.get("role") not in ROLES:
+        raise ValueError(f"a turn that has none of the roles {', '.join(ROLES)}")
     turn = {key: value for key, value in turn.items() if value is not None}
     for key in THINKING_KEYS:
         if key in turn:
@@ -444,10 +464,48 @@ def unused_characters(text):
     for code in PRIVATE_USE:
         if chr(code) not in text:
             yield chr(code)
+    raise ValueError("a text with all characters of private use")
+
+
+class ForgedTokens:
+    """Finds where tokens stand in a text, or could come to stand when other text is put around."""
+
+    def __init__(self, texts):
+        self.texts = [text for text in texts if text]
+        self.expression = match_any(self.texts)
+        # Where tokens begin, also inside another one.
+        self.begins = re.compile(f"(?={self.expression.pattern})")
+
+    @cached_property
+    def beginnings(self):
+        """What tokens begin with, in all lengths."""
+        return {text[:length] for text in self.texts for length in range(1, len(text))}
+
+    @cached_property
+    def ends(self):
+        return {text[-length:] for text in self.texts for length in range(1, len(text))}
+
+    @cached_property
+    def longest(self):
+        return max(map(len, self.texts), default=0)
+
+    def find(self, text):
+        """The positions in a text at which a disguise keeps it from becoming a token."""
+        positions = set()
+        if self.expression.search(text):  # this is fast, and most texts have none
+            positions = {match.start() for match in self.begins.finditer(text)}
+        begin = len(text) - len(text.lstrip())  # templates may strip what they write
+        end = len(text.rstrip())
+        for length in range(1, min(self.longest, end - begin + 1)):
+            if text[end - length : end] in self.beginnings:
+                positions.add(end - length)
+            if text[begin : begin + length] in self.ends:
+                positions.add(begin)
+        return sorted(positions)
 
 
 class Disguise:
-    """Replaces the first characters of what an expression finds in texts by unused characters.
+    """Replaces characters of texts by unused ones, so that no token is found in the texts.
 
     unused     yields such characters
     normalize  as of ChatTemplate: a text is normalized first, lest this should make it special"""
@@ -458,24 +516,36 @@ class Disguise:
         self.replacements = {}  # character -> its disguise
         self.originals = {}  # code point of the disguise -> character
 
-    def apply(self, value, expression):
-        """A JSON value with all its texts disguised."""
+    def apply(self, value, tokens):
+        """A JSON value with all its texts disguised. tokens: a ForgedTokens"""
         if isinstance(value, str):
-            if self.normalize:
-                value = self.normalize(value)
-            return expression.sub(self.replace, value)
+            return self.apply_to_text(value, tokens)
         if isinstance(value, dict):
-            return {key: self.apply(item, expression) for key, item in value.items()}
+            disguised = {}
+            for key, item in value.items():
+                disguised[self.apply(key, tokens)] = self.apply(item, tokens)
+            return disguised
         if isinstance(value, list):
-            return [self.apply(item, expression) for item in value]
+            return [self.apply(item, tokens) for item in value]
         return value
 
-    def replace(self, match):
-        first = match[0][0]
-        if first not in self.replacements:
-            self.replacements[first] = next(self.unused)
-            self.originals[ord(self.replacements[first])] = first
-        return self.replacements[first] + match[0][1:]
+    def apply_to_text(self, text, tokens):
+        if self.normalize:
+            text = self.normalize(text)
+        pieces = []
+        begin = 0
+        for position in tokens.find(text):
+            pieces.append(text[begin:position])
+            pieces.append(self.replace(text[position]))
+            begin = position + 1
+        pieces.append(text[begin:])
+        return "".join(pieces)
+
+    def replace(self, character):
+        if character not in self.replacements:
+            self.replacements[character] = next(self.unused)
+            self.originals[ord(self.replacements[character])] = character
+        return self.replacements[character]
 
 
 def cut_at_tail(text, tail):
@@ -483,9 +553,9 @@ def cut_at_tail(text, tail):
 
     A space was written behind the tail. If it is gone, the template strips its turns, and the text
     is stripped, too. Raises ValueError where the template has dropped the turn."""
-    text, found, behind = text.rpartition(tail)
-    if not found:
-        raise ValueError("the chat template drops the turn to go on with")
+    if text.count(tail) != 1:
+        raise ValueError("the chat template drops or repeats the turn to go on with")
+    text, _, behind = text.partition(tail)
     return text if behind.startswith(" ") else text.rstrip()
 
 

@@ -52,7 +52,8 @@ class Segment(NamedTuple):
     token_id: int | None  # None at the end of the longer text
     begin: int  # where the plain text begins in the longer one
     token_begin: int  # where the token begins
-    token_end: int  # where it ends, with the white space that it takes along
+    token_end: int  # where its text ends
+    end: int  # where the white space ends that it takes along
 
 
 class Conversation(NamedTuple):
@@ -155,8 +156,9 @@ class Tokenizer:
         note    what to say when a conversation is first encoded"""
         special = {}
         for key, value in self.names.items():
-            if key.endswith("_token") and isinstance(value, (str, dict)):
-                special[key] = read_token_text(value)
+            text = value.get("content") if isinstance(value, dict) else value
+            if key.endswith("_token") and isinstance(text, str):
+                special[key] = text
         ids = (self.bos_id, self.eos_id, self.pad_id)
         for key, id in zip(SPECIAL_KEYS, ids):
             if id in self.contents:
@@ -240,7 +242,11 @@ class Tokenizer:
                 ids += encoded.ids
                 loss_mask += encoded.loss_mask
             if segment.token_id is not None:
-                answers = rendered.answers_in(segment.token_begin, segment.token_end)
+                # By generation tags, white space that a token takes along counts, as it does in
+                # transformers; by our own spans it does not, because the token is no answer.
+                has_tags = self.template.has_generation_tags
+                end = segment.end if has_tags else segment.token_end
+                answers = rendered.answers_in(segment.token_begin, end)
                 ids.append(segment.token_id)
                 loss_mask.append(1 if answers else 0)
         return Conversation(ids, loss_mask)
@@ -251,6 +257,8 @@ class Tokenizer:
         What the template writes behind that, a new line for example, is never generated: a model
         is neither trained on it nor scored at it."""
         ids, loss_mask = self.conversation(turns, reply=False, **options)
+        if self.end_of_turn_id not in ids:
+            raise ValueError("the chat template writes no end of turn")
         end = len(ids) - ids[::-1].index(self.end_of_turn_id)
         return Conversation(ids[:end], loss_mask[:end])
 
@@ -287,7 +295,7 @@ class Tokenizer:
 
     def split_at_added_tokens(self, text):
         """The Segments of a text. Tokens that are found before normalizing come first."""
-        whole = Segment(text, None, 0, len(text), len(text))
+        whole = Segment(text, None, 0, len(text), len(text), len(text))
         segments = self.split_segment(whole, self.raw_expression)
         if self.has_normalized_tokens:
             raw_segments = segments
@@ -314,8 +322,9 @@ class Tokenizer:
                 after = text[end:]
                 end += len(after) - len(after.lstrip(WHITE_SPACE))
             offset = segment.begin
+            token_begin, token_end = offset + match.start(), offset + match.end()
             segments.append(
-                Segment(before, token.id, offset + begin, offset + match.start(), offset + end)
+                Segment(before, token.id, offset + begin, token_begin, token_end, offset + end)
             )
             begin = end
         segments.append(segment._replace(text=text[begin:], begin=segment.begin + begin))
