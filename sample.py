@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 from configurator import configure
 from nanosafe.chat import Screen, catch_interrupt, chat
-from nanosafe.data import load
 from nanosafe.data.examples import Prompt, list_texts, make_input_fields, make_turns, read_prompt
+from nanosafe.data.reader import load_rows
 from nanosafe.errors import choose, one_line_errors, stop
 from nanosafe.inference import Policy, choose_dtype, load_scorer
 from nanosafe.parallel import close, init
@@ -85,11 +85,11 @@ def read_questions():
             lines = f.readlines()
         texts += [line.rstrip("\n") for line in lines if line.strip()]
     elif prompts:
-        for row in load(prompts):
+        for row in load_rows(prompts):
             try:
-                questions.append(read_prompt(row))
+                questions.append(read_prompt(row.record))
             except ValueError as error:
-                print(f"a row is left out: {error}")
+                print(f"{row.file}:{row.line} is left out: {error}")
     questions = [Prompt(make_turns([text])) for text in texts] + questions
     if system:
         questions = [add_system_turn(question) for question in questions]

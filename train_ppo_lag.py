@@ -592,3 +592,4 @@ while step < steps:
     if must_stop:
         break
 monitor.close()
+print_once(f"the model is in {os.path.join(out_dir, 'model')}")

@@ -8,7 +8,7 @@ objective says which:
     rrhf       a policy that ranks scored answers as their scores do
 
 On a laptop, after python -m nanosafe.demo:
-$ python train_pref.py
+$ python train_pref.py --eval_data=toy/reward/test
 $ python train_pref.py --objective=cost --out_dir=out/cost --eval_data=toy/cost/test
 On 8 GPUs, Safe-RLHF's recipes; the cost model's differs from the reward model's in what it names:
 $ torchrun --nproc_per_node=8 train_pref.py config/beaver_7b/reward.py config/beaver_7b/cost.py"""
@@ -54,7 +54,7 @@ init_from = "out/demo/sft/model"  # a policy, which gets a new head to score, or
 template = "auto"  # chat template: auto (the model's own) | safe_rlhf | chatml | llama3 | FILE
 # data
 data = "toy/pairs"  # pairs: NAME[/SPLIT][:PROPORTION[:PATH]] or a .jsonl, comma separated
-eval_data = "toy/reward/test"  # the same, held out; empty: none
+eval_data = ""  # the same, held out; empty: none
 max_len = 512  # longest sequence in tokens; pairs with a longer one are dropped and counted
 # optimization
 epochs = 2.0  # passes over the data
@@ -395,3 +395,4 @@ for step in range(start, steps):
     if must_stop:
         break
 monitor.close()
+print_once(f"the model is in {os.path.join(out_dir, 'model')}")

@@ -187,3 +187,4 @@ for step in range(start, steps):
     if must_stop:
         break
 monitor.close()
+print_once(f"the model is in {os.path.join(out_dir, 'model')}")

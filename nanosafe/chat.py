@@ -123,7 +123,10 @@ def catch_interrupt():
 
 def read_line():
     try:
-        return input("\n> ").strip()
+        line = input("\n> ").strip()
+        if not sys.stdin.isatty():  # a pipe: the questions belong into the transcript
+            print(line, flush=True)
+        return line
     except (EOFError, KeyboardInterrupt):
         return "/quit"
 

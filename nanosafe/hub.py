@@ -499,7 +499,7 @@ def explain_refusal(error, model, file=""):
     if status is None:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         what = f"{file} of {model.name!r}" if file else f"the model {model.name!r}"
-        where = "" if file else "; there is no folder of that name either"
+        where = "" if file else "; there is no folder of that name either (HF_ENDPOINT: a mirror)"
         return f"{what} cannot be had from {hub} ({reason}){where}"
     if kind == "GatedRepo":
         licence = f"{hub}/{model.name}"

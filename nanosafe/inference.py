@@ -4,6 +4,7 @@ and answers to prompts.
 Shapes: B or n sequences, R response positions."""
 
 import hashlib
+import inspect
 import os
 import sys
 from typing import NamedTuple
@@ -144,7 +145,9 @@ def sum_response_logps(model, sequences, max_tokens, world):
     lengths = [len(ids) for ids, _ in sequences]
     out = torch.zeros(len(sequences), device=world.device)
     longest_forward = max(max_tokens, *lengths)
-    for rows in plan_micro_batches(lengths, longest_forward, world.size)[world.rank]:
+    micro_batches = plan_micro_batches(lengths, longest_forward, world.size)[world.rank]
+    quiet = not world.main
+    for rows in tqdm(micro_batches, desc="log-probs", leave=False, delay=3, disable=quiet):
         ids = [sequences[i][0] for i in rows]
         masks = [sequences[i][1] for i in rows]
         batch = collate(ids, masks, world.device)
@@ -349,9 +352,20 @@ class Policy:
 def check_scorer(path, score_type):
     """Stop unless a path names a score model of this type, or a function."""
     if names_function(path):
-        load_function(path)
+        check_signature(path, load_function(path))
     else:
         checkpoint.check_score_model(path, score_type)
+
+
+def check_signature(path, function):
+    """Stop unless a function can be called with one argument, before anything is computed."""
+    try:
+        inspect.signature(function).bind([])
+    except TypeError as error:
+        stop(
+            f"{path!r} is called with one argument, a list of conversations, and cannot be "
+            f"({error}): see nanosafe/score_functions.py"
+        )
 
 
 def load_scorer(path, world, dtype, max_tokens, score_type):
@@ -371,6 +385,7 @@ class ScoreFunction:
         self.path = path
         self.world = world
         self.function = load_function(path)
+        check_signature(path, self.function)
 
     def score_answers(self, prompts, questions, answers, source):
         """As ScoreModel.score_answers(). Each rank calls the function for its share."""

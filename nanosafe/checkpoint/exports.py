@@ -92,6 +92,13 @@ def check_can_be_a_classifier(path, config, head, tokenizer):
             f"{path!r} normalizes its scores, which a classifier does not: set do_normalize to "
             "false in its config.json to write the scores as they are before that"
         )
+    template = tokenizer.template
+    if template and template.behind_an_answer != template.end_of_turn:
+        rest = template.behind_an_answer.removeprefix(template.end_of_turn)
+        print_once(
+            f"note: the chat template writes {rest!r} behind {template.end_of_turn!r}, where this "
+            "model was never trained to score: cut it off before a classifier reads the text"
+        )
 
 
 def rename_score_head(tensors):

@@ -25,6 +25,7 @@ from nanosafe.storage import find_corrupt_file, make_folder, read_json, replace_
 
 VERSION = 5  # of the cache's layout, of its key, and of how rows are read
 ROWS_AT_A_TIME = 2048  # are tokenised together
+MANY = 0.2  # the share of rows from which on it is a loss that they are too long
 ROWS_WITH_A_BAR = 20000  # so many rows take long enough for a progress bar
 
 
@@ -178,6 +179,9 @@ def build_cache(folder, rows, tokenizer, task, max_len, make_examples, options):
     text = f"{len(rows)} rows, {len(examples)} {unit}"
     for reason, count in dropped.most_common():
         text += f"; dropped {count} {reason} (first: {first_dropped[reason]})"
+    too_long = dropped[f"longer than {max_len} tokens"]
+    if too_long > len(rows) * MANY:
+        text += f"; max_len drops {too_long / len(rows):.0%}: raise it to learn from long rows, too"
     report = {"text": text, "dropped": dropped}
     write_cache(folder, make_arrays(list(examples.values()), list(prompts.values())), report)
 

@@ -26,6 +26,7 @@ from nanosafe.data.layouts import to_raw_sample
 
 LABEL_TEXTS = {"true": True, "false": False}  # as a table's export may spell them, in any case
 FLOAT32_MAX = float(np.finfo(np.float32).max)
+FIELDS = {"input", "dialogue", "texts", "answer", "answers"}  # of which each row has one
 TAKEN_NAMES = {"self", "turns", "reply", "messages"}  # by Tokenizer.conversation()
 SURROGATE = re.compile("[\ud800-\udfff]")  # half of a character in UTF-16: UTF-8 cannot write it
 
@@ -75,6 +76,9 @@ def parse_record(record, task):
     if record is None:
         raise ValueError("not a JSON object")
     record = to_raw_sample(record)
+    if record and not record.keys() & FIELDS:
+        names = ", ".join(sorted(map(str, record))[:6])
+        raise ValueError(f"no known layout (the fields are {names})")
     texts, labels = TASKS[task](record)
     system = record.get("system")
     if system is not None and system != "":  # an empty one keeps a template's own text away

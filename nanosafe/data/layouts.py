@@ -122,6 +122,11 @@ def read_prompt(record):
     return make_prompt(read_prompt_turns(record["prompt"]))
 
 
+def read_instruction(record):
+    """Alpaca's instruction without an output: a prompt."""
+    return make_prompt(read_alpaca_prompt(record))
+
+
 def read_alpaca(record):
     """Alpaca's instruction, input and output, and perhaps earlier turns, which are learnt too."""
     conversation = read_alpaca_prompt(record)
@@ -218,7 +223,14 @@ def read_safe_rlhf_pair(record):
 
 
 def keep(record):
-    """A row that is nanosafe's already."""
+    """A row that is nanosafe's already. Its turns may be messages, as other layouts have them."""
+    for key in ("input", "dialogue"):
+        value = record.get(key)
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            conversation = read_conversation(value)
+            record = {**record, key: conversation.turns}
+            if conversation.system is not None:
+                record["system"] = conversation.system
     return record
 
 
@@ -239,6 +251,7 @@ LAYOUTS = (  # the first whose keys a row has; what has more keys comes before w
     ({"prompt", "completion"}, read_completion),
     ({"prompt", "response"}, read_response),
     ({"prompt"}, read_prompt),
+    ({"instruction"}, read_instruction),  # AlpacaEval: a prompt
 )
 
 
@@ -249,7 +262,7 @@ def to_raw_sample(record):
     with the reason to drop a row that nanosafe's cannot express."""
     read = find_reader(record)
     if read is keep:
-        return record
+        return keep(record)
     check_tools(record)
     sample = read(record)
     add_template_variables(sample, record)

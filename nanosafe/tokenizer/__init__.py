@@ -55,6 +55,8 @@ def load(path, template="auto"):
     template  its chat template: "auto", the folder's own, or Safe-RLHF's where it has none;
               "own", the folder's or none; a file in Jinja; or a name of chat_template.SHIPPED"""
     file = find_tokenizer_file(path)
+    if file is None and not os.path.exists(path):
+        stop(f"no tokenizer at {os.fspath(path)!r}: there is no such folder; name a model's")
     if file is None:
         stop(
             f"no tokenizer at {os.fspath(path)!r}: give a folder with a tokenizer.model or "
@@ -87,7 +89,10 @@ def add_template(tokenizer, folder, names, template):
     if template not in ("auto", "own"):
         if not os.path.isfile(template):
             choices = ", ".join(("auto", *SHIPPED))
-            stop(f"template={template!r} is not a file; else choose one of {choices}")
+            stop(
+                f"template={template!r} is not a file; else choose one of {choices} (sample.py and "
+                "bigbench also take none)"
+            )
         with one_line_errors(template):
             source = read_text(template)
         tokenizer.use_template(source, repr(template))

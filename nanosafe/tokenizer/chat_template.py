@@ -295,19 +295,21 @@ class ChatTemplate:
         return json.dumps([self.source, named, day])
 
     @cached_property
-    def end_of_turn(self):
-        """The text that ends an answer, through its first special token; "" where there is none.
-
-        It is what the template writes behind an answer in a conversation of two turns."""
+    def behind_an_answer(self):
+        """What the template writes behind the answer in a conversation of two turns."""
         answer = chr(PRIVATE_USE[0])
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
         try:
             text = self.write(turns)
         except ValueError:
             return ""
-        behind = text.rpartition(answer)[2]
-        token = self.special_expression.search(behind)
-        return behind[: token.end()] if token else ""
+        return text.rpartition(answer)[2]
+
+    @property
+    def end_of_turn(self):
+        """The text that ends an answer, through its first special token; "" where there is none."""
+        token = self.special_expression.search(self.behind_an_answer)
+        return self.behind_an_answer[: token.end()] if token else ""
 
     @property
     def end_of_turn_token(self):
