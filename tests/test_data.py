@@ -432,6 +432,7 @@ def test_rows_with_other_labels_are_dropped_and_counted_with_their_line(tok, tmp
 
 
 BAD = [
+    ({"question": "q", "reply": "a"}, "sft", "no known layout .the fields are question, reply"),
     (None, "sft", "not a JSON object"),
     ({"input": "q"}, "sft", "empty answer"),
     ({"input": "", "answer": "a"}, "sft", "empty turn"),

@@ -272,3 +272,21 @@ def test_ten_thousand_rows_are_read_in_a_fraction_of_a_second():
         to_raw_sample(own)
         to_raw_sample(published)
     assert time.perf_counter() - begin < 2
+
+
+def test_turns_of_our_own_rows_may_be_messages():
+    user = {"role": "user", "content": "q"}
+    answer = {"role": "assistant", "content": "a"}
+    system = {"role": "system", "content": "Be brief."}
+    assert to_raw_sample({"input": [system, user], "answer": "a"}) == {
+        "system": "Be brief.",
+        "input": ["q"],
+        "answer": "a",
+    }
+    assert to_raw_sample({"dialogue": [user, answer]}) == {"dialogue": ["q", "a"]}
+    with pytest.raises(ValueError, match="two user messages"):
+        to_raw_sample({"dialogue": [user, user]})
+
+
+def test_an_instruction_alone_is_a_prompt():
+    assert to_raw_sample({"instruction": "q", "dataset": "x"}) == {"input": "q"}

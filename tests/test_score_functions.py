@@ -94,6 +94,7 @@ def test_a_function_cannot_change_the_prompts(tmp_path, world):
         ("def f(conversations): return []", "must return a list"),
         ("def f(conversations): return [float('nan')]", "must return a list"),
         ("f = 3", "has no function 'f'"),
+        ("def f(prompt, answer): return [1]", "a list of conversations, and cannot be"),
         ("def f(conversations): return None", "and returned None"),
         ("def f(conversations): return [None]", "must return a list"),
         ("def f(conversations): return '1'", "must return a list"),
