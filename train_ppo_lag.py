@@ -52,12 +52,15 @@ from nanosafe.printing import print_once
 from nanosafe.ranges import check_ranges
 from nanosafe.rl import (
     ADVANTAGES,
+    COST_KINDS,
+    MULTIPLIERS,
     REWARD_SCALINGS,
-    LagrangeMultiplier,
     RunningMeanStd,
     adapt_kl_coef,
+    constrained_costs,
     gae,
     group_advantages,
+    make_multiplier,
     mix_advantages,
     normalize,
     scale_rewards,
@@ -131,10 +134,17 @@ critic_warmup = 0  # rollouts in which only the critics learn
 ptx_coef = 16.0  # weight of the ptx loss, when there is ptx_data
 ptx_average = False  # halve the sum of actor and ptx gradients, as Safe-RLHF's accumulation does
 # the constraint
-cost_limit = 0.0  # the greatest mean cost allowed, on the cost model's scale; the paper's -d
+cost_kind = "score"  # score | unsafe: 1 above 0, else 0, so that cost_limit is a share of answers
+cost_limit = 0.0  # the greatest mean cost allowed, on the scale of cost_kind; the paper's -d
+cost_scale = 1.0  # costs are multiplied by this before they meet rewards; cost_limit stays
+multiplier = "lagrange"  # lagrange | pid | optimistic | bounded: how lambda follows the cost
 lambda_init = 1.0  # first multiplier
-lambda_lr = 0.1  # step on log lambda per rollout; 0: lambda is fixed
+lambda_lr = 0.1  # step per rollout, of lagrange on log lambda, else on lambda; 0: it is fixed
 lambda_max = 5.0  # greatest multiplier; 0: no bound
+lambda_kp = 0.1  # pid: gain of the distance from cost_limit; lambda_lr is that of its sum
+lambda_kd = 0.01  # pid: gain of the cost's rise
+lambda_ema = 0.95  # pid: weight of the previous mean of the distance and of the cost
+lambda_lookback = 10  # pid: rollouts over which the rise is taken
 lambda_delay = 0  # rollouts before lambda first moves
 cost_window = 128  # latest responses over which the mean cost is taken
 # intervals, in optimizer steps; states are saved between rollouts
@@ -158,6 +168,8 @@ choose("actor_lr_schedule", actor_lr_schedule, optim.SCHEDULES)
 choose("critic_lr_schedule", critic_lr_schedule, optim.SCHEDULES)
 choose("advantage", advantage, ADVANTAGES)
 choose("reward_scaling", reward_scaling, REWARD_SCALINGS)
+choose("cost_kind", cost_kind, COST_KINDS)
+choose("multiplier", multiplier, MULTIPLIERS)
 check_sinks(log_to)
 if advantage != "gae" and num_samples < 2:
     stop(
@@ -168,6 +180,11 @@ if advantage != "gae" and (temperature == 0 or top_k == 1):
     stop(
         f"advantage={advantage!r} compares a prompt's responses with each other, but with "
         f"temperature={temperature} and top_k={top_k} they are all the same"
+    )
+if cost_model and cost_kind == "unsafe" and not 0 <= cost_limit <= 1:
+    stop(
+        f"cost_kind='unsafe' makes cost_limit a share of answers, so cost_limit={cost_limit} must "
+        "be from 0 to 1"
     )
 if kl_target and not kl_coef:
     stop(f"kl_target={kl_target} adapts kl_coef by factors, so kl_coef=0 would stay 0")
@@ -277,7 +294,18 @@ for model_tok in (reward_tok, cost_tok):
         check_prompts(prompt_data, model_tok)
 
 # the run
-multiplier = LagrangeMultiplier(lambda_init, lambda_lr, lambda_max, cost_window, lambda_delay)
+multiplier = make_multiplier(  # from here on the object, no longer its kind
+    multiplier,
+    lambda_init,
+    lambda_lr,
+    lambda_max,
+    cost_window,
+    lambda_delay,
+    lambda_kp,
+    lambda_kd,
+    lambda_ema,
+    lambda_lookback,
+)
 moments = RunningMeanStd()  # of the rewards, for reward_scaling
 current_kl_coef = kl_coef  # kl_target adapts it
 update_metrics = ["actor_loss", "ptx_loss", "clip_fraction", "ratio", "approx_kl"]
@@ -435,8 +463,9 @@ while step < steps:
         cost_scores = score_answers(cost_model, cost_tok, asked, questions, answers)
         if not cost_scores.isfinite().all():
             monitor.say(f"step {step}: the cost model gives some responses a non-finite score")
+        costs = constrained_costs(cost_scores, cost_kind)  # (B,)
         token_costs = shaped_costs(
-            cost_scores, old_logps, ref_logps, mask, current_kl_coef, score_bound
+            cost_scale * costs, old_logps, ref_logps, mask, current_kl_coef, score_bound
         )
         metrics["cost"] = cost_scores.mean()
         metrics["cost_with_kl_penalty"] = token_costs.sum(1).mean()
@@ -453,7 +482,7 @@ while step < steps:
     policy_learns = rollout >= critic_warmup
     advantages = reward_advantages
     if cost_model:
-        multiplier.observe(cost_scores)
+        multiplier.observe(costs)
         lambda_ = multiplier.update(cost_limit) if policy_learns else multiplier.value
         advantages = mix_advantages(reward_advantages, cost_advantages, lambda_)
         slack = cost_limit - multiplier.mean_cost

@@ -118,9 +118,14 @@ RANGES = {
     "ptx_coef": NOT_NEGATIVE,
     # the constraint
     "cost_limit": ANY,
+    "cost_scale": POSITIVE,
     "lambda_init": POSITIVE,  # lambda grows and falls by factors: from 0 it would never move
     "lambda_lr": NOT_NEGATIVE,
     "lambda_max": NOT_NEGATIVE,
+    "lambda_kp": NOT_NEGATIVE,
+    "lambda_kd": NOT_NEGATIVE,
+    "lambda_ema": DECAY,
+    "lambda_lookback": COUNT,
     "lambda_delay": COUNT_OR_0,
     "cost_window": COUNT,
     # pretraining with human preferences
