@@ -45,7 +45,17 @@ from nanosafe.inference import (
     response_values,
     warn_beyond_positions,
 )
-from nanosafe.losses import actor_loss, critic_loss, masked_mean, mle_loss, sequence_mean
+from nanosafe.losses import (
+    LOSS_MEANS,
+    SURROGATES,
+    actor_loss,
+    batch_share,
+    critic_loss,
+    masked_mean,
+    mle_loss,
+    policy_ratio,
+    sequence_mean,
+)
 from nanosafe.monitor import Monitor, check_sinks
 from nanosafe.parallel import MetricSums, backward, choose_placements, init
 from nanosafe.printing import print_once
@@ -54,6 +64,7 @@ from nanosafe.rl import (
     ADVANTAGES,
     COST_KINDS,
     MULTIPLIERS,
+    NORMALIZE_GROUPS,
     REWARD_SCALINGS,
     RunningMeanStd,
     adapt_kl_coef,
@@ -66,6 +77,7 @@ from nanosafe.rl import (
     scale_rewards,
     shaped_costs,
     shaped_rewards,
+    share_of_flat_groups,
 )
 from nanosafe.rollout import hash64, sample_all
 from nanosafe.storage import names_function
@@ -120,7 +132,11 @@ advantage = "gae"  # gae | rloo | grpo; the last two need num_samples > 1 and no
 kl_coef = 0.01  # weight of the KL penalty against the reference, per token
 kl_target = 0.0  # nats per response that kl_coef is adapted to reach; 0: it stays
 kl_horizon = 10000.0  # responses over which it adapts
+normalize_groups = "mixed"  # mixed | each: grpo standardises R - lambda C, or R and C before it
+surrogate = "ppo"  # ppo | gspo (one ratio per response) | cispo (the clipped ratio is a weight)
 clip_ratio = 0.2  # the policy's ratio is clipped to 1 +- this; 0: it is not
+clip_ratio_high = 0.0  # above 1 it is clipped to 1 + this instead; 0: to 1 + clip_ratio
+loss_mean = "response"  # response (tokens, then responses) | token | constant (max_new_tokens)
 max_ratio = 0.0  # no step of the actor when its mean ratio is above this; 0: always one
 clip_score = 50.0  # per-token rewards and costs are clipped to +- this, KL included; 0: not
 clip_value = 5.0  # values may move this far from those of the rollout; 0: any far
@@ -139,7 +155,7 @@ cost_limit = 0.0  # the greatest mean cost allowed, on the scale of cost_kind; t
 cost_scale = 1.0  # costs are multiplied by this before they meet rewards; cost_limit stays
 multiplier = "lagrange"  # lagrange | pid | optimistic | bounded: how lambda follows the cost
 lambda_init = 1.0  # first multiplier
-lambda_lr = 0.1  # step per rollout, of lagrange on log lambda, else on lambda; 0: it is fixed
+lambda_lr = 0.1  # step per rollout on log lambda (pid, optimistic: on lambda); 0: no step
 lambda_max = 5.0  # greatest multiplier; 0: no bound
 lambda_kp = 0.1  # pid: gain of the distance from cost_limit; lambda_lr is that of its sum
 lambda_kd = 0.01  # pid: gain of the cost's rise
@@ -167,6 +183,9 @@ check_ranges(config)
 choose("actor_lr_schedule", actor_lr_schedule, optim.SCHEDULES)
 choose("critic_lr_schedule", critic_lr_schedule, optim.SCHEDULES)
 choose("advantage", advantage, ADVANTAGES)
+choose("normalize_groups", normalize_groups, NORMALIZE_GROUPS)
+choose("surrogate", surrogate, SURROGATES)
+choose("loss_mean", loss_mean, LOSS_MEANS)
 choose("reward_scaling", reward_scaling, REWARD_SCALINGS)
 choose("cost_kind", cost_kind, COST_KINDS)
 choose("multiplier", multiplier, MULTIPLIERS)
@@ -180,6 +199,10 @@ if advantage != "gae" and (temperature == 0 or top_k == 1):
     stop(
         f"advantage={advantage!r} compares a prompt's responses with each other, but with "
         f"temperature={temperature} and top_k={top_k} they are all the same"
+    )
+if normalize_groups == "each" and (advantage != "grpo" or not cost_model):
+    stop(
+        "normalize_groups='each' standardises rewards and costs: it needs advantage=grpo and costs"
     )
 if cost_model and cost_kind == "unsafe" and not 0 <= cost_limit <= 1:
     stop(
@@ -203,6 +226,7 @@ if kl_target and kl_horizon < responses_per_rollout:
 resume = run_state.open_run_folder(config)
 # Where 0 means "no bound", the algorithm takes infinity.
 ratio_bound = clip_ratio or math.inf
+upper_ratio_bound = clip_ratio_high or ratio_bound
 score_bound = clip_score or math.inf
 value_bound = clip_value or math.inf
 reward_bound = reward_clip or math.inf
@@ -457,6 +481,7 @@ while step < steps:
         metrics["reward_advantage"] = sequence_mean(reward_advantages, mask)
     else:
         reward_advantages = token_rewards.sum(1)  # (B,) returns; step 5 makes advantages of them
+        metrics["flat_reward_groups"] = share_of_flat_groups(reward_scores, num_samples)
 
     # 4b. costs: the same stream, with the other sign of the KL penalty
     if cost_model:
@@ -477,9 +502,14 @@ while step < steps:
             metrics["cost_advantage"] = sequence_mean(cost_advantages, mask)
         else:
             cost_advantages = token_costs.sum(1)  # (B,) returns
+            metrics["flat_cost_groups"] = share_of_flat_groups(costs, num_samples)
 
     # 5. the multiplier is updated, then costs are weighed against rewards
     policy_learns = rollout >= critic_warmup
+    if normalize_groups == "each":
+        # Without the KL: it would be all that differs among the costs of answers that are all safe.
+        cost_advantages = group_advantages(costs, mask, num_samples, advantage)
+        reward_advantages = group_advantages(reward_advantages, mask, num_samples, advantage)
     advantages = reward_advantages
     if cost_model:
         multiplier.observe(costs)
@@ -495,7 +525,7 @@ while step < steps:
                 f"note: the policy starts {slack:.3g} below cost_limit: PPO-Lag will spend it on "
                 "reward. Lower cost_limit to keep it as safe as it is."
             )
-    if not has_critics:
+    if not has_critics and normalize_groups == "mixed":
         advantages = group_advantages(advantages, mask, num_samples, advantage)
     if normalize_advantage:
         advantages = normalize(advantages, mask)
@@ -524,12 +554,22 @@ while step < steps:
 
             if policy_learns:
                 logps = responses.unpack(actor.log_probs(batch, log_temperature), batch, rows)
-                loss = actor_loss(logps, old_logps[rows], advantages[rows], mask[rows], ratio_bound)
-                loss = loss * share
+                loss = actor_loss(
+                    logps,
+                    old_logps[rows],
+                    advantages[rows],
+                    mask[rows],
+                    ratio_bound,
+                    upper_ratio_bound,
+                    surrogate,
+                    loss_mean,
+                    max_new_tokens,
+                )
+                loss = loss * batch_share(mask, rows, minibatch, loss_mean)
                 backward(actor, loss * actor_weight, last=is_last and not ptx)
                 log_ratio = logps.detach() - old_logps[rows]
-                ratio = log_ratio.exp()
-                clipped = ((ratio - 1).abs() > ratio_bound).float()
+                ratio = policy_ratio(logps.detach(), old_logps[rows], mask[rows], surrogate)
+                clipped = ((1 - ratio > ratio_bound) | (ratio - 1 > upper_ratio_bound)).float()
                 sums.add("actor_loss", loss)
                 sums.add("clip_fraction", sequence_mean(clipped, mask[rows]) * share)
                 k3 = log_ratio.expm1() - log_ratio  # ratio - 1 loses its digits near 0

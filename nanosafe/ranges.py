@@ -107,6 +107,7 @@ RANGES = {
     "kl_target": NOT_NEGATIVE,
     "kl_horizon": POSITIVE,
     "clip_ratio": NOT_NEGATIVE,
+    "clip_ratio_high": NOT_NEGATIVE,
     "max_ratio": NOT_NEGATIVE,
     "clip_score": NOT_NEGATIVE,
     "clip_value": NOT_NEGATIVE,

@@ -83,6 +83,18 @@ def group_advantages(returns, mask, samples, kind):
     return advantages.view(-1, 1) * mask
 
 
+NORMALIZE_GROUPS = ("mixed", "each")
+
+
+def share_of_flat_groups(scores, samples):
+    """The share of prompts whose `samples` consecutive responses all have the same score (B,).
+
+    Such a group says nothing about which response is better."""
+    groups = scores.view(-1, samples)
+    is_flat = groups.amax(1) == groups.amin(1)
+    return is_flat.float().mean()
+
+
 def mix_advantages(reward_adv, cost_adv, lambda_):
     """(A_r - lambda A_c) / (1 + lambda): the Lagrangian's gradient. arXiv:2310.12773 Eq. 29."""
     return (reward_adv - lambda_ * cost_adv) / (1 + lambda_)
