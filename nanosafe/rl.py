@@ -221,8 +221,8 @@ class CostWindow:
     window  responses over which J_C is the mean
     delay   the first `delay` updates leave lambda unchanged
 
-    A multiplier below adds `value`, which is lambda, and step(excess), which moves it by one update.
-    `memory` names the attributes that its next step depends on, which a run's state keeps."""
+    A multiplier below adds `value`, which is lambda, and step(excess), where excess is J_C less the
+    limit. `memory` names the attributes that its next step depends on: a run's state keeps them."""
 
     memory = ()
 
@@ -344,8 +344,8 @@ class OptimisticMultiplier(CostWindow):
     This is the standard form. In arXiv:2602.22146 the policy takes such steps too; here only lambda
     does.
 
-    init, max      first and greatest lambda; max 0: no bound
-    lr             step on lambda, not on its logarithm"""
+    init, max  first and greatest lambda; max 0: no bound
+    lr         step on lambda, not on its logarithm"""
 
     memory = ("lambda_", "last_excess")
 

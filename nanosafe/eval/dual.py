@@ -223,8 +223,8 @@ def prefer_probability(reward, other_reward, cost, other_cost, lambda_):
 def label_pairs(asked, lambda_, seed):
     """Pairs of consecutive answers to a prompt, in Safe-RLHF's fields. Equal answers make none.
 
-    `better` is drawn with prefer_probability(): were it always the likelier one, DPO would see pairs
-    without noise and run away from the policy that it should find."""
+    `better` is drawn with prefer_probability(): were it always the likelier one, DPO would see
+    pairs without noise and run away from the policy that it should find."""
     rng = np.random.default_rng(seed)
     rows = []
     for of_prompt in asked:
