@@ -33,7 +33,7 @@ from nanosafe.tools import plot
 
 samples = "answers.jsonl"  # the reference's answers with scores and costs, as sample.py writes them
 cost_limit = 0.0  # the greatest mean cost allowed, on the cost model's scale
-beta = 0.1  # weight of the KL, in nats; of a PPO-Lag run: kl_coef * (1 + its lambda)
+beta = 0.1  # weight of the KL, in rewards per nat; of a PPO-Lag run: kl_coef * (1 + its lambda)
 seed = 0  # of the pairs' labels
 out_dir = "out/dual"  # folder to write to
 
