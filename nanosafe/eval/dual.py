@@ -3,7 +3,7 @@
 $ python sample.py --model=out/demo/sft/model --prompts=toy/prompts/test --num_samples=64 \\
       --max_new_tokens=64 --reward_model=out/demo/reward/model \\
       --cost_model=out/demo/cost/model --out=answers.jsonl
-$ python -m nanosafe.eval.dual --samples=answers.jsonl --cost_limit=-5.2 --beta=0.9
+$ python -m nanosafe.eval.dual --samples=answers.jsonl --cost_limit=-5.2 --beta=0.92
 
 Among the policies whose mean cost is at most cost_limit, the one with the greatest
 reward - beta KL(policy || reference) gives an answer the reference's probability times
@@ -307,8 +307,8 @@ def main():
     if math.isinf(lambda_star):
         stop(
             f"cost_limit={cost_limit} cannot be met with these answers: choosing the least cost "
-            f"for each prompt gives {reference.least_cost:.4g} on average; raise it, or sample more "
-            "answers"
+            f"for each prompt gives {reference.least_cost:.4g} on average; raise it, or sample "
+            "more answers"
         )
     make_folder(out_dir)
     best = evaluate_dual(data.asked, lambda_star, beta, cost_limit)
@@ -338,7 +338,8 @@ def main():
     print(describe_sizes(data))
     print_table(data, reference, curve[0], best)
     print(
-        f"lambda* {lambda_star:.4f} +- {lambda_error:.4f}; least cost in the samples {reference.least_cost:.3f}"
+        f"lambda* {lambda_star:.4f} +- {lambda_error:.4f}; least cost in the samples "
+        f"{reference.least_cost:.3f}"
     )
     for sentence in warnings:
         print("warning:", sentence)
