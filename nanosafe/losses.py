@@ -187,7 +187,9 @@ def actor_loss(
                "constant": sums over `length`, then over responses: arXiv:2503.20783"""
     ratio = policy_ratio(logps, old_logps, mask, surrogate)
     advantages = zero_outside(mask, advantages)
-    clipped_ratio = ratio.clamp(1 - clip_low, 1 + (clip_low if clip_high is None else clip_high))
+    if clip_high is None:
+        clip_high = clip_low
+    clipped_ratio = ratio.clamp(1 - clip_low, 1 + clip_high)
     if surrogate == "cispo":
         gain = clipped_ratio.detach() * advantages * zero_outside(mask, logps)
     else:

@@ -367,7 +367,7 @@ class OptimisticMultiplier(CostWindow):
 
 
 class BoundedMultiplier(CostWindow):
-    """A share s = sigmoid(l), from 0 to 1, of the advantage belongs to the cost.    arXiv:2310.04373
+    """A share s = sigmoid(l), from 0 to 1, of the advantage belongs to the cost. arXiv:2310.04373.
 
     v <- 0.1 v + s (1 - s) (J_C - cost_limit), the product clipped to +- 0.5;  l <- l + lr v
 
