@@ -45,24 +45,39 @@ from nanosafe.inference import (
     response_values,
     warn_beyond_positions,
 )
-from nanosafe.losses import actor_loss, critic_loss, masked_mean, mle_loss, sequence_mean
+from nanosafe.losses import (
+    LOSS_MEANS,
+    SURROGATES,
+    actor_loss,
+    batch_share,
+    critic_loss,
+    masked_mean,
+    mle_loss,
+    policy_ratio,
+    sequence_mean,
+)
 from nanosafe.monitor import Monitor, check_sinks
 from nanosafe.parallel import MetricSums, backward, choose_placements, init
 from nanosafe.printing import print_once
 from nanosafe.ranges import check_ranges
 from nanosafe.rl import (
     ADVANTAGES,
+    COST_KINDS,
+    MULTIPLIERS,
+    NORMALIZE_GROUPS,
     REWARD_SCALINGS,
-    LagrangeMultiplier,
     RunningMeanStd,
     adapt_kl_coef,
+    constrained_costs,
     gae,
     group_advantages,
+    make_multiplier,
     mix_advantages,
     normalize,
     scale_rewards,
     shaped_costs,
     shaped_rewards,
+    share_of_flat_groups,
 )
 from nanosafe.rollout import hash64, sample_all
 from nanosafe.storage import names_function
@@ -117,7 +132,11 @@ advantage = "gae"  # gae | rloo | grpo; the last two need num_samples > 1 and no
 kl_coef = 0.01  # weight of the KL penalty against the reference, per token
 kl_target = 0.0  # nats per response that kl_coef is adapted to reach; 0: it stays
 kl_horizon = 10000.0  # responses over which it adapts
+normalize_groups = "mixed"  # mixed | each: grpo standardises R - lambda C, or R and C before it
+surrogate = "ppo"  # ppo | gspo (one ratio per response) | cispo (the clipped ratio is a weight)
 clip_ratio = 0.2  # the policy's ratio is clipped to 1 +- this; 0: it is not
+clip_ratio_high = 0.0  # above 1 it is clipped to 1 + this instead; 0: to 1 + clip_ratio
+loss_mean = "response"  # response (tokens, then responses) | token | constant (max_new_tokens)
 max_ratio = 0.0  # no step of the actor when its mean ratio is above this; 0: always one
 clip_score = 50.0  # per-token rewards and costs are clipped to +- this, KL included; 0: not
 clip_value = 5.0  # values may move this far from those of the rollout; 0: any far
@@ -131,10 +150,17 @@ critic_warmup = 0  # rollouts in which only the critics learn
 ptx_coef = 16.0  # weight of the ptx loss, when there is ptx_data
 ptx_average = False  # halve the sum of actor and ptx gradients, as Safe-RLHF's accumulation does
 # the constraint
-cost_limit = 0.0  # the greatest mean cost allowed, on the cost model's scale; the paper's -d
+cost_kind = "score"  # score | unsafe: 1 above 0, else 0, so that cost_limit is a share of answers
+cost_limit = 0.0  # the greatest mean cost allowed, on the scale of cost_kind; the paper's -d
+cost_scale = 1.0  # costs are multiplied by this before they meet rewards; cost_limit stays
+multiplier = "lagrange"  # lagrange | pid | optimistic | bounded: how lambda follows the cost
 lambda_init = 1.0  # first multiplier
-lambda_lr = 0.1  # step on log lambda per rollout; 0: lambda is fixed
+lambda_lr = 0.1  # step per rollout on log lambda (pid, optimistic: on lambda); 0: no step
 lambda_max = 5.0  # greatest multiplier; 0: no bound
+lambda_kp = 0.1  # pid: gain of the distance from cost_limit; lambda_lr is that of its sum
+lambda_kd = 0.01  # pid: gain of the cost's rise
+lambda_ema = 0.95  # pid: weight of the previous mean of the distance and of the cost
+lambda_lookback = 10  # pid: rollouts over which the rise is taken
 lambda_delay = 0  # rollouts before lambda first moves
 cost_window = 128  # latest responses over which the mean cost is taken
 # intervals, in optimizer steps; states are saved between rollouts
@@ -157,7 +183,12 @@ check_ranges(config)
 choose("actor_lr_schedule", actor_lr_schedule, optim.SCHEDULES)
 choose("critic_lr_schedule", critic_lr_schedule, optim.SCHEDULES)
 choose("advantage", advantage, ADVANTAGES)
+choose("normalize_groups", normalize_groups, NORMALIZE_GROUPS)
+choose("surrogate", surrogate, SURROGATES)
+choose("loss_mean", loss_mean, LOSS_MEANS)
 choose("reward_scaling", reward_scaling, REWARD_SCALINGS)
+choose("cost_kind", cost_kind, COST_KINDS)
+choose("multiplier", multiplier, MULTIPLIERS)
 check_sinks(log_to)
 if advantage != "gae" and num_samples < 2:
     stop(
@@ -168,6 +199,15 @@ if advantage != "gae" and (temperature == 0 or top_k == 1):
     stop(
         f"advantage={advantage!r} compares a prompt's responses with each other, but with "
         f"temperature={temperature} and top_k={top_k} they are all the same"
+    )
+if normalize_groups == "each" and (advantage != "grpo" or not cost_model):
+    stop(
+        "normalize_groups='each' standardises rewards and costs: it needs advantage=grpo and costs"
+    )
+if cost_model and cost_kind == "unsafe" and not 0 <= cost_limit <= 1:
+    stop(
+        f"cost_kind='unsafe' makes cost_limit a share of answers, so cost_limit={cost_limit} must "
+        "be from 0 to 1"
     )
 if kl_target and not kl_coef:
     stop(f"kl_target={kl_target} adapts kl_coef by factors, so kl_coef=0 would stay 0")
@@ -186,6 +226,7 @@ if kl_target and kl_horizon < responses_per_rollout:
 resume = run_state.open_run_folder(config)
 # Where 0 means "no bound", the algorithm takes infinity.
 ratio_bound = clip_ratio or math.inf
+upper_ratio_bound = clip_ratio_high or ratio_bound
 score_bound = clip_score or math.inf
 value_bound = clip_value or math.inf
 reward_bound = reward_clip or math.inf
@@ -277,7 +318,18 @@ for model_tok in (reward_tok, cost_tok):
         check_prompts(prompt_data, model_tok)
 
 # the run
-multiplier = LagrangeMultiplier(lambda_init, lambda_lr, lambda_max, cost_window, lambda_delay)
+multiplier = make_multiplier(  # from here on the object, no longer its kind
+    multiplier,
+    lambda_init,
+    lambda_lr,
+    lambda_max,
+    cost_window,
+    lambda_delay,
+    lambda_kp,
+    lambda_kd,
+    lambda_ema,
+    lambda_lookback,
+)
 moments = RunningMeanStd()  # of the rewards, for reward_scaling
 current_kl_coef = kl_coef  # kl_target adapts it
 update_metrics = ["actor_loss", "ptx_loss", "clip_fraction", "ratio", "approx_kl"]
@@ -427,14 +479,16 @@ while step < steps:
         metrics["reward_advantage"] = sequence_mean(reward_advantages, mask)
     else:
         reward_advantages = token_rewards.sum(1)  # (B,) returns; step 5 makes advantages of them
+        metrics["flat_reward_groups"] = share_of_flat_groups(reward_scores, num_samples)
 
     # 4b. costs: the same stream, with the other sign of the KL penalty
     if cost_model:
         cost_scores = score_answers(cost_model, cost_tok, asked, questions, answers)
         if not cost_scores.isfinite().all():
             monitor.say(f"step {step}: the cost model gives some responses a non-finite score")
+        costs = constrained_costs(cost_scores, cost_kind)  # (B,)
         token_costs = shaped_costs(
-            cost_scores, old_logps, ref_logps, mask, current_kl_coef, score_bound
+            cost_scale * costs, old_logps, ref_logps, mask, current_kl_coef, score_bound
         )
         metrics["cost"] = cost_scores.mean()
         metrics["cost_with_kl_penalty"] = token_costs.sum(1).mean()
@@ -446,12 +500,17 @@ while step < steps:
             metrics["cost_advantage"] = sequence_mean(cost_advantages, mask)
         else:
             cost_advantages = token_costs.sum(1)  # (B,) returns
+            metrics["flat_cost_groups"] = share_of_flat_groups(costs, num_samples)
 
     # 5. the multiplier is updated, then costs are weighed against rewards
     policy_learns = rollout >= critic_warmup
+    if normalize_groups == "each":
+        # Without the KL: it would be all that differs among the costs of answers that are all safe.
+        cost_advantages = group_advantages(costs, mask, num_samples, advantage)
+        reward_advantages = group_advantages(reward_advantages, mask, num_samples, advantage)
     advantages = reward_advantages
     if cost_model:
-        multiplier.observe(cost_scores)
+        multiplier.observe(costs)
         lambda_ = multiplier.update(cost_limit) if policy_learns else multiplier.value
         advantages = mix_advantages(reward_advantages, cost_advantages, lambda_)
         slack = cost_limit - multiplier.mean_cost
@@ -464,7 +523,7 @@ while step < steps:
                 f"note: the policy starts {slack:.3g} below cost_limit: PPO-Lag will spend it on "
                 "reward. Lower cost_limit to keep it as safe as it is."
             )
-    if not has_critics:
+    if not has_critics and normalize_groups == "mixed":
         advantages = group_advantages(advantages, mask, num_samples, advantage)
     if normalize_advantage:
         advantages = normalize(advantages, mask)
@@ -493,12 +552,22 @@ while step < steps:
 
             if policy_learns:
                 logps = responses.unpack(actor.log_probs(batch, log_temperature), batch, rows)
-                loss = actor_loss(logps, old_logps[rows], advantages[rows], mask[rows], ratio_bound)
-                loss = loss * share
+                loss = actor_loss(
+                    logps,
+                    old_logps[rows],
+                    advantages[rows],
+                    mask[rows],
+                    ratio_bound,
+                    upper_ratio_bound,
+                    surrogate,
+                    loss_mean,
+                    max_new_tokens,
+                )
+                loss = loss * batch_share(mask, rows, minibatch, loss_mean)
                 backward(actor, loss * actor_weight, last=is_last and not ptx)
                 log_ratio = logps.detach() - old_logps[rows]
-                ratio = log_ratio.exp()
-                clipped = ((ratio - 1).abs() > ratio_bound).float()
+                ratio = policy_ratio(logps.detach(), old_logps[rows], mask[rows], surrogate)
+                clipped = ((1 - ratio > ratio_bound) | (ratio - 1 > upper_ratio_bound)).float()
                 sums.add("actor_loss", loss)
                 sums.add("clip_fraction", sequence_mean(clipped, mask[rows]) * share)
                 k3 = log_ratio.expm1() - log_ratio  # ratio - 1 loses its digits near 0

@@ -149,17 +149,66 @@ def awr_loss(logps, scores, values, mask, alpha, beta, weight_max):
 # ---- PPO ----
 
 
-def actor_loss(logps, old_logps, advantages, mask, clip_ratio):
-    """-mean min(r A, clip(r, 1 - c, 1 + c) A), r = exp(logps - old_logps). arXiv:1707.06347 Eq. 7.
+SURROGATES = ("ppo", "gspo", "cispo")
+LOSS_MEANS = ("response", "token", "constant")
 
-    All (B, R). Only logps carries gradient. Mean over each response, then over responses."""
-    logps = zero_outside(mask, logps)
-    old_logps = zero_outside(mask, old_logps)
+
+def policy_ratio(logps, old_logps, mask, surrogate):
+    """By how much the policy has moved from the rollout's, at each token (B, R).
+
+    r = exp(logps - old_logps); of "gspo" all tokens of a response have one,
+    exp(mean_t (logps - old_logps)): arXiv:2507.18071 Eq. 7"""
+    log_ratio = zero_outside(mask, logps) - zero_outside(mask, old_logps)
+    if surrogate == "gspo":
+        log_ratio = masked_mean(log_ratio, mask, dim=-1)[:, None].expand_as(log_ratio)
+    return log_ratio.exp()
+
+
+def actor_loss(
+    logps,
+    old_logps,
+    advantages,
+    mask,
+    clip_low,
+    clip_high=None,
+    surrogate="ppo",
+    loss_mean="response",
+    length=1,
+):
+    """-mean min(r A, clip(r, 1 - low, 1 + high) A), r = policy_ratio(). arXiv:1707.06347 Eq. 7.
+
+    All (B, R). Only logps carries gradient.
+
+    clip_high  None: clip_low. A greater one lets unlikely tokens rise further: arXiv:2503.14476
+    surrogate  "ppo", or "gspo" with its own ratio, or "cispo": -mean clip(r) A logp, with the ratio
+               as a weight only, so that clipped tokens keep a gradient: arXiv:2506.13585
+    loss_mean  "response": over each response, then over responses
+               "token": over all tokens, so that long responses weigh more: arXiv:2503.14476
+               "constant": sums over `length`, then over responses: arXiv:2503.20783"""
+    ratio = policy_ratio(logps, old_logps, mask, surrogate)
     advantages = zero_outside(mask, advantages)
-    ratio = (logps - old_logps).exp()
-    clipped_ratio = ratio.clamp(1 - clip_ratio, 1 + clip_ratio)
-    gain = torch.minimum(ratio * advantages, clipped_ratio * advantages)
+    if clip_high is None:
+        clip_high = clip_low
+    clipped_ratio = ratio.clamp(1 - clip_low, 1 + clip_high)
+    if surrogate == "cispo":
+        gain = clipped_ratio.detach() * advantages * zero_outside(mask, logps)
+    else:
+        gain = torch.minimum(ratio * advantages, clipped_ratio * advantages)
+    if loss_mean == "token":
+        return -masked_mean(gain, mask)
+    if loss_mean == "constant":
+        return -mean_or_zero(zero_outside(mask, gain).sum(-1) / length)
     return -sequence_mean(gain, mask)
+
+
+def batch_share(mask, rows, minibatch, loss_mean):
+    """What a loss over some rows of a minibatch is multiplied by, so that all together give its
+    mean: their share of its tokens, or of its responses.
+
+    mask  (B, R), of all responses; rows, minibatch: indices of some"""
+    if loss_mean == "token":
+        return mask[rows].sum() / mask[minibatch].sum()
+    return len(rows) / len(minibatch)
 
 
 def critic_loss(values, old_values, returns, mask, clip_value):

@@ -107,6 +107,7 @@ RANGES = {
     "kl_target": NOT_NEGATIVE,
     "kl_horizon": POSITIVE,
     "clip_ratio": NOT_NEGATIVE,
+    "clip_ratio_high": NOT_NEGATIVE,
     "max_ratio": NOT_NEGATIVE,
     "clip_score": NOT_NEGATIVE,
     "clip_value": NOT_NEGATIVE,
@@ -118,9 +119,14 @@ RANGES = {
     "ptx_coef": NOT_NEGATIVE,
     # the constraint
     "cost_limit": ANY,
+    "cost_scale": POSITIVE,
     "lambda_init": POSITIVE,  # lambda grows and falls by factors: from 0 it would never move
     "lambda_lr": NOT_NEGATIVE,
     "lambda_max": NOT_NEGATIVE,
+    "lambda_kp": NOT_NEGATIVE,
+    "lambda_kd": NOT_NEGATIVE,
+    "lambda_ema": DECAY,
+    "lambda_lookback": COUNT,
     "lambda_delay": COUNT_OR_0,
     "cost_window": COUNT,
     # pretraining with human preferences

@@ -83,6 +83,18 @@ def group_advantages(returns, mask, samples, kind):
     return advantages.view(-1, 1) * mask
 
 
+NORMALIZE_GROUPS = ("mixed", "each")
+
+
+def share_of_flat_groups(scores, samples):
+    """The share of prompts whose `samples` consecutive responses all have the same score (B,).
+
+    Such a group says nothing about which response is better."""
+    groups = scores.view(-1, samples)
+    is_flat = groups.amax(1) == groups.amin(1)
+    return is_flat.float().mean()
+
+
 def mix_advantages(reward_adv, cost_adv, lambda_):
     """(A_r - lambda A_c) / (1 + lambda): the Lagrangian's gradient. arXiv:2310.12773 Eq. 29."""
     return (reward_adv - lambda_ * cost_adv) / (1 + lambda_)
@@ -190,28 +202,34 @@ def adapt_kl_coef(kl_coef, kl, target, responses, horizon):
 
 # ---- the multiplier ----
 
+COST_KINDS = ("score", "unsafe")
 
-class LagrangeMultiplier:
-    """Gradient ascent on log lambda: lambda grows while the recent mean cost is above the limit.
 
-    log lambda <- min(log lambda + lr * (J_C - cost_limit) * lambda, log max)    arXiv:2310.12773
-                                                                                 Eq. 31
-    init, max  first and greatest lambda; max 0: no bound
-    lr         step on log lambda; 0 keeps lambda at init, which is fixed reward shaping
-    window     responses over which J_C is the mean
-    delay      the first `delay` updates leave lambda unchanged"""
+def constrained_costs(scores, kind):
+    """What the limit is about (B,): the cost model's scores, or with "unsafe" 1 above 0, else 0.
 
-    def __init__(self, init, lr, max, window, delay):
-        self.log_lambda = math.log(init)
-        self.lr = lr
-        self.log_max = math.log(max) if max > 0 else math.inf
+    The mean of these indicators is the share of unsafe answers. A score that is nan stays nan: it
+    would otherwise count as a safe answer."""
+    if kind == "score":
+        return scores
+    return torch.where(scores.isnan(), scores, (scores > 0).to(scores.dtype))
+
+
+class CostWindow:
+    """What all multipliers have in common: the window of costs, and when lambda moves.
+
+    window  responses over which J_C is the mean
+    delay   the first `delay` updates leave lambda unchanged
+
+    A multiplier below adds `value`, which is lambda, and step(excess), where excess is J_C less the
+    limit. `memory` names the attributes that its next step depends on: a run's state keeps them."""
+
+    memory = ()
+
+    def __init__(self, window, delay):
         self.delay = delay
         self.costs = deque(maxlen=window)
         self.updates = 0
-
-    @property
-    def value(self):
-        return math.exp(self.log_lambda)
 
     @property
     def mean_cost(self):
@@ -226,20 +244,186 @@ class LagrangeMultiplier:
 
     def update(self, cost_limit):
         """One step against `cost_limit` (Safe-RLHF's threshold, the paper's -d) -> lambda."""
-        if self.updates >= self.delay and self.lr > 0 and self.costs:
-            step = self.lr * (self.mean_cost - cost_limit) * self.value
-            self.log_lambda = min(self.log_lambda + step, self.log_max)
+        if self.updates >= self.delay and self.costs:
+            self.step(self.mean_cost - cost_limit)
         self.updates += 1
         return self.value
 
     def state_dict(self):
-        return {
-            "log_lambda": self.log_lambda,
-            "costs": list(self.costs),
-            "updates": self.updates,
-        }
+        state = {name: getattr(self, name) for name in self.memory}
+        return {**state, "costs": list(self.costs), "updates": self.updates}
 
     def load_state_dict(self, state):
-        self.log_lambda = state["log_lambda"]
+        for name in self.memory:
+            setattr(self, name, state[name])
         self.costs = deque(state["costs"], self.costs.maxlen)
         self.updates = state["updates"]
+
+
+class LagrangeMultiplier(CostWindow):
+    """Gradient ascent on log lambda: lambda grows while the recent mean cost is above the limit.
+
+    log lambda <- min(log lambda + lr * (J_C - cost_limit) * lambda, log max)    arXiv:2310.12773
+                                                                                 Eq. 31
+    init, max      first and greatest lambda; max 0: no bound
+    lr             step on log lambda; 0 keeps lambda at init, which is fixed reward shaping
+    window, delay  as CostWindow has them"""
+
+    memory = ("log_lambda",)
+
+    def __init__(self, init, lr, max, window, delay):
+        super().__init__(window, delay)
+        self.log_lambda = math.log(init)
+        self.lr = lr
+        self.log_max = math.log(max) if max > 0 else math.inf
+
+    @property
+    def value(self):
+        return math.exp(self.log_lambda)
+
+    def step(self, excess):
+        if self.lr > 0:
+            step = self.lr * excess * self.value
+            self.log_lambda = min(self.log_lambda + step, self.log_max)
+
+
+class PIDMultiplier(CostWindow):
+    """A controller that also sees how far the cost is off, and whether it rises.
+
+    With e = J_C - cost_limit and C a moving average of J_C    arXiv:2007.03964 Alg. 2
+
+    I <- I + lr e, not below 0            the integral: alone, this is gradient ascent on lambda
+    P <- p_ema P + (1 - p_ema) e          the distance
+    D = max(0, C - C of `lookback` updates ago)    the rise; a falling cost does not count
+    lambda = kp P + I + kd D, not below 0
+
+    init, lr  first value of I, and its gain
+    kp, kd    gains of the distance and of the rise
+    p_ema     weight of the previous values in P; d_ema: in C
+    max       greatest I and greatest lambda; 0: no bound. The paper bounds neither
+
+    P and C begin at 0 and are not corrected for it, and the C before the first update is 0, as in
+    the authors' code. So costs above 0 look like a rise at first, and below 0 like none."""
+
+    memory = ("integral", "proportional", "mean", "past_means", "lambda_")
+
+    def __init__(self, init, lr, max, window, delay, kp, kd, p_ema, d_ema, lookback):
+        super().__init__(window, delay)
+        self.lr = lr
+        self.kp = kp
+        self.kd = kd
+        self.p_ema = p_ema
+        self.d_ema = d_ema
+        self.lookback = lookback
+        self.max = max if max > 0 else math.inf
+        self.integral = init
+        self.proportional = 0.0
+        self.mean = 0.0  # C
+        self.past_means = [0.0]  # the latest values of C, the oldest first
+        self.lambda_ = init
+
+    @property
+    def value(self):
+        return self.lambda_
+
+    def step(self, excess):
+        self.integral = clip(self.integral + self.lr * excess, 0.0, self.max)
+        self.proportional = self.p_ema * self.proportional + (1 - self.p_ema) * excess
+        self.mean = self.d_ema * self.mean + (1 - self.d_ema) * self.mean_cost
+        rise = max(0.0, self.mean - self.past_means[0])
+        self.past_means = [*self.past_means, self.mean][-self.lookback :]
+        lambda_ = self.kp * self.proportional + self.integral + self.kd * rise
+        self.lambda_ = clip(lambda_, 0.0, self.max)
+
+
+class OptimisticMultiplier(CostWindow):
+    """Gradient ascent on lambda that expects the next gradient to change as the last one did.
+
+    lambda <- lambda + lr (2 g_t - g_{t-1}), from 0 to max; g_t = J_C - cost_limit, g_{-1} = 0
+
+    This is the standard form. In arXiv:2602.22146 the policy takes such steps too; here only lambda
+    does.
+
+    init, max  first and greatest lambda; max 0: no bound
+    lr         step on lambda, not on its logarithm"""
+
+    memory = ("lambda_", "last_excess")
+
+    def __init__(self, init, lr, max, window, delay):
+        super().__init__(window, delay)
+        self.lr = lr
+        self.max = max if max > 0 else math.inf
+        self.lambda_ = init
+        self.last_excess = 0.0
+
+    @property
+    def value(self):
+        return self.lambda_
+
+    def step(self, excess):
+        expected = 2 * excess - self.last_excess
+        self.lambda_ = clip(self.lambda_ + self.lr * expected, 0.0, self.max)
+        self.last_excess = excess
+
+
+class BoundedMultiplier(CostWindow):
+    """A share s = sigmoid(l), from 0 to 1, of the advantage belongs to the cost. arXiv:2310.04373.
+
+    v <- 0.1 v + s (1 - s) (J_C - cost_limit), the product clipped to +- 0.5;  l <- l + lr v
+
+    mix_advantages() with lambda = s / (1 - s) = e^l is (1 - s) A_r - s A_c, the authors' mixture
+    for one constraint. Theirs standardises both advantages first; here they are taken as they are.
+
+    init, max  first and greatest lambda; max 0: no other bound than that of l
+    lr         step on l
+
+    s hardly moves where it is near 0 or 1, so an l that has gone far takes long to come back: it
+    stays within +- 5."""
+
+    memory = ("logit", "velocity")
+    momentum = 0.1
+    greatest_gradient = 0.5
+    greatest_logit = 5.0
+
+    def __init__(self, init, lr, max, window, delay):
+        super().__init__(window, delay)
+        self.lr = lr
+        log_max = math.log(max) if max > 0 else math.inf
+        self.logit_max = min(log_max, self.greatest_logit)
+        self.logit = math.log(init)
+        self.velocity = 0.0
+
+    @property
+    def value(self):
+        return math.exp(self.logit)
+
+    def step(self, excess):
+        if self.lr == 0:
+            return
+        share = self.value / (1 + self.value)
+        slope = share * (1 - share) * excess
+        gradient = clip(slope, -self.greatest_gradient, self.greatest_gradient)
+        self.velocity = self.momentum * self.velocity + gradient
+        self.logit += self.lr * self.velocity
+        self.logit = clip(self.logit, -self.greatest_logit, self.logit_max)
+
+
+def clip(x, low, high):
+    """A number, or the end of the range low .. high that it is beyond."""
+    return min(max(x, low), high)
+
+
+MULTIPLIERS = ("lagrange", "pid", "optimistic", "bounded")
+
+
+def make_multiplier(kind, init, lr, max, window, delay, kp, kd, ema, lookback):
+    """The multiplier of a kind in MULTIPLIERS. What follows `delay` is for "pid" only."""
+    if kind == "lagrange":
+        return LagrangeMultiplier(init, lr, max, window, delay)
+    if kind == "pid":
+        return PIDMultiplier(init, lr, max, window, delay, kp, kd, ema, ema, lookback)
+    if kind == "optimistic":
+        return OptimisticMultiplier(init, lr, max, window, delay)
+    if kind == "bounded":
+        return BoundedMultiplier(init, lr, max, window, delay)
+    raise ValueError(f"no such multiplier: {kind!r}")

@@ -45,6 +45,19 @@ def test_a_resumed_run_is_bit_equal_to_one_that_never_stopped(name, trainers, tm
     assert steps == list(range(len(steps)))
 
 
+@pytest.mark.parametrize("multiplier", ["pid", "optimistic", "bounded"])
+def test_a_resumed_run_with_another_multiplier_is_bit_equal(multiplier, trainers, tmp_path):
+    flags = [*trainers["ppo_lag"], f"--multiplier={multiplier}", "--keep=9", "--lambda_lookback=2"]
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    run(*flags, f"--out_dir={whole}")
+    shutil.copytree(whole, resumed)
+    (resumed / "state" / "latest").write_text("step_000004\n")
+    run(*flags, f"--out_dir={resumed}", "--resume=True")
+    assert same_state(whole, resumed)
+    lambdas = {row["lambda"] for row in rows_of(whole / "metrics.jsonl")}
+    assert len(lambdas) == 4  # of four rollouts
+
+
 @pytest.mark.parametrize("name", ["sft", "ppo_lag"])
 def test_a_longer_run_continues_a_finished_one_bit_equally(name, trainers, tmp_path):
     """With a constant learning rate. Any other would jump, which is refused."""
@@ -69,6 +82,7 @@ def test_a_longer_run_continues_a_finished_one_bit_equally(name, trainers, tmp_p
         ("--prompts={world}/data/prompts/test.jsonl", "prompts "),
         ("--reward_model={world}/other", "reward_model "),
         ("--advantage=grpo --num_samples=2", "advantage 'gae' -> 'grpo'"),
+        ("--multiplier=pid", "multiplier 'lagrange' -> 'pid'"),
     ],
 )
 def test_a_resumed_run_of_ppo_refuses_what_its_state_was_not_made_with(
@@ -194,6 +208,40 @@ def test_ppo_lag_logs_its_metrics_and_samples_and_exports_its_policy(trainers, t
     assert {"step", "prompt", "response", "reward", "cost", "kl"} == set(sample)
     vocab_size = checkpoint.load(tmp_path / "model").config.vocab_size
     assert tokenizer.load(tmp_path / "model").vocab_size == vocab_size
+
+
+def test_indicator_costs_are_what_the_limit_is_compared_with(trainers, tmp_path):
+    """The metric "cost" stays the cost model's score."""
+    flags = ["--cost_kind=unsafe", "--cost_limit=0.05", "--cost_scale=10", "--cost_window=8"]
+    run(*trainers["ppo_lag"], *flags, f"--out_dir={tmp_path}")
+    for row in rows_of(tmp_path / "metrics.jsonl"):
+        assert row["episode_cost"] == pytest.approx(row["unsafe_rate"])
+        assert row["slack"] == pytest.approx(0.05 - row["unsafe_rate"], abs=1e-6)
+        kl_penalty = row["kl_coef"] * row["kl"]
+        assert row["cost_with_kl_penalty"] == pytest.approx(
+            10 * row["unsafe_rate"] + kl_penalty, abs=1e-4
+        )
+        assert row["cost"] != pytest.approx(row["unsafe_rate"])
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--advantage=grpo --normalize_groups=each --cost_kind=unsafe --cost_limit=0.05",
+        "--surrogate=gspo --clip_ratio=0.0003 --clip_ratio_high=0.0004",
+        "--surrogate=cispo --clip_ratio=1 --clip_ratio_high=4 --loss_mean=token",
+        "--advantage=grpo --loss_mean=constant",
+    ],
+)
+def test_the_neighbours_of_ppo_train(flags, trainers, tmp_path):
+    options = ["--num_samples=2", "--rollout_size=4", *flags.split()]
+    run(*trainers["ppo_lag"], *options, f"--out_dir={tmp_path}")
+    rows = rows_of(tmp_path / "metrics.jsonl")
+    assert len(rows) == 8
+    assert ("flat_cost_groups" in rows[0]) == ("grpo" in flags)
+    for row in rows:
+        assert row["skips"] == 0
+        assert row["actor_grad_norm"] > 0
 
 
 def test_plain_ppo_has_no_cost_and_no_lambda(trainers, tmp_path):
@@ -336,6 +384,8 @@ def test_a_number_outside_its_range_stops_a_script_before_any_work(
         (["--temperature=0"], "they are all the same"),
         (["--top_k=1"], "they are all the same"),
         (["--advantage=gae", "--kl_target=6", "--kl_coef=0"], "kl_coef=0 would stay 0"),
+        (["--normalize_groups=each"], "it needs advantage=grpo and costs"),
+        (["--cost_kind=unsafe", "--cost_limit=-5.2"], "makes cost_limit a share of answers"),
     ],
 )
 def test_knobs_with_which_nothing_would_be_learned_are_refused(flags, words, monkeypatch, capsys):

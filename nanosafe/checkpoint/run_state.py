@@ -316,6 +316,10 @@ FIXED_KNOBS = {
     # A state has gone on from these, so a new value would be ignored without a word.
     "lambda_init",
     "normalizer_momentum",
+    # What a multiplier remembers: numbers of its own kind, costs of one scale, the latest of them.
+    "multiplier",
+    "cost_kind",
+    "lambda_lookback",
 }
 UNRECORDED_KNOBS = ("out_dir", "resume")  # a run's folder may be moved
 # Of a Dataset: where its examples come from, which the tokens follow from.

@@ -173,6 +173,29 @@ def draw_calibration(axis, curves):
     axis.legend()
 
 
+def dual(curve, best, cost_limit, out_dir):
+    """Draw the dual function and what it predicts over lambda.
+
+    curve  Duals of eval/dual.py, in order of lambda; best: the one at lambda*"""
+    made = make_figure(2, 2, 3.6, 2.6)
+    if made is None:
+        return NO_PICTURES
+    figure, axes = made
+    panels = {
+        "value": "dual function",
+        "reward": "reward",
+        "cost": "cost (dotted: its limit)",
+        "effective_samples": "answers that carry the weight",
+    }
+    lambdas = [point.lambda_ for point in curve]
+    for axis, (name, title) in zip(axes.flat, panels.items()):
+        axis.plot(lambdas, [getattr(point, name) for point in curve], color=BLUE)
+        axis.scatter(best.lambda_, getattr(best, name), color=RED, zorder=3)
+        axis.set(xlabel="lambda (red: lambda*)", title=title)
+    axes[1, 0].axhline(cost_limit, color=GREY, ls=":")
+    return save_figure(figure, out_dir, "dual")
+
+
 # ---- runs ----
 
 
