@@ -320,15 +320,15 @@ for model_tok in (reward_tok, cost_tok):
 # the run
 multiplier = make_multiplier(  # from here on the object, no longer its kind
     multiplier,
-    lambda_init,
-    lambda_lr,
-    lambda_max,
-    cost_window,
-    lambda_delay,
-    lambda_kp,
-    lambda_kd,
-    lambda_ema,
-    lambda_lookback,
+    init=lambda_init,
+    lr=lambda_lr,
+    max=lambda_max,
+    window=cost_window,
+    delay=lambda_delay,
+    kp=lambda_kp,
+    kd=lambda_kd,
+    ema=lambda_ema,
+    lookback=lambda_lookback,
 )
 moments = RunningMeanStd()  # of the rewards, for reward_scaling
 current_kl_coef = kl_coef  # kl_target adapts it
@@ -557,11 +557,11 @@ while step < steps:
                     old_logps[rows],
                     advantages[rows],
                     mask[rows],
-                    ratio_bound,
-                    upper_ratio_bound,
-                    surrogate,
-                    loss_mean,
-                    max_new_tokens,
+                    clip_low=ratio_bound,
+                    clip_high=upper_ratio_bound,
+                    surrogate=surrogate,
+                    loss_mean=loss_mean,
+                    length=max_new_tokens,
                 )
                 loss = loss * batch_share(mask, rows, minibatch, loss_mean)
                 backward(actor, loss * actor_weight, last=is_last and not ptx)
