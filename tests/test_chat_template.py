@@ -9,10 +9,11 @@ import os
 import shutil
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from nanosafe import tokenizer
+from nanosafe.checkpoint import run_state
 from nanosafe.storage import read_json, write_json
 from nanosafe.tokenizer import chat_template
 from nanosafe.tokenizer.chat_template import SHIPPED, ChatTemplate, Marks, take_marks_out
@@ -531,3 +532,28 @@ def test_a_template_file_of_the_source_does_not_outlive_another_choice(folder, t
     (source / "chat_template.jinja").write_text(STRIPPING)
     tokenizer.load(source, "safe_rlhf").save(tmp_path / "saved")
     assert "BEGINNING OF CONVERSATION" in tokenizer.load(tmp_path / "saved").template.source
+
+
+def test_a_run_keeps_its_day_when_it_is_resumed(trainers, world, tmp_path, monkeypatch):
+    """A template that writes the date gives other prompts on another day."""
+    template = "{{ strftime_now('%d %b %Y') }} {{ messages[0].content }}{{ eos_token }}"
+    template += "{% if messages|length > 1 %}{{ messages[1].content }}{{ eos_token }}{% endif %}"
+    (tmp_path / "dated.jinja").write_text(template)
+    flags = [*trainers["sft"], f"--template={tmp_path}/dated.jinja", f"--out_dir={tmp_path}/run"]
+    run(*flags, "--max_steps=2")
+    record = tmp_path / "run" / "state" / "step_000002" / "record.json"
+    written = json.loads(record.read_text())
+    assert written["day"] == datetime.date.today().isoformat()
+
+    record.write_text(json.dumps({**written, "day": "2020-02-03"}))
+    monkeypatch.setattr(chat_template.Clock, "fixed", None)
+    assert run_state.open_run_folder({"out_dir": str(tmp_path / "run"), "resume": True})
+    tok = tokenizer.load(world / "tokenizer", str(tmp_path / "dated.jinja"))
+    assert "03 Feb 2020 q" in tok.decode(tok.conversation([{"role": "user", "content": "q"}]).ids)
+
+
+@pytest.mark.parametrize("broken", [5, "yesterday", ""])
+def test_a_broken_day_in_a_record_is_today(monkeypatch, broken):
+    monkeypatch.setattr(chat_template.Clock, "fixed", None)
+    chat_template.Clock.fix(broken)
+    assert chat_template.Clock.now().date() == datetime.date.today()

@@ -335,8 +335,8 @@ def make_record(knobs, steps, **sources):
              not change; None where there is none"""
     recorded = {name: value for name, value in knobs.items() if name not in UNRECORDED_KNOBS}
     contents = {name: fingerprint(source) for name, source in sources.items()}
-    clock = Clock.now().isoformat(timespec="seconds")
-    return {"steps": steps, "knobs": recorded, "contents": contents, "clock": clock}
+    day = Clock.now().date().isoformat()
+    return {"steps": steps, "knobs": recorded, "contents": contents, "day": day}
 
 
 def fingerprint(source):
@@ -442,7 +442,7 @@ locks = {}  # path of a lock -> its open file, which holds the lock until this p
 def open_run_folder(config):
     """Lock the run's folder, and return whether it has a state to continue from. A collective.
 
-    Chat templates are told the time of the run's beginning from now on.
+    Chat templates are told the day of the run's beginning from now on.
 
     A folder that holds a run is refused, unless that run is resumed, or unless the torchrun that
     started it starts it again. So is the folder of a run that lives. No file of the run changes
@@ -450,7 +450,7 @@ def open_run_folder(config):
     out_dir, resume = config["out_dir"], config["resume"]
     refusal = ""
     has_state = False
-    clock = Clock.now().isoformat(timespec="seconds")
+    day = Clock.now().date().isoformat()
     is_restart = is_restart_of(out_dir)
     if parallel.rank() == 0:  # what it finds holds for all: on other ranks a shared disk may lag
         refusal = find_refusal(out_dir, resume, is_restart)
@@ -462,13 +462,13 @@ def open_run_folder(config):
         if has_state:
             with suppress(OSError, ValueError):  # load() looks for damage, and reads an older one
                 record = read_json(os.path.join(out_dir, "state", states[-1]), RECORD)
-                clock = record.get("clock", clock)
+                day = record.get("day", day)
     indices = [0] if parallel.rank() == 0 else []
-    found = parallel.all_gather_lists([[refusal, has_state, clock]], indices, 1)[0]
-    refusal, has_state, clock = found
+    found = parallel.all_gather_lists([[refusal, has_state, day]], indices, 1)[0]
+    refusal, has_state, day = found
     if refusal:
         stop(refusal)
-    Clock.fix(clock)
+    Clock.fix(day)
     for name in ("model", "model_ema"):
         if parallel.rank() == 0:
             check_link(os.path.join(out_dir, name))

@@ -169,8 +169,8 @@ def raise_exception(message):
 
 
 class Clock:
-    """What templates that write the date are told. A run has the time of its beginning, also when
-    it is resumed, so that its prompts stay as they were."""
+    """What templates that write the date are told. A run stays at the day of its beginning, also
+    when it is resumed, so that its prompts stay as they were."""
 
     fixed = None
 
@@ -180,7 +180,7 @@ class Clock:
 
     @classmethod
     def fix(cls, text):
-        """Stop the clock, at a time as datetime.isoformat() writes it; else now."""
+        """Stop the clock at the beginning of a day, YYYY-MM-DD; of anything else, now."""
         try:
             cls.fixed = datetime.fromisoformat(text)
         except (TypeError, ValueError):
