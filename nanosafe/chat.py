@@ -123,10 +123,7 @@ def catch_interrupt():
 
 def read_line():
     try:
-        line = input("\n> ").strip()
-        if not sys.stdin.isatty():  # a pipe: the questions belong into the transcript
-            print(line, flush=True)
-        return line
+        return input("\n> ").strip()
     except (EOFError, KeyboardInterrupt):
         return "/quit"
 
