@@ -454,6 +454,8 @@ def gaps_between_pairs(scores, labels):
     """By how much the score of each preferred response exceeds that of the other one."""
     if objective == "cost":
         return scores[:, 1] - scores[:, 0]  # the first is the safer one, which costs less
+    if objective == "bfpo":
+        return labels[:, 0] * (scores[:, 0] - scores[:, 1])  # an unsafe first one should lose
     if objective != "rrhf":
         return scores[:, 0] - scores[:, 1]
     gaps = scores[:, :, None] - scores[:, None]  # (n, width, width)

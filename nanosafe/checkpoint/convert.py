@@ -1,13 +1,16 @@
-"""python -m nanosafe.checkpoint: write any model that opens as a Hugging Face folder."""
+"""python -m nanosafe.checkpoint: write any model that opens as a Hugging Face folder; mix two."""
 
 import os
 import shutil
+from dataclasses import fields
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
 from nanosafe import tokenizer
 from nanosafe.checkpoint.folder import (
+    Folder,
     check_tensors,
     choose_head,
     copy_weights,
@@ -18,18 +21,34 @@ from nanosafe.checkpoint.folder import (
 )
 from nanosafe.checkpoint.model_folder import write_model_folder
 from nanosafe.errors import stop
+from nanosafe.model import Config
 from nanosafe.printing import print_once
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SYNOPSIS = f"python -m nanosafe.checkpoint SOURCE TARGET [--to=hf] [--dtype={'|'.join(DTYPES)}]"
+MERGE_SYNOPSIS = "python -m nanosafe.checkpoint A B --merge=Q TARGET [--dtype=..], Q from 0 to 1"
+# What the two models of a merge may state differently; the first one's is written.
+MAY_DIFFER = (
+    "initializer_range",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "do_normalize",
+    "normalizer_type",
+    "momentum",
+    "mean",
+    "var",
+)
 HELP = f"""{SYNOPSIS}
+{MERGE_SYNOPSIS}
 
 Write any model that opens as a Hugging Face folder, with its tokenizer.
 
 SOURCE   a model folder of a family in docs/formats.md, or one of Meta's
 TARGET   the folder to write, which must not exist
 --to     the layout to write: hf, the only one
---dtype  of the tensors to write; SOURCE's by default"""
+--dtype  of the tensors to write; SOURCE's, or A's, by default
+--merge  write (1 - Q) A + Q B, parameter by parameter: two trainings of one model"""
 
 
 def main(arguments):
@@ -44,10 +63,16 @@ def main(arguments):
             flags[name] = value
         else:
             paths.append(argument)
+    share = flags.pop("merge", None)
     choices = {"to": ("hf",), "dtype": DTYPES}
     for name, value in flags.items():
         if value not in choices.get(name, ()):
             stop(SYNOPSIS)
+    if share is not None:
+        if len(paths) != 3 or "to" in flags:
+            stop(MERGE_SYNOPSIS)
+        merge(*paths, parse_share(share), DTYPES.get(flags.get("dtype")))
+        return
     if len(paths) != 2:
         stop(SYNOPSIS)
     source, target = paths
@@ -104,3 +129,101 @@ def check_target(target, temporary):
     for path in (target, temporary, old):
         if os.path.lexists(path) or not has_a_name:
             stop(f"{path!r} is there already: choose another TARGET, or remove it")
+
+
+# ---- merging ----
+
+
+class Source(NamedTuple):
+    """A model to merge."""
+
+    folder: Folder
+    head: str
+    config: Config
+    shapes: dict  # parameter -> its shape
+    ranges: dict  # parameter -> where it lies in the folder, [RowRange]
+
+    def read(self, name):
+        """A whole parameter, in float32."""
+        whole = torch.empty(self.shapes[name], dtype=torch.float32)
+        copy_weights({name: whole}, self.folder, self.ranges)
+        return whole
+
+
+def merge(first, second, target, share, dtype=None):
+    """Write the folder of (1 - share) first + share second, heads and embeddings included.
+
+    It is made for two trainings of one model: of others the mixture means nothing. The parameters
+    are mixed in float32, one at a time, and written in dtype, the first one's by default. The
+    tokenizer and the moments of scores are the first one's."""
+    temporary = target.rstrip("/") + ".tmp"
+    check_target(target, temporary)
+    a = open_source(first)
+    b = open_source(second)
+    check_same_shape(a, b)
+    tok = check_same_tokenizer(first, second)
+    dtype = dtype or a.folder.dtype()
+
+    def mix_weights():
+        for name in tqdm(a.shapes, unit="tensor", desc=target):
+            mixed = mix(a.read(name), b.read(name), share).to(dtype)
+            if not torch.isfinite(mixed).all():
+                stop(f"{name} is not finite in {dtype} after the mixing")
+            yield name, mixed
+
+    try:
+        write_model_folder(target, a.config, a.head, mix_weights(), tok, dtype)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    print_once(f"{target}: {1 - share:.12g} of {first} and {share:.12g} of {second}")
+
+
+def mix(first, second, share):
+    """(1 - share) first + share second, of two tensors: one of them if the share is 0 or 1."""
+    return (1 - share) * first + share * second
+
+
+def parse_share(text):
+    """The number from 0 to 1 that --merge is."""
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        stop(f"--merge={text} must be a number from 0 to 1, the share of the second model")
+    return share
+
+
+def open_source(path):
+    """The Source at a path. No weights are read yet."""
+    folder = open_folder(path)
+    head = choose_head(folder, "auto")
+    config = make_config(folder)
+    shapes = list_shapes(config, head)
+    ranges = map_tensors(shapes, config, folder.family)
+    check_tensors(folder, head, shapes, ranges)
+    return Source(folder, head, config, shapes, ranges)
+
+
+def check_same_shape(a, b):
+    """Stop unless two Sources are of one architecture, with one kind of head."""
+    what = f"{a.folder.path!r} and {b.folder.path!r} cannot be merged"
+    if a.head != b.head:
+        stop(f"{what}: the heads are {a.head} and {b.head}")
+    for field in fields(Config):
+        first = getattr(a.config, field.name)
+        second = getattr(b.config, field.name)
+        if field.name not in MAY_DIFFER and first != second:
+            stop(f"{what}: {field.name} is {first!r} and {second!r}")
+
+
+def check_same_tokenizer(first, second):
+    """The tokenizer of two model folders, None if neither has one. Stops if they differ."""
+    tokenizers = []
+    for path in (first, second):
+        has_one = tokenizer.find_tokenizer_file(path)
+        tokenizers.append(tokenizer.load(path) if has_one else None)
+    identities = {tok and tok.identity for tok in tokenizers}
+    if len(identities) > 1:
+        stop(f"{first!r} and {second!r} cannot be merged: their tokenizers or templates differ")
+    return tokenizers[0]
