@@ -253,7 +253,9 @@ if not gives_scores and held_out and eval_samples:
     )
 
 steps = count_steps(len(train), batch_size, epochs, max_steps)
-record = run_state.make_record(config, steps, data=train, init_from=init_from)
+record = run_state.make_record(
+    config, steps, data=train, init_from=init_from, safety_model=safety_model or None
+)
 start = skips = 0
 if resume:
     state = run_state.load(out_dir, {"model": model}, {"model": optimizer}, record)
