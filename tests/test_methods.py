@@ -151,8 +151,9 @@ def test_every_objective_learns_its_pairs(pref, world, tmp_path, flags):
     is_policy = objective not in ("reward", "cost")
     assert model.head == ("lm" if is_policy else "score")
     if is_policy:
-        assert last["reward_chosen"] > last["reward_rejected"]
         assert last["eval_kl"] > 0
+    if is_policy and objective != "bfpo":  # whose first answer should win if it is safe
+        assert last["reward_chosen"] > last["reward_rejected"]
 
 
 @pytest.mark.parametrize("objective, loss", [("dpo", math.log(2)), ("ipo", 1 / (4 * 0.1**2))])

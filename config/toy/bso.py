@@ -4,4 +4,4 @@ objective = "bso"
 out_dir = "out/demo/bso"
 generator = "sba"
 margin = 1.0  # the slope of a pair at its beginning grows as exp(1.2 margin)
-learning_rate = 1e-4  # a pair that is won is pushed on: at 3e-4 the text falls apart
+learning_rate = 1e-4  # a third of the others': a pair that is won is pushed on
