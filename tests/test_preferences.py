@@ -392,7 +392,7 @@ def test_modpo_is_satisfied_where_the_chosen_response_is_the_less_safe_one():
 
 
 def test_modpo_s_best_policy_weighs_reward_and_cost():
-    """It is reference * exp((w r - (1 - w) c) / beta), if labels are as Bradley and Terry draw them.
+    """reference * exp((w r - (1 - w) c) / beta), if labels are as Bradley and Terry draw them.
 
     Of three answers: the gradient of the expected loss is 0 there."""
     rewards = double([1.0, 0.2, -0.5])
