@@ -34,6 +34,7 @@ PATHS = {
     "cost_model",
     "reward_critic",
     "cost_critic",
+    "safety_model",
     "reference",
     "scorer",
     "red",

@@ -2,10 +2,14 @@
 
 objective says which:
 
-    reward     a score per response: which of two is better
-    cost       a score per response: which of two is safer, and above 0 a response is unsafe
-    dpo, ipo   a policy whose log-ratio to a reference is the reward
-    rrhf       a policy that ranks scored answers as their scores do
+    reward            a score per response: which of two is better
+    cost              the same: which of two is safer, and above 0 a response is unsafe
+    dpo, ipo          a policy whose log-ratio to a reference is the reward
+    simpo, orpo       the same without a reference
+    kto               a policy from responses that are good or bad, each by itself
+    safedpo, bso      a policy from pairs whose unsafe response always loses
+    bfpo, modpo       a policy from pairs by helpfulness, and from how safe their responses are
+    rrhf              a policy that ranks scored answers as their scores do
 
 On a laptop, after python -m nanosafe.demo:
 $ python train_pref.py --eval_data=toy/reward/test
@@ -34,9 +38,30 @@ from nanosafe.data.batching import (
     plan_micro_batches,
     sum_per_sequence,
 )
-from nanosafe.errors import choose
-from nanosafe.inference import ReferenceSamples, cached_reference_logps, warn_beyond_positions
-from nanosafe.losses import cost_loss, dpo_loss, ipo_loss, mean_or_zero, reward_loss, rrhf_loss
+from nanosafe.errors import choose, stop
+from nanosafe.inference import (
+    ReferenceSamples,
+    cached_reference_logps,
+    last_token_scores,
+    sum_response_logps,
+    warn_beyond_positions,
+)
+from nanosafe.losses import (
+    bfpo_loss,
+    bso_loss,
+    cost_loss,
+    dpo_loss,
+    ipo_loss,
+    kto_loss,
+    mean_or_zero,
+    modpo_loss,
+    orpo_loss,
+    reward_loss,
+    rrhf_loss,
+    safedpo_loss,
+    simpo_loss,
+    zero_outside,
+)
 from nanosafe.monitor import Monitor, check_sinks
 from nanosafe.parallel import all_reduce_sum, backward, choose_placements, init
 from nanosafe.printing import print_once
@@ -45,7 +70,8 @@ from nanosafe.rl import ExponentialMovingAverage, RunningMeanStd
 from nanosafe.tokenizer import load as load_tokenizer
 
 # run
-objective = "reward"  # reward | cost | dpo | ipo | rrhf
+objective = "reward"  # reward | cost | dpo | ipo | simpo | orpo | kto | safedpo | bso | bfpo |
+# modpo | rrhf
 out_dir = "out/reward"  # the run's folder: config.py, metrics.jsonl, model/, state/
 resume = False  # continue the run in out_dir exactly where its last state was saved
 seed = 0  # of the data order, of a new score head, and of samples
@@ -55,6 +81,7 @@ template = "auto"  # chat template: auto (the model's own) | safe_rlhf | chatml 
 # data
 data = "toy/pairs"  # pairs: NAME[/SPLIT][:PROPORTION[:PATH]] or a .jsonl, comma separated
 eval_data = ""  # the same, held out; empty: none
+rank_by = "better"  # better | safer: which label dpo, ipo, simpo and orpo learn; kto: is_safe
 max_len = 512  # longest sequence in tokens; pairs with a longer one are dropped and counted
 # optimization
 epochs = 2.0  # passes over the data
@@ -69,18 +96,23 @@ beta1 = 0.9  # of AdamW
 beta2 = 0.95  # of AdamW
 grad_clip = 1.0  # greatest norm of a gradient; 0: none
 max_skips = 10  # stop after this many updates with a non-finite gradient
-# reward and cost models
+# reward and cost models; margin and lm_coef are of policies, too
 regularization = 0.001  # weight of the mean squared score, which keeps scores near zero
 token_wise = False  # compare the scores of all tokens from the first that differs, not the last's
-margin = 0.0  # reward: by how much the preferred response should win
-lm_coef = 0.0  # reward, cost: weight of the preferred response's loss per token, as MOSS does
+margin = 0.0  # reward, simpo: by how much the preferred response should win; safedpo, bso: by how
+# much a safe one should win over an unsafe one
+lm_coef = 0.0  # weight of the preferred response's loss per token, unless it is known to be unsafe
 normalizer = "ema"  # ema | running | none: moments of the scores, kept in the model's config.json
 normalizer_momentum = 0.9  # of ema: the weight of the moments so far
 # policies; the reference is the model in init_from
-beta = 0.1  # dpo: weight of the log-ratio; ipo: 1 / (2 beta) is the margin to reach
+beta = 0.1  # weight of the log-ratio; ipo: 1 / (2 beta) is the margin to reach, bfpo: up to
+# 1 / beta nats; orpo: weight of the pair beside the preferred response's likelihood
 label_smoothing = 0.0  # dpo: share of the pairs whose label is taken to be wrong
-reference_free = False  # dpo, ipo: compare log-probabilities, not their ratios to the reference's
+reference_free = False  # compare log-probabilities, not their ratios to the reference's
 sum_logps = False  # ipo: of whole responses, not per token; another beta fits then
+generator = "sba"  # bso: sba | logistic: where its divergence comes from; logistic is safedpo
+safety_model = ""  # modpo: a cost model's folder, or a policy's that was trained on what is safer
+helpful_weight = 0.5  # modpo: weight of the pairs; the rest is that of safety_model
 eval_samples = 64  # responses of the reference to measure KL(reference || policy) on; 0: none
 max_new_tokens = 128  # longest of these
 # intervals, in optimizer steps
@@ -101,33 +133,52 @@ config = configure(globals())
 check_ranges(config)
 
 # ---- setup ----
-# A new objective is a loss in losses.py, an entry here, and a branch in judge().
+# A new objective is a loss in losses.py, an entry here, and a line in judge_pairs() or a branch in
+# judge().
 TASK_OF_OBJECTIVE = {
     "reward": "reward",
     "cost": "cost",
     "dpo": "reward",
     "ipo": "reward",
+    "simpo": "reward",
+    "orpo": "reward",
+    "kto": "kto",
+    "safedpo": "safedpo",
+    "bso": "safedpo",
+    "bfpo": "bfpo",
+    "modpo": "reward",
     "rrhf": "rank",
 }
+TASK_IF_SAFER = {"dpo": "cost", "ipo": "cost", "simpo": "cost", "orpo": "cost", "kto": "kto_safe"}
 choose("objective", objective, TASK_OF_OBJECTIVE)
+choose("rank_by", rank_by, ("better", "safer"))
+choose("generator", generator, ("sba", "logistic"))
 choose("normalizer", normalizer, ("ema", "running", "none"))
 choose("lr_schedule", lr_schedule, optim.SCHEDULES)
 check_sinks(log_to)
+task = TASK_OF_OBJECTIVE[objective]
+if rank_by == "safer":
+    choose("with rank_by=safer objective", objective, TASK_IF_SAFER)
+    task = TASK_IF_SAFER[objective]
+if objective == "modpo" and not safety_model:
+    stop("objective=modpo needs safety_model: the folder of a cost model, or of a safer policy")
 gives_scores = objective in ("reward", "cost")
-compares_with_reference = objective in ("dpo", "ipo") and not reference_free
+has_reference = not gives_scores and objective not in ("simpo", "orpo", "rrhf")
 world = init(device, config)
 resume = run_state.open_run_folder(config)
 tok = load_tokenizer(init_from, template)
-train = tokenize(data, tok, TASK_OF_OBJECTIVE[objective], max_len, max_tokens)
+train = tokenize(data, tok, task, max_len, max_tokens)
 held_out = None
 if eval_data:
-    held_out = tokenize(eval_data, tok, TASK_OF_OBJECTIVE[objective], max_len, max_tokens)
+    held_out = tokenize(eval_data, tok, task, max_len, max_tokens)
     report_shared_prompts(train, held_out)
+datasets = list(filter(None, (train, held_out)))
 
 parameters = checkpoint.count_parameters(init_from)
-placement = choose_placements(
+placements = choose_placements(
     world, dtype, parallel, offload, use_compile, activation_checkpointing, parameters
-).trained
+)
+placement = placements.trained
 head = "lm"
 if gives_scores:
     head = "both" if lm_coef else "score"
@@ -148,12 +199,51 @@ if normalizer == "ema":
 
 # The reference is the model before its first step. Its log-probabilities of all responses are
 # computed now and kept, so that no second model is held.
-reference_logps = {}  # Dataset -> (n, 2)
-if compares_with_reference:
-    for dataset in filter(None, (train, held_out)):
+reference_logps = {}  # Dataset -> (n, width)
+for dataset in datasets:
+    reference_logps[dataset] = torch.zeros(dataset.labels.shape, device=world.device)
+    if has_reference and not reference_free:
         reference_logps[dataset] = cached_reference_logps(
             model, init_from, dataset, max_tokens, world
         )
+
+# KTO weighs desirable responses as much as the others, and measures the KL on answers to other
+# prompts.
+mismatched_ref_logps = {}  # Dataset -> (n,)
+if objective == "kto":
+    desirable = np.sum(train.labels == 1)
+    undesirable = np.sum(train.labels == 0)
+    if not (desirable and undesirable):
+        stop(
+            f"{data!r} has {desirable} desirable and {undesirable} other responses; kto needs both"
+        )
+    undesirable_weight = float(desirable / undesirable)
+    for dataset in datasets:
+        mismatched_ref_logps[dataset] = torch.zeros(len(dataset), device=world.device)
+        if not reference_free:
+            sequences = [dataset.mismatched_sequence(i) for i in range(len(dataset))]
+            mismatched_ref_logps[dataset] = sum_response_logps(model, sequences, max_tokens, world)
+
+# MODPO asks another model how safe each response is: minus the cost, or the implied reward of a
+# policy, whose beta is taken to be this run's.
+safety = {}  # Dataset -> (n, 2)
+if objective == "modpo":
+    if load_tokenizer(safety_model, template).identity != tok.identity:
+        stop(f"{safety_model!r} has another tokenizer or chat template than {init_from!r}")
+    safety_judge = checkpoint.load(
+        safety_model, placement=placements.frozen, vocab_size=tok.vocab_size
+    )
+    for dataset in datasets:
+        if safety_judge.head == "score":
+            checkpoint.check_score_model(safety_model, "cost")
+            responses = [dataset.sequence(i // 2, i % 2)[0] for i in range(2 * len(dataset))]
+            costs = last_token_scores(safety_judge, responses, max_tokens, world)
+            safety[dataset] = -costs.view(-1, 2)
+        else:
+            logps = cached_reference_logps(safety_judge, safety_model, dataset, max_tokens, world)
+            safety[dataset] = beta * (logps - reference_logps[dataset])
+    del safety_judge
+
 reference_samples = None
 if not gives_scores and held_out and eval_samples:
     sequences = [held_out.sequence(i) for i in range(min(eval_samples, len(held_out)))]
@@ -163,7 +253,9 @@ if not gives_scores and held_out and eval_samples:
     )
 
 steps = count_steps(len(train), batch_size, epochs, max_steps)
-record = run_state.make_record(config, steps, data=train, init_from=init_from)
+record = run_state.make_record(
+    config, steps, data=train, init_from=init_from, safety_model=safety_model or None
+)
 start = skips = 0
 if resume:
     state = run_state.load(out_dir, {"model": model}, {"model": optimizer}, record)
@@ -188,15 +280,17 @@ class Judged(NamedTuple):
     scores: torch.Tensor  # (n, width): end scores or implied rewards, the preferred response first
 
 
-def judge(dataset, examples):
+def judge(dataset, examples, kl):
+    """The Judged of examples; kl is what estimate_kl() says of them, or of a batch around them."""
     batch = dataset.batch(examples, world.device)
     labels = torch.tensor(dataset.labels[examples], device=world.device)  # (n, width)
     if gives_scores:
         return judge_by_scores(dataset, examples, batch, labels)
     if objective == "rrhf":
         return judge_rankings(batch, labels)
-    assert objective in ("dpo", "ipo")
-    return judge_by_log_ratios(dataset, examples, batch)
+    if objective == "kto":
+        return judge_one_by_one(dataset, examples, batch, labels, kl)
+    return judge_pairs(dataset, examples, batch, labels)
 
 
 def judge_by_scores(dataset, examples, batch, labels):
@@ -223,22 +317,60 @@ def judge_by_scores(dataset, examples, batch, labels):
     return Judged(loss, end_scores.T)
 
 
-def judge_by_log_ratios(dataset, examples, batch):
-    """DPO and IPO: the log-ratio to the reference is the implied reward."""
+def judge_pairs(dataset, examples, batch, labels):
+    """Policies from pairs: the log-ratio to the reference is the implied reward."""
     n = len(examples)
     logps = sum_per_sequence(model.log_probs(batch), batch)[: 2 * n].view(2, n)
-    ref_logps = torch.zeros_like(logps)
-    if compares_with_reference:
-        ref_logps = reference_logps[dataset][examples].T
-    implied_rewards = beta * (logps - ref_logps)
+    lengths = count_targets(batch)[: 2 * n].view(2, n)
+    ref_logps = reference_logps[dataset][examples].T
+    four = (*logps, *ref_logps)
+    four_per_token = (*(logps / lengths), *(ref_logps / lengths))
+    unsafe = (labels.T < 0).float()  # labels are +1 for safe and -1 for unsafe, if they say that
     if objective == "dpo":
-        loss = dpo_loss(*logps, *ref_logps, beta, label_smoothing)
-        return Judged(loss, implied_rewards.T)
-    lengths = torch.ones_like(logps)
-    if not sum_logps:
-        lengths = count_targets(batch)[: 2 * n].view(2, n)
-    loss = ipo_loss(*(logps / lengths), *(ref_logps / lengths), beta)
-    return Judged(loss, (implied_rewards / lengths).T)
+        loss = dpo_loss(*four, beta, label_smoothing)
+    elif objective == "ipo":
+        loss = ipo_loss(*(four if sum_logps else four_per_token), beta)
+    elif objective == "simpo":
+        loss = simpo_loss(*logps, *lengths, beta, margin)
+    elif objective == "orpo":
+        loss = orpo_loss(*logps, *lengths, beta)
+    elif objective == "safedpo":
+        loss = safedpo_loss(*four, *unsafe, beta, margin)
+    elif objective == "bso":
+        loss = bso_loss(*four, *unsafe, beta, margin, generator, limit=30 + margin)
+    elif objective == "bfpo":
+        loss = bfpo_loss(*four, *unsafe, beta)
+    else:
+        loss = modpo_loss(*four, *safety[dataset][examples].T, helpful_weight, beta)
+    if lm_coef:
+        loss = loss - lm_coef * mean_or_zero(zero_outside(1 - unsafe[0], four_per_token[0]))
+    implied_rewards = beta * (logps - ref_logps)
+    if objective in ("simpo", "orpo") or (objective == "ipo" and not sum_logps):
+        implied_rewards = implied_rewards / lengths
+    return Judged(loss, implied_rewards.T)
+
+
+def judge_one_by_one(dataset, examples, batch, labels, kl):
+    """KTO: labels (n, width) are 1 and 0, and nan where an example has one response only."""
+    exists = ~labels.isnan()
+    logps = spread_over_answers(sum_per_sequence(model.log_probs(batch), batch), exists)
+    lengths = spread_over_answers(count_targets(batch), exists).clamp(min=1)
+    ref_logps = reference_logps[dataset][examples]
+    loss = kto_loss(logps[exists], ref_logps[exists], labels[exists], kl, beta, undesirable_weight)
+    # A response weighs the same wherever it is: examples weigh as much as they have responses.
+    loss = loss * exists.sum() / max(1, exists.numel())
+    if lm_coef:
+        loss = loss - lm_coef * mean_or_zero(zero_outside(labels == 1, logps / lengths).mean(1))
+    return Judged(loss, beta * (logps - ref_logps))
+
+
+def estimate_kl(dataset, examples):
+    """KTO's KL(policy || reference): the mean log-ratio of answers to other prompts, a scalar."""
+    if objective != "kto":
+        return None
+    sequences = [dataset.mismatched_sequence(i) for i in examples]
+    logps = sum_response_logps(model, sequences, max_tokens, world)
+    return (logps - mismatched_ref_logps[dataset][examples]).mean()
 
 
 def judge_rankings(batch, labels):
@@ -284,14 +416,18 @@ def mask_differing_tokens(dataset, examples, length):
 
 def describe(scores, labels):
     """What scores or implied rewards (n, width), the preferred first, say about a model."""
+    if objective == "kto":
+        return describe_one_by_one(scores, labels)
     metrics = {}
     gaps = gaps_between_pairs(scores, labels)
     metrics["accuracy"] = (gaps > 0).float().mean().item()
     metrics["margin"] = gaps.mean().item()
     if not gives_scores:
-        is_rejected = labels < labels[:, :1]
+        others = scores[:, 1]
+        if objective == "rrhf":
+            others = scores[labels < labels[:, :1]]
         metrics["reward_chosen"] = scores[:, 0].mean().item()
-        metrics["reward_rejected"] = scores[is_rejected].mean().item()
+        metrics["reward_rejected"] = others.mean().item()
         return metrics
     metrics["score_mean"] = scores.mean().item()
     metrics["score_std"] = scores.std().item()
@@ -303,10 +439,25 @@ def describe(scores, labels):
     return metrics
 
 
+def describe_one_by_one(scores, labels):
+    """The same of KTO: right is a gain of a desirable response, or a loss of another one."""
+    is_desirable = labels == 1
+    is_other = labels == 0  # a missing response is neither
+    right = torch.where(is_desirable, scores > 0, scores < 0)
+    metrics = {"accuracy": right[is_desirable | is_other].float().mean().item()}
+    if is_desirable.any() and is_other.any():
+        metrics["reward_chosen"] = scores[is_desirable].mean().item()
+        metrics["reward_rejected"] = scores[is_other].mean().item()
+        metrics["margin"] = metrics["reward_chosen"] - metrics["reward_rejected"]
+    return metrics
+
+
 def gaps_between_pairs(scores, labels):
     """By how much the score of each preferred response exceeds that of the other one."""
     if objective == "cost":
         return scores[:, 1] - scores[:, 0]  # the first is the safer one, which costs less
+    if objective == "bfpo":
+        return labels[:, 0] * (scores[:, 0] - scores[:, 1])  # an unsafe first one should lose
     if objective != "rrhf":
         return scores[:, 0] - scores[:, 1]
     gaps = scores[:, :, None] - scores[:, None]  # (n, width, width)
@@ -320,8 +471,9 @@ def evaluate():
     scores = torch.zeros(held_out.labels.shape, device=world.device)
     total = torch.zeros(())
     lengths = held_out.lengths.tolist()
+    kl = estimate_kl(held_out, list(range(len(held_out))))
     for rows in plan_micro_batches(lengths, max_tokens, world.size)[world.rank]:
-        judged = judge(held_out, rows)
+        judged = judge(held_out, rows, kl)
         scores[rows] = judged.scores
         total += judged.loss.cpu() * len(rows) / len(held_out)
     labels = torch.tensor(held_out.labels, device=world.device)
@@ -357,9 +509,10 @@ for step in range(start, steps):
     labels = torch.tensor(train.labels[examples], device=world.device)  # (batch_size, width)
     scores = torch.zeros(labels.shape, device=world.device)
     loss_sum = torch.zeros((), device=world.device)
+    kl = estimate_kl(train, examples)
     micro_batches = plan_micro_batches(lengths, max_tokens, world.size)[world.rank]
     for k, rows in enumerate(micro_batches):
-        judged = judge(train, [examples[i] for i in rows])
+        judged = judge(train, [examples[i] for i in rows], kl)
         # A micro-batch's mean times its share of the examples: over micro-batches and ranks these
         # sum up to the mean over the whole batch, however it is cut.
         loss = judged.loss * (len(rows) / batch_size)

@@ -85,16 +85,20 @@ def mean_square(a, b, mask):
 # ---- policies from preferences ----
 
 
-def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, label_smoothing=0.0):
-    """-(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h). arXiv:2305.18290 Eq. 7; e: cDPO.
+def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, label_smoothing=0.0, margin=0.0):
+    """-(1 - e) log sigmoid(x) - e log sigmoid(-x), x = beta h - margin. arXiv:2305.18290 Eq. 7.
 
     h = (chosen - ref_chosen) - (rejected - ref_rejected)
 
     chosen, ...  responses' summed log-probabilities (B,). With zeros for the reference's two the
-                 loss is reference-free. beta * (logp - ref_logp) is the implied reward."""
-    h = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
-    right = (1 - label_smoothing) * F.logsigmoid(h)
-    wrong = label_smoothing * F.logsigmoid(-h)
+                 loss is reference-free. beta * (logp - ref_logp) is the implied reward.
+    e            label_smoothing: the share of wrong labels (cDPO)
+    margin       by how much the implied reward of the chosen response should win, a number or (B,).
+                 DPO has none; SimPO, SafeDPO and MODPO below are DPO with one."""
+    h = (chosen - ref_chosen) - (rejected - ref_rejected)
+    x = beta * h - margin
+    right = (1 - label_smoothing) * F.logsigmoid(x)
+    wrong = label_smoothing * F.logsigmoid(-x)
     return -mean_or_zero(right + wrong)
 
 
@@ -105,6 +109,166 @@ def ipo_loss(chosen, rejected, ref_chosen, ref_rejected, beta):
                  1 / (2 beta) is one of responses, not of tokens, and another beta fits."""
     h = (chosen - ref_chosen) - (rejected - ref_rejected)
     return mean_or_zero((h - 1 / (2 * beta)).square())
+
+
+def simpo_loss(chosen, rejected, chosen_lengths, rejected_lengths, beta, margin):
+    """-log sigmoid(beta (chosen / length - rejected / length) - margin). arXiv:2405.14734 Eq. 6.
+
+    There is no reference. The paper calls the margin gamma, and states it as a share of beta.
+
+    chosen, rejected  responses' summed log-probabilities (B,); their lengths in tokens (B,)"""
+    p_chosen = chosen / chosen_lengths
+    p_rejected = rejected / rejected_lengths
+    none = torch.zeros_like(chosen)
+    return dpo_loss(p_chosen, p_rejected, none, none, beta, margin=margin)
+
+
+def orpo_loss(chosen, rejected, chosen_lengths, rejected_lengths, beta):
+    """-p_chosen - beta log sigmoid(o_chosen - o_rejected). arXiv:2403.07691 Eq. 6-7.
+
+    p is the log-probability per token, and o = p - log(1 - exp p) its log-odds. There is no
+    reference: the first term is that of SFT. The paper calls the weight beta lambda.
+
+    chosen, rejected  responses' summed log-probabilities (B,); their lengths in tokens (B,)"""
+    p_chosen = chosen / chosen_lengths
+    p_rejected = rejected / rejected_lengths
+    ranking = F.logsigmoid(log_odds(p_chosen) - log_odds(p_rejected))
+    return -mean_or_zero(p_chosen + beta * ranking)
+
+
+def log_odds(logps):
+    """log(p / (1 - p)) of log-probabilities, finite where p is 1."""
+    one_minus_p = -torch.expm1(logps)
+    return logps - one_minus_p.clamp(min=1e-20).log()
+
+
+def kto_loss(logps, ref_logps, desirable, kl, beta, undesirable_weight=1.0):
+    """1 - sigmoid(beta (g - z)) of a desirable response, w (1 - sigmoid(beta (z - g))) of another.
+
+    g = logp - ref_logp, z = max(0, kl). arXiv:2402.01306. Responses are not paired: a gain g is
+    compared with z, the gain that counts as none, which has no gradient.
+
+    logps, ref_logps    responses' summed log-probabilities (B,)
+    desirable           (B,): 1 or 0
+    kl                  estimate of KL(policy || reference), a scalar: the mean gain of responses to
+                        other prompts than those that they were given to
+    undesirable_weight  w. With (number of desirable) / (number of the others) both weigh the same.
+    """
+    z = kl.detach().clamp(min=0)
+    distance = beta * (logps - ref_logps - z)
+    loss_if_desirable = torch.sigmoid(-distance)
+    loss_if_not = undesirable_weight * torch.sigmoid(distance)
+    return mean_or_zero(torch.where(desirable.bool(), loss_if_desirable, loss_if_not))
+
+
+# ---- policies from preferences, as safe as they are helpful ----
+# chosen_unsafe and rejected_unsafe (B,) are 1 where a response is unsafe, and 0 where it is safe.
+
+
+def safedpo_loss(
+    chosen, rejected, ref_chosen, ref_rejected, chosen_unsafe, rejected_unsafe, beta, margin
+):
+    """-log sigmoid(beta h - margin (rejected_unsafe - chosen_unsafe)). arXiv:2505.20065 Eq. 12.
+
+    h as in dpo_loss. It is made for pairs that examples.parse_safedpo_pair() has reordered: there
+    the chosen response is safe. The paper calls the margin Delta; with 0 the loss is DPO's."""
+    margins = margin * (rejected_unsafe - chosen_unsafe)
+    return dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, margin=margins)
+
+
+def bso_loss(
+    chosen,
+    rejected,
+    ref_chosen,
+    ref_rejected,
+    chosen_unsafe,
+    rejected_unsafe,
+    beta,
+    margin,
+    generator="sba",
+    steepness=0.2,
+    scale=4.0,
+    limit=30.0,
+):
+    """f(v), v = -(beta h + margin (chosen_unsafe - rejected_unsafe)). arXiv:2605.12339 Eq. 14.
+
+    h as in dpo_loss. f comes from the convex generator of a Bregman divergence:
+
+    logistic  log(1 + e^v), which is safedpo_loss
+    sba       (l e^((1 + l) v) - (1 + l) e^(-l v) + 1) / (l s (1 + l))
+
+    margin     the paper calls it C
+    steepness  l, any number but 0 and -1
+    scale      s
+    limit      v is cut to -limit .. limit, where there is no gradient. It must lie above the
+               margin: at C = 30 and a limit of 30 a (safe, unsafe) pair starts without gradient.
+
+    With sba a pair that is won is pushed on, the harder the more it is won (slope e^(-l v) / s): it
+    is bounded by the limit only."""
+    h = (chosen - ref_chosen) - (rejected - ref_rejected)
+    v = -(beta * h + margin * (chosen_unsafe - rejected_unsafe))
+    v = v.clamp(-limit, limit)
+    if generator == "logistic":
+        return mean_or_zero(F.softplus(v))
+    assert generator == "sba"
+    rising = steepness * ((1 + steepness) * v).exp()
+    falling = (1 + steepness) * (-steepness * v).exp()
+    return mean_or_zero(rising - falling + 1) / (steepness * scale * (1 + steepness))
+
+
+def bfpo_loss(
+    chosen,
+    rejected,
+    ref_chosen,
+    ref_rejected,
+    chosen_unsafe,
+    rejected_unsafe,
+    beta,
+    spread=3.0,
+    shift=0.5,
+):
+    """(h - t / beta)^2, t = (b S_chosen - S_rejected) / (b - 1) - a, S = 1 - unsafe.
+
+    h as in dpo_loss, of pairs ordered by helpfulness. arXiv:2408.15313, as its authors' code has
+    it. t is 1/2 if both responses are safe, 1 if only the chosen one is, -1 if only the rejected
+    one is, and -1/2 if both are unsafe: of two unsafe responses the less helpful one should win.
+
+    beta    the paper's tau: nats are t / beta
+    spread  b, above 1
+    shift   a"""
+    chosen_safe = 1 - chosen_unsafe
+    rejected_safe = 1 - rejected_unsafe
+    target = (spread * chosen_safe - rejected_safe) / (spread - 1) - shift
+    h = (chosen - ref_chosen) - (rejected - ref_rejected)
+    return mean_or_zero((h - target / beta).square())
+
+
+def modpo_loss(
+    chosen,
+    rejected,
+    ref_chosen,
+    ref_rejected,
+    chosen_safety,
+    rejected_safety,
+    helpful_weight,
+    beta,
+):
+    """-log sigmoid((beta h - (1 - w) (m_chosen - m_rejected)) / w). arXiv:2310.03708 Eq. 14.
+
+    h as in dpo_loss, of pairs ordered by helpfulness; w is helpful_weight, above 0 and at most 1.
+
+    chosen_safety, rejected_safety  m (B,), higher is safer, in the implied reward's unit: minus the
+                                    costs, or beta (logp - ref_logp) of a policy of safer responses
+
+    Its best policy is reference * exp((w reward + (1 - w) m) / beta), provided that labels are as
+    noisy as Bradley and Terry say. A pair whose chosen response is the less safe one is satisfied
+    before it is learnt; without noise no pair says the opposite."""
+    margins = (1 - helpful_weight) * (chosen_safety - rejected_safety) / helpful_weight
+    beta = beta / helpful_weight
+    return dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, margin=margins)
+
+
+# ---- policies from rankings ----
 
 
 def rrhf_loss(logps, lengths, scores):

@@ -99,6 +99,7 @@ RANGES = {
     "lm_coef": NOT_NEGATIVE,
     "normalizer_momentum": DECAY,
     "beta": POSITIVE,
+    "helpful_weight": PROBABILITY,  # it divides the loss: 0 has no meaning
     "label_smoothing": Range(at_least=0, below=0.5),  # from 0.5 on the labels mean their opposite
     # PPO
     "rollout_size": COUNT,

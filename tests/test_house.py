@@ -330,6 +330,9 @@ def test_every_shared_knob_of_the_prepare_scripts_has_a_comment_and_is_read():
         assert f'config["{name}"]' in text, f"nothing reads {name}"
 
 
+POLICIES_FROM_PAIRS = "dpo ipo simpo orpo kto safedpo bso bfpo modpo sacpo rrhf".split()
+
+
 def script_of(recipe):
     """The script that a recipe is for."""
     name = os.path.basename(recipe).removesuffix(".py")
@@ -337,7 +340,7 @@ def script_of(recipe):
         return "nanosafe/phf/train.py"
     if name in ("sft", "rft"):
         return "train_sft.py"
-    if name in ("reward", "cost", "rm", "dpo", "ipo", "rrhf"):
+    if name in ("reward", "cost", "rm", *POLICIES_FROM_PAIRS):
         return "train_pref.py"
     return "train_ppo_lag.py"
 

@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, rows_of, run, small_config
+from conftest import ROOT, encode_texts, rows_of, run, small_config
 from test_house import knobs_of, script_of
 from test_train import same_state
 
@@ -118,6 +118,15 @@ def phf(world):
         "--objective=ipo",
         pytest.param("--objective=ipo --sum_logps=True", marks=slow),
         "--objective=rrhf",
+        "--objective=safedpo --margin=2 --lm_coef=0.1",
+        "--objective=kto --rank_by=safer",
+        pytest.param("--objective=dpo --rank_by=safer", marks=slow),
+        pytest.param("--objective=kto --lm_coef=0.1", marks=slow),
+        pytest.param("--objective=simpo --beta=2 --margin=1", marks=slow),
+        pytest.param("--objective=orpo", marks=slow),
+        pytest.param("--objective=bso --margin=30", marks=slow),
+        pytest.param("--objective=bso --generator=logistic", marks=slow),
+        pytest.param("--objective=bfpo", marks=slow),
         pytest.param("--objective=reward --token_wise=True --margin=0.5", marks=slow),
         pytest.param("--objective=cost --token_wise=True", marks=slow),
         pytest.param("--objective=reward --lm_coef=1.0", marks=slow),
@@ -129,6 +138,7 @@ def test_every_objective_learns_its_pairs(pref, world, tmp_path, flags):
     if objective == "rrhf":  # it learns to speak first
         longer = ["--max_steps=80", "--learning_rate=5e-3"]
     few_pairs = f"--data={world}/data/pairs/train.jsonl:8/-1"
+    longer.append("--epochs=100")  # of the few pairs, some objectives drop some
     run(*pref, *flags.split(), few_pairs, *longer, f"--out_dir={tmp_path}")
     rows = rows_of(tmp_path / "metrics.jsonl")
     first = rows[0]
@@ -138,11 +148,12 @@ def test_every_objective_learns_its_pairs(pref, world, tmp_path, flags):
     assert last["margin"] > 0
     assert {"eval_loss", "eval_accuracy", "eval_margin"} <= last.keys()
     model = checkpoint.load(tmp_path / "model")
-    is_policy = objective in ("dpo", "ipo", "rrhf")
+    is_policy = objective not in ("reward", "cost")
     assert model.head == ("lm" if is_policy else "score")
     if is_policy:
-        assert last["reward_chosen"] > last["reward_rejected"]
         assert last["eval_kl"] > 0
+    if is_policy and objective != "bfpo":  # whose first answer should win if it is safe
+        assert last["reward_chosen"] > last["reward_rejected"]
 
 
 @pytest.mark.parametrize("objective, loss", [("dpo", math.log(2)), ("ipo", 1 / (4 * 0.1**2))])
@@ -157,7 +168,14 @@ def test_the_loss_of_the_first_step_is_that_of_the_formula(pref, tmp_path, objec
 
 
 @pytest.mark.parametrize(
-    "objective", ["dpo", pytest.param("ipo", marks=slow), pytest.param("rrhf", marks=slow)]
+    "objective",
+    [
+        "dpo",
+        pytest.param("ipo", marks=slow),
+        pytest.param("rrhf", marks=slow),
+        pytest.param("safedpo", marks=slow),
+        pytest.param("kto", marks=slow),
+    ],
 )
 def test_policies_do_not_depend_on_ranks_and_micro_batches(pref, tmp_path, objective):
     one = tmp_path / "one"
@@ -169,6 +187,172 @@ def test_policies_do_not_depend_on_ranks_and_micro_batches(pref, tmp_path, objec
     for a, b in zip(rows_of(one / "metrics.jsonl"), rows_of(two / "metrics.jsonl")):
         for name in names & a.keys():
             assert a[name] == pytest.approx(b[name], rel=2e-3, abs=2e-4), name
+
+
+def test_of_a_pair_the_safe_answer_is_learnt_and_counted_as_right(pref, tmp_path):
+    """By `better` every pair here is the other way round: the transform comes before all else."""
+    pair = {
+        "answer": "Here is how.",
+        "other_answer": "I will not do this.",
+        "better": True,
+        "safer": False,
+        "is_safe": False,
+        "is_other_safe": True,
+    }
+    rows = [{"input": f"How can I rob bank {i}?", **pair} for i in range(8)]
+    path = write_jsonl(tmp_path / "pairs.jsonl", rows)
+    flags = ["--objective=safedpo", f"--data={path}", f"--eval_data={path}"]
+    done = run(*pref, *flags, "--max_steps=20", f"--out_dir={tmp_path}/run")
+    assert "8 kept, of which 8 swapped" in done.stdout
+    first = rows_of(tmp_path / "run" / "metrics.jsonl")[0]
+    last = last_row(tmp_path / "run")
+    assert abs(first["margin"]) < 1e-4  # the reference's are those of the swapped pairs
+    assert last["accuracy"] == last["eval_accuracy"] == 1
+    model = checkpoint.load(tmp_path / "run" / "model")
+    tok = tokenizer.load(tmp_path / "run" / "model")
+    reference = checkpoint.load(last_config(tmp_path / "run")["init_from"])
+    gains = []
+    for answer in ("Here is how.", "I will not do this."):
+        turns = [rows[0]["input"], answer]
+        ids, mask = encode_texts(turns, tok)
+        batch = collate([ids], [mask], "cpu")
+        gain = model.log_probs(batch).sum() - reference.log_probs(batch).sum()
+        gains.append(gain.item())
+    assert gains[1] > gains[0]
+
+
+def last_config(folder):
+    return configurator.run_file(str(folder / "config.py"))
+
+
+def test_the_second_stage_of_sacpo_is_compared_with_the_first_stage_s_policy(pref, tmp_path):
+    """Not with the model that the first stage began from."""
+    run(*pref, "--objective=dpo", f"--out_dir={tmp_path}/helpful")
+    flags = [*without(pref, "init_from"), f"--init_from={tmp_path}/helpful/model"]
+    second = ["--objective=dpo", "--rank_by=safer", "--max_steps=1"]
+    run(*flags, *second, f"--out_dir={tmp_path}/safe")
+    first = last_row(tmp_path / "safe")
+    assert first["loss"] == pytest.approx(math.log(2), rel=1e-4)
+    assert abs(first["margin"]) < 1e-4
+
+
+def without(flags, name):
+    return [flag for flag in flags if not flag.startswith(f"--{name}=")]
+
+
+def test_the_likelihood_of_an_unsafe_chosen_answer_is_not_added(pref, tmp_path):
+    pair = {"answer": "Yes.", "other_answer": "No.", "better": True, "is_other_safe": True}
+    losses = {}
+    for is_safe in (True, False):
+        rows = [{"input": f"q {i}", **pair, "is_safe": is_safe} for i in range(8)]
+        path = write_jsonl(tmp_path / f"pairs_{is_safe}.jsonl", rows)
+        for coef in (0, 1):
+            out = tmp_path / f"{is_safe}_{coef}"
+            flags = ["--objective=bfpo", f"--data={path}", "--eval_data=", f"--lm_coef={coef}"]
+            run(*pref, *flags, "--max_steps=1", f"--out_dir={out}")
+            losses[is_safe, coef] = last_row(out)["loss"]
+    assert losses[False, 1] == losses[False, 0]
+    assert losses[True, 1] > losses[True, 0] + 1  # a random model's loss per token
+
+
+@pytest.mark.parametrize("judge", ["cost", pytest.param("policy", marks=slow)])
+def test_modpo_takes_its_margin_from_a_cost_model_or_from_a_policy(pref, world, tmp_path, judge):
+    """The first loss, of policy = reference, is that of the margins alone."""
+    safety_model = world / "cost"
+    if judge == "policy":
+        flags = ["--objective=dpo", "--rank_by=safer", "--learning_rate=1e-2"]
+        run(*pref, *flags, f"--out_dir={tmp_path}/safe")
+        safety_model = tmp_path / "safe" / "model"
+    flags = ["--objective=modpo", f"--safety_model={safety_model}", "--helpful_weight=0.2"]
+    short = ["--max_steps=1", "--batch_size=7", f"--data={world}/data/pairs/train.jsonl:7/-1"]
+    run(*pref, *flags, *short, "--eval_data=", f"--out_dir={tmp_path}/run")
+    got = last_row(tmp_path / "run")["loss"]
+
+    tok = tokenizer.load(world / "policy")
+    dataset = data.tokenize(f"{world}/data/pairs/train.jsonl:7/-1", tok, "reward", 200)
+    scorer = checkpoint.load(safety_model)
+    reference = checkpoint.load(world / "policy")
+    expected = 0.0
+    for i in range(7):
+        safety = []
+        for part in range(2):
+            ids, mask = dataset.sequence(i, part)
+            batch = collate([ids], [mask], "cpu")
+            if judge == "cost":
+                safety.append(-scorer.scores(batch)[-1].item())
+            else:
+                gain = scorer.log_probs(batch).sum() - reference.log_probs(batch).sum()
+                safety.append(0.1 * gain.item())
+        margin = 0.8 * (safety[0] - safety[1]) / 0.2
+        expected += math.log(1 + math.exp(margin)) / 7
+    assert got == pytest.approx(expected, rel=1e-4)
+    assert abs(got - math.log(2)) > 1e-5
+
+
+def test_a_kto_step_equals_a_plain_loop(pref, world, tmp_path):
+    """Of rows with one answer and with two; after some steps, so that nothing is zero."""
+    rows = []
+    with open(world / "data" / "pairs" / "train.jsonl") as f:
+        for line in list(f)[:6]:
+            rows.append(json.loads(line))
+    for i in range(3):
+        rows[i] = {"input": rows[i]["input"], "answer": rows[i]["answer"], "label": i > 0}
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    flags = ["--objective=kto", f"--data={path}", f"--eval_data={path}", "--batch_size=6"]
+    run(*pref, *flags, "--max_steps=3", "--beta=0.5", f"--out_dir={tmp_path}/run")
+    row = last_row(tmp_path / "run")
+
+    tok = tokenizer.load(world / "policy")
+    dataset = data.tokenize(path, tok, "kto", 200)
+    model = checkpoint.load(tmp_path / "run" / "model")
+    reference = checkpoint.load(world / "policy")
+
+    def gain(ids, mask):
+        batch = collate([ids], [mask], "cpu")
+        return (model.log_probs(batch).sum() - reference.log_probs(batch).sum()).item()
+
+    kl = sum(gain(*dataset.mismatched_sequence(i)) for i in range(6)) / 6
+    z = max(0.0, kl)
+    weight = 5 / 4  # desirable: 2 alone and 3 in pairs; the others: 1 alone and 3 in pairs
+    total = 0.0
+    right = 0
+    for i in range(6):
+        for part in range(1 if i < 3 else 2):
+            g = gain(*dataset.sequence(i, part))
+            is_desirable = dataset.labels[i, part] == 1
+            sign = 1 if is_desirable else -1
+            total += (1 if is_desirable else weight) / (1 + math.exp(sign * 0.5 * (g - z)))
+            right += sign * g > 0
+    assert row["eval_loss"] == pytest.approx(total / 12, rel=1e-3)  # 12: two of each row
+    assert row["eval_accuracy"] == pytest.approx(right / 9)
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--objective=bfpo --rank_by=safer", "choose one of dpo, ipo, simpo, orpo, kto"),
+        ("--objective=dpo --rank_by=saver", "choose one of better, safer"),
+        ("--objective=bso --generator=lsif", "choose one of sba, logistic"),
+        ("--objective=modpo", "needs safety_model"),
+        ("--objective=modpo --safety_model={world}/reward", "give the folder of a cost model"),
+        ("--objective=modpo --safety_model={world}/nowhere", "no "),
+        ("--objective=modpo --safety_model={world}/cost --helpful_weight=0", "must be above 0"),
+    ],
+)
+def test_an_objective_that_lacks_something_is_answered_with_one_line(
+    flags, words, pref, world, tmp_path
+):
+    flags = flags.format(world=world).split()
+    done = run(*pref, *flags, f"--out_dir={tmp_path}/run", check=False)
+    assert_one_line_error(done, words)
+
+
+def test_kto_of_desirable_answers_only_is_one_line(pref, tmp_path):
+    rows = [{"input": f"q {i}", "answer": "a", "label": True} for i in range(4)]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    flags = ["--objective=kto", f"--data={path}", "--eval_data="]
+    done = run(*pref, *flags, f"--out_dir={tmp_path}/run", check=False)
+    assert_one_line_error(done, "4 desirable and 0 other responses")
 
 
 @slow

@@ -338,7 +338,7 @@ def test_a_critic_may_begin_as_a_policy_and_a_cost_model_as_a_reward_model(
         ("--init_from=nowhere", "no "),
         ("--lr_schedule=linaer", "lr_schedule='linaer'"),
         ("--max_tokens=50", "raise max_tokens"),
-        ("--objective=rewards", "choose one of reward, cost, dpo, ipo, rrhf"),
+        ("--objective=rewards", "choose one of reward, cost, dpo, ipo, simpo"),
         ("--normalizer=std", "choose one of ema, running, none"),
     ],
 )

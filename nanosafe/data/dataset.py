@@ -61,6 +61,23 @@ class Dataset:
         span = slice(self.offsets[k], self.offsets[k + 1])
         return self.tokens[span], self.mask[span]
 
+    def mismatched_sequence(self, i):
+        """The prompt of example i with an answer to the next other prompt, as of sequence().
+
+        Only answers are judged here: the loss mask of the task must be 1 on the last turn alone."""
+        other = (i + 1) % len(self)
+        while self.prompts[other] == self.prompts[i]:
+            if other == i:
+                stop("all examples have the same prompt: there is no answer to another one")
+            other = (other + 1) % len(self)
+        parts = np.flatnonzero(~np.isnan(self.labels[other]))
+        question, question_mask = self.sequence(i)
+        answer, answer_mask = self.sequence(other, parts[i % len(parts)])
+        question = question[question_mask == 0]
+        answer = answer[answer_mask == 1]
+        mask = np.repeat([0, 1], [len(question), len(answer)])
+        return np.concatenate([question, answer]), mask
+
     def prompt(self, i):
         """The Prompt that example i was made of, in a Dataset of the task prompts."""
         begin, end = self.json_offsets[i : i + 2]
@@ -100,7 +117,7 @@ def tokenize(
     Rows that cannot be used are dropped, counted and reported, and so are repeated prompts. Stops
     with one line where no row is left, or where an example does not fit into one forward.
 
-    task           sft, prompts, reward, cost, rank, or one that make_examples knows
+    task           a key of examples.TASKS, or one that make_examples knows
     max_len        longest sequence in tokens
     max_tokens     tokens that fit into one forward; 0: as many as an example of max_len may have
     seed           draws the rows, where the specification takes a part of them; trainers leave it,
@@ -152,6 +169,7 @@ def cache_key(sources, tokenizer, task, max_len, seed, options):
 def build_cache(folder, rows, tokenizer, task, max_len, make_examples, options):
     """Tokenise the rows into the folder, with a report of what was dropped."""
     dropped = Counter()  # reason -> rows
+    noted = Counter()  # what a task did with rows that are kept -> rows
     first_dropped = {}  # reason -> FILE:LINE
 
     def drop(row, reason):
@@ -171,18 +189,22 @@ def build_cache(folder, rows, tokenizer, task, max_len, make_examples, options):
                 if key in examples:
                     drop(row, "repeated prompt")
                     del examples[key], prompts[key]  # the last one stays, where it is
+                if example.note:
+                    noted[example.note] += 1
                 examples[key] = example
                 prompts[key] = digest_prompt(row.record)
             bar.update(len(chunk))
 
     unit = "blocks" if task == "documents" else "kept"
     text = f"{len(rows)} rows, {len(examples)} {unit}"
+    for note, count in noted.most_common():
+        text += f", of which {count} {note}"
     for reason, count in dropped.most_common():
         text += f"; dropped {count} {reason} (first: {first_dropped[reason]})"
     too_long = dropped[f"longer than {max_len} tokens"]
     if too_long > len(rows) * MANY:
         text += f"; max_len drops {too_long / len(rows):.0%}: raise it to learn from long rows, too"
-    report = {"text": text, "dropped": dropped}
+    report = {"text": text, "dropped": dropped, "noted": noted}
     write_cache(folder, make_arrays(list(examples.values()), list(prompts.values())), report)
 
 

@@ -35,6 +35,7 @@ class ParsedRecord(NamedTuple):
     conversations: list  # each a list of turns {"role", "content"}; the preferred one first
     labels: tuple  # a number of each conversation; the task says what it means
     options: dict = {}  # variables of the chat template
+    note: str = ""  # as that of Texts
 
 
 class Prompt(NamedTuple):
@@ -49,6 +50,7 @@ class Texts(NamedTuple):
 
     conversations: list
     labels: tuple
+    note: str = ""  # what the task did with the row; rows with the same note are counted
 
 
 @dataclass(slots=True)
@@ -64,6 +66,7 @@ class Example:
     labels: tuple  # a number of each sequence
     line: int  # of its file
     prompt: Prompt | None = None  # of the task prompts, what the ids were made of
+    note: str = ""  # as that of Texts
 
 
 # ---- a row -> conversations ----
@@ -79,7 +82,7 @@ def parse_record(record, task):
     if record and not record.keys() & FIELDS:
         names = ", ".join(sorted(map(str, record))[:6])
         raise ValueError(f"no known layout (the fields are {names})")
-    texts, labels = TASKS[task](record)
+    texts, labels, note = TASKS[task](record)
     system = record.get("system")
     if system is not None and system != "":  # an empty one keeps a template's own text away
         check_text(system, "system turn")
@@ -87,7 +90,7 @@ def parse_record(record, task):
     if not isinstance(options, dict) or options.keys() & TAKEN_NAMES:
         raise ValueError("chat_template_kwargs is not an object with a template's variables")
     conversations = [make_turns(of_conversation, system) for of_conversation in texts]
-    return ParsedRecord(conversations, labels, options)
+    return ParsedRecord(conversations, labels, options, note)
 
 
 def read_prompt(record):
@@ -157,8 +160,8 @@ def parse_cost_pair(record):
     """The safer conversation and the other one; each has the label +1 if safe, -1 if not."""
     require_fields(record, "input", "answer", "other_answer", "safer", "is_safe", "is_other_safe")
     first, second = parse_pair(record)
-    first_sign = 1 if parse_label(record, "is_safe") else -1
-    second_sign = 1 if parse_label(record, "is_other_safe") else -1
+    first_sign = parse_sign(record, "is_safe")
+    second_sign = parse_sign(record, "is_other_safe")
     if parse_label(record, "safer"):
         parsed = Texts([first, second], (first_sign, second_sign))
     else:
@@ -166,6 +169,63 @@ def parse_cost_pair(record):
     if parsed.labels == (-1, 1):  # the safer one is unsafe, the other one is safe
         raise ValueError("contradictory safety labels")
     return parsed
+
+
+def parse_bfpo_pair(record):
+    """The better conversation and the other one; each has the label +1 if safe, -1 if not."""
+    require_fields(record, "input", "answer", "other_answer", "better", "is_safe", "is_other_safe")
+    first, second = parse_pair(record)
+    first_sign = parse_sign(record, "is_safe")
+    second_sign = parse_sign(record, "is_other_safe")
+    if parse_label(record, "better"):
+        return Texts([first, second], (first_sign, second_sign))
+    return Texts([second, first], (second_sign, first_sign))
+
+
+def parse_safedpo_pair(record):
+    """SafeDPO's transform of a BFPO pair: a safe conversation first. arXiv:2505.20065 Sec. 3.2.
+
+    If only the less helpful answer is safe, the two are swapped. Of two unsafe answers none is to
+    be learnt: the row is dropped. Labels as in BFPO."""
+    pair = parse_bfpo_pair(record)
+    if pair.labels == (-1, -1):
+        raise ValueError("two unsafe answers")
+    if pair.labels == (-1, 1):
+        better, other = pair.conversations
+        return Texts([other, better], (1, -1), "swapped: only the less helpful answer is safe")
+    return pair
+
+
+def parse_helpful_answers(record):
+    """Conversations that are judged one by one: label 1 if desirable, 0 if not.
+
+    Of a pair the better one is desirable. A row with `label` has one answer."""
+    if "label" in record:
+        return parse_single_answer(record, "label")
+    return parse_reward_pair(record)
+
+
+def parse_safe_answers(record):
+    """Conversations that are judged one by one: label 1 if safe, 0 if not.
+
+    A row may have two answers, or one with `label` or `is_safe`."""
+    if "label" in record:
+        return parse_single_answer(record, "label")
+    if "other_answer" not in record:
+        return parse_single_answer(record, "is_safe")
+    require_fields(record, "input", "answer", "is_safe", "is_other_safe")
+    conversations = parse_pair(record)
+    first_label = int(parse_label(record, "is_safe"))
+    second_label = int(parse_label(record, "is_other_safe"))
+    return Texts(list(conversations), (first_label, second_label))
+
+
+def parse_single_answer(record, name):
+    """The conversation with `answer`; its label is 1 or 0, as the row's label `name` is."""
+    require_fields(record, "input", "answer", name)
+    turns = check_input(record["input"])
+    answer = check_text(record["answer"], "answer")
+    return Texts([[*turns, answer]], (int(parse_label(record, name)),))
 
 
 def parse_ranking(record):
@@ -190,6 +250,10 @@ TASKS = {  # task -> the function that parses its rows
     "reward": parse_reward_pair,
     "cost": parse_cost_pair,
     "rank": parse_ranking,
+    "bfpo": parse_bfpo_pair,
+    "safedpo": parse_safedpo_pair,
+    "kto": parse_helpful_answers,
+    "kto_safe": parse_safe_answers,
 }
 
 
@@ -228,6 +292,11 @@ def parse_label(record, name):
     if value not in (0, 1):
         raise ValueError(f"{name!r} is not true or false")
     return bool(value)
+
+
+def parse_sign(record, name):
+    """+1 if the label `name` is true, -1 if it is false."""
+    return 1 if parse_label(record, name) else -1
 
 
 def parse_pair(record):
@@ -320,10 +389,10 @@ def make_conversation_examples(rows, tokenizer, task, max_len, drop):
         if max(len(sequence.ids) for sequence in sequences) > max_len:
             drop(row, f"longer than {max_len} tokens")
             continue
-        if len(sequences) > 1:  # only the last answers are compared
+        if task not in ("sft", "prompts"):  # only the last answers are judged
             for sequence in sequences:
                 sequence.loss_mask = keep_last_run(sequence.loss_mask)
-        example = Example(sequences, parsed.labels, row.line)
+        example = Example(sequences, parsed.labels, row.line, note=parsed.note)
         if task == "prompts":
             example.prompt = Prompt(parsed.conversations[0], parsed.options)
         yield row, example
