@@ -197,15 +197,22 @@ def build_cache(folder, rows, tokenizer, task, max_len, make_examples, options):
 
     unit = "blocks" if task == "documents" else "kept"
     text = f"{len(rows)} rows, {len(examples)} {unit}"
+    text += describe_counts(noted, dropped, first_dropped)
+    too_long = dropped[f"longer than {max_len} tokens"] / max(1, len(rows))
+    if too_long > MANY:
+        text += f"; max_len drops {too_long:.0%}: raise it to learn from long rows, too"
+    report = {"text": text, "dropped": dropped, "noted": noted}
+    write_cache(folder, make_arrays(list(examples.values()), list(prompts.values())), report)
+
+
+def describe_counts(noted, dropped, first_dropped):
+    """What became of rows, in words: {what: how many}, and {why one was dropped: FILE:LINE}."""
+    text = ""
     for note, count in noted.most_common():
         text += f", of which {count} {note}"
     for reason, count in dropped.most_common():
         text += f"; dropped {count} {reason} (first: {first_dropped[reason]})"
-    too_long = dropped[f"longer than {max_len} tokens"]
-    if too_long > len(rows) * MANY:
-        text += f"; max_len drops {too_long / len(rows):.0%}: raise it to learn from long rows, too"
-    report = {"text": text, "dropped": dropped, "noted": noted}
-    write_cache(folder, make_arrays(list(examples.values()), list(prompts.values())), report)
+    return text
 
 
 def digest_prompt(record):
