@@ -504,6 +504,7 @@ def test_a_template_that_cannot_be_used_says_why(load, source, reason):
 
 HOPELESS = [[], [{"role": "wizard", "content": "x"}], [{"content": "x"}], ["x"], [None]]
 HOPELESS += [[{"role": "user", "content": b"x"}]]
+HOPELESS += [[{"role": "assistant", "content": 3}], [{"role": "assistant", "content": None}]]
 HOPELESS += [[{"role": "user", "content": "".join(map(chr, range(0xE000, 0xF900)))}]]
 
 

@@ -305,7 +305,7 @@ class ChatTemplate:
             return ""
         return text.rpartition(answer)[2]
 
-    @property
+    @cached_property
     def end_of_turn(self):
         """The text that ends an answer, through its first special token; "" where there is none."""
         token = self.special_expression.search(self.behind_an_answer)
@@ -378,6 +378,8 @@ class ChatTemplate:
 
         continues = reply and turns[-1]["role"] == "assistant"
         if continues:
+            if not isinstance(turns[-1].get("content"), str):
+                raise ValueError("a turn to go on with that has no text")
             turns[-1]["content"] += tail + " "
         text = self.write(turns, reply and not continues, options, marks)
         if continues:
