@@ -7,7 +7,9 @@ import hashlib
 import json
 import threading
 import urllib.parse
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
+
+from judge_server import QuietServer
 
 LARGE = (".safetensors", ".bin", ".model")  # endings of the files that are kept in LFS
 JSON = "application/json"
@@ -34,7 +36,7 @@ def describe(name, content):
     return entry
 
 
-class Hub(ThreadingHTTPServer):
+class Hub(QuietServer):
     """The server, and what tests set and read of it."""
 
     daemon_threads = True

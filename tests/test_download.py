@@ -11,6 +11,7 @@ import tracemalloc
 
 import pytest
 from conftest import ROOT, run
+from judge_server import QuietServer
 
 from nanosafe.data import reader
 from nanosafe.tools import download
@@ -75,7 +76,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch):
     """The address of a running server, which is the hub's as well."""
-    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    httpd = QuietServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=httpd.serve_forever, daemon=True).start()
     Handler.broken_transfers = 0
     Handler.knows_ranges = True

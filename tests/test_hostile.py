@@ -648,7 +648,8 @@ def test_sample_refuses_in_one_line(world, tmp_path):
         f"--prompts={tmp_path}/x.jsonl",
         "--max_new_tokens=2",
     )
-    assert done.stdout.count("a row is left out") == 2 and "> How?" in done.stdout
+    assert done.stdout.count("x.jsonl:1 is left out: ") == 1
+    assert done.stdout.count(" is left out: ") == 2 and "> How?" in done.stdout
     (tmp_path / "latin.txt").write_bytes("naïve".encode("latin-1"))
     checkpoint.save(
         init_from_scratch(small_config(vocab_size=40)),
