@@ -149,7 +149,9 @@ def draw_histograms(axis, groups):
         every += list(values)
     limits = min(every), max(every)
     for (name, values), colour in zip(groups.items(), (BLUE, RED)):
-        axis.hist(values, 60, range=limits, alpha=0.6, label=f"{name} ({len(values)})", color=colour)
+        axis.hist(
+            values, 60, range=limits, alpha=0.6, label=f"{name} ({len(values)})", color=colour
+        )
     axis.set(xlabel="score", ylabel="answers")
     axis.legend()
 
