@@ -1,6 +1,7 @@
 """The house: formatting, who imports whom, dependencies, knobs, docstrings, and docs that point."""
 
 import ast
+import fnmatch
 import glob
 import os
 import re
@@ -411,3 +412,21 @@ def test_the_top_level_holds_nothing_more():
         tracked = os.popen(f"git -C {ROOT} ls-files").read().split()
         at_the_top = {path.split("/")[0] for path in tracked}
         assert at_the_top <= set(allowed.split())
+
+
+def test_an_installed_package_has_the_files_beside_the_code():
+    """Templates, pages and problems are named by a pattern of pyproject.toml, seen from the package
+    that they belong to."""
+    (patterns,) = re.findall(r'^"\*" = \[(.*)\]$', source("pyproject.toml"), re.M)
+    patterns = re.findall(r'"([^"]+)"', patterns)
+    files = []
+    for path in find_files("nanosafe/**/*.*"):
+        if not path.endswith((".py", ".pyc")):
+            files.append(path)
+    assert len(files) >= 5
+    for path in files:
+        package = os.path.dirname(path)
+        while not os.path.exists(os.path.join(ROOT, package, "__init__.py")):
+            package = os.path.dirname(package)
+        inside = os.path.relpath(path, package)
+        assert any(fnmatch.fnmatch(inside, pattern) for pattern in patterns), path
