@@ -6,4 +6,5 @@ from config.toy.ppo_lag import *
 out_dir = "out/demo/short_answers"
 cost_model = "nanosafe/score_functions.py:measure_length"
 cost_limit = 0.6
+cost_scale = 10.0  # the toy's rewards differ by several units, lengths by tenths of one
 critic_warmup = 2
