@@ -1,6 +1,7 @@
 """How nanosafe prints: once for all ranks, past progress bars, and numbers in tables."""
 
 import sys
+from functools import cache
 
 from tqdm import tqdm
 
@@ -13,6 +14,12 @@ def print_once(text, file=None):
         file = file or sys.stdout
         tqdm.write(text, file=file)
         file.flush()
+
+
+@cache
+def say_once(text):
+    """print_once() of a text, the first time that it is given."""
+    print_once(text)
 
 
 def format_table(rows):

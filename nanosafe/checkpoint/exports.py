@@ -4,11 +4,10 @@ A score model is written as nanosafe's and Safe-RLHF's own class, or as the clas
 label that others open."""
 
 import copy
-from functools import cache
 
 from nanosafe.checkpoint.families import choose_written_family
 from nanosafe.errors import stop
-from nanosafe.printing import print_once
+from nanosafe.printing import print_once, say_once
 
 # Keys of a score model's config.json that a classifier has no use for.
 ONLY_OF_SCORE_MODELS = (
@@ -62,12 +61,6 @@ def warn_of_another_tokenizer(model_type, tokenizer):
             "note: AutoTokenizer of transformers 5 cuts texts as Qwen2 does in every qwen2 folder, "
             "and this tokenizer does not: take PreTrainedTokenizerFast.from_pretrained there"
         )
-
-
-@cache
-def say_once(text):
-    """Print a line; models are saved many times in a run."""
-    print_once(text)
 
 
 # ---- a score model as a classifier ----

@@ -22,9 +22,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nanosafe.data.layouts import to_raw_sample
+from nanosafe.data.layouts import read_bool, to_raw_sample
 
-LABEL_TEXTS = {"true": True, "false": False}  # as a table's export may spell them, in any case
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 FIELDS = {"input", "dialogue", "texts", "answer", "answers"}  # of which each row has one
 TAKEN_NAMES = {"self", "turns", "reply", "messages"}  # by Tokenizer.conversation()
@@ -283,15 +282,11 @@ def require_fields(record, *names):
 
 
 def parse_label(record, name):
-    """The bool of the label `name`: true or false, 1 or 0, or the text "true" or "false".
-
-    Raises ValueError on anything else. Python's own truth would take "no", 2 and NaN for true."""
-    value = record[name]
-    if isinstance(value, str):
-        value = LABEL_TEXTS.get(value.strip().lower())
-    if value not in (0, 1):
+    """The bool of the label `name`, as read_bool() reads it; raises ValueError where it cannot."""
+    label = read_bool(record[name])
+    if label is None:
         raise ValueError(f"{name!r} is not true or false")
-    return bool(value)
+    return label
 
 
 def parse_sign(record, name):

@@ -39,7 +39,7 @@ ROLES = {
 TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython")
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 LABEL_KEYS = ("label", "kto_tag")  # TRL's, and LLaMA-Factory's
-LABEL_TEXTS = {"true": True, "false": False}
+LABEL_TEXTS = {"true": True, "false": False}  # as a table's export may spell them, in any case
 MEDIA = {  # the type of a part of a message -> what to call it
     "image": "an image",
     "image_url": "an image",
@@ -481,11 +481,20 @@ def check_scores_differ(record):
 def find_label(record):
     """KTO's label, true or false; None where there is none, or a label of another kind."""
     for key in LABEL_KEYS:
-        value = record.get(key)
-        if isinstance(value, str):
-            value = LABEL_TEXTS.get(value.strip().lower())
-        if isinstance(value, (bool, int, float)) and value in (0, 1):
-            return bool(value)
+        label = read_bool(record.get(key))
+        if label is not None:
+            return label
+    return None
+
+
+def read_bool(value):
+    """true or false, 1 or 0, or the text "true" or "false" as a bool; None of anything else.
+
+    Python's own truth would take "no", 2 and NaN for true."""
+    if isinstance(value, str):
+        value = LABEL_TEXTS.get(value.strip().lower())
+    if isinstance(value, (bool, int, float)) and value in (0, 1):
+        return bool(value)
     return None
 
 

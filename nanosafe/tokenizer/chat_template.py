@@ -22,7 +22,7 @@ import json
 import os
 import re
 from datetime import datetime
-from functools import cache, cached_property
+from functools import cached_property
 from typing import NamedTuple
 
 import jinja2
@@ -31,7 +31,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from nanosafe.errors import one_line_errors, stop
-from nanosafe.printing import print_once
+from nanosafe.printing import say_once
 
 SHIPPED_FOLDER = os.path.join(os.path.dirname(__file__), "templates")
 SHIPPED = ("safe_rlhf", "chatml", "llama3")  # the names of our own templates
@@ -271,7 +271,6 @@ class ChatTemplate:
         special_texts = [text for text, token in added.items() if token.special]
         # Runs of white space are added tokens in some vocabularies, but nothing special.
         visible_texts = [text for text in added if text.strip()]
-        self.special_expression = match_any(special_texts)
         self.special_tokens = ForgedTokens(special_texts)
         self.control_tokens = ForgedTokens([*special_texts, *visible_texts])
         self.reserved = "".join([source, *added, *special.values()])
@@ -308,13 +307,13 @@ class ChatTemplate:
     @cached_property
     def end_of_turn(self):
         """The text that ends an answer, through its first special token; "" where there is none."""
-        token = self.special_expression.search(self.behind_an_answer)
+        token = self.special_tokens.expression.search(self.behind_an_answer)
         return self.behind_an_answer[: token.end()] if token else ""
 
     @property
     def end_of_turn_token(self):
         """The special token that ends an answer; "" where there is none."""
-        token = self.special_expression.search(self.end_of_turn)
+        token = self.special_tokens.expression.search(self.end_of_turn)
         return token[0] if token else ""
 
     def check(self):
@@ -326,7 +325,7 @@ class ChatTemplate:
                 "tokenizer, so that no answer would ever end: choose another template"
             )
         if self.note:
-            say(self.note)
+            say_once(self.note)
 
     def write(self, turns, invites_answer=False, options=None, marks=Marks()):
         """The text of turns. Raises ValueError where the template refuses them.
@@ -413,7 +412,7 @@ class ChatTemplate:
             if span:
                 answers.append(span)
             else:
-                say(
+                say_once(
                     f"the chat template of {self.origin} writes some answers otherwise than they "
                     "were invited, such as those before the last one: these carry no loss"
                 )
@@ -441,12 +440,6 @@ class ChatTemplate:
         if finished[:end] != text[:end]:
             return None
         return Span(begin, end)
-
-
-@cache
-def say(text):
-    """Print a message, one time only."""
-    print_once(text)
 
 
 def clean_turn(turn):
