@@ -3,7 +3,8 @@
 PPO-Lagrangian, the algorithm of Safe-RLHF (arXiv:2310.12773). Six models: the actor and two critics
 are trained; the reference policy, the reward model and the cost model are not. Without a cost model
 this is PPO with four models. With lambda_lr=0 lambda stays as it is: fixed reward shaping. With
-advantage=rloo or grpo there are no critics.
+advantage=rloo or grpo there are no critics. With lora_rank the trained models are adapters on a
+frozen base, and so may be the reward and cost models: then six models share one base in memory.
 
 On a laptop, after python -m nanosafe.demo:
 $ python train_ppo_lag.py config/toy/ppo_lag.py --out_dir=out/mine
@@ -45,6 +46,7 @@ from nanosafe.inference import (
     response_values,
     warn_beyond_positions,
 )
+from nanosafe.lora import Lora
 from nanosafe.losses import (
     LOSS_MEANS,
     SURROGATES,
@@ -96,6 +98,11 @@ cost_critic = ""  # where the cost critic starts; empty: from the cost model, or
 template = "auto"  # chat template: auto (the actor's own) | safe_rlhf | chatml | llama3 | FILE
 normalize_reward = False  # use (score - mean) / std with the moments in the reward model's config
 normalize_cost = False  # use score / std with the moments in the cost model's config
+# adapters: low-rank additions to a frozen base, which are trained instead of it (LoRA)
+lora_rank = 0  # of each adapter; 0: the weights themselves are trained
+lora_alpha = 32.0  # what an adapter adds is multiplied by lora_alpha / lora_rank
+lora_targets = "all"  # which matrices of a block have one, as q_proj,v_proj; all: all of them
+lora_merge = False  # also write the model merged into its base, to model_merged/
 # data
 prompts = "toy/prompts"  # NAME[/SPLIT][:PROPORTION[:PATH]] or a .jsonl, comma separated
 ptx_data = ""  # demonstrations for the ptx loss; empty: none
@@ -256,7 +263,8 @@ for name, folder in critic_folders.items():
             f"a critic values the actor's tokens, but {folder!r} has another tokenizer than "
             f"{actor_model!r}: set {name}, or advantage=rloo"
         )
-parameters = checkpoint.count_parameters(actor_model)
+lora = Lora(lora_rank, lora_alpha, lora_targets)
+parameters = checkpoint.count_trained_parameters(actor_model, lora)
 placements = choose_placements(
     world,
     dtype,
@@ -265,7 +273,9 @@ placements = choose_placements(
     use_compile,
     activation_checkpointing,
     parameters * (1 + len(critic_folders)),
+    frozen=checkpoint.count_parameters(actor_model) if lora_rank else 0,
 )
+bases = {}  # the models in memory, by folder: adapters of one base share it
 
 
 def load_frozen(folder, head, score_type=None, normalizes=False):
@@ -273,7 +283,9 @@ def load_frozen(folder, head, score_type=None, normalizes=False):
         if normalizes:
             stop(f"{folder!r} is a function: it has no moments to normalize its scores by")
         return ScoreFunction(folder, world)
-    model = checkpoint.load(folder, head, placement=placements.frozen, score_type=score_type)
+    model = checkpoint.load(
+        folder, head, placement=placements.frozen, score_type=score_type, bases=bases
+    )
     if normalizes and model.config.var[0] <= 0:
         stop(f"{folder!r} states var={model.config.var[0]}: normalised scores are divided by it")
     model.config.do_normalize = normalizes
@@ -281,7 +293,7 @@ def load_frozen(folder, head, score_type=None, normalizes=False):
 
 
 def load_trained(folder, head, score_type=None):
-    return checkpoint.load(folder, head, placement=placements.trained, score_type=score_type)
+    return checkpoint.load_trained(folder, head, placements, bases, lora, score_type=score_type)
 
 
 def load_words(path):
@@ -380,7 +392,10 @@ def save_run(step):
     """Write the state to resume from, and the policy for others to open."""
     monitor.flush()
     compute_dtype = placements.trained.compute_dtype
-    checkpoint.save(actor, os.path.join(out_dir, "model"), tok, compute_dtype)
+    model_dir = os.path.join(out_dir, "model")
+    checkpoint.save(actor, model_dir, tok, compute_dtype)
+    if lora_rank and lora_merge:
+        checkpoint.save_merged(model_dir, f"{model_dir}_merged", tok, compute_dtype)
     if average:
         checkpoint.save(average, os.path.join(out_dir, "model_ema"), tok, compute_dtype)
     extra = {

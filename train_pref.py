@@ -46,6 +46,7 @@ from nanosafe.inference import (
     sum_response_logps,
     warn_beyond_positions,
 )
+from nanosafe.lora import Lora
 from nanosafe.losses import (
     bfpo_loss,
     bso_loss,
@@ -78,6 +79,11 @@ seed = 0  # of the data order, of a new score head, and of samples
 # model
 init_from = "out/demo/sft/model"  # a policy, which gets a new head to score, or a score model
 template = "auto"  # chat template: auto (the model's own) | safe_rlhf | chatml | llama3 | FILE
+# adapters: low-rank additions to a frozen base, which are trained instead of it (LoRA)
+lora_rank = 0  # of each adapter; 0: the weights themselves are trained
+lora_alpha = 32.0  # what an adapter adds is multiplied by lora_alpha / lora_rank
+lora_targets = "all"  # which matrices of a block have one, as q_proj,v_proj; all: all of them
+lora_merge = False  # also write the model merged into its base, to model_merged/
 # data
 data = "toy/pairs"  # pairs: NAME[/SPLIT][:PROPORTION[:PATH]] or a .jsonl, comma separated
 eval_data = ""  # the same, held out; empty: none
@@ -174,18 +180,29 @@ if eval_data:
     report_shared_prompts(train, held_out)
 datasets = list(filter(None, (train, held_out)))
 
-parameters = checkpoint.count_parameters(init_from)
+lora = Lora(lora_rank, lora_alpha, lora_targets)
+parameters = checkpoint.count_trained_parameters(init_from, lora)
 placements = choose_placements(
-    world, dtype, parallel, offload, use_compile, activation_checkpointing, parameters
+    world,
+    dtype,
+    parallel,
+    offload,
+    use_compile,
+    activation_checkpointing,
+    parameters,
+    frozen=checkpoint.count_parameters(init_from) if lora_rank else 0,
 )
 placement = placements.trained
+bases = {}  # the models in memory, by folder: adapters of one base share it
 head = "lm"
 if gives_scores:
     head = "both" if lm_coef else "score"
-model = checkpoint.load(
+model = checkpoint.load_trained(
     init_from,
     head,
-    placement=placement,
+    placements,
+    bases,
+    lora,
     vocab_size=tok.vocab_size,
     score_type=objective if gives_scores else None,
     seed=seed,
@@ -197,12 +214,18 @@ moments = RunningMeanStd()
 if normalizer == "ema":
     moments = ExponentialMovingAverage(normalizer_momentum)
 
-# The reference is the model before its first step. Its log-probabilities of all responses are
-# computed now and kept, so that no second model is held.
+# The reference is the model before its first step. Beside an adapter it is in memory anyway, as the
+# base. Of a model that is trained itself, its log-probabilities of all responses are computed now
+# and kept, so that no second model is held.
+has_reference = has_reference and not reference_free
+ref = None
+if has_reference and lora_rank:
+    ref = checkpoint.load(
+        init_from, "lm", placement=placements.frozen, vocab_size=tok.vocab_size, bases=bases
+    )
 reference_logps = {}  # Dataset -> (n, width)
-for dataset in datasets:
-    reference_logps[dataset] = torch.zeros(dataset.labels.shape, device=world.device)
-    if has_reference and not reference_free:
+if has_reference and not ref:
+    for dataset in datasets:
         reference_logps[dataset] = cached_reference_logps(
             model, init_from, dataset, max_tokens, world
         )
@@ -218,30 +241,31 @@ if objective == "kto":
             f"{data!r} has {desirable} desirable and {undesirable} other responses; kto needs both"
         )
     undesirable_weight = float(desirable / undesirable)
-    for dataset in datasets:
-        mismatched_ref_logps[dataset] = torch.zeros(len(dataset), device=world.device)
-        if not reference_free:
+    if has_reference and not ref:
+        for dataset in datasets:
             sequences = [dataset.mismatched_sequence(i) for i in range(len(dataset))]
             mismatched_ref_logps[dataset] = sum_response_logps(model, sequences, max_tokens, world)
 
 # MODPO asks another model how safe each response is: minus the cost, or the implied reward of a
 # policy, whose beta is taken to be this run's.
-safety = {}  # Dataset -> (n, 2)
+safety = {}  # Dataset -> (n, 2): minus the costs, or the log-probabilities of the safer policy
 if objective == "modpo":
     if load_tokenizer(safety_model, template).identity != tok.identity:
         stop(f"{safety_model!r} has another tokenizer or chat template than {init_from!r}")
     safety_judge = checkpoint.load(
         safety_model, placement=placements.frozen, vocab_size=tok.vocab_size
     )
+    safety_is_implied = safety_judge.head == "lm"
     for dataset in datasets:
-        if safety_judge.head == "score":
+        if not safety_is_implied:
             checkpoint.check_score_model(safety_model, "cost")
             responses = [dataset.sequence(i // 2, i % 2)[0] for i in range(2 * len(dataset))]
             costs = last_token_scores(safety_judge, responses, max_tokens, world)
             safety[dataset] = -costs.view(-1, 2)
         else:
-            logps = cached_reference_logps(safety_judge, safety_model, dataset, max_tokens, world)
-            safety[dataset] = beta * (logps - reference_logps[dataset])
+            safety[dataset] = cached_reference_logps(
+                safety_judge, safety_model, dataset, max_tokens, world
+            )
     del safety_judge
 
 reference_samples = None
@@ -262,7 +286,7 @@ if resume:
     start, skips = state["step"], state["skips"]
     moments.load_state_dict(state["moments"])
 print_once(
-    f"{parameters / 1e6:.1f} M parameters, {placement.layout}, computing in "
+    f"{parameters / 1e6:.1f} M parameters trained, {placement.layout}, computing in "
     f"{placement.compute_dtype}; {steps} steps of {batch_size} examples over {world.size} ranks, "
     f"{max_tokens} tokens per forward"
 )
@@ -320,9 +344,9 @@ def judge_by_scores(dataset, examples, batch, labels):
 def judge_pairs(dataset, examples, batch, labels):
     """Policies from pairs: the log-ratio to the reference is the implied reward."""
     n = len(examples)
+    ref_logps = ask_reference(dataset, examples, batch, ~labels.isnan()).T
     logps = sum_per_sequence(model.log_probs(batch), batch)[: 2 * n].view(2, n)
     lengths = count_targets(batch)[: 2 * n].view(2, n)
-    ref_logps = reference_logps[dataset][examples].T
     four = (*logps, *ref_logps)
     four_per_token = (*(logps / lengths), *(ref_logps / lengths))
     unsafe = (labels.T < 0).float()  # labels are +1 for safe and -1 for unsafe, if they say that
@@ -341,7 +365,10 @@ def judge_pairs(dataset, examples, batch, labels):
     elif objective == "bfpo":
         loss = bfpo_loss(*four, *unsafe, beta)
     else:
-        loss = modpo_loss(*four, *safety[dataset][examples].T, helpful_weight, beta)
+        safety_rewards = safety[dataset][examples].T
+        if safety_is_implied:
+            safety_rewards = beta * (safety_rewards - ref_logps)
+        loss = modpo_loss(*four, *safety_rewards, helpful_weight, beta)
     if lm_coef:
         loss = loss - lm_coef * mean_or_zero(zero_outside(1 - unsafe[0], four_per_token[0]))
     implied_rewards = beta * (logps - ref_logps)
@@ -350,12 +377,24 @@ def judge_pairs(dataset, examples, batch, labels):
     return Judged(loss, implied_rewards.T)
 
 
+@torch.no_grad()
+def ask_reference(dataset, examples, batch, exists):
+    """The reference's log-probabilities of the responses (n, width); 0 where there is none.
+
+    exists  (n, width): whether an example has such a response"""
+    if ref:
+        return spread_over_answers(sum_per_sequence(ref.log_probs(batch), batch), exists)
+    if has_reference:
+        return reference_logps[dataset][examples]
+    return torch.zeros(exists.shape, device=world.device)
+
+
 def judge_one_by_one(dataset, examples, batch, labels, kl):
     """KTO: labels (n, width) are 1 and 0, and nan where an example has one response only."""
     exists = ~labels.isnan()
+    ref_logps = ask_reference(dataset, examples, batch, exists)
     logps = spread_over_answers(sum_per_sequence(model.log_probs(batch), batch), exists)
     lengths = spread_over_answers(count_targets(batch), exists).clamp(min=1)
-    ref_logps = reference_logps[dataset][examples]
     loss = kto_loss(logps[exists], ref_logps[exists], labels[exists], kl, beta, undesirable_weight)
     # A response weighs the same wherever it is: examples weigh as much as they have responses.
     loss = loss * exists.sum() / max(1, exists.numel())
@@ -369,8 +408,13 @@ def estimate_kl(dataset, examples):
     if objective != "kto":
         return None
     sequences = [dataset.mismatched_sequence(i) for i in examples]
+    ref_logps = 0.0
+    if ref:
+        ref_logps = sum_response_logps(ref, sequences, max_tokens, world)
+    elif has_reference:
+        ref_logps = mismatched_ref_logps[dataset][examples]
     logps = sum_response_logps(model, sequences, max_tokens, world)
-    return (logps - mismatched_ref_logps[dataset][examples]).mean()
+    return (logps - ref_logps).mean()
 
 
 def judge_rankings(batch, labels):
@@ -495,6 +539,8 @@ def save_run(step):
     exported_head = "score" if gives_scores else "lm"
     model_dir = os.path.join(out_dir, "model")
     checkpoint.save(model, model_dir, tok, dtype=placement.compute_dtype, head=exported_head)
+    if lora_rank and lora_merge:
+        checkpoint.save_merged(model_dir, f"{model_dir}_merged", tok, placement.compute_dtype)
     extra = {"skips": skips, "moments": moments.state_dict()}
     run_state.save(out_dir, step, {"model": model}, {"model": optimizer}, extra, keep, record)
 

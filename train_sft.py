@@ -18,8 +18,9 @@ from nanosafe import checkpoint, optim
 from nanosafe.checkpoint import run_state
 from nanosafe.data import report_shared_prompts, tokenize
 from nanosafe.data.batching import count_steps, examples_at, plan_micro_batches
-from nanosafe.errors import choose
+from nanosafe.errors import choose, stop
 from nanosafe.inference import sum_response_logps, warn_beyond_positions
+from nanosafe.lora import Lora
 from nanosafe.losses import mle_loss
 from nanosafe.model import Config
 from nanosafe.monitor import Monitor, check_sinks
@@ -41,6 +42,11 @@ intermediate_size = 352  # from scratch only: width of the MLP
 num_hidden_layers = 4  # from scratch only: blocks
 num_attention_heads = 4  # from scratch only: heads H
 num_key_value_heads = 4  # from scratch only: kv heads K
+# adapters: low-rank additions to a frozen base, which are trained instead of it (LoRA)
+lora_rank = 0  # of each adapter; 0: the weights themselves are trained
+lora_alpha = 32.0  # what an adapter adds is multiplied by lora_alpha / lora_rank
+lora_targets = "all"  # which matrices of a block have one, as q_proj,v_proj; all: all of them
+lora_merge = False  # also write the model merged into its base, to model_merged/
 # data
 data = "toy/sft"  # demonstrations: NAME[/SPLIT][:PROPORTION[:PATH]] or a .jsonl, comma separated
 eval_data = ""  # the same, held out; empty: none
@@ -79,6 +85,8 @@ check_ranges(config)
 choose("lr_schedule", lr_schedule, optim.SCHEDULES)
 if init_from == "scratch":
     check_heads(hidden_size, num_attention_heads, num_key_value_heads)
+if init_from == "scratch" and lora_rank:
+    stop(f"lora_rank={lora_rank} adds to a model that is there: set init_from to its folder")
 check_sinks(log_to)
 world = init(device, config)
 resume = run_state.open_run_folder(config)
@@ -99,14 +107,28 @@ shape = Config(
     max_position_embeddings=max(Config.max_position_embeddings, max_len),
     initializer_range=hidden_size**-0.5,  # about 0.02 at 7B's width
 )
-parameters = checkpoint.count_parameters(shape if from_scratch else init_from)
-placement = choose_placements(
-    world, dtype, parallel, offload, use_compile, activation_checkpointing, parameters
-).trained
+lora = Lora(lora_rank, lora_alpha, lora_targets)
+if from_scratch:
+    parameters = checkpoint.count_parameters(shape)
+else:
+    parameters = checkpoint.count_trained_parameters(init_from, lora)
+placements = choose_placements(
+    world,
+    dtype,
+    parallel,
+    offload,
+    use_compile,
+    activation_checkpointing,
+    parameters,
+    frozen=checkpoint.count_parameters(init_from) if lora_rank else 0,
+)
+placement = placements.trained
 if from_scratch:
     model = checkpoint.init_from_scratch(shape, "lm", seed=seed, placement=placement)
 else:
-    model = checkpoint.load(init_from, "lm", placement=placement, vocab_size=tok.vocab_size)
+    model = checkpoint.load_trained(
+        init_from, "lm", placements, {}, lora, vocab_size=tok.vocab_size
+    )
 warn_beyond_positions({repr(init_from): model}, max_len, f"max_len={max_len}")
 optimizer = optim.make_adamw(model, weight_decay, beta1, beta2)
 
@@ -119,7 +141,7 @@ if resume:
     state = run_state.load(out_dir, {"model": model}, {"model": optimizer}, record)
     start, skips = state["step"], state["skips"]
 print_once(
-    f"{parameters / 1e6:.1f} M parameters, {placement.layout}, computing in "
+    f"{parameters / 1e6:.1f} M parameters trained, {placement.layout}, computing in "
     f"{placement.compute_dtype}; {steps} steps of {batch_size} sequences over {world.size} ranks, "
     f"{max_tokens} tokens per forward"
 )
@@ -136,7 +158,10 @@ def evaluate():
 def save_run(step):
     """Write the state to resume from, and the model for others to open."""
     monitor.flush()
-    checkpoint.save(model, os.path.join(out_dir, "model"), tok, placement.compute_dtype)
+    model_dir = os.path.join(out_dir, "model")
+    checkpoint.save(model, model_dir, tok, placement.compute_dtype)
+    if lora_rank and lora_merge:
+        checkpoint.save_merged(model_dir, f"{model_dir}_merged", tok, placement.compute_dtype)
     extra = {"skips": skips}
     run_state.save(out_dir, step, {"model": model}, {"model": optimizer}, extra, keep, record)
 

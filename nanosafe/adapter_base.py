@@ -11,6 +11,7 @@ from nanosafe.hub import ADAPTER_FILES, find_model
 from nanosafe.storage import read_json
 
 ADAPTER_CONFIG = "adapter_config.json"
+SCORE_CONFIG = "score_config.json"  # what a score model's config.json says beside its base's
 WHOLE_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # an index begins with the same words
 
 

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nanosafe import attention, rope
 from nanosafe.errors import stop
+from nanosafe.lora import NO_PAIRS
 from nanosafe.logprobs import LogProbs, UniformLogProbs
 
 SCORE_TYPES = ("reward", "cost", "critic")
@@ -195,8 +196,12 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Linear):
-    def forward(self, x):
-        return linear(x, self.weight, self.bias)
+    def forward(self, x, pair=None):
+        """x (n, D) @ weight.T + bias, and what an adapter adds: pair, a lora.Pair, or None."""
+        y = linear(x, self.weight, self.bias)
+        if pair is None:
+            return y
+        return torch.addmm(y, linear(x, pair.A), pair.B.T)
 
 
 def linear(x, weight, bias=None):
@@ -226,15 +231,15 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(self.E if by_head else self.H * self.E, config)
             self.k_norm = RMSNorm(self.E if by_head else self.K * self.E, config)
 
-    def forward(self, x, cos, sin, layout, cache):
-        qkv = self.qkv_proj(x).view(len(x), -1, self.E)
+    def forward(self, x, cos, sin, layout, cache, pairs):
+        qkv = self.qkv_proj(x, pairs.qkv_proj).view(len(x), -1, self.E)
         qk, v = qkv.split([self.H + self.K, self.K], dim=1)
         if self.qk_norm:
             qk = self.normalize(qk)
         dtype = attention.attention_dtype(x)
         q, k = rope.turn(qk.to(dtype), cos, sin).split([self.H, self.K], dim=1)
         out = layout.attend(q, k, v.to(dtype), cache)  # (N, H, E)
-        return self.o_proj(out.flatten(1).to(x.dtype))  # (N, D)
+        return self.o_proj(out.flatten(1).to(x.dtype), pairs.o_proj)  # (N, D)
 
     def normalize(self, qk):
         """RMSNorm of queries and of keys, qk (N, H + K, E): of each, or of all of a token."""
@@ -255,9 +260,9 @@ class MLP(nn.Module):
         self.gate_up_proj = Linear(config.hidden_size, 2 * inner, bias=config.mlp_bias)
         self.down_proj = Linear(inner, config.hidden_size, bias=config.mlp_bias)
 
-    def forward(self, x):
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
+    def forward(self, x, pairs):
+        gate, up = self.gate_up_proj(x, pairs.gate_up_proj).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up, pairs.down_proj)
 
 
 class Block(nn.Module):
@@ -272,12 +277,14 @@ class Block(nn.Module):
         if self.post_norm:
             self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config)
 
-    def forward(self, x, cos, sin, layout, cache=None):
+    def forward(self, x, cos, sin, layout, cache=None, pairs=NO_PAIRS):
+        """pairs: the lora.BlockPairs that an adapter adds to the four matrices."""
         if self.post_norm:  # OLMo 2
-            x = x + self.post_attention_layernorm(self.self_attn(x, cos, sin, layout, cache))
-            return x + self.post_feedforward_layernorm(self.mlp(x))
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, layout, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+            attended = self.self_attn(x, cos, sin, layout, cache, pairs)
+            x = x + self.post_attention_layernorm(attended)
+            return x + self.post_feedforward_layernorm(self.mlp(x, pairs))
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, layout, cache, pairs)
+        return x + self.mlp(self.post_attention_layernorm(x), pairs)
 
 
 class LLaMA(nn.Module):
@@ -285,7 +292,10 @@ class LLaMA(nn.Module):
     "both".
 
     A caller says what it wants of a packed `Batch` by a method: log_probs(batch), scores(batch),
-    log_probs_and_scores(batch) or logits(batch). All of them run forward()."""
+    log_probs_and_scores(batch) or logits(batch). All of them run forward().
+
+    Each takes an adapter, a lora.AdaptedLLaMA that stands on this model: then the answer is that of
+    the model with its adapter, and with the adapter's score head."""
 
     def __init__(self, config, head="lm"):
         super().__init__()
@@ -305,27 +315,27 @@ class LLaMA(nn.Module):
         self.windows = config.windows_of_layers()
         self.rope = rope.Rope(config)
 
-    def log_probs(self, batch, temperature=1.0, uniform_weights=False):
+    def log_probs(self, batch, temperature=1.0, uniform_weights=False, adapter=None):
         """log p(batch.targets[t] | tokens up to t) (N,) float32, and 0 where the target is -100.
 
         temperature      divides the logits
         uniform_weights  promises a loss that weighs all of them alike (a mean), and is faster"""
-        out = self(*batch, temperature, uniform_weights)
-        return out[0] if self.head == "both" else out
+        out = self(*batch, temperature, uniform_weights, adapter)
+        return out[0] if isinstance(out, tuple) else out
 
-    def scores(self, batch):
+    def scores(self, batch, adapter=None):
         """A score per token (N,) float32."""
-        out = self(batch.tokens, batch.cu_seqlens, batch.max_seqlen)
-        return out[1] if self.head == "both" else out
+        out = self(batch.tokens, batch.cu_seqlens, batch.max_seqlen, adapter=adapter)
+        return out[1] if isinstance(out, tuple) else out
 
-    def log_probs_and_scores(self, batch):
+    def log_probs_and_scores(self, batch, adapter=None):
         """Both of the above, for a model with both heads."""
-        return self(*batch)
+        return self(*batch, adapter=adapter)
 
-    def logits(self, batch):
+    def logits(self, batch, adapter=None):
         """The next token's logits (N, V): for tests and small vocabularies."""
-        out = self(batch.tokens, batch.cu_seqlens, batch.max_seqlen)
-        return out[0] if self.head == "both" else out
+        out = self(batch.tokens, batch.cu_seqlens, batch.max_seqlen, adapter=adapter)
+        return out[0] if isinstance(out, tuple) else out
 
     def forward(
         self,
@@ -335,6 +345,7 @@ class LLaMA(nn.Module):
         targets=None,
         temperature=1.0,
         uniform_weights=False,
+        adapter=None,
     ):
         """Log-probabilities, logits or scores of packed sequences.
 
@@ -342,15 +353,18 @@ class LLaMA(nn.Module):
         cu_seqlens  (B+1,) int32: where each begins, and N at the end; positions restart at 0
         max_seqlen  int:   length of the longest
         targets     (N,)   int64: the token that follows; -100 where nobody reads the answer
+        adapter     an AdaptedLLaMA on this model; None: the model itself
 
         head="lm" with targets: log p(targets[t] | tokens up to t) (N,) float32, 0 where -100
         head="lm" without:      logits (N, V)
         head="score":           scores (N,) float32
         head="both":            a pair of what "lm" gives and what "score" gives"""
         self.check_length(max_seqlen)
-        x = self.hidden_states(tokens, attention.pack(cu_seqlens, max_seqlen, len(tokens)))
-        if self.head == "score":
-            return self.score_hidden_states(x)
+        layout = attention.pack(cu_seqlens, max_seqlen, len(tokens))
+        x = self.hidden_states(tokens, layout, adapter=adapter)
+        owner = self if adapter is None else adapter  # whose head it is
+        if owner.head == "score":
+            return score_hidden_states(x, owner.score_head, owner.config)
         if targets is None:
             out = F.linear(x, self.output_embedding()) / temperature
         else:
@@ -361,39 +375,34 @@ class LLaMA(nn.Module):
                 x[has_target], self.output_embedding(), targets[has_target], temperature
             )
             out = torch.zeros(len(tokens), device=x.device).index_copy(0, has_target, logps)
-        return out if self.head == "lm" else (out, self.score_hidden_states(x))
+        if owner.head == "lm":
+            return out
+        return out, score_hidden_states(x, owner.score_head, owner.config)
 
-    def hidden_states(self, tokens, layout, caches=None):
+    def hidden_states(self, tokens, layout, caches=None, adapter=None):
         """tokens (N,) -> hidden states after the last norm (N, D).
 
         layout  an attention.PackedBatch or DecodeBatch; caches: one per layer, or None"""
         x = self.embed_tokens(tokens)
         layouts = attention.layouts_of_layers(layout, self.windows, self.config, x)
         rotations = self.rope.rotations(layout, x)
+        pairs = [NO_PAIRS] * len(self.layers)
+        if adapter is not None:
+            pairs = adapter.block_pairs(x.dtype)
         for i, layer in enumerate(self.layers):
             cos, sin = rotations[i]
+            cache = caches[i] if caches else None
+            inputs = (x, cos, sin, layouts[i], cache, pairs[i])
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, layouts[i], use_reentrant=False)
+                x = checkpoint(layer, *inputs, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, layouts[i], caches[i] if caches else None)
+                x = layer(*inputs)
         return self.norm(x)
 
     def output_embedding(self):
         """The matrix (V, D) whose rows score the next token."""
         weight = self.lm_head.weight
         return F.normalize(weight) if self.config.norm_head else weight
-
-    def score_hidden_states(self, x):
-        """Hidden states (N, D) -> scores (N,), in float32 because bfloat16 ties near zero."""
-        config, head = self.config, self.score_head
-        scores = x.float() @ head.weight[0].float()
-        if head.bias is not None:
-            scores = scores + head.bias.float()
-        if not config.do_normalize or config.score_type == "critic":
-            return scores
-        # A cost's zero separates safe from unsafe, so costs are scaled but never shifted.
-        mean = config.mean[0] if config.score_type == "reward" else 0.0
-        return (scores - mean) / (math.sqrt(config.var[0]) + 1e-8)
 
     def check_length(self, length):
         longest = self.config.max_position_embeddings
@@ -402,3 +411,17 @@ class LLaMA(nn.Module):
                 f"{length} tokens, but nanosafe implements this model's dynamic RoPE only up to "
                 f"{longest}: lower max_len or max_new_tokens"
             )
+
+
+def score_hidden_states(x, head, config):
+    """Hidden states (N, D) -> scores (N,), in float32 because bfloat16 ties near zero.
+
+    head  the score head, a Linear; config: whose moments normalise the scores"""
+    scores = x.float() @ head.weight[0].float()
+    if head.bias is not None:
+        scores = scores + head.bias.float()
+    if not config.do_normalize or config.score_type == "critic":
+        return scores
+    # A cost's zero separates safe from unsafe, so costs are scaled but never shifted.
+    mean = config.mean[0] if config.score_type == "reward" else 0.0
+    return (scores - mean) / (math.sqrt(config.var[0]) + 1e-8)

@@ -35,6 +35,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, Shard
 
 from nanosafe.errors import choose, explain_failure, stop
+from nanosafe.lora import AdaptedLLaMA
 from nanosafe.watchdog import agree_on_restart_id, start_hang_watchdog
 
 
@@ -210,14 +211,15 @@ class Placements(NamedTuple):
 
 
 def choose_placements(
-    world, dtype, layout, offload, use_compile, activation_checkpointing, parameters
+    world, dtype, layout, offload, use_compile, activation_checkpointing, parameters, frozen=0
 ):
     """The Placements of trained and of frozen models, from a trainer's knobs.
 
     dtype       auto | bfloat16 | float32: computed in; trained weights are always float32
     layout      auto | plain | ddp | fsdp | hsdp
     offload     none | frozen | all: which models wait in host memory (on a GPU only)
-    parameters  how many are trained, over all models; "auto" depends on it"""
+    parameters  how many are trained, over all models; "auto" depends on it
+    frozen      how many a base has whose adapters are trained"""
     on_gpu = world.device.type == "cuda"
     compute_dtypes = {
         "auto": torch.bfloat16 if on_gpu else torch.float32,
@@ -235,7 +237,8 @@ def choose_placements(
     # A single process that computes in bfloat16 needs FSDP2's float32 master weights, also where
     # "plain" is asked for.
     if layout in ("auto", "plain"):
-        layout = choose_layout(world, compute_dtype, offload, parameters)
+        in_memory = BYTES_PER_PARAMETER * parameters + compute_dtype.itemsize * frozen
+        layout = choose_layout(world, compute_dtype, offload, in_memory)
     offload_frozen = offload != "none" and on_gpu
     trained = Placement(
         world.device,
@@ -246,7 +249,7 @@ def choose_placements(
         use_compile=use_compile and on_gpu,
         activation_checkpointing=activation_checkpointing,
     )
-    frozen = Placement(
+    frozen_placement = Placement(
         world.device,
         # Frozen copies exchange nothing, so DDP's need no mesh.
         "plain" if layout == "ddp" and not offload_frozen else layout,
@@ -254,18 +257,21 @@ def choose_placements(
         compute_dtype=compute_dtype,
         offload=offload_frozen,
         use_compile=use_compile and on_gpu,
+        activation_checkpointing=activation_checkpointing,  # of a base whose adapters are trained
     )
-    return Placements(trained, frozen)
+    return Placements(trained, frozen_placement)
 
 
-def choose_layout(world, compute_dtype, offload, parameters):
-    """Whole copies where they take less than a quarter of the memory, slices where they do not."""
+def choose_layout(world, compute_dtype, offload, in_memory):
+    """Whole copies where they take less than a quarter of the memory, slices where they do not.
+
+    in_memory  bytes of whole copies, with gradients and moments"""
     if world.size == 1:
         in_float32 = compute_dtype == torch.float32 and offload == "none"
         return "plain" if in_float32 else "ddp"
     on_gpu = world.device.type == "cuda"
     memory = torch.cuda.mem_get_info(world.device)[1] if on_gpu else CPU_MEMORY
-    return "ddp" if BYTES_PER_PARAMETER * parameters < 0.25 * memory else "fsdp"
+    return "ddp" if in_memory < 0.25 * memory else "fsdp"
 
 
 def shard_model(model, placement):
@@ -318,6 +324,10 @@ def gathered_for_sampling(model):
 
     The twin has no hooks: ranks may do different amounts of work with it, and CUDA graphs may be
     captured."""
+    if isinstance(model, AdaptedLLaMA):
+        with gathered_for_sampling(model.base) as base:
+            yield model.for_sampling(base)
+        return
     sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
     if not sharded:
         yield model
@@ -344,15 +354,31 @@ def gathered_for_sampling(model):
 def backward(model, loss, last=True):
     """Back-propagate. Over all ranks and calls, gradients add up.
 
-    FSDP takes the mean over ranks, so the loss is multiplied by their number first.
+    FSDP takes the mean over ranks, so the loss is multiplied by their number first. An adapter's
+    parameters, whole on every rank, are not FSDP's.
 
     last  whether this is the step's last call for `model`: copies exchange gradients only then"""
+    count_collective()
     if isinstance(model, FSDPModule):
         if model.placement.layout == "ddp":
             model.set_requires_gradient_sync(last)
         model.set_requires_all_reduce(last)  # between HSDP's copies; slices always exchange
-    count_collective()
-    (loss * world_size()).backward()
+        (loss * world_size()).backward()
+    else:
+        loss.backward()
+        if last:
+            sum_gradients_over_ranks(model)
+
+
+def sum_gradients_over_ranks(model):
+    """Replace the gradients of a model that is whole on every rank by their sum over the ranks."""
+    if world_size() == 1:
+        return
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    total = all_reduce_sum(torch.cat([gradient.flatten() for gradient in gradients]))
+    sizes = [gradient.numel() for gradient in gradients]
+    for gradient, part in zip(gradients, total.split(sizes)):
+        gradient.copy_(part.view_as(gradient))
 
 
 def named_local_parameters(model):

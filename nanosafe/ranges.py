@@ -81,6 +81,9 @@ RANGES = {
     "grad_clip": NOT_NEGATIVE,
     "max_skips": COUNT_OR_0,
     "ema": DECAY,
+    # adapters
+    "lora_rank": COUNT_OR_0,
+    "lora_alpha": POSITIVE,
     # sampling
     "num_samples": COUNT,
     "best_of": COUNT,

@@ -2,7 +2,24 @@
 
 Read folder.py and families.py to follow a tensor in a file to a parameter."""
 
+from nanosafe.checkpoint.convert import save_merged
 from nanosafe.checkpoint.folder import check_score_model
-from nanosafe.checkpoint.model_folder import count_parameters, init_from_scratch, load, save
+from nanosafe.checkpoint.model_folder import (
+    count_parameters,
+    count_trained_parameters,
+    init_from_scratch,
+    load,
+    load_trained,
+    save,
+)
 
-__all__ = ["check_score_model", "count_parameters", "init_from_scratch", "load", "save"]
+__all__ = [
+    "check_score_model",
+    "count_parameters",
+    "count_trained_parameters",
+    "init_from_scratch",
+    "load",
+    "load_trained",
+    "save",
+    "save_merged",
+]

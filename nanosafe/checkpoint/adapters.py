@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 
-from nanosafe.adapter_base import ADAPTER_CONFIG
+from nanosafe.adapter_base import ADAPTER_CONFIG, SCORE_CONFIG
 from nanosafe.checkpoint.families import name_tensor
 from nanosafe.checkpoint.tensors import FolderReader, LazyTensor, clean_name
 from nanosafe.errors import one_line_errors, stop
@@ -353,7 +353,9 @@ def merge_adapter(path, base):
     if has_tied_head and merged[vocabulary.lm_head] is merged[vocabulary.embedding]:
         del merged[vocabulary.lm_head]  # as in the base's files: the two are tied still
 
-    changes = {"score_bias": "score_head.bias" in merged}
+    with one_line_errors(path):
+        changes = read_json(path, SCORE_CONFIG)
+    changes["score_bias"] = "score_head.bias" in merged
     if vocabulary.embedding in stored:
         changes["vocab_size"] = stored[vocabulary.embedding].shape[0]
     return replace(base, path=path, config={**base.config, **changes}, tensors=merged)

@@ -12,8 +12,16 @@ import torch
 from safetensors.torch import save_file
 
 from nanosafe import parallel
-from nanosafe.adapter_base import list_model_folders
+from nanosafe.adapter_base import find_base, is_adapter, list_model_folders
 from nanosafe.checkpoint import exports
+from nanosafe.checkpoint.adapter_folder import (
+    Base,
+    can_share_base,
+    count_adapter_parameters,
+    new_adapter,
+    read_adapter,
+    write_adapter_folder,
+)
 from nanosafe.checkpoint.families import (
     FAMILIES,
     check_can_be_saved,
@@ -33,6 +41,7 @@ from nanosafe.checkpoint.folder import (
 )
 from nanosafe.errors import one_line_errors, stop
 from nanosafe.hub import find_model
+from nanosafe.lora import AdaptedLLaMA
 from nanosafe.model import Config, LLaMA
 from nanosafe.printing import print_once
 from nanosafe.storage import CHECKSUMS, find_corrupt_file, make_folder, replace_folder, write_json
@@ -52,6 +61,7 @@ def load(
     vocab_size=0,
     score_type=None,
     seed=0,
+    bases=None,
 ):
     """Read a model folder -> LLaMA. Stops with one line on missing, surplus or misshapen tensors.
 
@@ -62,9 +72,102 @@ def load(
     placement   a parallel.Placement instead of dtype and device: for training, and for many ranks
     vocab_size  rows that the tokenizer needs; missing ones become the mean of the others
     score_type  "reward", "cost" or "critic", whatever the config says. A script that only reads
-                scores calls check_score_model() first."""
+                scores calls check_score_model() first.
+    bases       {folder: Base} of this process, to which this model is added. With it an adapter
+                folder becomes an AdaptedLLaMA, and adapters of one base share it in memory; without
+                it an adapter is merged into a base of its own. Models on a base are frozen."""
+    among_ranks = placement is not None  # else each rank may read another model
+    if placement is None:
+        placement = parallel.Placement(torch.device(device), dtype=dtype)
+    if bases is None:
+        return load_whole(path, head, placement, vocab_size, score_type, seed, among_ranks)
+    if not is_adapter(find_model(path)):
+        return load_base(path, head, bases, placement, vocab_size, score_type).model
+    folder = open_folder(path)
+    if not can_share_base(folder):
+        print_once(f"{path} trains more than matrices of blocks: it is merged into its base")
+        return load_whole(path, head, placement, vocab_size, score_type, seed, among_ranks)
+    base = load_base(find_base(folder.path), "auto", bases, placement, vocab_size)
+    check_for_damage(folder.path, among_ranks=False)
+    head = choose_head(folder, head)
+    model = read_adapter(folder, base, head, score_type)
+    fill_score_head(model, folder.tensors, path, seed)
+    return model.to(placement.device).requires_grad_(False)
+
+
+def load_trained(path, head, placements, bases, lora, vocab_size=0, score_type=None, seed=0):
+    """The model at `path`, to be trained: a LLaMA, or with lora.rank an adapter on a frozen base.
+
+    placements  the parallel.Placements: a base is placed as frozen models are
+    lora        the Lora of a new adapter. The adapter that is at `path` goes on with its own.
+
+    Other arguments are those of load()."""
+    if not lora.rank:
+        return load(
+            path,
+            head,
+            placement=placements.trained,
+            vocab_size=vocab_size,
+            score_type=score_type,
+            seed=seed,
+        )
+    placement = placements.frozen
+    if is_adapter(find_model(path)):
+        model = load(
+            path,
+            head,
+            placement=placement,
+            vocab_size=vocab_size,
+            score_type=score_type,
+            seed=seed,
+            bases=bases,
+        )
+        if not isinstance(model, AdaptedLLaMA):
+            stop(
+                f"{path!r} cannot go on as an adapter: merge it first, with python -m "
+                "nanosafe.checkpoint ADAPTER TARGET"
+            )
+        print_once(f"{path}: its adapter is trained on, with its own rank and targets")
+    else:
+        base = load_base(path, "auto", bases, placement, vocab_size)
+        model = new_adapter(path, base, head, lora, score_type, seed)
+        own_head = {}
+        if base.model.head == "score":
+            own_head = dict(base.model.named_parameters())
+        fill_score_head(model, own_head, path, seed)
+    return model.to(placement.device).requires_grad_(True)
+
+
+def load_base(path, head, bases, placement, vocab_size, score_type=None):
+    """The Base at a path, from `bases` or read into them."""
+    key = os.path.realpath(find_model(path))
+    if key not in bases:
+        model = load_whole(path, head, placement, vocab_size, score_type)
+        bases[key] = Base(model.requires_grad_(False), open_folder(path).family)
+    return bases[key]
+
+
+@torch.no_grad()
+def fill_score_head(model, tensors, path, seed):
+    """Copy an AdaptedLLaMA's score head from {name: tensor}, or draw it where it is not there."""
+    if model.head == "lm":
+        return
+    if "score_head.weight" not in tensors:
+        print_once(f"{path}: no score head there: a new one is drawn")
+        draw_parameter(model, "score_head.weight", model.score_head.weight, seed)
+        if model.score_head.bias is not None:
+            model.score_head.bias.zero_()
+        return
+    for name, parameter in model.score_head.named_parameters():
+        parameter.copy_(tensors["score_head." + name][:])
+
+
+def load_whole(path, head, placement, vocab_size, score_type, seed=0, among_ranks=True):
+    """load() without shared bases -> LLaMA.
+
+    among_ranks  whether all ranks read this model: then each checks its share of the files"""
     for folder_path in list_model_folders(find_model(path)):
-        check_for_damage(folder_path, among_ranks=placement is not None)
+        check_for_damage(folder_path, among_ranks)
     folder = open_folder(path)
     head = choose_head(folder, head)
     config = make_config(folder, score_type)
@@ -86,8 +189,6 @@ def load(
     if new_rows:
         print_once(f"{path}: {new_rows} rows for new tokens, each the others' mean")
         config.vocab_size = vocab_size
-    if placement is None:
-        placement = parallel.Placement(torch.device(device), dtype=dtype)
     model = build_model(config, head, placement, placement.dtype or folder.dtype())
     if lacks_score_head:
         print_once(f"{path}: no score head there: a new one is drawn")
@@ -158,6 +259,13 @@ def count_parameters(source):
     return sum(shape.numel() for shape in list_shapes(config, "lm").values())
 
 
+def count_trained_parameters(path, lora):
+    """How many parameters load_trained() will train; no weights are read."""
+    if not lora.rank:
+        return count_parameters(path)
+    return count_adapter_parameters(open_folder(path), lora)
+
+
 # ---- saving ----
 
 
@@ -165,10 +273,16 @@ def count_parameters(source):
 def save(model, path, tokenizer=None, dtype=None, head=None):
     """Write a model folder, with checksums. It appears when it is whole. A collective.
 
+    Of an AdaptedLLaMA the adapter alone is written, in float32.
+
     dtype  of the tensors; by default that of the parameters
     head   "lm" or "score", the one to write of a model with both"""
     head = head or model.head
     assert head in ("lm", "score"), "a folder has one head"
+    if isinstance(model, AdaptedLLaMA):
+        write_adapter_folder(model, path, tokenizer, head)
+        parallel.barrier()
+        return
     dtype = dtype or next(model.parameters()).dtype
     write_model_folder(path, model.config, head, gather_weights(model, head), tokenizer, dtype)
     parallel.barrier()

@@ -313,6 +313,7 @@ FIXED_KNOBS = {
     # Shapes do not show these: the same weights compute something else.
     "num_attention_heads",
     "num_key_value_heads",
+    "lora_alpha",
     # A state has gone on from these, so a new value would be ignored without a word.
     "lambda_init",
     "normalizer_momentum",

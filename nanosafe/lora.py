@@ -1,0 +1,187 @@
+"""Low-rank adapters on a frozen base (LoRA, arXiv:2106.09685): several models, one set of weights.
+
+An adapter adds to each matrix W (out, in) that it adapts the product of two thin ones, which alone
+are trained:
+
+    y = W x + s B A x        A (r, in)   B (out, r)   s = alpha / r, or alpha / sqrt(r) (rslora)
+
+B begins at zero, so a new adapter changes nothing. In memory is the base, once, and of each model
+that stands on it megabytes: for PPO-Lag,
+
+    reference     the base                        actor                  the base + an adapter
+    reward model  the base + an adapter + a head  reward critic, cost critic  likewise
+    cost model    likewise
+
+An AdaptedLLaMA is used as a LLaMA is, and its parameters() are its adapter's alone. They are whole
+on every rank, while the base may be cut into slices.
+
+A block multiplies by the matrices of queries, keys and values at once, and by gate and up at once,
+but adapters are of each of these by itself, as PEFT's are. Side by side they are one pair again:
+
+    A = [A_q; A_k; A_v]  (3r, in)        B = [s B_q  0  0;  0  s B_k  0;  0  0  s B_v]  (out, 3r)
+
+checkpoint/adapter_folder.py reads and writes adapters in PEFT's layout."""
+
+import math
+import zlib
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+MATRICES = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")  # of a block
+
+
+class Lora(NamedTuple):
+    """The adapters that a trainer's knobs ask for."""
+
+    rank: int  # 0: none, all weights are trained
+    alpha: float
+    targets: str  # "all", or names of matrices without their layers: "q_proj,v_proj"
+
+    @property
+    def scale(self):
+        return self.alpha / self.rank
+
+
+class Pair(NamedTuple):
+    """What is added to a matrix: y becomes y + B (A x). The scale is in B."""
+
+    A: torch.Tensor  # (R, in)
+    B: torch.Tensor  # (out, R)
+
+
+class BlockPairs(NamedTuple):
+    """The Pair of each matrix of a block, or None where it has none."""
+
+    qkv_proj: Pair = None
+    o_proj: Pair = None
+    gate_up_proj: Pair = None
+    down_proj: Pair = None
+
+
+NO_PAIRS = BlockPairs()
+
+
+class PairShape(NamedTuple):
+    """One adapter of a block's matrix: of the whole of it, or of some of its rows."""
+
+    module: str  # as PEFT calls it: model.layers.0.self_attn.q_proj
+    rank: int
+    scale: float
+    inputs: int
+    rows: int
+    first_row: int  # of the block's matrix: where the module's rows begin
+    order: list = None  # row i of ours is row order[i] of the module's; None: they are in order
+
+
+class MatrixAdapter(nn.Module):
+    """The adapters of one of a block's matrices, trained in float32."""
+
+    def __init__(self, shapes, height):
+        """shapes: a PairShape of each, in the order of their rows; height: rows of the matrix."""
+        super().__init__()
+        self.shapes = shapes
+        self.height = height
+        self.A = nn.ParameterList(torch.zeros(shape.rank, shape.inputs) for shape in shapes)
+        self.B = nn.ParameterList(torch.zeros(shape.rows, shape.rank) for shape in shapes)
+
+    def pair(self, dtype):
+        """The Pair of the whole matrix, in the dtype that is computed in."""
+        A = torch.cat(list(self.A)).to(dtype)
+        B = A.new_zeros(self.height, len(A))
+        column = 0
+        for shape, part in zip(self.shapes, self.B):
+            rows = slice(shape.first_row, shape.first_row + shape.rows)
+            columns = slice(column, column + shape.rank)
+            B[rows, columns] = shape.scale * part
+            column += shape.rank
+        return Pair(A, B)
+
+
+class AdaptedLLaMA(nn.Module):
+    """A base with an adapter on it, and perhaps a score head of its own. It is used as a LLaMA is.
+
+    base          a LLaMA, frozen, which other adapters stand on too
+    config, head  as of a LLaMA: what the base becomes with the adapter
+    blocks        of each layer, a ModuleDict {name of its matrix: MatrixAdapter}
+    peft_config   what its adapter_config.json says"""
+
+    def __init__(self, base, config, head, blocks, peft_config):
+        super().__init__()
+        # Set past nn.Module, which would count the base's parameters among this model's.
+        object.__setattr__(self, "base", base)
+        self.config = config
+        self.head = head
+        self.blocks = nn.ModuleList(blocks)
+        self.peft_config = peft_config
+        if head != "lm":
+            self.score_head = nn.Linear(config.hidden_size, 1, bias=config.score_bias)
+        self.kept_pairs = None  # for sampling: what block_pairs() returns
+
+    @property
+    def embed_tokens(self):
+        return self.base.embed_tokens
+
+    @property
+    def layers(self):
+        return self.base.layers
+
+    def block_pairs(self, dtype):
+        """The BlockPairs of each layer, from the present parameters."""
+        if self.kept_pairs is not None:
+            return self.kept_pairs
+        pairs = []
+        for block in self.blocks:
+            of_block = {name: matrix.pair(dtype) for name, matrix in block.items()}
+            pairs.append(BlockPairs(**of_block))
+        return pairs
+
+    # The verbs of a LLaMA.
+
+    def log_probs(self, batch, temperature=1.0, uniform_weights=False):
+        return self.base.log_probs(batch, temperature, uniform_weights, adapter=self)
+
+    def scores(self, batch):
+        return self.base.scores(batch, adapter=self)
+
+    def log_probs_and_scores(self, batch):
+        return self.base.log_probs_and_scores(batch, adapter=self)
+
+    def logits(self, batch):
+        return self.base.logits(batch, adapter=self)
+
+    def forward(self, *inputs):
+        return self.base(*inputs, adapter=self)
+
+    def hidden_states(self, tokens, layout, caches=None):
+        return self.base.hidden_states(tokens, layout, caches, adapter=self)
+
+    def output_embedding(self):
+        return self.base.output_embedding()
+
+    def check_length(self, length):
+        self.base.check_length(length)
+
+    @torch.no_grad()
+    def for_sampling(self, base):
+        """This model on a base whose parameters are whole, its pairs computed once for all steps."""
+        twin = AdaptedLLaMA(base, self.config, "lm", self.blocks, self.peft_config)
+        twin.kept_pairs = self.block_pairs(base.embed_tokens.weight.dtype)
+        return twin
+
+
+def draw_adapter(blocks, seed):
+    """Draw the parameters of a new adapter: each A from U(-1/sqrt(in), 1/sqrt(in)), and B is 0.
+
+    A matrix has its own generator, as in init_from_scratch(): other targets do not change it."""
+    for block in blocks:
+        for matrix in block.values():
+            for shape, A, B in zip(matrix.shapes, matrix.A, matrix.B):
+                generator = torch.Generator().manual_seed(
+                    zlib.crc32(f"{seed} {shape.module}".encode())
+                )
+                bound = 1 / math.sqrt(shape.inputs)
+                drawn = torch.empty(A.shape).uniform_(-bound, bound, generator=generator)
+                A.data.copy_(drawn)
+                B.data.zero_()
