@@ -276,9 +276,11 @@ class Policy:
         top_k=0,
         top_p=1.0,
         template="auto",
+        bases=None,
     ):
         """seed, temperature, top_k, top_p: as for rollout.generate(); template: as for
-        tokenizer.load(), or "none", to go on with the questions' own text."""
+        tokenizer.load(), or "none", to go on with the questions' own text; bases: as for
+        checkpoint.load()."""
         if not (0 <= temperature < 1e9 and 0 < top_p <= 1 and top_k >= 0 and max_new_tokens > 0):
             stop(
                 f"temperature={temperature} and top_k={top_k} are 0 or more, top_p={top_p} is "
@@ -291,7 +293,12 @@ class Policy:
         self.has_template = template != "none"
         self.tok = tokenizer.load(path, template if self.has_template else "auto")
         self.model = checkpoint.load(
-            path, "lm", choose_dtype(dtype, world), world.device, vocab_size=self.tok.vocab_size
+            path,
+            "lm",
+            choose_dtype(dtype, world),
+            world.device,
+            vocab_size=self.tok.vocab_size,
+            bases=bases,
         )
         self.warned = False  # of questions that are too long
         self.sampling = {
@@ -368,11 +375,11 @@ def check_signature(path, function):
         )
 
 
-def load_scorer(path, world, dtype, max_tokens, score_type):
+def load_scorer(path, world, dtype, max_tokens, score_type, bases=None):
     """What scores answers: the ScoreModel of a folder, or the ScoreFunction of FILE.py:NAME."""
     if names_function(path):
         return ScoreFunction(path, world)
-    return ScoreModel(path, world, dtype, max_tokens, score_type)
+    return ScoreModel(path, world, dtype, max_tokens, score_type, bases=bases)
 
 
 class ScoreFunction:
@@ -423,9 +430,19 @@ class ScoreModel:
     """A reward or cost model's folder, which scores texts or token ids at their ends.
 
     score_type  "reward" or "cost": the folder must not state another; None: what it states
-    template    as of tokenizer.load()"""
+    template    as of tokenizer.load()
+    bases       as of checkpoint.load()"""
 
-    def __init__(self, path, world, dtype=None, max_tokens=8192, score_type=None, template="auto"):
+    def __init__(
+        self,
+        path,
+        world,
+        dtype=None,
+        max_tokens=8192,
+        score_type=None,
+        template="auto",
+        bases=None,
+    ):
         self.path = path
         self.world = world
         self.max_tokens = max_tokens
@@ -438,6 +455,7 @@ class ScoreModel:
             device=world.device,
             vocab_size=self.tok.vocab_size,
             score_type=score_type,
+            bases=bases,
         )
         self.warned = False  # of texts that are too long
 

@@ -165,7 +165,7 @@ class AdaptedLLaMA(nn.Module):
 
     @torch.no_grad()
     def for_sampling(self, base):
-        """This model on a base whose parameters are whole, its pairs computed once for all steps."""
+        """This model on a base with whole parameters, its pairs computed once for all steps."""
         twin = AdaptedLLaMA(base, self.config, "lm", self.blocks, self.peft_config)
         twin.kept_pairs = self.block_pairs(base.embed_tokens.weight.dtype)
         return twin
