@@ -4,6 +4,7 @@
     config = configure(globals())
 
     $ torchrun --nproc_per_node=8 train_ppo_lag.py config/beaver_7b/ppo_lag.py --kl_coef=0.02
+    $ python -m nanosafe.bench --device=cuda --quick    # the same as --quick=true
 
 A knob is a global that the script assigns above its call of configure(): a bool, int, float or str,
 in lower case, with a comment behind it. A comment line directly above a knob is the heading of the
@@ -56,7 +57,7 @@ class Knob(NamedTuple):
 
 class Arguments(NamedTuple):
     files: list[str]
-    flags: dict[str, str]
+    flags: dict[str, str]  # name -> text; None for a flag without "="
     wants_help: bool
 
 
@@ -175,9 +176,7 @@ def split_arguments(argv):
             wants_help = True
         elif argument.startswith("--"):
             name, equals, text = argument[2:].partition("=")
-            if not equals:
-                stop(f"{argument}: flags are written --key=value")
-            flags[name] = text
+            flags[name] = text if equals else None
         elif argument.endswith(".py"):
             files.append(argument)
         else:
@@ -241,8 +240,14 @@ def check(name, value, config, where):
 
 
 def parse(name, text, config):
-    """A value from a flag, read as the type of the knob's default."""
+    """A value from a flag, read as the type of the knob's default.
+
+    text  None for a flag without "=", which switches a bool on"""
     wanted = find_type(name, config, "flag")
+    if text is None and wanted is not bool:
+        stop(f"--{name}: flags are written --key=value; only a switch needs no value")
+    if text is None:
+        return True
     if wanted is str:
         return text
     if wanted is bool:

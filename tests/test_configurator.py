@@ -65,6 +65,7 @@ def result(lines):
         ("--name=", "1e-05 100  False 200 time"),
         ("--compile=true", "1e-05 100 run True 200 time"),
         ("--compile=0", "1e-05 100 run False 200 time"),
+        ("--compile", "1e-05 100 run True 200 time"),
     ],
 )
 def test_a_flag_is_read_as_the_type_of_the_default(script, flag, value):
@@ -78,6 +79,7 @@ def test_a_flag_is_read_as_the_type_of_the_default(script, flag, value):
     [
         ("--learning_rat=1", "unknown knob 'learning_rat'; did you mean 'learning_rate'?"),
         ("--steps", "flags are written --key=value"),
+        ("--compil", "unknown knob 'compil'; did you mean 'compile'?"),
         ("steps=3", "neither a config file (*.py) nor a flag"),
         ("--steps=1.5", "steps takes a whole number"),
         ("--steps=inf", "steps takes a whole number"),

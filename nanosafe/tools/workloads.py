@@ -7,6 +7,7 @@ a step lasts from one row of metrics to the next, and functions that the trainer
 by ones that time them."""
 
 import gc
+import inspect
 import os
 import runpy
 import sys
@@ -15,11 +16,11 @@ import torch
 
 from nanosafe import checkpoint, losses, monitor, optim, parallel, rollout
 from nanosafe.data import batching
-from nanosafe.model import Config
+from nanosafe.model import Config, LLaMA
 from nanosafe.storage import REPOSITORY
 from nanosafe.tools.workload_report import Workload
 
-UNIFORM_WEIGHTS = 5  # its position among the arguments of LLaMA.forward
+FORWARD = inspect.signature(LLaMA.forward)
 LEARNING = {
     "max_len": 512,
     "learning_rate": 1e-4,
@@ -161,29 +162,42 @@ class PhaseClock:
         self.is_ppo = is_ppo
         self.seconds = {}
         self.paths = {}  # id of a model -> the folder it was loaded from
+        self.timed = set()  # ids of the models whose forwards are timed
         self.in_ptx = False  # whether the actor's last forward pass was one of demonstrations
 
     def time_trainer(self):
         """Replace the functions that a trainer calls by timed ones, before it imports them."""
-        self.replace(rollout, "generate", lambda *arguments: "rollout")
-        self.replace(parallel, "backward", lambda model, *rest: self.phase_of_update(model))
-        self.replace(optim, "guarded_step", lambda model, *rest: self.phase_of_update(model))
-        load = checkpoint.load
+        self.replace(rollout, "generate", lambda *arguments, **options: "rollout")
+        self.replace(parallel, "backward", lambda model, *rest, **options: self.of_update(model))
+        self.replace(optim, "guarded_step", lambda model, *rest: self.of_update(model))
+        self.time_loaded_models("load")
+        self.time_loaded_models("load_trained")
+
+    def time_loaded_models(self, name):
+        """Replace a function of `checkpoint` by one that times the forwards of what it loads."""
+        load = getattr(checkpoint, name)
 
         def load_and_time(path, *arguments, **options):
             model = load(path, *arguments, **options)
             self.paths[id(model)] = path
-            self.replace(model, "forward", lambda *inputs: self.phase_of_forward(model, inputs))
+            base = getattr(model, "base", model)  # an adapter's forwards are its base's
+            if id(base) not in self.timed:
+                self.timed.add(id(base))
+                self.replace(
+                    base,
+                    "forward",
+                    lambda *inputs, **named: self.phase_of_forward(base, inputs, named),
+                )
             return model
 
-        checkpoint.load = load_and_time
+        setattr(checkpoint, name, load_and_time)
 
     def replace(self, owner, name, phase_of):
         """Replace a function by one that adds its seconds to the phase phase_of(*arguments)."""
         function = getattr(owner, name)
 
         def timed(*arguments, **options):
-            phase = phase_of(*arguments)
+            phase = phase_of(*arguments, **options)
             began = self.workload.now()
             result = function(*arguments, **options)
             elapsed = self.workload.now() - began
@@ -192,16 +206,18 @@ class PhaseClock:
 
         setattr(owner, name, timed)
 
-    def phase_of_forward(self, model, inputs):
+    def phase_of_forward(self, base, inputs, named):
+        """The phase of a forward of a LLaMA, which is that of an adapter if one is given."""
+        arguments = FORWARD.bind(base, *inputs, **named).arguments
+        model = arguments.get("adapter") or base
         # In PPO only the loss of demonstrations is a mean of log-probabilities.
-        uniform_weights = len(inputs) > UNIFORM_WEIGHTS and inputs[UNIFORM_WEIGHTS]
         if model.head == "lm":
-            self.in_ptx = self.is_ppo and bool(uniform_weights)
+            self.in_ptx = self.is_ppo and bool(arguments.get("uniform_weights"))
         if torch.is_grad_enabled():
-            return self.phase_of_update(model)
+            return self.of_update(model)
         return self.name_of(model) + ": scoring"
 
-    def phase_of_update(self, model):
+    def of_update(self, model):
         if self.in_ptx and model.head == "lm":
             return "ptx: updates"
         return self.name_of(model) + ": updates"
@@ -212,7 +228,7 @@ class PhaseClock:
         is_trained = next(model.parameters()).requires_grad
         if model.head == "lm":
             return "actor" if is_trained else "reference"
-        kind = os.path.basename(self.paths[id(model)])  # reward or cost
+        kind = os.path.basename(self.paths[id(model)]).split("_")[0]  # reward or cost
         return f"{kind} critic" if is_trained else f"{kind} model"
 
 
