@@ -245,7 +245,7 @@ class Scheduler:
 
 
 class Engine:
-    """The device's side: a cache of S rows, and each row's next token, position and key."""
+    """The device's side: a cache of S rows, and each row's next token, position and randomness."""
 
     def __init__(self, model, slots, wanted, length, sampling):
         """slots: rows at most, 0 for as many as fit; wanted: how many prompts there are;
@@ -273,8 +273,10 @@ class Engine:
             self.caches.append(attention.Cache(keys, values))
         self.rows = torch.arange(self.slots, device=self.device)
         self.columns = torch.arange(length, device=self.device)
-        state = torch.zeros(4, self.slots, dtype=torch.int64, device=self.device)
-        self.tokens, self.positions, self.prompt_lengths, self.keys = state
+        self.tokens = torch.zeros(self.slots, dtype=torch.int64, device=self.device)
+        self.positions = torch.zeros(self.slots, dtype=torch.int64, device=self.device)
+        # uniforms[row, t] chooses the token at position t of the row.
+        self.uniforms = torch.zeros(self.slots, length, dtype=torch.float64, device=self.device)
         self.logps = None
         if sampling.with_logps:
             self.logps = torch.zeros(self.slots, device=self.device)
@@ -312,19 +314,20 @@ class Engine:
         longest = max(len(prompt) for prompt in prompts)
         layout = attention.pack(cu_seqlens, longest, len(tokens), slots=self.rows[rows])
         x = self.model.hidden_states(tokens, layout, self.caches)[ends - 1]
-        self.keys[rows] = self.make_tensor([as_signed(key) for key in keys])
         self.positions[rows] = lengths
-        self.prompt_lengths[rows] = lengths
-        draw = torch.zeros_like(lengths)
-        self.draw_tokens(rows, x, draw)
+        keys = self.make_tensor([as_signed(key) for key in keys])
+        draws = self.columns - lengths[:, None]  # the first token of a response is draw 0
+        self.uniforms[rows] = uniforms(keys[:, None], draws)
+        self.draw_tokens(rows, x)
         for row, prompt in enumerate(prompts, start=first_row):
             self.extents[row] = len(prompt) + 1
         return self.read_drawn(rows)
 
-    def draw_tokens(self, rows, x, draw):
-        """Sample the next tokens of some rows from their hidden states x (rows, D)."""
+    def draw_tokens(self, rows, x):
+        """Sample the tokens at the positions of some rows, from hidden states x (rows, D)."""
         logits = linear(x, self.head)
-        drawn = sample_tokens(logits, self.keys[rows], draw, *self.sampling)
+        u = self.uniforms[rows].gather(1, self.positions[rows, None]).squeeze(1)
+        drawn = sample_tokens(logits, u, *self.sampling)
         self.tokens[rows] = drawn.tokens
         if drawn.logps is not None:
             self.logps[rows] = drawn.logps
@@ -377,10 +380,9 @@ class Engine:
         # Rows beyond the live ones may hold NO_TOKEN, which has no embedding.
         tokens = self.tokens[:n].clamp(min=0)
         x = self.model.hidden_states(tokens, layout, self.caches)
-        draw = positions - self.prompt_lengths[:n] + 1
-        self.draw_tokens(slice(0, n), x, draw)
         # A graph also computes rows beyond the live ones, whose positions must stay in the cache.
         self.positions[:n] = (positions + 1).clamp(max=len(self.columns) - 1)
+        self.draw_tokens(slice(0, n), x)
 
     def replay(self, n, extent):
         """decode() of n rows that read `extent` keys each, as a CUDA graph: one launch a step.
@@ -411,7 +413,7 @@ class Engine:
         for layer in self.caches:
             for x in layer:
                 x[target, :, :extent] = x[source, :, :extent]
-        for x in (self.tokens, self.positions, self.prompt_lengths, self.keys):
+        for x in (self.tokens, self.positions, self.uniforms):
             x[target] = x[source]
         self.extents[target] = extent
 
@@ -485,10 +487,8 @@ def capture_stream():
 # ---- from logits to tokens ----
 
 
-def sample_tokens(logits, keys, draw, temperature, top_k, top_p, banned, with_logps=False):
-    """A token for each row (n,), Drawn from logits (n, V).
-
-    keys, draw  (n,): a row's uniform number is the draw-th of its key's stream
+def sample_tokens(logits, u, temperature, top_k, top_p, banned, with_logps=False):
+    """A token for each row (n,), Drawn from logits (n, V) by uniform numbers u (n,).
 
     A row whose logits are not finite gets NO_TOKEN. The largest logit tells: it is nan where any
     is nan, and inf where any is inf; -inf is a token of probability 0, as banned ones are."""
@@ -503,7 +503,7 @@ def sample_tokens(logits, keys, draw, temperature, top_k, top_p, banned, with_lo
         probs = weights
         if top_k or top_p < 1:
             probs = filter_probs(weights / weights.sum(dim=-1, keepdim=True), top_k, top_p)
-        tokens = inverse_cdf(probs, uniforms(keys, draw))
+        tokens = inverse_cdf(probs, u)
     logps = None
     if with_logps and (temperature == 0 or len(banned)):
         logps = log_probs_at(tokens, logits, temperature or 1.0)
@@ -571,7 +571,10 @@ def hash64(*numbers):
 
 
 def uniforms(keys, draw):
-    """Uniform numbers in [0, 1), float64 (n,): the same finaliser over key + draw * golden ratio.
+    """Uniform numbers in [0, 1), float64: the same finaliser over key + draw * golden ratio.
+
+    keys, draw  int64 tensors: a number is the draw-th of its key's stream. draw may be negative,
+                for numbers that nobody reads
 
     Tensors have signed 64-bit integers only: products wrap around as they should, and a right
     shift must mask off the sign's bits."""
