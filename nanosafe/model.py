@@ -8,6 +8,7 @@ Shapes: N packed tokens, B sequences, V vocabulary, D width, H heads, K kv heads
 
 import math
 from dataclasses import asdict, dataclass, field, fields
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -275,6 +276,19 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+@cache
+def compiled_decode_step():
+    """A Block's forward in a decode step, compiled once for all numbers of rows and of keys.
+
+    It is a function of its own, because torch counts the versions that it compiles of a function,
+    and those of Block.forward are training's."""
+
+    def decode_step(block, x, cos, sin, layout, layer_cache):
+        return block.forward(x, cos, sin, layout, layer_cache)
+
+    return torch.compile(decode_step, dynamic=True)
+
+
 class LLaMA(nn.Module):
     """The decoder with head="lm" (the next token's distribution), "score" (a number per token) or
     "both".
@@ -287,6 +301,7 @@ class LLaMA(nn.Module):
         self.config = config
         self.head = head
         self.activation_checkpointing = False  # True: recompute blocks in the backward pass
+        self.compile_decoding = False  # True: decode steps run blocks by torch.compile
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config)
@@ -369,6 +384,8 @@ class LLaMA(nn.Module):
             cos, sin = rotations[i]
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, x, cos, sin, layouts[i], use_reentrant=False)
+            elif self.compile_decoding and isinstance(layout, attention.DecodeBatch):
+                x = compiled_decode_step()(layer, x, cos, sin, layouts[i], caches[i])
             else:
                 x = layer(x, cos, sin, layouts[i], caches[i] if caches else None)
         return self.norm(x)

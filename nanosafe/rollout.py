@@ -253,7 +253,7 @@ class Engine:
         config = model.config
         self.model = model
         self.device = model.embed_tokens.weight.device
-        self.uses_graphs = self.device.type == "cuda"
+        self.uses_graphs = has_graphs(self.device)
         self.sampling = sampling
         self.head = model.output_embedding()
         dtype = attention.attention_dtype(model.embed_tokens.weight)
@@ -289,14 +289,14 @@ class Engine:
 
     def count_slots_that_fit(self, row_bytes, wanted):
         """Rows whose keys and values take half of the free memory, at most `wanted`."""
-        if self.device.type == "cuda":
+        if self.uses_graphs:
             # What torch holds without using it counts as taken until it is given back.
             torch.cuda.empty_cache()
             free = torch.cuda.mem_get_info(self.device)[0]
         else:
             free = CPU_CACHE_BYTES
         fitting = max(1, free // 2 // row_bytes)
-        if fitting < wanted and self.device.type == "cuda":
+        if self.uses_graphs and fitting < wanted:
             say_once(
                 f"note: {fitting} responses are decoded at a time, not {wanted}: the cache of each "
                 f"takes {row_bytes / 2**20:.0f} MiB, and half of the {free / 2**30:.1f} GiB that "
@@ -318,16 +318,16 @@ class Engine:
         keys = self.make_tensor([as_signed(key) for key in keys])
         draws = self.columns - lengths[:, None]  # the first token of a response is draw 0
         self.uniforms[rows] = uniforms(keys[:, None], draws)
-        self.draw_tokens(rows, x)
+        self.draw_tokens(rows, x, sample_tokens)
         for row, prompt in enumerate(prompts, start=first_row):
             self.extents[row] = len(prompt) + 1
         return self.read_drawn(rows)
 
-    def draw_tokens(self, rows, x):
+    def draw_tokens(self, rows, x, sample):
         """Sample the tokens at the positions of some rows, from hidden states x (rows, D)."""
         logits = linear(x, self.head)
         u = self.uniforms[rows].gather(1, self.positions[rows, None]).squeeze(1)
-        drawn = sample_tokens(logits, u, *self.sampling)
+        drawn = sample(logits, u, *self.sampling)
         self.tokens[rows] = drawn.tokens
         if drawn.logps is not None:
             self.logps[rows] = drawn.logps
@@ -382,7 +382,8 @@ class Engine:
         x = self.model.hidden_states(tokens, layout, self.caches)
         # A graph also computes rows beyond the live ones, whose positions must stay in the cache.
         self.positions[:n] = (positions + 1).clamp(max=len(self.columns) - 1)
-        self.draw_tokens(slice(0, n), x)
+        sample = compiled_sample_tokens() if self.model.compile_decoding else sample_tokens
+        self.draw_tokens(slice(0, n), x, sample)
 
     def replay(self, n, extent):
         """decode() of n rows that read `extent` keys each, as a CUDA graph: one launch a step.
@@ -416,6 +417,11 @@ class Engine:
         for x in (self.tokens, self.positions, self.uniforms):
             x[target] = x[source]
         self.extents[target] = extent
+
+
+def has_graphs(device):
+    """Whether decode steps are recorded as CUDA graphs."""
+    return device.type == "cuda"
 
 
 def cache_bytes_per_token(config, dtype):
@@ -512,6 +518,12 @@ def sample_tokens(logits, u, temperature, top_k, top_p, banned, with_logps=False
         logps = (chosen / weights.sum(dim=-1)).log()
     tokens = tokens.masked_fill(~largest.squeeze(1).isfinite(), NO_TOKEN)
     return Drawn(tokens, logps)
+
+
+@cache
+def compiled_sample_tokens():
+    """The same as a dozen kernels instead of fifty, for decode steps on a GPU."""
+    return torch.compile(sample_tokens, dynamic=True)
 
 
 def log_probs_at(tokens, logits, temperature):

@@ -32,6 +32,7 @@ VIEWS_AND_ALLOCATIONS = {
     "new_empty",
     "unbind",
     "lift_fresh",
+    "device",  # asks where a tensor is
 }
 
 
