@@ -442,8 +442,8 @@ while step < steps:
     mask = (positions < lengths[:, None]).float().to(world.device)  # (B, R)
 
     # 3. log-probabilities of every token, from the training forward
-    # The actor's come from the very computation of step 6, so that the first ratio is 1: compiled
-    # blocks round otherwise without gradients.
+    # The actor's are computed as in step 6, so that the first ratio is 1: without gradients,
+    # compiled blocks round otherwise.
     old_logps = response_logps(
         actor,
         responses,
@@ -557,8 +557,7 @@ while step < steps:
         micro_batches = plan_micro_batches(minibatch_lengths, max_tokens, world.size)[world.rank]
         for k, indices in enumerate(micro_batches):
             rows = [minibatch[i] for i in indices]
-            # The same as a tensor: where a GPU's tensor is indexed by a list, the host waits.
-            index = copy_to_device(rows, world.device)
+            index = copy_to_device(rows, world.device)  # indexing by a list waits for a GPU
             row_mask = mask[index]
             share = len(rows) / batch_size
             is_last = k == len(micro_batches) - 1

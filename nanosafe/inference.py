@@ -61,8 +61,8 @@ def response_logps(model, responses, temperature, max_tokens, world, as_in_updat
 
     They come from the training forward, not from the sampler.
 
-    as_in_updates  from the version of a compiled block that an update runs, which rounds otherwise
-                   than the one without gradients. Takes the activations of a forward."""
+    as_in_updates  compute them as an update does, with gradients enabled: the version of a compiled
+                   block without gradients rounds otherwise. Takes the memory of activations."""
     out = torch.zeros(len(responses.ids), responses.longest, device=world.device)
     lengths = [len(ids) for ids in responses.ids]
     for rows in plan_micro_batches(lengths, max_tokens, world.size)[world.rank]:

@@ -64,8 +64,8 @@ class UniformLogProbs(torch.autograd.Function):
         dweight = torch.zeros_like(weight)
         chunks = split_into_spans(len(x), len(weight), x, CHUNK_MIB)
         longest = len(x[chunks[0]]) if chunks else 0
-        dtype = product_dtype(x)
-        buffer = x.new_empty(longest, len(weight), dtype=dtype)  # fresh memory pages are slow
+        # It is used for all chunks, because fresh memory pages are slow.
+        buffer = x.new_empty(longest, len(weight), dtype=product_dtype(x))
         for rows in chunks:
             logits = compute_logits(x[rows], weight, out=buffer[: len(x[rows])])
             if temperature != 1:
@@ -98,14 +98,17 @@ class UniformLogProbs(torch.autograd.Function):
 
 
 def product_dtype(x):
-    """What a product of x with the vocabulary is computed to: on a GPU always float32.
+    """The type of the product of x with the vocabulary: on a GPU always float32.
 
-    Rounded to bfloat16, a logit of 16 to 32 would be wrong by up to 0.06. A CPU has no such kernel."""
+    A logit of 16 to 32 that is rounded to bfloat16 is wrong by up to 0.06. A CPU has no kernel that
+    multiplies bfloat16 to float32."""
     return torch.float32 if x.is_cuda else x.dtype
 
 
 def compute_logits(x, weight, out=None):
-    """x @ weight.T (N, V) in float32, written to `out` of product_dtype(x) where it is given."""
+    """The logits x @ weight.T (N, V) in float32.
+
+    out  memory of product_dtype(x) for the product"""
     if product_dtype(x) != x.dtype:
         return torch.mm(x, weight.T, out_dtype=torch.float32, out=out)
     return torch.mm(x, weight.T, out=out).float()

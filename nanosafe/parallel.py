@@ -74,7 +74,7 @@ class Collectives:
 
 collectives = Collectives()
 meshes = {}  # (device type, copies, slices) -> DeviceMesh
-sharded_models = WeakSet()  # all that share_streams() has seen and that still live
+sharded_models = WeakSet()  # those of share_streams() that still live
 
 
 # ---- the group ----
@@ -153,8 +153,8 @@ def pick_device(name):
 def use_expandable_segments():
     """Let segments of GPU memory grow, unless the user has configured the allocator.
 
-    A run's tensors come in ever new sizes, and pieces of fixed segments between them are lost. It
-    must be said before the first tensor is on a GPU."""
+    A run's tensors have ever new sizes, and what is free between them in fixed segments is often
+    too small for the next one. torch reads the variables when the first tensor is put on a GPU."""
     if not any(os.environ.get(name) for name in ALLOCATOR_VARIABLES):
         for name in ALLOCATOR_VARIABLES:
             os.environ[name] = "expandable_segments:True"
@@ -308,24 +308,25 @@ def shard_model(model, placement):
     for layer in model.layers:  # a layer is gathered when it is needed, and dropped after it
         fully_shard(layer, **options, reshard_after_forward=placement.layout != "ddp")
     fully_shard(model, **options, reshard_after_forward=False)
-    share_streams(model)
     model.placement = placement
+    share_streams(model)
     # A forward gathers weights, which is a collective. It is counted before it begins.
     model.register_forward_pre_hook(lambda *_: count_collective(), prepend=True)
     return model.to_empty(device="cpu" if placement.offload else placement.device)
 
 
 def share_streams(model):
-    """Let a model, which has run no forward, exchange its weights on the other models' streams.
+    """Let a model, which has run no forward yet, exchange weights on the other models' streams.
 
-    Each model would have its own. Memory that was used on one stream is not free for another, so
-    that each model would keep its own buffers, some GB each at 7B.
+    With streams of its own each model would keep its own buffers, about 1 GB at 7B, because memory
+    that was used on one stream is not free for another.
 
-    The order in which blocks are gathered again is shared, too: the backward pass of a model must
-    follow its forward pass before another model's backward pass begins."""
+    FSDP2 then has one record of which blocks it has gathered. So the backward pass of a model must
+    follow its forward pass before the backward pass of another model."""
     for other in sharded_models:
-        share_comm_ctx([other, model])
-        break  # the others share with this one already
+        if other.placement.device == model.placement.device:
+            share_comm_ctx([other, model])
+            break  # all others share with this one already
     sharded_models.add(model)
 
 

@@ -44,9 +44,9 @@ def train(count_contexts):
     for step in range(3):
         with parallel.gathered_for_sampling(actor) as twin, torch.no_grad():
             twin.log_probs(make_batch(step))
+        actor.log_probs(make_batch(step)).detach()  # old log-probabilities: no backward follows
         with torch.no_grad():
-            for model in (actor, ref):
-                model.log_probs(make_batch(step))
+            ref.log_probs(make_batch(step))
             for critic in models[1:]:
                 critic.scores(make_batch(step))
         for k in range(2):  # micro-batches
