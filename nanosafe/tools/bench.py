@@ -2,6 +2,7 @@
 
 $ pip install -e ".[bench]" && python -m nanosafe.bench    # on the toy's texts, after nanosafe.demo
 $ python -m nanosafe.bench --pairs=PAIRS.jsonl --dialogues=DIALOGUES.jsonl --tokenizer=FOLDER
+$ python -m nanosafe.bench --device=cuda --quick    # nanosafe alone, in minutes: quick_bench.py
 
 Both sides get the same weights, tokens and prompts. Each workload runs in processes of its own
 (workloads.py, peer_workloads.py), in turn: A B A B. The bench stops where the first losses or
@@ -29,8 +30,10 @@ from nanosafe.printing import format_table
 from nanosafe.ranges import check_ranges
 from nanosafe.storage import REPOSITORY, make_folder, read_json, write_json
 from nanosafe.tokenizer import load as load_tokenizer
-from nanosafe.tools import plan, plot
+from nanosafe.tools import plan, plot, quick_bench
 
+quick = False  # is it right and how fast, on random models and without data, in five minutes
+long = False  # the same, then models of 7B and the sizes that others publish, on a GPU
 workloads = "load,forward,sft,reward,cost,dpo,generate,generate_eos,ppo,ppo_lag,growth"  # all
 peers = "transformers,trl"  # whom to measure beside; empty: nanosafe alone
 device = "cpu"  # cpu | cuda
@@ -98,6 +101,9 @@ def main():
         stop(f"steps={knobs.steps}: the first step is warm-up, so give at least 2")
     if knobs.dtype == "auto":
         knobs.dtype = "float32" if knobs.device == "cpu" else "bfloat16"
+    if knobs.quick or knobs.long:
+        quick_bench.run(knobs.device, knobs.dtype, knobs.folder, knobs.long)
+        return
     shape, lengths = prepare(knobs)
     machine = plan.measure_this_machine(knobs.device, knobs.dtype)
     about = {

@@ -7,7 +7,8 @@ workload_report.py explains the arguments. A report has "rows", one for each siz
     name                 what was measured, and of what size
     amount, unit         for instance 1,200 and "tokens/s"
     share, of            the share of what the machine reached in one large product or copy
-    peak, plan           bytes of memory at the peak, and as the planner has them
+    peak, plan           bytes of memory at the peak, and as the planner has them; `reserved` are
+                         those that torch has taken from the GPU
     compiled, waits      in the part that is timed: versions of a block that torch.compile made, and
                          how often torch saw the host wait for the GPU
     failed               instead of all these: why there is no number
@@ -16,9 +17,12 @@ A number that only a GPU has is left out on a CPU."""
 
 import gc
 import os
+import shutil
+import sys
 import time
 import warnings
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -27,7 +31,6 @@ from torch._dynamo.utils import counters
 
 from nanosafe import checkpoint, losses, monitor, optim, parallel, rollout
 from nanosafe.checkpoint import model_folder, run_state
-from nanosafe.data import batching
 from nanosafe.errors import explain_failure
 from nanosafe.logprobs import UniformLogProbs
 from nanosafe.lora import Lora
@@ -46,6 +49,8 @@ from nanosafe.tools.workload_report import Workload, read_peak_memory
 SHAPES = {
     "tiny": Config(1000, 32, 48, 2, 4, 2),
     **plan.SHAPES,
+    # As fast as 7B, in a quarter of the memory: trained weights of 7B are too large for one GPU.
+    "7b-8-layers": replace(plan.SHAPES["7b"], num_hidden_layers=8),
     # Llama-3.2-3B
     "3b": Config(128256, 3072, 8192, 28, 24, 8, 128, tie_word_embeddings=True),
 }
@@ -68,6 +73,7 @@ def main():
     }
     counts = Counts(workload.device)
     workload.report["rows"] = []
+    parallel.init(workload.device)
     try:
         functions[workload.name](workload, counts, **workload.options)
     except Exception as error:
@@ -76,6 +82,8 @@ def main():
             raise
         workload.report["rows"].append({"name": workload.name, "failed": reason})
     workload.write_report()
+    sys.stdout.flush()
+    os._exit(0)  # after a failure, what FSDP2 and NCCL have left could hang an ordinary exit
 
 
 # ---- what is counted ----
@@ -127,6 +135,8 @@ def new_row(workload, name):
     try:
         yield row
         row["peak"] = read_peak(workload)
+        if workload.device == "cuda":
+            row["reserved"] = torch.cuda.max_memory_reserved()
     except Exception as error:
         reason = explain_failure(error, {})
         if reason is None:
@@ -147,10 +157,9 @@ def read_peak(workload):
 
 
 def measure_machine(workload, counts):
-    dtype = str(workload.dtype).removeprefix("torch.")
-    machine = plan.measure_this_machine(workload.device, dtype)
+    machine = plan.measure_this_machine(workload.device, name_dtype(workload))
     workload.report["machine"] = machine._asdict()
-    workload.report["dtype"] = dtype
+    workload.report["dtype"] = name_dtype(workload)
     if workload.device == "cuda":
         workload.report["gpu"] = torch.cuda.get_device_name()
 
@@ -225,14 +234,16 @@ def write_score_model(workload, kind, path):
 
 
 def write_prompts(path, texts, tok, count, tokens):
-    """Different prompts of somewhat different lengths, up to `tokens` with the template's."""
+    """Different prompts of somewhat different lengths, up to about `tokens` with the template's."""
+    template = tok.conversation([{"role": "user", "content": ""}], reply=True).ids
+    longest = tokens - len(template)
     ids = []
     for text in texts:
         ids += tok.encode(text)
     rows = []
     for i in range(count):
-        length = tokens * 3 // 4 - i % (tokens // 8 + 1)  # the template's tokens come on top
-        begin = i * tokens % (len(ids) - tokens)
+        length = longest - i % (longest // 2)
+        begin = i * longest % (len(ids) - longest)
         rows.append({"prompt": tok.decode(ids[begin : begin + length])})
     write_jsonl(rows, path)
 
@@ -308,7 +319,9 @@ def measure_decoding(workload, counts, row, model, n, prompt_tokens, new_tokens,
 def train(workload, counts, shape, length, max_tokens, machine):
     """A step of maximum likelihood on packed sequences of one length, with AdamW."""
     with new_row(workload, f"train, {shape}, {max_tokens} tokens") as row:
-        planned = plan_run(workload, "train_sft.py", shape, length, max_tokens, machine, {})
+        flags = {"batch_size": max_tokens // length, "max_len": length}
+        flags.update(max_tokens=max_tokens, dtype=name_dtype(workload))
+        planned = plan_run(workload, "train_sft.py", flags, shape, machine, length)
         row["plan"] = planned.training_peak()
         step = make_training_step(workload, shape)
         step(length, max_tokens // 2)
@@ -334,7 +347,7 @@ def make_training_step(workload, shape):
     config = SHAPES[shape]
     placement = parallel.choose_placements(
         world,
-        str(workload.dtype).removeprefix("torch."),
+        name_dtype(workload),
         layout="auto",
         offload="none",
         use_compile=True,
@@ -355,16 +368,21 @@ def make_training_step(workload, shape):
     return step
 
 
-def plan_run(workload, script, shape, length, max_tokens, machine, flags, response=0):
-    """The planner's Run of a script on this machine."""
-    words = [f"--max_tokens={max_tokens}", f"--max_len={length}"]
-    words.append(f"--dtype={str(workload.dtype).removeprefix('torch.')}")
-    flags = {"batch_size": max_tokens // length, **flags}
+def plan_run(workload, script, flags, shape, machine, length, response=0):
+    """The planner's Run of a script with some flags on this machine.
+
+    length    the mean of a sequence, and
+    response  how many of its tokens are sampled; 0: it is no PPO"""
+    words = []
     for name, value in flags.items():
         words.append(f"--{name}={value}")
     with redirect_stdout(None):
         knobs = plan.read_knobs(os.path.join(REPOSITORY, script), words)
     return plan.Run(knobs, SHAPES[shape], plan.Device(**machine), 1, length, response)
+
+
+def name_dtype(workload):
+    return str(workload.dtype).removeprefix("torch.")
 
 
 # ---- PPO-Lag ----
@@ -374,60 +392,59 @@ def ppo_lag(workload, counts, shape, adapters, prompts, length, new_tokens, max_
     """The trainer's second iteration, the first being warm-up. Nothing is saved.
 
     adapters  six models as adapters on one base, instead of six models"""
-    name = f"PPO-Lag, {shape}, six models"
-    if adapters:
-        name = f"PPO-Lag, {shape}, six adapters or heads on one base"
-    kind = "_adapter" if adapters else ""
-    sizes = {
+    flags = {
         "rollout_size": prompts,
         "batch_size": prompts,
+        "max_len": length,
         "max_new_tokens": new_tokens,
-        "lora_rank": ADAPTER_RANK if adapters else 0,
+        "max_tokens": max_tokens,
+        "epochs": 2,
+        "max_steps": 2,
+        "save_interval": 0,
+        "actor_warmup_ratio": 0,
+        "critic_warmup_ratio": 0,
+        "device": workload.device,
+        "dtype": name_dtype(workload),
     }
     workload.options["batch_size"] = prompts  # what report_steps() counts
+    name = f"PPO-Lag, {shape}, six models"
+    if adapters:
+        name = f"PPO-Lag, {shape}, adapters on one base"
     with new_row(workload, name) as row:
         if not adapters:  # which the planner does not know
+            mean_length = new_tokens + (length - new_tokens) * 3 // 4  # of write_prompts()
             planned = plan_run(
-                workload,
-                "train_ppo_lag.py",
-                shape,
-                length,
-                max_tokens,
-                machine,
-                sizes,
-                new_tokens,
+                workload, "train_ppo_lag.py", flags, shape, machine, mean_length, new_tokens
             )
             row["plan"] = planned.peak()
-            times = planned.times()
-            row["roofline_seconds"] = sum(phase.roofline for phase in times)
-            row["planned_phases"] = {phase.name: phase.roofline for phase in times}
+            row["roofline"] = {times.name: times.roofline for times in planned.times()}
         count_iterations(counts)
-        flags = {
-            **sizes,
-            "out_dir": f"{workload.folder}/run",
-            "actor_model": f"{workload.folder}/model",
-            "reward_model": f"{workload.folder}/reward{kind}",
-            "cost_model": f"{workload.folder}/cost{kind}",
-            "prompts": f"{workload.folder}/prompts.jsonl",
-            "epochs": 2,
-            "max_steps": 2,
-            "max_len": length,
-            "max_tokens": max_tokens,
-            "save_interval": 0,
-            "actor_warmup_ratio": 0,
-            "critic_warmup_ratio": 0,
-            "device": workload.device,
-            "dtype": str(workload.dtype).removeprefix("torch."),
-        }
-        checkpoint.save = run_state.save = save_nothing
-        workloads.run_trainer(workload, "train_ppo_lag.py", flags)
+        run_ppo_lag(workload, flags, adapters)
         seconds = workload.report["seconds"][-1]
         row.update(amount=seconds, unit="s an iteration", phases=workload.report["phases"])
-        if "roofline_seconds" in row:
-            row.update(share=row["roofline_seconds"] / seconds, of="roofline")
+        if "roofline" in row:
+            row.update(share=sum(row["roofline"].values()) / seconds, of="roofline")
         row.update(counts.last)
         metrics = read_metrics(f"{workload.folder}/run/metrics.jsonl")
         row["metrics"] = metrics[-1]
+
+
+def run_ppo_lag(workload, flags, adapters):
+    """Run the trainer on the models that write_models() has written."""
+    checkpoint.save = run_state.save = save_nothing
+    kind = "_adapter" if adapters else ""
+    out_dir = f"{workload.folder}/run"
+    shutil.rmtree(out_dir, ignore_errors=True)
+    flags = {
+        **flags,
+        "out_dir": out_dir,
+        "actor_model": f"{workload.folder}/model",
+        "reward_model": f"{workload.folder}/reward{kind}",
+        "cost_model": f"{workload.folder}/cost{kind}",
+        "prompts": f"{workload.folder}/prompts.jsonl",
+        "lora_rank": ADAPTER_RANK if adapters else 0,
+    }
+    workloads.run_trainer(workload, "train_ppo_lag.py", flags)
 
 
 def save_nothing(*arguments, **options):
