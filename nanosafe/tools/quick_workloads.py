@@ -252,21 +252,28 @@ def write_prompts(path, texts, tok, count, tokens):
 
 
 def decode(workload, counts, shape, prompt_tokens, new_tokens, rows, bandwidth):
-    """Tokens per second of some numbers of rows, without the prompts' prefill."""
-    with new_row(workload, f"decode, {shape}") as row:
-        model = make_model(workload, shape)
+    """Tokens per second of some numbers of rows, without the prompts' prefill.
+
+    On a GPU twice: as in sample.py, and with compiled blocks as in the trainers."""
+    for is_compiled in (False, True)[: 2 if counts.on_gpu else 1]:
+        name = f"decode, {shape}, compiled" if is_compiled else f"decode, {shape}"
+        with new_row(workload, name) as row:
+            model = make_model(workload, shape, is_compiled)
+        if "failed" in row:
+            return
         workload.report["rows"].remove(row)  # there is one for each number of rows
-    if "failed" in row:
-        return
-    for n in rows:
-        with new_row(workload, f"decode, {shape}, {n} rows") as row:
-            measure_decoding(workload, counts, row, model, n, prompt_tokens, new_tokens, bandwidth)
+        for n in rows:
+            with new_row(workload, f"{name}, {n} rows") as row:
+                measure_decoding(
+                    workload, counts, row, model, n, prompt_tokens, new_tokens, bandwidth
+                )
+        del model
 
 
-@torch.no_grad()
-def make_model(workload, shape):
+def make_model(workload, shape, is_compiled):
     """A plain policy of a shape, with random weights that are drawn on the device."""
-    placement = parallel.Placement(torch.device(workload.device), dtype=workload.dtype)
+    device = torch.device(workload.device)
+    placement = parallel.Placement(device, dtype=workload.dtype, use_compile=is_compiled)
     model = model_folder.build_model(SHAPES[shape], "lm", placement, workload.dtype)
     fill(model)
     return model.requires_grad_(False)
