@@ -373,14 +373,18 @@ def count_decode_kernels(layers, rows=16, length=512):
     return kernels.counts
 
 
-def test_a_decode_step_of_a_7b_launches_few_kernels(one_kernel_per_operator):
-    """Without torch.compile: 16 a block, and some 70 for sampling and all that is done once."""
+def split_decode_kernels():
+    """The operators of one block, and those outside of the blocks."""
     one = count_decode_kernels(1)
     block = count_decode_kernels(2) - one
-    outside = one - block
+    return block, one - block
+
+
+def test_a_decode_step_of_a_7b_launches_few_kernels(one_kernel_per_operator):
+    """Without torch.compile: 16 a block, and some 60 for sampling and all that is done once."""
+    block, outside = split_decode_kernels()
     assert block.total() <= 16, block
-    assert outside.total() <= 70, outside
-    assert 32 * block.total() + outside.total() <= 600
+    assert outside.total() <= 64, outside
 
 
 # ---- torch.compile of a decode step ----
@@ -448,15 +452,21 @@ def count_compiled_kernels(function, *arguments):
 
 
 @pytest.mark.slow
-def test_a_compiled_decode_step_of_a_7b_launches_at_most_400_kernels(fresh_compiler, monkeypatch):
-    """As torch compiles it for a CPU. On a GPU it may fuse otherwise, so this is near the truth."""
-
-    def keep_dtype(x):
-        return x.dtype
-
-    monkeypatch.setattr(attention, "attention_dtype", keep_dtype)
-    net = make_model(num_key_value_heads=4).bfloat16()
+def test_a_compiled_decode_step_of_a_7b_launches_at_most_400_kernels(
+    one_kernel_per_operator, fresh_compiler, monkeypatch
+):
+    """As torch compiles it for a CPU, but with halves joined in one kernel, as it does for a GPU."""
+    _, outside = split_decode_kernels()
+    logits = torch.zeros(16, 32000, dtype=torch.bfloat16)
+    u = torch.zeros(16, dtype=torch.float64)
     sampling = rollout.Sampling(1.0, 0, 1.0, torch.zeros(0, dtype=torch.int64), with_logps=True)
+    with KernelCounts() as sampling_kernels:
+        rollout.sample_tokens(logits, u, *sampling)
+    everything_else = outside.total() - sampling_kernels.counts.total()
+    monkeypatch.undo()
+
+    monkeypatch.setattr(attention, "attention_dtype", lambda x: x.dtype)
+    net = make_model(num_key_value_heads=4).bfloat16()
     engine = rollout.Engine(net, slots=16, wanted=16, length=128, sampling=sampling)
     seen = engine.columns <= engine.positions[:, None]
     groups = [attention.RowGroup(slice(0, 16), seen[:, None, None])]
@@ -465,12 +475,9 @@ def test_a_compiled_decode_step_of_a_7b_launches_at_most_400_kernels(fresh_compi
     layout = attention.layouts_of_layers(layout, net.windows, net.config, x)[0]
     cos, sin = net.rope.rotations(layout, x)[0]
     step = model.compiled_decode_step()
-    block = count_compiled_kernels(step, net.layers[0], x, cos, sin, layout, engine.caches[0])
-    logits = torch.zeros(16, 32000, dtype=torch.bfloat16)
-    u = torch.zeros(16, dtype=torch.float64)
-    sampling_step = count_compiled_kernels(rollout.compiled_sample_tokens(), logits, u, *sampling)
-    # Tokens are looked up, RoPE's tables and the mask are made once, and results are stored.
-    everything_else = 26
-    assert block <= 11
-    assert sampling_step <= 14
-    assert 32 * block + sampling_step + everything_else <= 400
+    sampling_step = rollout.compiled_sample_tokens()
+    with torch._inductor.config.patch(force_pointwise_cat=True):
+        block = count_compiled_kernels(step, net.layers[0], x, cos, sin, layout, engine.caches[0])
+        of_sampling = count_compiled_kernels(sampling_step, logits, u, *sampling)
+    counts = block, of_sampling, everything_else
+    assert 32 * block + of_sampling + everything_else <= 400, counts
