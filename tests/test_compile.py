@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import small_config
+from conftest import rows_of, small_config
 from emulated_varlen import emulate_gpu_attention
+from in_process import run_in_process
 from torch._dynamo.utils import counters
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -266,6 +267,39 @@ def test_the_first_ratio_of_compiled_blocks_is_exactly_one(monkeypatch):
     # At a ratio of 1 the loss is minus the mean advantage.
     loss = actor_loss(logps, old_logps[order], torch.ones_like(mask), mask, 0.2, 0.2)
     assert loss.item() == -1
+
+
+@pytest.mark.slow
+def test_ppo_lag_runs_with_compiled_blocks_in_bfloat16(trainers, tmp_path, monkeypatch, capsys):
+    """The trainer as it runs on a GPU, attention and compilation included: its first ratio is 1.
+
+    A block has versions with gradients, without, and with frozen parameters. Each may be compiled
+    twice, where the first micro-batches happen to have equal lengths or as many sequences."""
+    compile_with("aot_eager", monkeypatch)
+    choose_placements = parallel.choose_placements
+
+    def choose_compiled(*arguments):
+        trained, frozen = choose_placements(*arguments)
+        compiled = trained._replace(use_compile=True)
+        return parallel.Placements(compiled, frozen._replace(use_compile=True))
+
+    monkeypatch.setattr(parallel, "choose_placements", choose_compiled)
+    monkeypatch.setattr(parallel, "close", lambda: None)  # it would end this process
+    run_in_process(
+        *trainers["ppo_lag"],
+        f"--out_dir={tmp_path / 'run'}",
+        "--dtype=bfloat16",
+        "--batch_size=8",  # one update for each rollout
+        "--max_tokens=200",  # several micro-batches
+        "--max_steps=2",
+        monkeypatch=monkeypatch,
+        capsys=capsys,
+    )
+    for row in rows_of(tmp_path / "run" / "metrics.jsonl"):
+        assert row["ratio"] == 1
+        assert row["approx_kl"] == 0
+    assert 3 <= counters["stats"]["unique_graphs"] <= 6
+    assert not counters["recompile_limit"]
 
 
 # ---- gradients ----

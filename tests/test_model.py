@@ -246,7 +246,7 @@ def multiply_into_float32(x, weight, out_dtype, out):
 
 @pytest.fixture
 def products_as_on_a_gpu(monkeypatch):
-    """Give torch.mm(..., out_dtype=torch.float32), which a CPU lacks, a kernel there, and use it."""
+    """Use torch.mm(..., out_dtype=torch.float32), with a kernel that a CPU lacks."""
     library = torch.library.Library("aten", "IMPL")
     for name, function in (
         ("mm.dtype", multiply_to_float32),
