@@ -16,9 +16,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from nanosafe import attention, checkpoint, optim, parallel, rollout
 from nanosafe.checkpoint import init_from_scratch
-from nanosafe.data.batching import Batch
+from nanosafe.checkpoint.adapter_folder import Base, new_adapter
+from nanosafe.checkpoint.families import FAMILIES
+from nanosafe.data.batching import Batch, collate
 from nanosafe.inference import Responses, response_logps
 from nanosafe.logprobs import compute_logits
+from nanosafe.lora import Lora
 from nanosafe.losses import mle_loss
 
 pytestmark = [
@@ -125,15 +128,7 @@ def test_packed_attention_is_flash_attention_2():
     """Else training may run on a kernel that an A800 does not have or that is slower: cuDNN's, the
     memory-efficient one, or plain products."""
     model, batch = make_bf16_model(), make_batch(LENGTHS)
-    compute_results(model, batch)
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
-        compute_results(model, batch)
-        torch.cuda.synchronize()
-    names = set()
-    for event in seen.events():
-        if event.device_type == DeviceType.CUDA:
-            names.add(event.name)
-    assert names, "the profiler saw no kernel"
+    names = kernels_of(lambda: compute_results(model, batch))
     for part in ("flash_fwd", "flash_bwd"):
         assert any(part in name for name in names), (part, sorted(names))
     for name in names:
@@ -180,6 +175,18 @@ def test_compiled_blocks_equal_eager_ones_and_compile_once():
     assert seconds < 300, note
 
 
+def decode_without_graphs(monkeypatch):
+    """From here on decode steps run the same kernels, but no graph; returns their numbers of rows."""
+    sizes = []
+
+    def decode(engine, n, extent):
+        sizes.append(n)
+        engine.decode(n, [(slice(0, n), extent)])
+
+    monkeypatch.setattr(rollout.Engine, "replay", decode)
+    return sizes
+
+
 @pytest.mark.parametrize("temperature", [0, 1.0])
 @pytest.mark.parametrize("slots", [0, 4])
 def test_decoding_by_graphs_equals_decoding_without(slots, temperature, monkeypatch):
@@ -200,17 +207,318 @@ def test_decoding_by_graphs_equals_decoding_without(slots, temperature, monkeypa
         )
 
     with_graphs = sample()
-    sizes = []
-
-    def decode(engine, n, extent):
-        sizes.append(n)
-        engine.decode(n, [(slice(0, n), extent)])
-
-    monkeypatch.setattr(rollout.Engine, "replay", decode)
+    sizes = decode_without_graphs(monkeypatch)
     assert with_graphs == sample()
     assert max(sizes) == (slots or 16) and len(set(sizes)) > 1, set(sizes)
     lengths = {len(response) for response in with_graphs}
     assert temperature == 0 or len(lengths) > 5, lengths
+
+
+PROMPTS = [[1, *range(3, 3 + 5 * i % 41)] for i in range(16)]
+
+
+def sample(model, **options):
+    """Responses to PROMPTS, some of which end early."""
+    defaults = {"eos_ids": [*range(2, 8)], "seed": 5, "slots": 4}
+    return rollout.generate(model, PROMPTS, 30, **{**defaults, **options})
+
+
+@pytest.mark.parametrize("options", [{"top_k": 5}, {"top_p": 0.9}, {"banned": [9, 11]}])
+@pytest.mark.parametrize("changes", [{}, {"sliding_window": 7}, {"alibi": True}])
+def test_graphs_know_filters_windows_and_alibi(changes, options, monkeypatch):
+    """Else a graph may keep the mask, the biases or the sorted tokens of the step in which it was
+    recorded."""
+    model = make_bf16_model(vocab_size=97, **changes)
+    with_graphs = sample(model, **options)
+    decode_without_graphs(monkeypatch)
+    assert with_graphs == sample(model, **options)
+
+
+def sampler_gap(model):
+    """The mean difference between the sampler's log-probabilities and the forward's, in nats."""
+    sampled = sample(model, with_logps=True)
+    differences = []
+    for prompt, response, logps in zip(PROMPTS, sampled.responses, sampled.logps):
+        text = torch.tensor([*prompt, *response], device=GPU)
+        ends = torch.tensor([0, len(text)], dtype=torch.int32, device=GPU)
+        targets = text.roll(-1)
+        targets[-1] = -100
+        with torch.no_grad():
+            expected = model.log_probs(Batch(text, ends, len(text), targets))
+        differences += (torch.tensor(logps) - expected[len(prompt) - 1 : -1].cpu()).abs().tolist()
+    return sum(differences) / len(differences)
+
+
+def test_what_is_sampled_has_the_trainers_probabilities():
+    """Else decoding may compute another policy than the one that is trained, and only a worse
+    reward would tell."""
+    assert sampler_gap(make_bf16_model()) < 0.05
+
+
+def kernels_of(function):
+    """The names of the kernels that the GPU runs during a call."""
+    function()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+        function()
+        torch.cuda.synchronize()
+    names = set()
+    for event in seen.events():
+        if event.device_type == DeviceType.CUDA:
+            names.add(event.name)
+    assert names, "the profiler saw no kernel"
+    return names
+
+
+def test_decoding_runs_the_memory_efficient_kernel(monkeypatch):
+    """Else an H100 may decode by cuDNN's kernel, of which some versions are wrong for grouped heads
+    with a mask, or any card by plain products, which write all scores to memory."""
+    model = make_bf16_model()
+    decode_without_graphs(monkeypatch)
+    names = kernels_of(lambda: sample(model))
+    assert any("fmha" in name for name in names), sorted(names)
+    for name in names:
+        assert "cudnn" not in name.lower(), name
+
+
+def test_a_second_rollout_after_an_update_has_the_slots_of_the_first(monkeypatch):
+    """Else memory that torch holds unused after an update may count as taken: then fewer rows are
+    decoded together in all rollouts but the first, and nothing but the clock tells."""
+    model = make_placed_model(MIXED)
+    slots = []
+    open_engine = rollout.open_engine
+
+    def open_and_note(*arguments):
+        engine = open_engine(*arguments)
+        slots.append(engine.slots)
+        return engine
+
+    monkeypatch.setattr(rollout, "open_engine", open_and_note)
+    # A row takes so much that not all sixteen fit into half of what torch leaves below.
+    free = torch.cuda.mem_get_info()[0]
+    monkeypatch.setattr(rollout, "cache_bytes_per_token", lambda *_: free // 2 // 16 // 128)
+    monkeypatch.setattr(rollout, "keep_engine", lambda engine: None)
+    with parallel.gathered_for_sampling(model) as policy:
+        before = sample(policy, slots=0)
+    optimizer = optim.make_adamw(model, 0.0, 0.9, 0.95)
+    batch = make_batch(LENGTHS)
+    parallel.backward(model, model.log_probs(batch).mean())
+    optim.guarded_step(model, optimizer, 0.1, 1.0)
+    ballast = torch.empty(free // 2, dtype=torch.uint8, device=GPU)
+    del ballast  # torch keeps it
+    held = torch.cuda.memory_reserved()
+    with parallel.gathered_for_sampling(model) as policy:
+        after = sample(policy, slots=0)
+    assert slots[1] >= slots[0] - 1 > 1, slots
+    assert torch.cuda.memory_reserved() < held
+    assert after != before  # the graphs of the second rollout have the new weights
+
+
+def test_a_second_rollout_of_a_plain_model_takes_no_more_memory():
+    """Else each rollout may leave its graphs and its cache behind, until memory is full."""
+    model = make_bf16_model()
+    expected = sample(model)
+    torch.cuda.synchronize()
+    reserved = torch.cuda.memory_reserved()
+    for _ in range(3):
+        assert sample(model) == expected
+    assert torch.cuda.memory_reserved() <= reserved
+
+
+def test_paged_attention_reads_the_keys_that_are_used_and_no_others():
+    """Else decoding by pages of the cache, which one day may replace padding, would rest on a
+    kernel that ignores lengths or the order of pages."""
+    if "block_table" not in attention.VARLEN_OPTIONS:
+        pytest.skip("this torch has no pages")
+    generator = torch.Generator().manual_seed(0)
+    page, K, H, E = 256, 2, 4, 64
+    used = [300, 1, 256, 511]
+    q = torch.randn(len(used), H, E, generator=generator).to(GPU, BF16)
+    k, v = torch.randn(2, 8, page, K, E, generator=generator).to(GPU, BF16)
+    table = torch.tensor([[6, 1], [0, 7], [3, 2], [5, 4]], dtype=torch.int32, device=GPU)
+    ends = torch.arange(len(used) + 1, dtype=torch.int32, device=GPU)
+    out = attention.varlen_attn(
+        q,
+        k,
+        v,
+        ends,
+        None,
+        1,
+        2 * page,
+        seqused_k=torch.tensor(used, dtype=torch.int32, device=GPU),
+        block_table=table,
+        enable_gqa=True,
+    )
+    for i, length in enumerate(used):
+        keys = k[table[i].long()].flatten(0, 1)[:length].float()  # (length, K, E)
+        values = v[table[i].long()].flatten(0, 1)[:length].float()
+        keys = keys.repeat_interleave(H // K, dim=1)
+        values = values.repeat_interleave(H // K, dim=1)
+        scores = torch.einsum("he,the->ht", q[i].float(), keys) / E**0.5
+        expected = torch.einsum("ht,the->he", scores.softmax(-1), values)
+        check_agreement({"out": out[i].float()}, {"out": expected}, 0.02)
+
+
+# ---- torch.compile with all that is combined with it ----
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
+def test_compiled_and_checkpointed_blocks_have_the_gradients_of_plain_ones(layout):
+    """Else a block that is computed again in the backward pass may run another version than in the
+    forward pass, and its gradient belong to other activations."""
+    torch._dynamo.reset()
+    both = MIXED._replace(layout=layout, use_compile=True, activation_checkpointing=True)
+    model, expected_model = make_placed_model(both), make_placed_model(MIXED)
+    for lengths in ([60, 31], [17, 44, 92], LENGTHS):
+        batch = make_batch(lengths)
+        expected = compute_results(expected_model, batch)
+        check_agreement(compute_results(model, batch), expected, 0.12)
+
+
+def test_compiled_blocks_in_float32_equal_eager_ones_and_are_sampled_from():
+    """Else the only layout without FSDP, which dtype=float32 takes, may not survive torch.compile
+    and CUDA graphs together."""
+    torch._dynamo.reset()
+    plain = parallel.Placement(GPU, use_compile=True)
+    model, expected_model = make_placed_model(plain), make_placed_model(parallel.Placement(GPU))
+    for lengths in ([60, 31], LENGTHS):
+        batch = make_batch(lengths)
+        expected = compute_results(expected_model, batch)
+        check_agreement(compute_results(model, batch), expected, 0.005)
+    assert sampler_gap(model) < 0.005
+
+
+def test_a_head_width_that_the_packed_kernel_refuses_takes_the_padded_path():
+    """Else a model with heads of 100, as OpenLLaMA 3B has them, stops in its first forward."""
+    sizes = {"hidden_size": 400, "num_attention_heads": 4, "initializer_range": 1 / 20}
+    model, batch = make_bf16_model(**sizes), make_batch(LENGTHS)
+    assert model.config.head_dim == 100
+    expected = compute_results(make_bf16_model(**sizes).float(), batch)
+    check_agreement(compute_results(model, batch), expected, 0.06)
+    assert sampler_gap(model) < 0.05
+
+
+def make_idle_batch():
+    """What a rank computes that has no sequence of its own."""
+    return collate([], [], GPU)
+
+
+def score_and_update(models, batches):
+    """A small iteration of PPO-Lag: frozen models score, trained ones score and are updated."""
+    for model in models:
+        for batch in batches:
+            with torch.no_grad():
+                run_forward(model, batch)
+    for model in models:
+        if not next(model.parameters()).requires_grad:
+            continue
+        for batch in batches:
+            parallel.backward(model, run_forward(model, batch).sum())
+        model.zero_grad()
+
+
+def run_forward(model, batch):
+    return model.scores(batch) if model.head == "score" else model.log_probs(batch)
+
+
+def test_an_iteration_with_an_idle_rank_compiles_nothing_after_the_first():
+    """Else each rank that once had nothing to do would compile on, for tens of seconds and up to
+    torch's limit, beyond which blocks run uncompiled without a word."""
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = MIXED._replace(use_compile=True)
+    models = []
+    for placement in (compiled, compiled._replace(dtype=BF16)):
+        for head in ("lm", "score"):
+            model = init_from_scratch(make_config(), head, seed=3, placement=placement)
+            models.append(model.requires_grad_(placement.dtype == torch.float32))
+    first = [make_batch([60, 31]), make_batch([17, 44, 92])]
+    score_and_update(models, first)
+    score_and_update(models, [make_idle_batch(), make_batch(LENGTHS)])
+    graphs = counters["stats"]["unique_graphs"]
+    assert graphs <= 4, dict(counters["stats"])
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        score_and_update(models, [make_batch([5, 9]), make_idle_batch(), make_batch([200])])
+    assert counters["stats"]["unique_graphs"] == graphs
+    assert not counters["recompile_limit"] and not graph_breaks()
+
+
+# ---- adapters ----
+
+
+def make_adapted(base, head="lm", seed=1):
+    """A new adapter of all matrices, whose B is not zero: it changes what its base says."""
+    shared = Base(base, FAMILIES["llama"])
+    model = new_adapter("base", shared, head, Lora(8, 16.0, "all"), "critic", seed)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if ".B." in name or name.startswith("score_head"):
+            parameter.data.normal_(0.0, 0.03, generator=generator)
+    return model.to(GPU).requires_grad_(True)
+
+
+def merged_log_probs(adapted, batch):
+    """Those of the base with each product added to its weight, as a function of the adapter."""
+    weights = dict(adapted.base.named_parameters())
+    for i, pairs in enumerate(adapted.block_pairs(torch.float32)):
+        for matrix, pair in pairs._asdict().items():
+            part = "self_attn" if matrix in ("qkv_proj", "o_proj") else "mlp"
+            name = f"layers.{i}.{part}.{matrix}.weight"
+            weights[name] = weights[name] + pair.B @ pair.A
+    return functional_call(adapted.base, weights, tuple(batch))
+
+
+def test_an_adapter_has_the_gradients_of_its_merged_model():
+    """Else the scale, the order of an adapter's rows or a rounding to bfloat16 may be wrong, and
+    the adapter learn something else than its exported folder says."""
+    base = make_bf16_model().requires_grad_(False)
+    exact = make_bf16_model().float().requires_grad_(False)
+    batch = make_batch(LENGTHS)
+    results = compute_results(make_adapted(base), batch)
+    adapted = make_adapted(exact)
+
+    def log_probs(batch):
+        return merged_log_probs(adapted, batch)
+
+    check_agreement(results, compute_results(adapted, batch, log_probs), 0.06)
+
+
+def test_adapters_that_alternate_compile_nothing():
+    """Else each of six adapters would compile the blocks of its base for itself, and reach torch's
+    limit."""
+    torch._dynamo.reset()
+    counters.clear()
+    frozen = parallel.Placement(GPU, dtype=BF16, use_compile=True)
+    base = make_placed_model(frozen).to(BF16).requires_grad_(False)
+    models = [base, make_adapted(base), make_adapted(base, "score"), make_adapted(base, seed=2)]
+    for lengths in ([60, 31], [17, 44, 92]):
+        score_and_update(models, [make_batch(lengths)])
+    score_and_update(models, [make_idle_batch()])
+    graphs = counters["stats"]["unique_graphs"]
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        score_and_update(models, [make_batch(LENGTHS), make_idle_batch(), make_batch([200])])
+    assert counters["stats"]["unique_graphs"] == graphs
+    assert not counters["recompile_limit"] and not graph_breaks()
+
+
+@pytest.mark.parametrize("is_twin", [True, False])
+def test_graphs_sample_from_an_adapter_as_it_is_after_an_update(is_twin, monkeypatch):
+    """Else a graph may hold the pairs from before the update, and sample the old policy."""
+    adapted = make_adapted(make_bf16_model(vocab_size=97).requires_grad_(False))
+
+    def sample_adapter():
+        if not is_twin:  # as sample.py does
+            return sample(adapted)
+        with parallel.gathered_for_sampling(adapted) as policy:
+            return sample(policy)
+
+    before = sample_adapter()
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            parameter.mul_(-1.5)
+    after = sample_adapter()
+    assert after != before
+    decode_without_graphs(monkeypatch)
+    assert after == sample_adapter()
 
 
 # ---- precision, layouts and offloading ----
