@@ -264,7 +264,7 @@ for name, folder in critic_folders.items():
             f"{actor_model!r}: set {name}, or advantage=rloo"
         )
 lora = Lora(lora_rank, lora_alpha, lora_targets)
-parameters = checkpoint.count_trained_parameters(actor_model, lora)
+counts = checkpoint.count_trained_and_frozen(actor_model, lora)
 placements = choose_placements(
     world,
     dtype,
@@ -272,8 +272,8 @@ placements = choose_placements(
     offload,
     use_compile,
     activation_checkpointing,
-    parameters * (1 + len(critic_folders)),
-    frozen=checkpoint.count_parameters(actor_model) if lora_rank else 0,
+    counts.trained * (1 + len(critic_folders)),
+    counts.frozen,
 )
 bases = {}  # the models in memory, by folder: adapters of one base share it
 
@@ -368,7 +368,7 @@ if resume:
     multiplier.load_state_dict(state["multiplier"])
     moments.load_state_dict(state["moments"])
 print_once(
-    f"{len(optimizers)} x {parameters / 1e6:.1f} M parameters trained, "
+    f"{len(optimizers)} x {counts.trained / 1e6:.1f} M parameters trained, "
     f"{placements.trained.layout}, computing in {placements.trained.compute_dtype}; {rollouts} "
     f"rollouts of {rollout_size} prompts x {num_samples}, {updates} steps of {batch_size} "
     f"responses each over {world.size} ranks, {max_tokens} tokens per forward"

@@ -181,7 +181,7 @@ if eval_data:
 datasets = list(filter(None, (train, held_out)))
 
 lora = Lora(lora_rank, lora_alpha, lora_targets)
-parameters = checkpoint.count_trained_parameters(init_from, lora)
+counts = checkpoint.count_trained_and_frozen(init_from, lora)
 placements = choose_placements(
     world,
     dtype,
@@ -189,8 +189,8 @@ placements = choose_placements(
     offload,
     use_compile,
     activation_checkpointing,
-    parameters,
-    frozen=checkpoint.count_parameters(init_from) if lora_rank else 0,
+    counts.trained,
+    counts.frozen,
 )
 placement = placements.trained
 bases = {}  # the models in memory, by folder: adapters of one base share it
@@ -286,7 +286,7 @@ if resume:
     start, skips = state["step"], state["skips"]
     moments.load_state_dict(state["moments"])
 print_once(
-    f"{parameters / 1e6:.1f} M parameters trained, {placement.layout}, computing in "
+    f"{counts.trained / 1e6:.1f} M parameters trained, {placement.layout}, computing in "
     f"{placement.compute_dtype}; {steps} steps of {batch_size} examples over {world.size} ranks, "
     f"{max_tokens} tokens per forward"
 )

@@ -109,9 +109,9 @@ shape = Config(
 )
 lora = Lora(lora_rank, lora_alpha, lora_targets)
 if from_scratch:
-    parameters = checkpoint.count_parameters(shape)
+    counts = checkpoint.Counts(checkpoint.count_parameters(shape), frozen=0)
 else:
-    parameters = checkpoint.count_trained_parameters(init_from, lora)
+    counts = checkpoint.count_trained_and_frozen(init_from, lora)
 placements = choose_placements(
     world,
     dtype,
@@ -119,8 +119,8 @@ placements = choose_placements(
     offload,
     use_compile,
     activation_checkpointing,
-    parameters,
-    frozen=checkpoint.count_parameters(init_from) if lora_rank else 0,
+    counts.trained,
+    counts.frozen,
 )
 placement = placements.trained
 if from_scratch:
@@ -141,7 +141,7 @@ if resume:
     state = run_state.load(out_dir, {"model": model}, {"model": optimizer}, record)
     start, skips = state["step"], state["skips"]
 print_once(
-    f"{parameters / 1e6:.1f} M parameters trained, {placement.layout}, computing in "
+    f"{counts.trained / 1e6:.1f} M parameters trained, {placement.layout}, computing in "
     f"{placement.compute_dtype}; {steps} steps of {batch_size} sequences over {world.size} ranks, "
     f"{max_tokens} tokens per forward"
 )
