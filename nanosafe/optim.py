@@ -1,6 +1,7 @@
 """AdamW, learning-rate schedules, and an optimizer step that skips non-finite gradients."""
 
 import math
+from functools import cache
 
 import torch
 
@@ -11,8 +12,8 @@ from nanosafe.rollout import hash64
 SCHEDULES = ("cosine", "linear", "constant")
 MOMENTS = ("float32", "bfloat16")
 EPS = 1e-8  # of AdamW
-# Elements that Bfloat16AdamW updates together. Its float32 copies are of so many; on a CPU they
-# stay in the cache, and on a GPU a launch must be worth its time.
+# Elements that Bfloat16AdamW updates together. On a CPU its float32 copies of so many stay in the
+# cache. On a GPU a launch must be worth its time; without use_compile they take half a GB.
 SLICE = {"cpu": 2**16, "cuda": 2**24}
 
 
@@ -52,9 +53,7 @@ class Bfloat16AdamW(torch.optim.Optimizer):
         # run_state.make_moments() reads moment_dtype.
         super().__init__(groups, {"lr": 0.0, "betas": betas, "moment_dtype": torch.bfloat16})
         self.seed = seed
-        self.update = update_elements
-        if use_compile:
-            self.update = torch.compile(update_elements, dynamic=True)
+        self.use_compile = use_compile
 
     @torch.no_grad()
     def step(self):
@@ -83,10 +82,13 @@ class Bfloat16AdamW(torch.optim.Optimizer):
         factors = factors.to(weights.device)
         row_size = math.prod(parameter.shape[1:])
         counter = hash64(self.seed, steps, index) + local.first * row_size
+        update = update_elements
+        if self.use_compile and weights.is_cuda:  # with offload=all they are on the CPU
+            update = compile_update()
         length = SLICE[weights.device.type]
         for begin in range(0, len(weights), length):
             end = begin + length
-            self.update(
+            update(
                 weights[begin:end],
                 gradients[begin:end],
                 exp_avg[begin:end],
@@ -129,6 +131,12 @@ def update_elements(weights, gradients, exp_avg, exp_avg_sq, factors, betas, cou
     exp_avg_sq.copy_(round_stochastically(second_moment, shift_right(bits, 16)))
 
 
+@cache
+def compile_update():
+    """update_elements() as one kernel. It is compiled once, and not for each model or length."""
+    return torch.compile(update_elements, dynamic=True)
+
+
 def round_stochastically(x, bits):
     """Round float32 to one of the two nearest bfloat16, by chance so that the mean is x.
 
@@ -136,7 +144,7 @@ def round_stochastically(x, bits):
     on the way from the bfloat16 below it in magnitude to the one above. Added to uniform bits, it
     carries into the upper half with just this probability. Infinities have a lower half of 0, so
     they stay; a NaN could be carried into another number, so it is left out.
-    Source: arXiv:2010.06192, which trains in bfloat16 with this rounding (section 3.3).
+    Source: arXiv:2010.06192, which trains in bfloat16 with stochastic rounding.
 
     x     float32
     bits  int32 of x's shape, uniform over 0 .. 65,535"""
