@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -294,7 +295,10 @@ def test_a_run_may_go_on_with_other_moments(before, after, tmp_path):
     continue_run(resumed, its_optimizers, 3, 4)
 
 
-@pytest.mark.parametrize("name", ["sft", "reward", "ppo_lag"])
+SLOW_TRAINERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("reward", "ppo_lag")]
+
+
+@pytest.mark.parametrize("name", ["sft", *SLOW_TRAINERS])
 def test_a_resumed_trainer_is_bit_equal_to_one_that_never_stopped(name, trainers, tmp_path):
     flags = [*trainers[name], "--moments=bfloat16", "--keep=9"]
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
@@ -315,14 +319,13 @@ def test_an_unknown_kind_of_moments_stops_a_trainer_with_one_line(trainers, tmp_
 
 # ---- ranks ----
 
-LAYOUTS = {"ddp on 2 ranks": (2, "ddp"), "fsdp on 2 ranks": (2, "fsdp"), "fsdp on 3": (3, "fsdp")}
+LAYOUTS = [(2, "ddp"), (2, "fsdp"), pytest.param(3, "fsdp", marks=pytest.mark.slow)]
 
 
-@pytest.mark.parametrize("case", LAYOUTS)
-def test_a_row_is_updated_alike_on_whichever_rank_it_lies(case, tmp_path):
+@pytest.mark.parametrize("ranks, layout", LAYOUTS)
+def test_a_row_is_updated_alike_on_whichever_rank_it_lies(ranks, layout, tmp_path):
     """Given gradients, so that no sum over ranks is rounded otherwise. The run then goes on, on one
     rank, from the state that several have saved."""
-    ranks, layout = LAYOUTS[case]
     script = f"{ROOT}/tests/moments_on_ranks.py"
     run(script, "plain", 3, tmp_path / "whole")
     run(script, layout, 3, tmp_path / "cut", ranks=ranks)
@@ -333,19 +336,15 @@ def test_a_row_is_updated_alike_on_whichever_rank_it_lies(case, tmp_path):
 
 
 def read_rows(out_dir):
-    """{tensor: its rows as bytes} of a run's last state, put together from the files of all ranks."""
+    """{tensor: its rows as bytes} of a run's last state, from the files of all ranks."""
     rows = {}
-    for path in sorted(find_state_files(out_dir)):
+    for path in sorted(Path(find_latest_state(out_dir)).glob("rank_*.safetensors")):
         for key, tensor in load_file(path).items():
             rows[key] = rows.get(key, b"") + tensor.contiguous().view(torch.uint8).numpy().tobytes()
     return rows
 
 
-def find_state_files(out_dir):
-    (folder,) = sorted((out_dir / "state").glob("step_*"))[-1:]
-    return folder.glob("rank_*.safetensors")
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["ddp", "fsdp"])
 def test_a_trainer_on_two_ranks_learns_what_one_process_learns(layout, trainers, tmp_path):
     flags = [*trainers["sft"], "--moments=bfloat16"]
