@@ -246,6 +246,24 @@ def make_tensors(shape):
     return weights, gradients, first.bfloat16(), second.square().bfloat16()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("use_compile", [False, True])
+def test_a_gpu_updates_as_a_cpu_does(use_compile):
+    """The random bits are the same integers, so the moments are, where float32 rounds alike."""
+    update = optim.compile_update() if use_compile else optim.update_elements
+    assert torch.equal(optim.draw_bits(7, 5000, "cuda").cpu(), optim.draw_bits(7, 5000, "cpu"))
+    tensors = make_tensors((5000,))
+    on_gpu = [tensor.cuda() for tensor in tensors]
+    factors = optim.compute_factors(3, 1e-3, 0.1, 0.9, 0.95)
+    optim.update_elements(*tensors, factors, (0.9, 0.95), 7)
+    update(*on_gpu, factors.cuda(), (0.9, 0.95), 7)
+    for tensor, expected in zip(on_gpu, tensors):
+        assert torch.allclose(tensor.cpu().float(), expected.float(), rtol=2**-7, atol=1e-6)
+    for moment, expected in zip(on_gpu[2:], tensors[2:]):
+        assert (moment.cpu() == expected).float().mean() > 0.99
+
+
 # ---- states ----
 
 
