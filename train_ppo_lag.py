@@ -21,6 +21,7 @@ import nanosafe  # noqa: F401  (before torch: it sets how OpenMP's threads wait)
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from configurator import configure, save
@@ -53,6 +54,7 @@ from nanosafe.losses import (
     actor_loss,
     batch_share,
     critic_loss,
+    importance_weights,
     masked_mean,
     mle_loss,
     policy_ratio,
@@ -74,6 +76,7 @@ from nanosafe.rl import (
     gae,
     group_advantages,
     make_multiplier,
+    measure_sampler_gap,
     mix_advantages,
     normalize,
     scale_rewards,
@@ -145,6 +148,7 @@ surrogate = "ppo"  # ppo | gspo (one ratio per response) | cispo (the clipped ra
 clip_ratio = 0.2  # the policy's ratio is clipped to 1 +- this; 0: it is not
 clip_ratio_high = 0.0  # above 1 it is clipped to 1 + this instead; 0: to 1 + clip_ratio
 loss_mean = "response"  # response (tokens, then responses) | token | constant (max_new_tokens)
+is_cap = 0.0  # tokens weigh min(p_trainer / p_sampler, this); 0: all alike; 2 is common
 max_ratio = 0.0  # no step of the actor when its mean ratio is above this; 0: always one
 clip_score = 50.0  # per-token rewards and costs are clipped to +- this, KL included; 0: not
 clip_value = 5.0  # values may move this far from those of the rollout; 0: any far
@@ -439,7 +443,7 @@ while step < steps:
     with tqdm(
         desc="rollout", total=len(questions), leave=False, delay=3, disable=not world.main
     ) as bar:
-        answers = sample_all(
+        answers, sampled_logps = sample_all(
             actor,
             questions,
             world,
@@ -451,6 +455,7 @@ while step < steps:
             eos_ids=tok.eos_ids,
             seed=hash64(seed, rollout),
             slots=slots,
+            with_logps=True,
             on_finish=lambda: bar.update(world.size),
         )
     lengths = torch.tensor([len(answer) for answer in answers])
@@ -462,10 +467,14 @@ while step < steps:
     positions = torch.arange(responses.longest)
     mask = (positions < lengths[:, None]).float().to(world.device)  # (B, R)
 
+    sampled_logps = [torch.tensor(row, device=world.device) for row in sampled_logps]
+    sampled_logps = pad_sequence(sampled_logps, batch_first=True)  # (B, R), by the sampler
+
     # 3. log-probabilities of every token, from the training forward
     old_logps = response_logps(actor, responses, log_temperature, max_tokens, world)  # (B, R)
     ref_logps = response_logps(ref, responses, log_temperature, max_tokens, world)
     kl = ((old_logps - ref_logps) * mask).sum(1)  # (B,) nats per response
+    sampler_gap = measure_sampler_gap(old_logps, sampled_logps, mask)
     ended = [answer[-1] in tok.eos_ids for answer in answers]
     metrics = {
         "kl": kl.mean(),
@@ -474,6 +483,9 @@ while step < steps:
         "eos_rate": sum(ended) / len(ended),
         "length": mask.sum(1).mean(),
         "max_length": float(responses.longest),
+        "sampler_gap": sampler_gap.mean,
+        "sampler_k3": sampler_gap.k3,
+        "sampler_gap_max": sampler_gap.largest,
     }
 
     # 4a. rewards: of responses, then of every token, and by how much they beat the critic's values
@@ -551,6 +563,8 @@ while step < steps:
         advantages = normalize(advantages, mask)
     # The gradient of the entropy is that of an advantage of -log p.
     advantages = advantages - entropy_coef * old_logps
+    if is_cap:  # the tokens were drawn by the sampler, not by the forward that learns
+        advantages = advantages * importance_weights(old_logps, sampled_logps, mask, is_cap)
     if kl_target and policy_learns:
         mean_kl = metrics["kl"].item()
         current_kl_coef = adapt_kl_coef(

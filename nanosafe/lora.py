@@ -118,7 +118,7 @@ class AdaptedLLaMA(nn.Module):
         if head != "lm":
             self.score_head = nn.Linear(config.hidden_size, 1, bias=config.score_bias)
         self.kept_pairs = None  # of a twin for sampling: what block_pairs() returns
-        self.twin = None  # the latest one
+        self.twin = None  # for sampling, on its own base
 
     @property
     def embed_tokens(self):
@@ -168,17 +168,17 @@ class AdaptedLLaMA(nn.Module):
     def for_sampling(self, base):
         """This model on a base with whole parameters, its pairs computed once for all steps.
 
-        On the same base it is the same twin again, with its pairs where they were, so that a CUDA
+        On its own base it is the same twin again, with its pairs where they were, so that a CUDA
         graph which reads them still holds."""
         pairs = self.block_pairs(base.embed_tokens.weight.dtype)
-        twin = self.twin
-        if twin is None or twin.base is not base:
-            twin = AdaptedLLaMA(base, self.config, "lm", self.blocks, self.peft_config)
-            twin.kept_pairs = pairs
-        else:
-            for old, new in zip(list_tensors(twin.kept_pairs), list_tensors(pairs)):
+        if base is self.base and self.twin is not None:
+            for old, new in zip(list_tensors(self.twin.kept_pairs), list_tensors(pairs)):
                 old.copy_(new)
-        object.__setattr__(self, "twin", twin)
+            return self.twin
+        twin = AdaptedLLaMA(base, self.config, "lm", self.blocks, self.peft_config)
+        twin.kept_pairs = pairs
+        if base is self.base:
+            object.__setattr__(self, "twin", twin)
         return twin
 
 

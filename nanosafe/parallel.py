@@ -282,6 +282,7 @@ def shard_model(model, placement):
     if placement.use_compile:
         for layer in model.layers:
             layer.compile()
+        model.compile_decoding = True
     if placement.layout == "plain":
         return model.to_empty(device=placement.device)
     if not dist.is_initialized():  # a single GPU that wants mixed precision
@@ -337,6 +338,7 @@ def gathered_for_sampling(model):
         module.unshard()
     with torch.device("meta"):
         twin = type(model)(model.config, model.head)
+    twin.compile_decoding = model.compile_decoding
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owner, _, leaf = name.rpartition(".")
         twin.get_submodule(owner)._parameters[leaf] = parameter

@@ -199,9 +199,9 @@ def test_decoding_by_graphs_equals_decoding_without(slots, temperature, monkeypa
     with_graphs = sample()
     sizes = []
 
-    def decode(engine, n):
+    def decode(engine, n, extent):
         sizes.append(n)
-        engine.decode(n, [(slice(0, n), len(engine.columns))])
+        engine.decode(n, [(slice(0, n), extent)])
 
     monkeypatch.setattr(rollout.Engine, "replay", decode)
     assert with_graphs == sample()
