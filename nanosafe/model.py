@@ -333,6 +333,7 @@ class LLaMA(nn.Module):
         cu_seqlens,
         max_seqlen,
         targets=None,
+        target_positions=None,
         temperature=1.0,
         uniform_weights=False,
     ):
@@ -342,6 +343,7 @@ class LLaMA(nn.Module):
         cu_seqlens  (B+1,) int32: where each begins, and N at the end; positions restart at 0
         max_seqlen  int:   length of the longest
         targets     (N,)   int64: the token that follows; -100 where nobody reads the answer
+        target_positions  (M,) int64: where it is not -100; None: searched, so a GPU is waited for
 
         head="lm" with targets: log p(targets[t] | tokens up to t) (N,) float32, 0 where -100
         head="lm" without:      logits (N, V)
@@ -354,13 +356,18 @@ class LLaMA(nn.Module):
         if targets is None:
             out = F.linear(x, self.output_embedding()) / temperature
         else:
-            has_target = (targets >= 0).nonzero().squeeze(1)
+            if target_positions is None:
+                target_positions = (targets >= 0).nonzero().squeeze(1)
             gradients_in_forward = uniform_weights and torch.is_grad_enabled()
             function = UniformLogProbs if gradients_in_forward else LogProbs
             logps = function.apply(
-                x[has_target], self.output_embedding(), targets[has_target], temperature
+                x[target_positions],
+                self.output_embedding(),
+                targets[target_positions],
+                temperature,
             )
-            out = torch.zeros(len(tokens), device=x.device).index_copy(0, has_target, logps)
+            out = torch.zeros(len(tokens), device=x.device)
+            out = out.index_copy(0, target_positions, logps)
         return out if self.head == "lm" else (out, self.score_hidden_states(x))
 
     def hidden_states(self, tokens, layout, caches=None):
@@ -373,7 +380,9 @@ class LLaMA(nn.Module):
         for i, layer in enumerate(self.layers):
             cos, sin = rotations[i]
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, layouts[i], use_reentrant=False)
+                x = checkpoint(
+                    layer, x, cos, sin, layouts[i], use_reentrant=False, preserve_rng_state=False
+                )
             else:
                 x = layer(x, cos, sin, layouts[i], caches[i] if caches else None)
         return self.norm(x)

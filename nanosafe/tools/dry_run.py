@@ -227,6 +227,7 @@ def make_batch(max_tokens, vocab_size, fake):
         tokens=fake.from_tensor(batch.tokens),
         cu_seqlens=fake.from_tensor(batch.cu_seqlens),
         targets=fake.from_tensor(batch.targets),
+        target_positions=fake.from_tensor(batch.target_positions),
     )
     return batch, [1] * len(lengths)
 
