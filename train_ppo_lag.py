@@ -30,6 +30,7 @@ from nanosafe.checkpoint import run_state
 from nanosafe.data import tokenize
 from nanosafe.data.batching import (
     check_fits,
+    copy_to_device,
     count_steps,
     examples_at,
     plan_micro_batches,
@@ -471,7 +472,16 @@ while step < steps:
     sampled_logps = pad_sequence(sampled_logps, batch_first=True)  # (B, R), by the sampler
 
     # 3. log-probabilities of every token, from the training forward
-    old_logps = response_logps(actor, responses, log_temperature, max_tokens, world)  # (B, R)
+    # The actor's are computed as in step 6, so that the first ratio is 1: without gradients,
+    # compiled blocks round otherwise.
+    old_logps = response_logps(
+        actor,
+        responses,
+        log_temperature,
+        max_tokens,
+        world,
+        as_in_updates=placements.trained.use_compile,
+    )  # (B, R)
     ref_logps = response_logps(ref, responses, log_temperature, max_tokens, world)
     kl = ((old_logps - ref_logps) * mask).sum(1)  # (B,) nats per response
     sampler_gap = measure_sampler_gap(old_logps, sampled_logps, mask)
@@ -544,7 +554,7 @@ while step < steps:
         reward_advantages = group_advantages(reward_advantages, mask, num_samples, advantage)
     advantages = reward_advantages
     if cost_model:
-        multiplier.observe(costs)
+        multiplier.observe(costs.tolist())
         lambda_ = multiplier.update(cost_limit) if policy_learns else multiplier.value
         advantages = mix_advantages(reward_advantages, cost_advantages, lambda_)
         slack = cost_limit - multiplier.mean_cost
@@ -577,11 +587,14 @@ while step < steps:
         epoch, begin = divmod(first, responses_per_rollout)
         order = shuffled_order(responses_per_rollout, epoch, hash64(seed, rollout))
         minibatch = order[begin : begin + batch_size].tolist()
+        minibatch_index = copy_to_device(minibatch, world.device)
         sums = MetricSums(update_metrics, world.device)
         minibatch_lengths = [len(responses.ids[i]) for i in minibatch]
         micro_batches = plan_micro_batches(minibatch_lengths, max_tokens, world.size)[world.rank]
         for k, indices in enumerate(micro_batches):
             rows = [minibatch[i] for i in indices]
+            index = copy_to_device(rows, world.device)  # indexing by a list waits for a GPU
+            row_mask = mask[index]
             share = len(rows) / batch_size
             is_last = k == len(micro_batches) - 1
             batch = responses.pack(rows, world.device)
@@ -590,30 +603,30 @@ while step < steps:
                 logps = responses.unpack(actor.log_probs(batch, log_temperature), batch, rows)
                 loss = actor_loss(
                     logps,
-                    old_logps[rows],
-                    advantages[rows],
-                    mask[rows],
+                    old_logps[index],
+                    advantages[index],
+                    row_mask,
                     clip_low=ratio_bound,
                     clip_high=upper_ratio_bound,
                     surrogate=surrogate,
                     loss_mean=loss_mean,
                     length=max_new_tokens,
                 )
-                loss = loss * batch_share(mask, rows, minibatch, loss_mean)
+                loss = loss * batch_share(mask, index, minibatch_index, loss_mean)
                 backward(actor, loss * actor_weight, last=is_last and not ptx)
-                log_ratio = logps.detach() - old_logps[rows]
-                ratio = policy_ratio(logps.detach(), old_logps[rows], mask[rows], surrogate)
+                log_ratio = logps.detach() - old_logps[index]
+                ratio = policy_ratio(logps.detach(), old_logps[index], row_mask, surrogate)
                 clipped = ((1 - ratio > ratio_bound) | (ratio - 1 > upper_ratio_bound)).float()
                 sums.add("actor_loss", loss)
-                sums.add("clip_fraction", sequence_mean(clipped, mask[rows]) * share)
+                sums.add("clip_fraction", sequence_mean(clipped, row_mask) * share)
                 k3 = log_ratio.expm1() - log_ratio  # ratio - 1 loses its digits near 0
-                sums.add("approx_kl", sequence_mean(k3, mask[rows]) * share)
-                sums.add("ratio", sequence_mean(ratio, mask[rows]) * share)
+                sums.add("approx_kl", sequence_mean(k3, row_mask) * share)
+                sums.add("ratio", sequence_mean(ratio, row_mask) * share)
 
             if reward_critic:
                 values = responses.unpack(reward_critic.scores(batch), batch, rows)
                 loss = critic_loss(
-                    values, reward_values[rows], reward_returns[rows], mask[rows], value_bound
+                    values, reward_values[index], reward_returns[index], row_mask, value_bound
                 )
                 loss = loss * share
                 backward(reward_critic, loss, last=is_last)
@@ -622,7 +635,7 @@ while step < steps:
             if cost_critic:
                 values = responses.unpack(cost_critic.scores(batch), batch, rows)
                 loss = critic_loss(
-                    values, cost_values[rows], cost_returns[rows], mask[rows], value_bound
+                    values, cost_values[index], cost_returns[index], row_mask, value_bound
                 )
                 loss = loss * share
                 backward(cost_critic, loss, last=is_last)

@@ -353,6 +353,7 @@ class LLaMA(nn.Module):
         cu_seqlens,
         max_seqlen,
         targets=None,
+        target_positions=None,
         temperature=1.0,
         uniform_weights=False,
         adapter=None,
@@ -363,6 +364,7 @@ class LLaMA(nn.Module):
         cu_seqlens  (B+1,) int32: where each begins, and N at the end; positions restart at 0
         max_seqlen  int:   length of the longest
         targets     (N,)   int64: the token that follows; -100 where nobody reads the answer
+        target_positions   (M,) int64: where it is not -100; None: searched, so a GPU is waited for
         adapter     an AdaptedLLaMA on this model; None: the model itself
 
         head="lm" with targets: log p(targets[t] | tokens up to t) (N,) float32, 0 where -100
@@ -378,13 +380,18 @@ class LLaMA(nn.Module):
         if targets is None:
             out = F.linear(x, self.output_embedding()) / temperature
         else:
-            has_target = (targets >= 0).nonzero().squeeze(1)
+            if target_positions is None:
+                target_positions = (targets >= 0).nonzero().squeeze(1)
             gradients_in_forward = uniform_weights and torch.is_grad_enabled()
             function = UniformLogProbs if gradients_in_forward else LogProbs
             logps = function.apply(
-                x[has_target], self.output_embedding(), targets[has_target], temperature
+                x[target_positions],
+                self.output_embedding(),
+                targets[target_positions],
+                temperature,
             )
-            out = torch.zeros(len(tokens), device=x.device).index_copy(0, has_target, logps)
+            out = torch.zeros(len(tokens), device=x.device)
+            out = out.index_copy(0, target_positions, logps)
         if owner.head == "lm":
             return out
         return out, score_hidden_states(x, owner.score_head, owner.config)
@@ -404,7 +411,7 @@ class LLaMA(nn.Module):
             cache = caches[i] if caches else None
             inputs = (x, cos, sin, layouts[i], cache, pairs[i])
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, *inputs, use_reentrant=False)
+                x = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
             elif self.compile_decoding and isinstance(layout, attention.DecodeBatch):
                 x = compiled_decode_step()(layer, *inputs)
             else:
