@@ -135,6 +135,7 @@ actor_warmup_ratio = 0.03  # share of the steps in which the actor's learning ra
 critic_warmup_ratio = 0.03  # the same for the critics
 beta1 = 0.9  # of AdamW
 beta2 = 0.95  # of AdamW
+moments = "float32"  # of AdamW, stored as float32 | bfloat16 (4 bytes per parameter less)
 grad_clip = 1.0  # greatest norm of a gradient; 0: none
 max_skips = 10  # stop above this many updates with a non-finite gradient; each model counts
 ema = 0.0  # decay per step of an average of the actor's weights, written to model_ema/; 0: none
@@ -194,6 +195,7 @@ check_ranges(config)
 # ---- setup ----
 choose("actor_lr_schedule", actor_lr_schedule, optim.SCHEDULES)
 choose("critic_lr_schedule", critic_lr_schedule, optim.SCHEDULES)
+choose("moments", moments, optim.MOMENTS)
 choose("advantage", advantage, ADVANTAGES)
 choose("normalize_groups", normalize_groups, NORMALIZE_GROUPS)
 choose("surrogate", surrogate, SURROGATES)
@@ -269,7 +271,7 @@ for name, folder in critic_folders.items():
             f"{actor_model!r}: set {name}, or advantage=rloo"
         )
 lora = Lora(lora_rank, lora_alpha, lora_targets)
-parameters = checkpoint.count_trained_parameters(actor_model, lora)
+counts = checkpoint.count_trained_and_frozen(actor_model, lora)
 placements = choose_placements(
     world,
     dtype,
@@ -277,8 +279,8 @@ placements = choose_placements(
     offload,
     use_compile,
     activation_checkpointing,
-    parameters * (1 + len(critic_folders)),
-    frozen=checkpoint.count_parameters(actor_model) if lora_rank else 0,
+    counts.trained * (1 + len(critic_folders)),
+    counts.frozen,
 )
 bases = {}  # the models in memory, by folder: adapters of one base share it
 
@@ -301,6 +303,11 @@ def load_trained(folder, head, score_type=None):
     return checkpoint.load_trained(folder, head, placements, bases, lora, score_type=score_type)
 
 
+def make_optimizer(model, weight_decay):
+    use_compile = placements.trained.use_compile
+    return optim.make_adamw(model, weight_decay, beta1, beta2, moments, seed, use_compile)
+
+
 def load_words(path):
     """A score model's tokenizer, with its own chat template; None of a function or of no model."""
     return load_tokenizer(path) if path and not names_function(path) else None
@@ -315,10 +322,10 @@ if cost_model:
     cost_model = load_frozen(cost_model, "score", "cost", normalize_cost)
 actor = load_trained(actor_model, "lm")
 models = {"actor": actor}  # all that is trained, by the names that states know them by
-optimizers = {"actor": optim.make_adamw(actor, actor_weight_decay, beta1, beta2)}
+optimizers = {"actor": make_optimizer(actor, actor_weight_decay)}
 for name, folder in critic_folders.items():
     models[name] = load_trained(folder, "score", "critic")
-    optimizers[name] = optim.make_adamw(models[name], critic_weight_decay, beta1, beta2)
+    optimizers[name] = make_optimizer(models[name], critic_weight_decay)
 reward_critic = models.get("reward_critic")
 cost_critic = models.get("cost_critic")
 average = load_trained(actor_model, "lm") if ema else None
@@ -347,7 +354,7 @@ multiplier = make_multiplier(  # from here on the object, no longer its kind
     ema=lambda_ema,
     lookback=lambda_lookback,
 )
-moments = RunningMeanStd()  # of the rewards, for reward_scaling
+reward_moments = RunningMeanStd()  # of the rewards, for reward_scaling
 current_kl_coef = kl_coef  # kl_target adapts it
 update_metrics = ["actor_loss", "ptx_loss", "clip_fraction", "ratio", "approx_kl"]
 update_metrics += [f"{name}_loss" for name in critic_folders]
@@ -371,9 +378,9 @@ if resume:
     if kl_target:
         current_kl_coef = state["kl_coef"]
     multiplier.load_state_dict(state["multiplier"])
-    moments.load_state_dict(state["moments"])
+    reward_moments.load_state_dict(state["moments"])
 print_once(
-    f"{len(optimizers)} x {parameters / 1e6:.1f} M parameters trained, "
+    f"{len(optimizers)} x {counts.trained / 1e6:.1f} M parameters trained, "
     f"{placements.trained.layout}, computing in {placements.trained.compute_dtype}; {rollouts} "
     f"rollouts of {rollout_size} prompts x {num_samples}, {updates} steps of {batch_size} "
     f"responses each over {world.size} ranks, {max_tokens} tokens per forward"
@@ -407,7 +414,7 @@ def save_run(step):
         "skips": skips,
         "multiplier": multiplier.state_dict(),
         "kl_coef": current_kl_coef,
-        "moments": moments.state_dict(),
+        "moments": reward_moments.state_dict(),
     }
     run_state.save(out_dir, step, models, optimizers, extra, keep, record)
 
@@ -495,8 +502,8 @@ while step < steps:
     reward_scores = score_answers(reward_model, reward_tok, asked, questions, answers)  # (B,)
     if not reward_scores.isfinite().all():
         monitor.say(f"step {step}: the reward model gives some responses a non-finite score")
-    scaled_scores = scale_rewards(reward_scores, moments, reward_scaling, reward_bound)
-    if reward_scaling != "none" and moments.deviation == 0:
+    scaled_scores = scale_rewards(reward_scores, reward_moments, reward_scaling, reward_bound)
+    if reward_scaling != "none" and reward_moments.deviation == 0:
         monitor.say(
             f"step {step}: all rewards so far are equal: reward_scaling={reward_scaling!r} leaves "
             "their size as it is"

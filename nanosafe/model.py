@@ -6,9 +6,9 @@ only the sampler calls hidden_states().
 Shapes: N packed tokens, B sequences, V vocabulary, D width, H heads, K kv heads, E head width.
 """
 
+import functools
 import math
 from dataclasses import asdict, dataclass, field, fields
-from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -283,15 +283,15 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x), pairs)
 
 
-@cache
+@functools.cache
 def compiled_decode_step():
     """A Block's forward in a decode step, compiled once for all numbers of rows and of keys.
 
     It is a function of its own, because torch counts the versions that it compiles of a function,
     and those of Block.forward are training's."""
 
-    def decode_step(block, x, cos, sin, layout, layer_cache, pairs):
-        return block.forward(x, cos, sin, layout, layer_cache, pairs)
+    def decode_step(block, *inputs):
+        return block.forward(*inputs)
 
     return torch.compile(decode_step, dynamic=True)
 
@@ -364,7 +364,7 @@ class LLaMA(nn.Module):
         cu_seqlens  (B+1,) int32: where each begins, and N at the end; positions restart at 0
         max_seqlen  int:   length of the longest
         targets     (N,)   int64: the token that follows; -100 where nobody reads the answer
-        target_positions  (M,) int64: where it is not -100; None: searched, so a GPU is waited for
+        target_positions   (M,) int64: where it is not -100; None: searched, so a GPU is waited for
         adapter     an AdaptedLLaMA on this model; None: the model itself
 
         head="lm" with targets: log p(targets[t] | tokens up to t) (N,) float32, 0 where -100

@@ -61,9 +61,9 @@ ONEDNN_KERNELS = "32"
 CPU_MEMORY = 16 * 2**30  # bytes that "auto" assumes for a rank on a CPU
 BYTES_PER_PARAMETER = 16  # of AdamW in float32: weight, gradient and two moments
 # Versions of a block that torch.compile makes before it gives up and runs the block uncompiled. All
-# models share the count. For models of one size PPO-Lag makes four to six, of three sizes ten or
-# more: with gradients, without, and with frozen parameters, each perhaps twice, because the first is
-# for the first lengths only. torch's own limit is 8.
+# models share the count. For models of one size PPO-Lag makes four to six, for three sizes about
+# ten: with gradients, without, and with frozen parameters. The first of these is for the lengths of
+# its first batch only, and perhaps the next ones, too. torch's own limit is 8.
 COMPILED_VERSIONS = 64
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the newer name first
 

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 
 from nanosafe import attention, rope
 from nanosafe.errors import stop
+from nanosafe.lora import AdaptedLLaMA, list_tensors
 from nanosafe.model import linear
 from nanosafe.parallel import all_gather_lists, gathered_for_sampling
 from nanosafe.printing import say_once
@@ -480,8 +481,11 @@ def keep_engine(engine):
 
 
 def addresses_of(model):
-    """Where a model's weights lie."""
-    return [parameter.data_ptr() for parameter in model.parameters()]
+    """Where the tensors lie that a model's decode steps read."""
+    tensors = list(model.parameters())
+    if isinstance(model, AdaptedLLaMA):
+        tensors = [*model.base.parameters(), *list_tensors(model.kept_pairs or [])]
+    return [tensor.data_ptr() for tensor in tensors]
 
 
 @cache

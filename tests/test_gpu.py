@@ -435,7 +435,7 @@ def test_an_iteration_with_an_idle_rank_compiles_nothing_after_the_first():
     score_and_update(models, first)
     score_and_update(models, [make_idle_batch(), make_batch(LENGTHS)])
     graphs = counters["stats"]["unique_graphs"]
-    assert graphs <= 4, dict(counters["stats"])
+    assert graphs <= 6, dict(counters["stats"])
     with torch._dynamo.config.patch(error_on_recompile=True):
         score_and_update(models, [make_batch([5, 9]), make_idle_batch(), make_batch([200])])
     assert counters["stats"]["unique_graphs"] == graphs

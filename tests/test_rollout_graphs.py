@@ -455,7 +455,7 @@ def count_compiled_kernels(function, *arguments):
 def test_a_compiled_decode_step_of_a_7b_launches_at_most_400_kernels(
     one_kernel_per_operator, fresh_compiler, monkeypatch
 ):
-    """As torch compiles it for a CPU, but with halves joined in one kernel, as it does for a GPU."""
+    """As torch compiles it for a CPU, with halves joined in one kernel, as it does for a GPU."""
     _, outside = split_decode_kernels()
     logits = torch.zeros(16, 32000, dtype=torch.bfloat16)
     u = torch.zeros(16, dtype=torch.float64)

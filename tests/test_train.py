@@ -187,7 +187,8 @@ METRICS_OF_PPO_LAG = """
     reward reward_with_kl_penalty reward_advantage reward_return reward_value kl entropy eos_rate
     length max_length cost cost_with_kl_penalty cost_advantage cost_return cost_value unsafe_rate
     lambda episode_cost slack actor_loss reward_critic_loss cost_critic_loss ptx_loss clip_fraction
-    approx_kl sampler_gap sampler_k3 sampler_gap_max actor_lr critic_lr actor_grad_norm reward_critic_grad_norm cost_critic_grad_norm skips
+    approx_kl sampler_gap sampler_k3 sampler_gap_max actor_lr critic_lr actor_grad_norm
+    reward_critic_grad_norm cost_critic_grad_norm skips
 """
 
 

@@ -253,7 +253,8 @@ def make_moments(model, optimizer, steps):
     """Give AdamW the moments that it makes in its first step, which are filled afterwards."""
     for _, parameter in parallel.named_local_parameters(model):
         device = parallel.local_part(parameter.data).device
-        moments = {key: torch.zeros_like(parameter.data) for key in MOMENTS}
+        dtype = optimizer.defaults.get("moment_dtype", parameter.dtype)  # as optim.py sets it
+        moments = {key: torch.zeros_like(parameter.data, dtype=dtype) for key in MOMENTS}
         count = torch.tensor(float(steps), device=device)
         optimizer.state[parameter] = {"step": count, **moments}
 
