@@ -114,7 +114,7 @@ def list_long_parts(machine):
     return [
         list_decoding("7b", (1, 16, 64), DECODED_PROMPT, machine),
         Part("loss", "loss", loss),
-        list_training("3b", 4096, 16384, machine),
+        list_training("3b", 4096, 4096, machine),
         list_training("7b-8-layers", 2048, 8192, machine),
     ]
 
@@ -289,11 +289,16 @@ def format_report(report):
     lines.append(format_table(table))
     for row in report["rows"]:
         if "phases" in row:
-            parts = [f"{name} {seconds:.2f}" for name, seconds in row["phases"].items()]
-            lines.append(f"{row['name']}, seconds: {', '.join(parts)}")
+            lines.append(f"{row['name']}, seconds: {format_seconds(row['phases'])}")
+        if "roofline" in row:
+            lines.append(f"    at the machine's limit: {format_seconds(row['roofline'])}")
         if "metrics" in row:
             lines.append(f"{row['name']}: {describe_distance(row['metrics'])}")
     return "\n".join(lines)
+
+
+def format_seconds(phases):
+    return ", ".join(f"{name} {seconds:.3g}" for name, seconds in phases.items())
 
 
 def describe_distance(metrics):

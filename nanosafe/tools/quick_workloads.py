@@ -331,9 +331,9 @@ def train(workload, counts, shape, length, max_tokens, machine):
         planned = plan_run(workload, "train_sft.py", flags, shape, machine, length)
         row["plan"] = planned.training_peak()
         step = make_training_step(workload, shape)
-        step(length, max_tokens // 2)
-        step(length // 2, max_tokens)  # another size: torch.compile makes lengths variable
-        step(length, max_tokens)
+        step(length // 2, max_tokens // 2)
+        for _ in range(2):  # another size: torch.compile makes lengths variable
+            step(length, max_tokens)
         if workload.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         with counts.added_to(row):
