@@ -97,6 +97,20 @@ def check_agreement(ours, theirs, tolerance):
         assert error < tolerance, f"{name}: {error:.4f} of the spread"
 
 
+def kernels_of(function):
+    """The names of the kernels that the GPU runs during a call."""
+    function()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+        function()
+        torch.cuda.synchronize()
+    names = set()
+    for event in seen.events():
+        if event.device_type == DeviceType.CUDA:
+            names.add(event.name)
+    assert names, "the profiler saw no kernel"
+    return names
+
+
 # ---- attention ----
 
 
@@ -176,7 +190,7 @@ def test_compiled_blocks_equal_eager_ones_and_compile_once():
 
 
 def decode_without_graphs(monkeypatch):
-    """From here on decode steps run the same kernels, but no graph; returns their numbers of rows."""
+    """From here on decode steps run the same kernels without graphs; returns how many rows each."""
     sizes = []
 
     def decode(engine, n, extent):
@@ -253,20 +267,6 @@ def test_what_is_sampled_has_the_trainers_probabilities():
     """Else decoding may compute another policy than the one that is trained, and only a worse
     reward would tell."""
     assert sampler_gap(make_bf16_model()) < 0.05
-
-
-def kernels_of(function):
-    """The names of the kernels that the GPU runs during a call."""
-    function()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
-        function()
-        torch.cuda.synchronize()
-    names = set()
-    for event in seen.events():
-        if event.device_type == DeviceType.CUDA:
-            names.add(event.name)
-    assert names, "the profiler saw no kernel"
-    return names
 
 
 def test_decoding_runs_the_memory_efficient_kernel(monkeypatch):

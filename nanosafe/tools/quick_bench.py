@@ -8,6 +8,7 @@ Each part is a process of its own (quick_workloads.py). Where one fails, or does
 memory, a line says so and the next one begins. At the end there are a table, all numbers as JSON,
 and one line for an issue."""
 
+import contextlib
 import json
 import os
 import re
@@ -158,7 +159,8 @@ class QuickBench:
         left = self.seconds - elapsed
         print(f"[{elapsed:3.0f} s] {part.name} ...", flush=True)
         if left < LEAST_SECONDS:
-            report = failed_report(part, f"left out: {self.seconds} s are over")
+            report = {"rows": []}
+            add_failure(report, part, f"left out: {self.seconds} s are over")
         else:
             report = self.start_process(part, left)
         self.reports[part.name] = report
@@ -167,6 +169,7 @@ class QuickBench:
         return report
 
     def start_process(self, part, seconds):
+        """The report of a part's process. Of one that ends early it has the rows until then."""
         path = os.path.join(self.models, "report.json")
         command = [sys.executable, "-m", "nanosafe.tools.quick_workloads"]
         command += [part.work, self.models, path]
@@ -180,26 +183,39 @@ class QuickBench:
             "NANOSAFE_CACHE": os.path.join(self.models, "cache"),
         }
         log_path = os.path.join(self.folder, f"{part.name}.log")
+        reason = ""
         with open(log_path, "w") as log:
             try:
                 done = subprocess.run(
                     command, stdout=log, stderr=subprocess.STDOUT, env=environment, timeout=seconds
                 )
             except subprocess.TimeoutExpired:
-                return failed_report(part, f"ended after {seconds:.0f} s, which were left")
-        if done.returncode:
-            return failed_report(part, explain_end(done.returncode, log_path), log_path)
-        with open(path) as f:
-            report = json.load(f)
-        os.remove(path)
+                reason = f"ended after {seconds:.0f} s, which were left"
+        if not reason and done.returncode:
+            reason = explain_end(done.returncode, log_path)
+        report = take_report(path)
+        if reason:
+            add_failure(report, part, reason, log_path)
         return report
 
 
-def failed_report(part, reason, log_path=None):
+def take_report(path):
+    """The report in a file, which is removed; an empty one where there is none, or half of one."""
+    report = {}
+    if os.path.exists(path):
+        with contextlib.suppress(ValueError), open(path) as f:
+            report = json.load(f)
+        os.remove(path)
+    report.setdefault("rows", [])
+    return report
+
+
+def add_failure(report, part, reason, log_path=None):
+    """Add a row that says why a part has no more of them."""
     row = {"name": part.name, "failed": reason}
     if log_path:
         row["log"] = log_path
-    return {"rows": [row]}
+    report["rows"].append(row)
 
 
 def explain_end(code, log_path):

@@ -127,7 +127,9 @@ def count_compiled():
 
 @contextmanager
 def new_row(workload, name):
-    """A row that the block below fills. Memory that runs out there is the row's failure."""
+    """A row that the block below fills. Memory that runs out there is the row's failure.
+
+    The report is written after each row, so that no later one can take it along."""
     row = {"name": name}
     workload.report["rows"].append(row)
     if workload.device == "cuda":
@@ -145,6 +147,7 @@ def new_row(workload, name):
     gc.collect()
     if workload.device == "cuda":
         torch.cuda.empty_cache()
+    workload.write_report()  # for now: what comes next may end the process
 
 
 def read_peak(workload):
@@ -202,10 +205,11 @@ def write_models(workload, counts, shape, prompts, prompt_tokens):
     os.remove(os.path.join(path, CHECKSUMS))  # checking 2 GB for each of six models takes longer
     write_prompts(f"{workload.folder}/prompts.jsonl", texts, tok, prompts, prompt_tokens)
     bases = {}
+    on_cpu = parallel.Placement(torch.device("cpu"))
+    placements = parallel.Placements(on_cpu, on_cpu)
+    lora = Lora(ADAPTER_RANK, 32.0, "all")
     for kind in ("reward", "cost"):
         write_score_model(workload, kind, path)
-        placements = parallel.Placements(*[parallel.Placement(torch.device("cpu"))] * 2)
-        lora = Lora(ADAPTER_RANK, 32.0, "all")
         model = checkpoint.load_trained(path, "score", placements, bases, lora, score_type=kind)
         checkpoint.save(model, f"{workload.folder}/{kind}_adapter", tok)
 
@@ -255,7 +259,8 @@ def decode(workload, counts, shape, prompt_tokens, new_tokens, rows, bandwidth):
     """Tokens per second of some numbers of rows, without the prompts' prefill.
 
     On a GPU twice: as in sample.py, and with compiled blocks as in the trainers."""
-    for is_compiled in (False, True)[: 2 if counts.on_gpu else 1]:
+    ways = [False, True] if counts.on_gpu else [False]
+    for is_compiled in ways:
         name = f"decode, {shape}, compiled" if is_compiled else f"decode, {shape}"
         with new_row(workload, name) as row:
             model = make_model(workload, shape, is_compiled)
@@ -311,6 +316,9 @@ def measure_decoding(workload, counts, row, model, n, prompt_tokens, new_tokens,
         seconds = time_of(new_tokens + 1)
     seconds = min(seconds, time_of(new_tokens + 1))
     step = (seconds - prefill) / new_tokens
+    if step <= 0:
+        row["failed"] = "too short to be measured beside the prefill"
+        return
     weights = sum(parameter.nbytes for parameter in model.parameters())
     weights -= model.embed_tokens.weight.nbytes
     keys = config.num_hidden_layers * config.num_key_value_heads * config.head_dim
