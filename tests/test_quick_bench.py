@@ -165,9 +165,9 @@ def test_the_parts_for_a_gpu_have_the_options_that_they_take():
 
 
 @pytest.mark.parametrize(
-    "shape, length, gigabytes", [("1.1b", 2048, 50), ("7b-8-layers", 2048, 70)]
+    "shape, tokens, gigabytes", [("1.1b", 8192, 50), ("7b-8-layers", 8192, 70), ("3b", 4096, 78)]
 )
-def test_what_is_trained_fits_on_one_gpu_by_the_plan(shape, length, gigabytes, monkeypatch):
+def test_what_is_trained_fits_on_one_gpu_by_the_plan(shape, tokens, gigabytes, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["bench"])  # which the planner's knobs are read from
     workload = SimpleNamespace(dtype=torch.bfloat16, device="cuda")
     flags = {"batch_size": tokens // 2048, "max_len": 2048, "max_tokens": tokens}
