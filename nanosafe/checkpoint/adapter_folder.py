@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from nanosafe import parallel
 from nanosafe.adapter_base import ADAPTER_CONFIG, SCORE_CONFIG
 from nanosafe.checkpoint.adapters import MergedTensor
-from nanosafe.checkpoint.families import Family, find_rows
+from nanosafe.checkpoint.families import META, Family, find_rows
 from nanosafe.checkpoint.folder import list_shapes, make_config
 from nanosafe.errors import one_line_errors, stop
 from nanosafe.hub import parse_name
@@ -117,6 +117,11 @@ def new_adapter(path, base, head, lora, score_type, seed):
 
     Its score head is not filled yet."""
     check_head(path, base, head)
+    if base.family is META:
+        stop(
+            f"{path!r} is in Meta's layout, whose matrices PEFT has no names for: convert it first, "
+            "with python -m nanosafe.checkpoint SOURCE TARGET"
+        )
     config = replace(base.model.config, score_type=score_type or base.model.config.score_type)
     wanted = choose_targets(path, config, base.family, lora.targets)
     blocks = make_new_blocks(config, base.family, lora, wanted)
