@@ -10,8 +10,9 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, small_config
+from conftest import ROOT, run, small_config
 from safetensors.torch import load_file, save_file
+from test_parallel import TWO_NODES
 
 from nanosafe import attention, checkpoint, parallel
 from nanosafe.checkpoint import init_from_scratch
@@ -534,3 +535,143 @@ def test_some_of_a_family_s_matrices_can_be_chosen(kind, tmp_path):
     batch = make_batch()
     merged = checkpoint.load(tmp_path / "adapter")
     assert_close(model.logits(batch), merged.logits(batch))
+
+
+# ---- what is refused ----
+
+
+def refuses(function, *arguments, match, **options):
+    """The call stops with one line that has the words."""
+    with pytest.raises(SystemExit, match=match) as stopped:
+        function(*arguments, **options)
+    assert str(stopped.value).startswith("error: ")
+    assert "\n" not in str(stopped.value)
+
+
+@pytest.mark.parametrize("targets", ["wqkv", "q_proj,", "", "all-linear", "lm_head", "Q_PROJ"])
+def test_targets_that_are_no_matrices_of_a_block_are_refused(targets, base):
+    words = "lora_targets=.* is none of .*q_proj, k_proj, v_proj, o_proj, gate_proj"
+    refuses(new_adapter, base, targets=targets, match=words)
+    lora = Lora(4, 8.0, targets)
+    refuses(checkpoint.count_trained_parameters, base, lora, match=words)
+
+
+@pytest.mark.parametrize("name", MERGED)
+def test_an_adapter_that_is_merged_cannot_go_on_as_one(name):
+    refuses(
+        new_adapter, folder_of(name), match="merge it first, with python -m nanosafe.checkpoint"
+    )
+
+
+@pytest.mark.parametrize("head", ["lm", "both"])
+def test_a_score_model_cannot_become_a_policy(head, tmp_path):
+    checkpoint.save(init_from_scratch(small_config(), "score"), tmp_path / "score")
+    path = str(tmp_path / "score")
+    refuses(new_adapter, path, head, match="is a score model: it cannot generate text")
+    checkpoint.save(fill_adapter(new_adapter(path, "score")), tmp_path / "adapter")
+    refuses(load_on_base, str(tmp_path / "adapter"), head, match="is a score model")
+
+
+def test_a_base_that_is_not_there_is_named(base, tmp_path):
+    checkpoint.save(new_adapter(base), tmp_path / "adapter")
+    os.rename(base, tmp_path / "gone")
+    words = "is an adapter of the model .* which is not there"
+    refuses(load_on_base, str(tmp_path / "adapter"), match=words)
+    refuses(new_adapter, str(tmp_path / "adapter"), match=words)
+
+
+def test_an_adapter_of_a_base_of_another_shape_is_refused(base, tmp_path):
+    checkpoint.save(new_adapter(base), tmp_path / "adapter")
+    other = init_from_scratch(small_config(intermediate_size=56))
+    checkpoint.save(other, base)
+    refuses(load_on_base, str(tmp_path / "adapter"), match="the adapter is of another base")
+
+
+def test_an_adapter_of_an_adapter_is_refused(base, tmp_path):
+    first = tmp_path / "first"
+    checkpoint.save(new_adapter(base), first)
+    checkpoint.save(new_adapter(base), tmp_path / "second")
+    config = read_json(tmp_path / "second", "adapter_config.json")
+    config["base_model_name_or_path"] = str(first)
+    write_json(config, tmp_path / "second", "adapter_config.json")
+    refuses(load_on_base, str(tmp_path / "second"), match="merge that one first")
+
+
+def test_meta_s_layout_is_refused_before_anything_is_trained(tmp_path):
+    """PEFT has no names for its matrices."""
+    state = {}
+    for name, parameter in init_from_scratch(small_config()).named_parameters():
+        state.update(name_as_family("internlm2", name, parameter.detach(), small_config()))
+    meta_state = {}
+    for name, tensor in state.items():
+        if "wqkv" in name:
+            for letter, rows in zip("qkv", tensor.split([32, 16, 16])):
+                meta_state[name.replace("wqkv", "w" + letter)] = rows.clone()
+        else:
+            meta_state[name.removeprefix("model.")] = tensor.clone()
+    meta_state = {name.removeprefix("model."): tensor for name, tensor in meta_state.items()}
+    torch.save(meta_state, tmp_path / "consolidated.00.pth")
+    params = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "norm_eps": 1e-6}
+    write_json({**params, "vocab_size": -1, "multiple_of": 16}, tmp_path, "params.json")
+    refuses(new_adapter, str(tmp_path), match="is in Meta's layout.* convert it first")
+
+
+# ---- several ranks ----
+
+CASES = {  # name -> ranks, layout, max_tokens, whether blocks are recomputed
+    "plain, small micro-batches": (0, "plain", 200, 1),
+    "ddp": (2, "ddp", 4096, 0),
+    "ddp, small micro-batches": (2, "ddp", 200, 1),
+    "fsdp": (2, "fsdp", 4096, 0),
+    "fsdp, small micro-batches": (2, "fsdp", 200, 1),
+    "hsdp on two nodes": (4, "hsdp", 200, 0),
+}
+
+
+@pytest.fixture(scope="module")
+def of_one_process(world, tmp_path_factory):
+    """The path of what one process computes."""
+    out = tmp_path_factory.mktemp("plain") / "out"
+    run("tests/lora_gradients.py", world, "plain", 4096, 0, out)
+    return out
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_adapters_on_several_ranks_compute_what_one_process_does(
+    case, world, of_one_process, tmp_path
+):
+    """The script itself checks that adapters are equal on all ranks, and the base as it was."""
+    ranks, layout, max_tokens, recomputes = CASES[case]
+    script = ["tests/lora_gradients.py"]
+    if layout == "hsdp":
+        (tmp_path / "two_nodes.py").write_text(TWO_NODES)
+        script.insert(0, tmp_path / "two_nodes.py")
+    out = tmp_path / "out"
+    run(*script, world, layout, max_tokens, recomputes, out, ranks=ranks)
+    tensors, expected = load_file(out), load_file(of_one_process)
+    assert tensors.keys() == expected.keys()
+    for name, tensor in tensors.items():
+        # Adam divides a gradient by its own size: where that is rounding noise, so is the step.
+        tolerance = 2e-4 if name.startswith(("after", "new", "scores")) else 1e-5
+        assert_close(tensor.float(), expected[name].float(), tolerance)
+    of_two, of_one = open_pairs(f"{out}.model"), open_pairs(f"{of_one_process}.model")
+    assert of_two.keys() == of_one.keys()
+    for name, tensor in of_two.items():
+        assert torch.allclose(tensor, of_one[name], atol=1e-5)
+
+
+def test_a_state_holds_adapters_and_their_moments_only(of_one_process, world):
+    folder = f"{of_one_process}.run/state/step_000002"
+    state = load_file(os.path.join(folder, "rank_00000.safetensors"))
+    numbers = sum(tensor.numel() for tensor in state.values())
+    model = new_adapter(str(world / "policy"))
+    expected = set()
+    for name, _ in model.named_parameters():
+        for part in ("weight", "exp_avg", "exp_avg_sq"):
+            expected.update((f"policy/{name}/{part}", f"cost/{name}/{part}"))
+    for part in ("weight", "exp_avg", "exp_avg_sq"):
+        expected.add(f"cost/score_head.weight/{part}")
+    assert state.keys() == expected
+    assert "policy/blocks.1.qkv_proj.A.2/exp_avg" in expected
+    trained = sum(parameter.numel() for parameter in model.parameters())
+    assert numbers == 3 * (2 * trained + 32)
