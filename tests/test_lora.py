@@ -3,24 +3,31 @@
 tests/data/lora holds adapters that PEFT wrote, and what PEFT computed with them; checkpoint.load()
 merges such an adapter, so the model with merged matrices is the other oracle here."""
 
+import hashlib
 import math
 import os
+import re
+import shutil
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run, small_config
+from conftest import ROOT, rows_of, run, same_state, small_config
+from in_process import run_in_process
 from safetensors.torch import load_file, save_file
 from test_parallel import TWO_NODES
+from test_train import assert_rows_are_close
 
-from nanosafe import attention, checkpoint, parallel
-from nanosafe.checkpoint import init_from_scratch
+from nanosafe import attention, checkpoint, parallel, tokenizer
+from nanosafe import model as model_room
+from nanosafe.checkpoint import convert, init_from_scratch
 from nanosafe.checkpoint.adapter_folder import parameter_of
 from nanosafe.data.batching import collate
 from nanosafe.lora import AdaptedLLaMA, Lora, MatrixAdapter, PairShape
 from nanosafe.model import LLaMA, RMSNorm
-from nanosafe.storage import read_json, write_json
+from nanosafe.storage import read_json, read_jsonl, write_json
+from nanosafe.tools.toy_world import trainer_flags
 
 LORA = os.path.join(ROOT, "tests", "data", "lora")
 INDEX = read_json(LORA, "index.json")["adapters"]
@@ -332,10 +339,12 @@ def base(tmp_path):
     return str(path)
 
 
-def new_adapter(path, head="lm", targets="all", rank=4, bases=None, seed=0, **options):
+def new_adapter(
+    path, head="lm", targets="all", rank=4, bases=None, seed=0, placements=ON_CPU, **options
+):
     lora = Lora(rank, 8.0, targets)
     bases = {} if bases is None else bases
-    return checkpoint.load_trained(path, head, ON_CPU, bases, lora, seed=seed, **options)
+    return checkpoint.load_trained(path, head, placements, bases, lora, seed=seed, **options)
 
 
 def test_a_new_adapter_changes_nothing_not_even_by_a_bit(base):
@@ -436,6 +445,7 @@ def write_folder_of_family(path, kind):
     model = init_from_scratch(config, seed=5)
     values = config.to_dict()
     values["model_type"] = kind
+    values["sliding_window"] = None  # as transformers says that there is none
     os.makedirs(path)
     write_json(values, path, "config.json")
     tensors = {}
@@ -535,6 +545,92 @@ def test_some_of_a_family_s_matrices_can_be_chosen(kind, tmp_path):
     batch = make_batch()
     merged = checkpoint.load(tmp_path / "adapter")
     assert_close(model.logits(batch), merged.logits(batch))
+
+
+# ---- PEFT, where it is installed ----
+
+
+def score_of_last_token(classifier, tokens):
+    return classifier(torch.tensor([tokens])).logits[0, 0]
+
+
+@torch.no_grad()
+def check_in_peft(folder):
+    """PEFT opens a folder of ours, and computes what we do."""
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    tokens = list(range(3, 40))
+    batch = collate([np.array(tokens)], [np.ones(len(tokens))], torch.device("cpu"))
+    ours = load_on_base(folder)
+    if ours.head == "lm":
+        theirs = peft.AutoPeftModelForCausalLM.from_pretrained(folder)
+        assert_close(ours.logits(batch), theirs(torch.tensor([tokens])).logits[0])
+        return
+    base = read_json(folder, "adapter_config.json")["base_model_name_or_path"]
+    classifier = transformers.AutoModelForSequenceClassification.from_pretrained(
+        base, num_labels=1, pad_token_id=0
+    )
+    theirs = peft.PeftModel.from_pretrained(classifier, folder)
+    score = score_of_last_token(theirs, tokens)
+    assert_close(ours.scores(batch)[-1], score)
+    assert abs(score) > 1e-4
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_peft_opens_what_was_read_and_written_here(name, tmp_path):
+    model = load_on_base(folder_of(name))
+    model.peft_config["base_model_name_or_path"] = folder_of(INDEX[name]["base"])
+    checkpoint.save(model, tmp_path / "adapter")
+    check_in_peft(str(tmp_path / "adapter"))
+
+
+@pytest.mark.parametrize("head", ["lm", "score"])
+@pytest.mark.parametrize("targets", ["all", "q_proj,v_proj"])
+@pytest.mark.parametrize("kind", ["llama", "phi3"])
+def test_peft_opens_a_new_adapter_of_ours(kind, targets, head, tmp_path):
+    path = write_folder_of_family(tmp_path / "base", kind)
+    if kind == "phi3" and targets != "all":
+        targets = "qkv_proj"
+    checkpoint.save(fill_adapter(new_adapter(path, head, targets)), tmp_path / "adapter")
+    check_in_peft(str(tmp_path / "adapter"))
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+@pytest.mark.parametrize("task", ["CAUSAL_LM", "SEQ_CLS"])
+def test_what_peft_begins_goes_on_here_and_goes_back(task, use_rslora, base, tmp_path):
+    """An adapter of PEFT's is trained here for a step, and opens in PEFT again."""
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    if task == "CAUSAL_LM":
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(base)
+    else:
+        kind = transformers.AutoModelForSequenceClassification
+        theirs = kind.from_pretrained(base, num_labels=1, pad_token_id=0)
+    config = peft.LoraConfig(
+        task_type=task,
+        r=4,
+        lora_alpha=6,
+        target_modules=["q_proj", "v_proj", "up_proj"],
+        rank_pattern={"v_proj": 2},
+        use_rslora=use_rslora,
+        init_lora_weights=False,
+    )
+    theirs = peft.get_peft_model(theirs, config)
+    theirs.save_pretrained(tmp_path / "theirs")
+    head = "lm" if task == "CAUSAL_LM" else "score"
+    model = new_adapter(str(tmp_path / "theirs"), head, rank=32)
+    before = open_pairs(tmp_path / "theirs")
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    loss_of(model, make_batch()).backward()
+    optimizer.step()
+    checkpoint.save(model, tmp_path / "ours")
+    after = open_pairs(tmp_path / "ours")
+    assert after.keys() == before.keys()
+    for key, tensor in before.items():
+        assert after[key].shape == tensor.shape
+        assert not torch.equal(after[key], tensor)
+    check_in_peft(str(tmp_path / "ours"))
 
 
 # ---- what is refused ----
@@ -675,3 +771,434 @@ def test_a_state_holds_adapters_and_their_moments_only(of_one_process, world):
     assert "policy/blocks.1.qkv_proj.A.2/exp_avg" in expected
     trained = sum(parameter.numel() for parameter in model.parameters())
     assert numbers == 3 * (2 * trained + 32)
+
+
+# ---- compiled blocks ----
+
+
+@pytest.fixture
+def count_versions(monkeypatch):
+    """A list that grows by one with each version of a block that torch.compile makes."""
+    versions = []
+
+    def compile_nothing(graph, inputs):
+        versions.append(graph)
+        return graph.forward
+
+    original = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self: original(self, backend=compile_nothing)
+    )
+    monkeypatch.setattr(model_room, "ONEDNN_ROWS", -1)  # a GPU has no second path for a few rows
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=64):
+        yield versions
+    torch._dynamo.reset()
+
+
+def take_turns(models, extra_tokens):
+    """Each model is asked about two batches; then those that are trained learn from them."""
+    for lengths in ([17, 6, 11], [30, 8, 4, 19]):
+        batch = make_batch([length + extra_tokens for length in lengths])
+        for each in models.values():
+            with torch.no_grad():
+                outputs_of(each, batch)
+        for each in models.values():
+            if any(parameter.requires_grad for parameter in each.parameters()):
+                loss_of(each, batch).backward()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "frozen, versions",
+    [
+        # Without gradients with an adapter and without one; with gradients the first block, whose
+        # input needs none, and the others. All of it twice: for the first length, and for any.
+        ({}, 8),
+        # A rank that is another dimension, which may be any from then on.
+        ({"reward_model": (8, "all"), "cost_model": (16, "all")}, 9),
+        # Each other choice of matrices.
+        ({"reward_model": (4, "all"), "cost_model": (4, "q_proj,v_proj")}, 10),
+    ],
+)
+def test_blocks_are_not_compiled_again_when_adapters_take_turns(
+    frozen, versions, base, count_versions
+):
+    bases = {}
+    placement = CPU._replace(use_compile=True)
+    options = {"bases": bases, "placements": parallel.Placements(placement, placement)}
+    models = {"actor": fill_adapter(new_adapter(base, **options))}
+    for name in ("reward_critic", "cost_critic"):
+        models[name] = fill_adapter(new_adapter(base, "score", **options))
+    for name, (rank, targets) in frozen.items():
+        scorer = new_adapter(base, "score", targets, rank, **options)
+        models[name] = fill_adapter(scorer).requires_grad_(False)
+    models["reference"] = checkpoint.load(base, placement=placement, bases=bases)
+    assert len(bases) == 1
+    take_turns(models, 0)
+    assert len(count_versions) == versions
+    for extra_tokens in (1, 2, 5):
+        take_turns(models, extra_tokens)
+    assert len(count_versions) == versions
+    batch = make_batch()
+    compiled = models["actor"].log_probs(batch)
+    for layer in models["reference"].layers:
+        layer._compiled_call_impl = None
+    assert_close(compiled, models["actor"].log_probs(batch))
+
+
+# ---- the trainers ----
+
+ADAPTERS = ["--lora_rank=4", "--lora_alpha=16"]
+
+
+def adapter_flags(world, name, *changes):
+    """A trainer's command for adapters on the world's policy; later flags win over earlier ones."""
+    flags = [*trainer_flags(world)[name], *ADAPTERS, "--keep=9"]
+    if name == "sft":
+        flags.append(f"--init_from={world}/policy")
+    return [*flags, *changes]
+
+
+class Trained(NamedTuple):
+    """Adapters of the world's policy, by short runs of all trainers."""
+
+    sft: str
+    reward: str
+    cost: str
+    ppo_lag: str
+    digests: dict  # of the policy's files, before
+
+
+def digest_files(folder):
+    digests = {}
+    for name in sorted(os.listdir(folder)):
+        with open(os.path.join(folder, name), "rb") as f:
+            digests[name] = hashlib.sha256(f.read()).hexdigest()
+    return digests
+
+
+@pytest.fixture(scope="module")
+def trained(world, tmp_path_factory):
+    root = tmp_path_factory.mktemp("trained")
+    digests = digest_files(world / "policy")
+    runs = {name: str(root / name) for name in ("sft", "reward", "cost", "ppo_lag")}
+    run(*adapter_flags(world, "sft", f"--out_dir={runs['sft']}", "--lora_merge=True"))
+    run(*adapter_flags(world, "reward", f"--out_dir={runs['reward']}"))
+    run(*adapter_flags(world, "cost", f"--out_dir={runs['cost']}", "--lm_coef=0.1"))
+    models = [
+        f"--actor_model={runs['sft']}/model",
+        f"--reward_model={runs['reward']}/model",
+        f"--cost_model={runs['cost']}/model",
+    ]
+    ppo_lag = adapter_flags(world, "ppo_lag", *models, "--lora_merge=True", "--ema=0.5")
+    run(*ppo_lag, f"--out_dir={runs['ppo_lag']}")
+    return Trained(**runs, digests=digests)
+
+
+def rows_of_run(out_dir):
+    return rows_of(os.path.join(out_dir, "metrics.jsonl"))
+
+
+def test_training_leaves_the_base_s_files_as_they_are(trained, world):
+    assert digest_files(world / "policy") == trained.digests
+    for out_dir in trained[:4]:
+        config = read_json(os.path.join(out_dir, "model"), "adapter_config.json")
+        assert config["base_model_name_or_path"] == f"{world}/policy"
+        assert (config["r"], config["lora_alpha"]) == (4, 16)
+
+
+def test_all_of_a_run_s_models_share_one_base(trained, world):
+    """The reference is the SFT adapter, so the first KL is 0, and not that of SFT from the base."""
+    rows = rows_of_run(trained.ppo_lag)
+    assert len(rows) == 8
+    assert rows[0]["kl"] == 0
+    assert rows[-1]["kl"] != 0
+    for row in rows:
+        assert row["skips"] == 0
+        for name in ("actor", "reward_critic", "cost_critic"):
+            assert row[f"{name}_grad_norm"] > 0
+    folder = os.path.join(trained.ppo_lag, "state", "step_000008")
+    state = load_file(os.path.join(folder, "rank_00000.safetensors"))
+    adapter = new_adapter(str(world / "policy"))
+    trained_numbers = sum(parameter.numel() for parameter in adapter.parameters())
+    numbers = sum(tensor.numel() for tensor in state.values())
+    critic = 3 * (trained_numbers + 32)
+    assert numbers == 3 * trained_numbers + 2 * critic + trained_numbers  # the last is the average
+    bases = {}
+    for out_dir in trained[:4]:
+        load_on_base(os.path.join(out_dir, "model"), bases=bases)
+    assert len(bases) == 1
+
+
+@pytest.mark.parametrize("name", ["sft", "reward", "cost", "ppo_lag"])
+def test_a_resumed_run_of_adapters_is_bit_equal(name, trained, world, tmp_path):
+    whole = getattr(trained, name)
+    resumed = tmp_path / "resumed"
+    shutil.copytree(whole, resumed)
+    (resumed / "state" / "latest").write_text("step_000004\n")  # as if it had died after step 4
+    with open(os.path.join(whole, "config.py")) as f:
+        assert "lora_rank = 4" in f.read()
+    script = trainer_flags(world)[name][0]
+    run(script, f"{whole}/config.py", f"--out_dir={resumed}", "--resume=True")
+    assert same_state(whole, resumed)
+    model = open_pairs(os.path.join(whole, "model"))
+    for key, tensor in open_pairs(resumed / "model").items():
+        assert torch.equal(tensor, model[key])
+
+
+@pytest.mark.parametrize(
+    "flag, words",
+    [
+        ("--lora_rank=8", "A.0/.* is .*, and .* in the run"),
+        ("--lora_rank=0", "missing"),
+        ("--lora_targets=q_proj", "missing"),
+        ("--lora_alpha=8", "lora_alpha 16.0 -> 8.0"),
+        ("--init_from={world}/other", "init_from "),
+    ],
+)
+def test_a_run_is_resumed_with_the_adapter_that_it_had(
+    flag, words, trained, world, tmp_path, monkeypatch, capsys
+):
+    if not (world / "other").exists():
+        model = init_from_scratch(checkpoint.load(world / "policy").config, seed=77)
+        checkpoint.save(model, world / "other", tokenizer.load(world / "tokenizer"))
+    shutil.copytree(trained.sft, tmp_path / "sft")
+    flags = adapter_flags(world, "sft", f"--out_dir={tmp_path}/sft", "--resume=True")
+    flags.append(flag.format(world=world))
+    outcome = run_in_process(*flags, monkeypatch=monkeypatch, capsys=capsys, check=False)
+    assert re.search(words, outcome.error)
+
+
+def test_a_base_that_has_changed_since_the_state_is_refused(
+    trained, world, tmp_path, monkeypatch, capsys
+):
+    shutil.copytree(world / "policy", tmp_path / "base")
+    base_flag = f"--init_from={tmp_path}/base"
+    flags = adapter_flags(world, "sft", base_flag, f"--out_dir={tmp_path}/sft", "--max_steps=2")
+    run(*flags)
+    model = init_from_scratch(checkpoint.load(tmp_path / "base").config, seed=77)
+    checkpoint.save(model, tmp_path / "base", tokenizer.load(world / "tokenizer"))
+    options = {"monkeypatch": monkeypatch, "capsys": capsys, "check": False}
+    outcome = run_in_process(*flags, "--resume=True", **options)
+    assert "the same name with other contents" in outcome.error
+
+
+@pytest.mark.parametrize(
+    "name, flags, words",
+    [
+        ("sft", ["--init_from=scratch"], "lora_rank=4 adds to a model that is there"),
+        ("sft", ["--init_from={world}/reward"], "is a score model: it cannot generate text"),
+        ("reward", ["--lora_targets=wq"], "'wq' is none of"),
+        ("reward", ["--lora_rank=-1"], "lora_rank=-1 must be at least 0"),
+        ("reward", ["--lora_alpha=0"], "lora_alpha=0.0 must be above 0"),
+        ("reward", ["--init_from={lora}/llama_modules_to_save"], "merge it first"),
+        ("ppo_lag", ["--lora_targets=W_pack"], "'W_pack' is none of"),
+    ],
+)
+def test_what_cannot_be_trained_as_an_adapter_is_refused(
+    name, flags, words, world, tmp_path, monkeypatch, capsys
+):
+    changes = [flag.format(world=world, lora=tmp_path / "lora") for flag in flags]
+    shutil.copytree(LORA, tmp_path / "lora")
+    for folder in os.listdir(tmp_path / "lora"):  # the golden models have no tokenizer
+        if os.path.isdir(tmp_path / "lora" / folder):
+            tokenizer.load(world / "tokenizer").save(tmp_path / "lora" / folder)
+    command = adapter_flags(world, name, f"--out_dir={tmp_path}/out", *changes)
+    outcome = run_in_process(*command, monkeypatch=monkeypatch, capsys=capsys, check=False)
+    assert words in outcome.error
+    assert not os.path.exists(tmp_path / "out" / "model")
+
+
+def test_a_signal_is_learned_by_adapters_alone(world, tmp_path):
+    """Which of two answers is safer, and whether each is safe; nobody has trained the base."""
+    flags = ["--max_steps=60", "--learning_rate=3e-3", "--save_interval=0", "--lora_rank=8"]
+    run(*adapter_flags(world, "cost", f"--out_dir={tmp_path}", *flags))
+    rows = rows_of_run(tmp_path)
+    losses = [row["loss"] for row in rows]
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+    assert sum(row["sign_accuracy"] for row in rows[-10:]) > 7.5
+
+
+# ---- a run's model, for others ----
+
+
+def test_a_merged_export_is_the_adapter_merged(trained, tmp_path):
+    for out_dir in (trained.sft, trained.ppo_lag):
+        adapter = checkpoint.load(os.path.join(out_dir, "model"))
+        merged = checkpoint.load(os.path.join(out_dir, "model_merged"))
+        convert.main([os.path.join(out_dir, "model"), str(tmp_path / "converted")])
+        converted = checkpoint.load(tmp_path / "converted")
+        shutil.rmtree(tmp_path / "converted")
+        for name, parameter in adapter.named_parameters():
+            assert torch.equal(merged.get_parameter(name), parameter), name
+            assert torch.equal(converted.get_parameter(name), parameter), name
+        on_base = load_on_base(os.path.join(out_dir, "model"))
+        batch = make_batch(vocabulary=500)
+        assert_close(on_base.logits(batch), merged.logits(batch))
+        assert not torch.equal(merged.logits(batch), on_base.base.logits(batch))
+
+
+def test_a_score_adapter_says_what_it_is_and_keeps_its_moments(trained):
+    for name, score_type in (("reward", "reward"), ("cost", "cost")):
+        folder = os.path.join(getattr(trained, name), "model")
+        checkpoint.check_score_model(folder, score_type)
+        for config in (checkpoint.load(folder).config, load_on_base(folder).config):
+            assert config.score_type == score_type
+            assert config.normalizer_type == "ExponentialMovingAverage"
+            assert config.mean != [0.0]
+            assert config.var != [1.0]
+        refuses(load_on_base, folder, "lm", match="is a score model")
+
+
+def test_an_average_of_adapters_is_an_adapter(trained):
+    average = open_pairs(os.path.join(trained.ppo_lag, "model_ema"))
+    actor = open_pairs(os.path.join(trained.ppo_lag, "model"))
+    start = open_pairs(os.path.join(trained.sft, "model"))
+    assert average.keys() == actor.keys() == start.keys()
+    for key, tensor in average.items():
+        assert not torch.equal(tensor, actor[key])
+        assert (tensor - start[key]).norm() < (actor[key] - start[key]).norm()
+
+
+def test_scripts_read_an_adapter_where_a_model_is_named(trained, world, tmp_path):
+    policy = os.path.join(trained.sft, "model")
+    flags = ["--prompt=How are you?", "--max_new_tokens=8", "--temperature=0"]
+    answers = []
+    for path in (policy, os.path.join(trained.sft, "model_merged")):
+        printed = run("sample.py", f"--model={path}", *flags).stdout
+        answers.append(printed.partition("> How are you?")[2])
+    assert answers[0] == answers[1]
+    assert "[cut at 8 tokens]" in answers[0]
+
+    run(
+        *("-m", "nanosafe.eval.arena", f"--red={world}/policy", f"--blue={policy}"),
+        f"--reward_model={trained.reward}/model",
+        f"--cost_model={trained.cost}/model",
+        f"--data={world}/data/prompts/test.jsonl:4/-1",
+        f"--out_dir={tmp_path}/arena",
+        "--max_new_tokens=8",
+    )
+    assert len(read_jsonl(tmp_path / "arena" / "pairs.jsonl")) == 4
+    run(
+        *("-m", "nanosafe.eval.scores", f"--model={trained.cost}/model"),
+        f"--data={world}/data/cost/test.jsonl:9/-1",
+        f"--out_dir={tmp_path}/scores",
+    )
+    assert read_json(tmp_path / "scores", "summary.json")
+
+
+# ---- preferences: the reference is the adapter switched off ----
+
+
+@pytest.mark.parametrize("init_from", ["policy", "sft"])
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
+def test_the_reference_is_the_model_before_its_first_step(
+    objective, init_from, trained, world, tmp_path, monkeypatch, capsys
+):
+    """Beside a run whose reference is a second model, which has been merged into its own base."""
+    path = f"{world}/policy"
+    if init_from == "sft":
+        path = f"{trained.sft}/model"
+    options = {"monkeypatch": monkeypatch, "capsys": capsys}
+    flags = adapter_flags(world, "reward", f"--objective={objective}", f"--init_from={path}")
+    run_in_process(*flags, f"--out_dir={tmp_path}/one", **options)
+    load = checkpoint.load
+    loaded = []
+
+    def load_another(path, head, bases=None, **rest):
+        loaded.append(path)
+        return load(path, head, **rest).requires_grad_(False)
+
+    monkeypatch.setattr(checkpoint, "load", load_another)
+    run_in_process(*flags, f"--out_dir={tmp_path}/two", **options)
+    assert loaded == [path]
+    rows, others = rows_of_run(tmp_path / "one"), rows_of_run(tmp_path / "two")
+    assert len(rows) == len(others) == 6
+    if objective == "dpo":
+        assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-7)
+        assert rows[0]["reward_chosen"] == rows[0]["margin"] == 0
+        assert rows[-1]["margin"] != 0
+    for row, other in zip(rows, others):
+        for name, value in row.items():
+            assert value == pytest.approx(other[name], rel=1e-3, abs=2e-4), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "objective, flags",
+    [
+        ("ipo", []),
+        ("simpo", []),
+        ("orpo", []),
+        ("safedpo", []),
+        ("bso", []),
+        ("bfpo", []),
+        ("modpo", ["--safety_model={cost}/model"]),
+        ("modpo", ["--safety_model={sft}/model"]),
+        ("dpo", ["--rank_by=safer", "--lm_coef=0.1"]),
+        ("dpo", ["--reference_free=True"]),
+    ],
+)
+def test_every_objective_trains_adapters(objective, flags, trained, world, tmp_path):
+    changes = [flag.format(cost=trained.cost, sft=trained.sft) for flag in flags]
+    name = "cost" if objective in ("safedpo", "bso", "bfpo") else "reward"
+    eval_data = f"--eval_data={world}/data/{name}/test.jsonl:9/-1"
+    command = adapter_flags(world, "reward", f"--objective={objective}", eval_data, *changes)
+    run(*command, f"--out_dir={tmp_path}", "--eval_samples=2", "--max_new_tokens=4")
+    rows = rows_of_run(tmp_path)
+    assert len(rows) == 6
+    assert all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in rows)
+    assert "eval_kl" in rows[-1]
+    assert open_pairs(tmp_path / "model")
+
+
+def test_an_adapter_goes_on_with_its_own_rank_and_targets(world, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    small = ["--lora_rank=2", "--lora_targets=q_proj,v_proj", "--max_steps=2"]
+    run(*adapter_flags(world, "sft", *small, f"--out_dir={first}"))
+    on_first = [f"--init_from={first}/model", "--lora_rank=8", "--max_steps=2"]
+    done = run(*adapter_flags(world, "reward", *on_first, f"--out_dir={second}"))
+    assert "its adapter is trained on, with its own rank and targets" in done.stdout
+    config = read_json(second / "model", "adapter_config.json")
+    assert (config["r"], config["lora_alpha"]) == (2, 16)
+    assert config["target_modules"] == ["q_proj", "v_proj"]
+    before, after = open_pairs(first / "model"), open_pairs(second / "model")
+    assert set(after) == {*before, "base_model.model.score.weight"}
+    for key, tensor in before.items():
+        assert not torch.equal(tensor, after[key])
+        assert (tensor - after[key]).abs().max() < 0.01  # it began where the first run ended
+
+
+# ---- the trainers on several ranks ----
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
+@pytest.mark.parametrize("name", ["cost", "ppo_lag"])
+def test_two_ranks_train_adapters_as_one_does(name, layout, trained, world, tmp_path):
+    out_dir = getattr(trained, name)
+    script = trainer_flags(world)[name][0]
+    command = [script, f"{out_dir}/config.py", f"--out_dir={tmp_path}/two"]
+    small = ["--max_tokens=512", "--activation_checkpointing=True"]
+    run(*command, f"--parallel={layout}", *small, ranks=2)
+    rows, others = rows_of_run(out_dir), rows_of_run(tmp_path / "two")
+    assert_rows_are_close(rows, others, rel_tol=2e-3, abs_tol=2e-4)
+
+    (tmp_path / "two" / "state" / "latest").write_text("step_000004\n")
+    run(*command, "--resume=True")  # on one rank, what two ranks saved
+    assert_rows_are_close(rows, rows_of_run(tmp_path / "two"), rel_tol=2e-3, abs_tol=2e-4)
+
+
+@pytest.mark.parametrize("ranks, layout", [(0, "plain"), (2, "fsdp")])
+def test_adapters_train_in_bfloat16_on_whole_models(ranks, layout, world, tmp_path):
+    """Critics begin as reward and cost models that are no adapters: there are three bases."""
+    changes = ["--dtype=bfloat16", f"--parallel={layout}", "--max_steps=4"]
+    run(*adapter_flags(world, "ppo_lag", *changes, f"--out_dir={tmp_path}"), ranks=ranks)
+    rows = rows_of_run(tmp_path)
+    assert len(rows) == 4
+    assert rows[0]["kl"] == 0
+    for row in rows:
+        assert row["skips"] == 0
+        assert row["cost_critic_grad_norm"] > 0
+    for tensor in open_pairs(tmp_path / "model").values():
+        assert tensor.dtype == torch.float32
