@@ -415,6 +415,21 @@ def test_without_a_rank_all_weights_are_trained(base):
     assert checkpoint.count_trained_parameters(base, lora) == count
 
 
+def test_a_base_gets_the_rows_that_a_tokenizer_needs(base, tmp_path):
+    """Which the adapter's folder does not have: whoever opens it names the number again."""
+    model = fill_adapter(new_adapter(base, vocab_size=100))
+    assert model.config.vocab_size == 100
+    embedding = model.embed_tokens.weight
+    assert embedding.shape == (100, 32)
+    assert_close(embedding[97:], embedding[:97].mean(dim=0).expand(3, 32))
+    checkpoint.save(model, tmp_path / "adapter")
+    batch = make_batch(vocabulary=100)
+    assert batch.tokens.max() >= 97
+    for bases in (None, {}):
+        again = checkpoint.load(tmp_path / "adapter", vocab_size=100, bases=bases)
+        assert_close(again.logits(batch), model.logits(batch))
+
+
 # ---- folders ----
 
 
@@ -1187,6 +1202,28 @@ def test_two_ranks_train_adapters_as_one_does(name, layout, trained, world, tmp_
     (tmp_path / "two" / "state" / "latest").write_text("step_000004\n")
     run(*command, "--resume=True")  # on one rank, what two ranks saved
     assert_rows_are_close(rows, rows_of_run(tmp_path / "two"), rel_tol=2e-3, abs_tol=2e-4)
+
+
+def test_two_ranks_go_on_with_what_one_rank_saved(trained, tmp_path):
+    shutil.copytree(trained.cost, tmp_path / "cost")
+    (tmp_path / "cost" / "state" / "latest").write_text("step_000004\n")
+    command = ["train_pref.py", f"{trained.cost}/config.py", f"--out_dir={tmp_path}/cost"]
+    run(*command, "--resume=True", "--parallel=fsdp", ranks=2)
+    rows, others = rows_of_run(trained.cost), rows_of_run(tmp_path / "cost")
+    assert len(others) == 6
+    assert_rows_are_close(rows, others, rel_tol=2e-3, abs_tol=2e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
+def test_two_ranks_ask_the_reference_as_one_does(objective, trained, world, tmp_path):
+    flags = [f"--objective={objective}", f"--init_from={trained.sft}/model", "--eval_samples=3"]
+    command = adapter_flags(world, "reward", *flags, "--max_new_tokens=5")
+    run(*command, f"--out_dir={tmp_path}/one")
+    run(*command, f"--out_dir={tmp_path}/two", "--parallel=fsdp", "--max_tokens=512", ranks=2)
+    rows, others = rows_of_run(tmp_path / "one"), rows_of_run(tmp_path / "two")
+    assert "eval_kl" in rows[-1]
+    assert_rows_are_close(rows, others, rel_tol=2e-3, abs_tol=2e-4)
 
 
 @pytest.mark.parametrize("ranks, layout", [(0, "plain"), (2, "fsdp")])
