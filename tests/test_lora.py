@@ -710,17 +710,18 @@ def test_an_adapter_of_an_adapter_is_refused(base, tmp_path):
 
 def test_meta_s_layout_is_refused_before_anything_is_trained(tmp_path):
     """PEFT has no names for its matrices."""
-    state = {}
+    internlm2_state = {}
     for name, parameter in init_from_scratch(small_config()).named_parameters():
-        state.update(name_as_family("internlm2", name, parameter.detach(), small_config()))
+        parts = name_as_family("internlm2", name, parameter.detach(), small_config())
+        internlm2_state.update(parts)
     meta_state = {}
-    for name, tensor in state.items():
-        if "wqkv" in name:
+    for full_name, tensor in internlm2_state.items():
+        name = full_name.removeprefix("model.")
+        if "wqkv" in name:  # in any order: its shapes are enough to be opened
             for letter, rows in zip("qkv", tensor.split([32, 16, 16])):
                 meta_state[name.replace("wqkv", "w" + letter)] = rows.clone()
         else:
-            meta_state[name.removeprefix("model.")] = tensor.clone()
-    meta_state = {name.removeprefix("model."): tensor for name, tensor in meta_state.items()}
+            meta_state[name] = tensor.clone()
     torch.save(meta_state, tmp_path / "consolidated.00.pth")
     params = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "norm_eps": 1e-6}
     write_json({**params, "vocab_size": -1, "multiple_of": 16}, tmp_path, "params.json")
@@ -858,7 +859,7 @@ def test_blocks_are_not_compiled_again_when_adapters_take_turns(
     batch = make_batch()
     compiled = models["actor"].log_probs(batch)
     for layer in models["reference"].layers:
-        layer._compiled_call_impl = None
+        layer._compiled_call_impl = None  # from here on blocks run as they are written
     assert_close(compiled, models["actor"].log_probs(batch))
 
 
