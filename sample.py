@@ -109,24 +109,25 @@ def parse_stop_texts():
     return [text.replace("\\n", "\n") for text in stop_at.split("||") if text]
 
 
-def load_policies(world):
-    """{colour: Policy}; a single policy has no colour."""
+def load_policies(world, bases):
+    """{colour: Policy}; a single policy has no colour. bases: as of checkpoint.load()."""
     folders = {"red": red, "blue": blue} if red else {"": model}
     sampling = {"seed": seed, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     sampling["template"] = template
+    sampling["bases"] = bases
     policies = {}
     for colour, folder in folders.items():
         policies[colour] = Policy(folder, world, max_new_tokens, "", dtype, **sampling)
     return policies
 
 
-def load_scorers(world):
+def load_scorers(world, bases):
     """{"reward": scorer, "cost": scorer}, those of them that the knobs name."""
     scorers = {}
     for name, folder in (("reward", reward_model), ("cost", cost_model)):
         if folder:
             scorer_dtype = choose_dtype(dtype, world)
-            scorers[name] = load_scorer(folder, world, scorer_dtype, max_tokens, name)
+            scorers[name] = load_scorer(folder, world, scorer_dtype, max_tokens, name, bases)
     return scorers
 
 
@@ -375,8 +376,9 @@ def write_rows(samples, left_out):
 # ---- run ----
 check_knobs()
 world = init(device, config)
-policies = load_policies(world)
-scorers = load_scorers(world)
+bases = {}  # the models in memory, by folder: adapters of one base share it
+policies = load_policies(world, bases)
+scorers = load_scorers(world, bases)
 stop_texts = parse_stop_texts()
 questions = read_questions()
 speakers = []  # functions of a Prompt and the number of the attempt

@@ -21,6 +21,7 @@ import nanosafe  # noqa: F401  (before torch: it sets how OpenMP's threads wait)
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from configurator import configure, save
@@ -29,6 +30,7 @@ from nanosafe.checkpoint import run_state
 from nanosafe.data import tokenize
 from nanosafe.data.batching import (
     check_fits,
+    copy_to_device,
     count_steps,
     examples_at,
     plan_micro_batches,
@@ -53,6 +55,7 @@ from nanosafe.losses import (
     actor_loss,
     batch_share,
     critic_loss,
+    importance_weights,
     masked_mean,
     mle_loss,
     policy_ratio,
@@ -74,6 +77,7 @@ from nanosafe.rl import (
     gae,
     group_advantages,
     make_multiplier,
+    measure_sampler_gap,
     mix_advantages,
     normalize,
     scale_rewards,
@@ -131,6 +135,7 @@ actor_warmup_ratio = 0.03  # share of the steps in which the actor's learning ra
 critic_warmup_ratio = 0.03  # the same for the critics
 beta1 = 0.9  # of AdamW
 beta2 = 0.95  # of AdamW
+moments = "float32"  # of AdamW, stored as float32 | bfloat16 (4 bytes per parameter less)
 grad_clip = 1.0  # greatest norm of a gradient; 0: none
 max_skips = 10  # stop above this many updates with a non-finite gradient; each model counts
 ema = 0.0  # decay per step of an average of the actor's weights, written to model_ema/; 0: none
@@ -144,6 +149,7 @@ surrogate = "ppo"  # ppo | gspo (one ratio per response) | cispo (the clipped ra
 clip_ratio = 0.2  # the policy's ratio is clipped to 1 +- this; 0: it is not
 clip_ratio_high = 0.0  # above 1 it is clipped to 1 + this instead; 0: to 1 + clip_ratio
 loss_mean = "response"  # response (tokens, then responses) | token | constant (max_new_tokens)
+is_cap = 0.0  # tokens weigh min(p_trainer / p_sampler, this); 0: all alike; 2 is common
 max_ratio = 0.0  # no step of the actor when its mean ratio is above this; 0: always one
 clip_score = 50.0  # per-token rewards and costs are clipped to +- this, KL included; 0: not
 clip_value = 5.0  # values may move this far from those of the rollout; 0: any far
@@ -189,6 +195,7 @@ check_ranges(config)
 # ---- setup ----
 choose("actor_lr_schedule", actor_lr_schedule, optim.SCHEDULES)
 choose("critic_lr_schedule", critic_lr_schedule, optim.SCHEDULES)
+choose("moments", moments, optim.MOMENTS)
 choose("advantage", advantage, ADVANTAGES)
 choose("normalize_groups", normalize_groups, NORMALIZE_GROUPS)
 choose("surrogate", surrogate, SURROGATES)
@@ -264,7 +271,7 @@ for name, folder in critic_folders.items():
             f"{actor_model!r}: set {name}, or advantage=rloo"
         )
 lora = Lora(lora_rank, lora_alpha, lora_targets)
-parameters = checkpoint.count_trained_parameters(actor_model, lora)
+counts = checkpoint.count_trained_and_frozen(actor_model, lora)
 placements = choose_placements(
     world,
     dtype,
@@ -272,8 +279,8 @@ placements = choose_placements(
     offload,
     use_compile,
     activation_checkpointing,
-    parameters * (1 + len(critic_folders)),
-    frozen=checkpoint.count_parameters(actor_model) if lora_rank else 0,
+    counts.trained * (1 + len(critic_folders)),
+    counts.frozen,
 )
 bases = {}  # the models in memory, by folder: adapters of one base share it
 
@@ -296,6 +303,11 @@ def load_trained(folder, head, score_type=None):
     return checkpoint.load_trained(folder, head, placements, bases, lora, score_type=score_type)
 
 
+def make_optimizer(model, weight_decay):
+    use_compile = placements.trained.use_compile
+    return optim.make_adamw(model, weight_decay, beta1, beta2, moments, seed, use_compile)
+
+
 def load_words(path):
     """A score model's tokenizer, with its own chat template; None of a function or of no model."""
     return load_tokenizer(path) if path and not names_function(path) else None
@@ -310,10 +322,10 @@ if cost_model:
     cost_model = load_frozen(cost_model, "score", "cost", normalize_cost)
 actor = load_trained(actor_model, "lm")
 models = {"actor": actor}  # all that is trained, by the names that states know them by
-optimizers = {"actor": optim.make_adamw(actor, actor_weight_decay, beta1, beta2)}
+optimizers = {"actor": make_optimizer(actor, actor_weight_decay)}
 for name, folder in critic_folders.items():
     models[name] = load_trained(folder, "score", "critic")
-    optimizers[name] = optim.make_adamw(models[name], critic_weight_decay, beta1, beta2)
+    optimizers[name] = make_optimizer(models[name], critic_weight_decay)
 reward_critic = models.get("reward_critic")
 cost_critic = models.get("cost_critic")
 average = load_trained(actor_model, "lm") if ema else None
@@ -342,7 +354,7 @@ multiplier = make_multiplier(  # from here on the object, no longer its kind
     ema=lambda_ema,
     lookback=lambda_lookback,
 )
-moments = RunningMeanStd()  # of the rewards, for reward_scaling
+reward_moments = RunningMeanStd()  # of the rewards, for reward_scaling
 current_kl_coef = kl_coef  # kl_target adapts it
 update_metrics = ["actor_loss", "ptx_loss", "clip_fraction", "ratio", "approx_kl"]
 update_metrics += [f"{name}_loss" for name in critic_folders]
@@ -366,9 +378,9 @@ if resume:
     if kl_target:
         current_kl_coef = state["kl_coef"]
     multiplier.load_state_dict(state["multiplier"])
-    moments.load_state_dict(state["moments"])
+    reward_moments.load_state_dict(state["moments"])
 print_once(
-    f"{len(optimizers)} x {parameters / 1e6:.1f} M parameters trained, "
+    f"{len(optimizers)} x {counts.trained / 1e6:.1f} M parameters trained, "
     f"{placements.trained.layout}, computing in {placements.trained.compute_dtype}; {rollouts} "
     f"rollouts of {rollout_size} prompts x {num_samples}, {updates} steps of {batch_size} "
     f"responses each over {world.size} ranks, {max_tokens} tokens per forward"
@@ -402,7 +414,7 @@ def save_run(step):
         "skips": skips,
         "multiplier": multiplier.state_dict(),
         "kl_coef": current_kl_coef,
-        "moments": moments.state_dict(),
+        "moments": reward_moments.state_dict(),
     }
     run_state.save(out_dir, step, models, optimizers, extra, keep, record)
 
@@ -432,7 +444,7 @@ while step < steps:
     with tqdm(
         desc="rollout", total=len(questions), leave=False, delay=3, disable=not world.main
     ) as bar:
-        answers = sample_all(
+        answers, sampled_logps = sample_all(
             actor,
             questions,
             world,
@@ -444,6 +456,7 @@ while step < steps:
             eos_ids=tok.eos_ids,
             seed=hash64(seed, rollout),
             slots=slots,
+            with_logps=True,
             on_finish=lambda: bar.update(world.size),
         )
     lengths = torch.tensor([len(answer) for answer in answers])
@@ -455,10 +468,23 @@ while step < steps:
     positions = torch.arange(responses.longest)
     mask = (positions < lengths[:, None]).float().to(world.device)  # (B, R)
 
+    sampled_logps = [torch.tensor(row, device=world.device) for row in sampled_logps]
+    sampled_logps = pad_sequence(sampled_logps, batch_first=True)  # (B, R), by the sampler
+
     # 3. log-probabilities of every token, from the training forward
-    old_logps = response_logps(actor, responses, log_temperature, max_tokens, world)  # (B, R)
+    # The actor's are computed as in step 6, so that the first ratio is 1: without gradients,
+    # compiled blocks round otherwise.
+    old_logps = response_logps(
+        actor,
+        responses,
+        log_temperature,
+        max_tokens,
+        world,
+        as_in_updates=placements.trained.use_compile,
+    )  # (B, R)
     ref_logps = response_logps(ref, responses, log_temperature, max_tokens, world)
     kl = ((old_logps - ref_logps) * mask).sum(1)  # (B,) nats per response
+    sampler_gap = measure_sampler_gap(old_logps, sampled_logps, mask)
     ended = [answer[-1] in tok.eos_ids for answer in answers]
     metrics = {
         "kl": kl.mean(),
@@ -467,14 +493,17 @@ while step < steps:
         "eos_rate": sum(ended) / len(ended),
         "length": mask.sum(1).mean(),
         "max_length": float(responses.longest),
+        "sampler_gap": sampler_gap.mean,
+        "sampler_k3": sampler_gap.k3,
+        "sampler_gap_max": sampler_gap.largest,
     }
 
     # 4a. rewards: of responses, then of every token, and by how much they beat the critic's values
     reward_scores = score_answers(reward_model, reward_tok, asked, questions, answers)  # (B,)
     if not reward_scores.isfinite().all():
         monitor.say(f"step {step}: the reward model gives some responses a non-finite score")
-    scaled_scores = scale_rewards(reward_scores, moments, reward_scaling, reward_bound)
-    if reward_scaling != "none" and moments.deviation == 0:
+    scaled_scores = scale_rewards(reward_scores, reward_moments, reward_scaling, reward_bound)
+    if reward_scaling != "none" and reward_moments.deviation == 0:
         monitor.say(
             f"step {step}: all rewards so far are equal: reward_scaling={reward_scaling!r} leaves "
             "their size as it is"
@@ -525,7 +554,7 @@ while step < steps:
         reward_advantages = group_advantages(reward_advantages, mask, num_samples, advantage)
     advantages = reward_advantages
     if cost_model:
-        multiplier.observe(costs)
+        multiplier.observe(costs.tolist())
         lambda_ = multiplier.update(cost_limit) if policy_learns else multiplier.value
         advantages = mix_advantages(reward_advantages, cost_advantages, lambda_)
         slack = cost_limit - multiplier.mean_cost
@@ -544,6 +573,8 @@ while step < steps:
         advantages = normalize(advantages, mask)
     # The gradient of the entropy is that of an advantage of -log p.
     advantages = advantages - entropy_coef * old_logps
+    if is_cap:  # the tokens were drawn by the sampler, not by the forward that learns
+        advantages = advantages * importance_weights(old_logps, sampled_logps, mask, is_cap)
     if kl_target and policy_learns:
         mean_kl = metrics["kl"].item()
         current_kl_coef = adapt_kl_coef(
@@ -556,11 +587,14 @@ while step < steps:
         epoch, begin = divmod(first, responses_per_rollout)
         order = shuffled_order(responses_per_rollout, epoch, hash64(seed, rollout))
         minibatch = order[begin : begin + batch_size].tolist()
+        minibatch_index = copy_to_device(minibatch, world.device)
         sums = MetricSums(update_metrics, world.device)
         minibatch_lengths = [len(responses.ids[i]) for i in minibatch]
         micro_batches = plan_micro_batches(minibatch_lengths, max_tokens, world.size)[world.rank]
         for k, indices in enumerate(micro_batches):
             rows = [minibatch[i] for i in indices]
+            index = copy_to_device(rows, world.device)  # indexing by a list waits for a GPU
+            row_mask = mask[index]
             share = len(rows) / batch_size
             is_last = k == len(micro_batches) - 1
             batch = responses.pack(rows, world.device)
@@ -569,30 +603,30 @@ while step < steps:
                 logps = responses.unpack(actor.log_probs(batch, log_temperature), batch, rows)
                 loss = actor_loss(
                     logps,
-                    old_logps[rows],
-                    advantages[rows],
-                    mask[rows],
+                    old_logps[index],
+                    advantages[index],
+                    row_mask,
                     clip_low=ratio_bound,
                     clip_high=upper_ratio_bound,
                     surrogate=surrogate,
                     loss_mean=loss_mean,
                     length=max_new_tokens,
                 )
-                loss = loss * batch_share(mask, rows, minibatch, loss_mean)
+                loss = loss * batch_share(mask, index, minibatch_index, loss_mean)
                 backward(actor, loss * actor_weight, last=is_last and not ptx)
-                log_ratio = logps.detach() - old_logps[rows]
-                ratio = policy_ratio(logps.detach(), old_logps[rows], mask[rows], surrogate)
+                log_ratio = logps.detach() - old_logps[index]
+                ratio = policy_ratio(logps.detach(), old_logps[index], row_mask, surrogate)
                 clipped = ((1 - ratio > ratio_bound) | (ratio - 1 > upper_ratio_bound)).float()
                 sums.add("actor_loss", loss)
-                sums.add("clip_fraction", sequence_mean(clipped, mask[rows]) * share)
+                sums.add("clip_fraction", sequence_mean(clipped, row_mask) * share)
                 k3 = log_ratio.expm1() - log_ratio  # ratio - 1 loses its digits near 0
-                sums.add("approx_kl", sequence_mean(k3, mask[rows]) * share)
-                sums.add("ratio", sequence_mean(ratio, mask[rows]) * share)
+                sums.add("approx_kl", sequence_mean(k3, row_mask) * share)
+                sums.add("ratio", sequence_mean(ratio, row_mask) * share)
 
             if reward_critic:
                 values = responses.unpack(reward_critic.scores(batch), batch, rows)
                 loss = critic_loss(
-                    values, reward_values[rows], reward_returns[rows], mask[rows], value_bound
+                    values, reward_values[index], reward_returns[index], row_mask, value_bound
                 )
                 loss = loss * share
                 backward(reward_critic, loss, last=is_last)
@@ -601,7 +635,7 @@ while step < steps:
             if cost_critic:
                 values = responses.unpack(cost_critic.scores(batch), batch, rows)
                 loss = critic_loss(
-                    values, cost_values[rows], cost_returns[rows], mask[rows], value_bound
+                    values, cost_values[index], cost_returns[index], row_mask, value_bound
                 )
                 loss = loss * share
                 backward(cost_critic, loss, last=is_last)

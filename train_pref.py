@@ -100,6 +100,7 @@ warmup_ratio = 0.03  # share of the steps in which the learning rate rises from 
 weight_decay = 0.1  # of AdamW, on matrices
 beta1 = 0.9  # of AdamW
 beta2 = 0.95  # of AdamW
+moments = "float32"  # of AdamW, stored as float32 | bfloat16 (4 bytes per parameter less)
 grad_clip = 1.0  # greatest norm of a gradient; 0: none
 max_skips = 10  # stop after this many updates with a non-finite gradient
 # reward and cost models; margin and lm_coef are of policies, too
@@ -161,6 +162,7 @@ choose("rank_by", rank_by, ("better", "safer"))
 choose("generator", generator, ("sba", "logistic"))
 choose("normalizer", normalizer, ("ema", "running", "none"))
 choose("lr_schedule", lr_schedule, optim.SCHEDULES)
+choose("moments", moments, optim.MOMENTS)
 check_sinks(log_to)
 task = TASK_OF_OBJECTIVE[objective]
 if rank_by == "safer":
@@ -181,7 +183,7 @@ if eval_data:
 datasets = list(filter(None, (train, held_out)))
 
 lora = Lora(lora_rank, lora_alpha, lora_targets)
-parameters = checkpoint.count_trained_parameters(init_from, lora)
+counts = checkpoint.count_trained_and_frozen(init_from, lora)
 placements = choose_placements(
     world,
     dtype,
@@ -189,8 +191,8 @@ placements = choose_placements(
     offload,
     use_compile,
     activation_checkpointing,
-    parameters,
-    frozen=checkpoint.count_parameters(init_from) if lora_rank else 0,
+    counts.trained,
+    counts.frozen,
 )
 placement = placements.trained
 bases = {}  # the models in memory, by folder: adapters of one base share it
@@ -209,10 +211,12 @@ model = checkpoint.load_trained(
 )
 model.config.do_normalize = False  # scores are trained as they are; their moments are kept beside
 warn_beyond_positions({repr(init_from): model}, max_len, f"max_len={max_len}")
-optimizer = optim.make_adamw(model, weight_decay, beta1, beta2)
-moments = RunningMeanStd()
+optimizer = optim.make_adamw(
+    model, weight_decay, beta1, beta2, moments, seed, placement.use_compile
+)
+score_moments = RunningMeanStd()
 if normalizer == "ema":
-    moments = ExponentialMovingAverage(normalizer_momentum)
+    score_moments = ExponentialMovingAverage(normalizer_momentum)
 
 # The reference is the model before its first step. Beside an adapter it is in memory anyway, as the
 # base. Of a model that is trained itself, its log-probabilities of all responses are computed now
@@ -284,9 +288,9 @@ start = skips = 0
 if resume:
     state = run_state.load(out_dir, {"model": model}, {"model": optimizer}, record)
     start, skips = state["step"], state["skips"]
-    moments.load_state_dict(state["moments"])
+    score_moments.load_state_dict(state["moments"])
 print_once(
-    f"{parameters / 1e6:.1f} M parameters trained, {placement.layout}, computing in "
+    f"{counts.trained / 1e6:.1f} M parameters trained, {placement.layout}, computing in "
     f"{placement.compute_dtype}; {steps} steps of {batch_size} examples over {world.size} ranks, "
     f"{max_tokens} tokens per forward"
 )
@@ -532,16 +536,16 @@ def save_run(step):
     """Write the state to resume from, and the model for others to open."""
     monitor.flush()
     if gives_scores and normalizer != "none":
-        model.config.mean = [moments.mean]
-        model.config.var = [moments.var]
-        model.config.normalizer_type = type(moments).__name__
+        model.config.mean = [score_moments.mean]
+        model.config.var = [score_moments.var]
+        model.config.normalizer_type = type(score_moments).__name__
         model.config.momentum = normalizer_momentum if normalizer == "ema" else None
     exported_head = "score" if gives_scores else "lm"
     model_dir = os.path.join(out_dir, "model")
     checkpoint.save(model, model_dir, tok, dtype=placement.compute_dtype, head=exported_head)
     if lora_rank and lora_merge:
         checkpoint.save_merged(model_dir, f"{model_dir}_merged", tok, placement.compute_dtype)
-    extra = {"skips": skips, "moments": moments.state_dict()}
+    extra = {"skips": skips, "moments": score_moments.state_dict()}
     run_state.save(out_dir, step, {"model": model}, {"model": optimizer}, extra, keep, record)
 
 
@@ -570,7 +574,7 @@ for step in range(start, steps):
     skips = optim.count_skips(skips, max_skips, grad_norm)
     scores = all_reduce_sum(scores)
     if gives_scores and torch.isfinite(scores).all():
-        moments.update(scores.flatten())
+        score_moments.update(scores.flatten())
 
     tokens = sum(lengths)
     metrics = {

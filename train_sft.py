@@ -62,6 +62,7 @@ warmup_ratio = 0.03  # share of the steps in which the learning rate rises from 
 weight_decay = 0.0  # of AdamW, on matrices
 beta1 = 0.9  # of AdamW
 beta2 = 0.95  # of AdamW
+moments = "float32"  # of AdamW, stored as float32 | bfloat16 (4 bytes per parameter less)
 grad_clip = 1.0  # greatest norm of a gradient; 0: none
 max_skips = 10  # stop after this many updates with a non-finite gradient
 # intervals, in optimizer steps
@@ -83,6 +84,7 @@ check_ranges(config)
 
 # ---- setup ----
 choose("lr_schedule", lr_schedule, optim.SCHEDULES)
+choose("moments", moments, optim.MOMENTS)
 if init_from == "scratch":
     check_heads(hidden_size, num_attention_heads, num_key_value_heads)
 if init_from == "scratch" and lora_rank:
@@ -109,9 +111,9 @@ shape = Config(
 )
 lora = Lora(lora_rank, lora_alpha, lora_targets)
 if from_scratch:
-    parameters = checkpoint.count_parameters(shape)
+    counts = checkpoint.Counts(checkpoint.count_parameters(shape), frozen=0)
 else:
-    parameters = checkpoint.count_trained_parameters(init_from, lora)
+    counts = checkpoint.count_trained_and_frozen(init_from, lora)
 placements = choose_placements(
     world,
     dtype,
@@ -119,8 +121,8 @@ placements = choose_placements(
     offload,
     use_compile,
     activation_checkpointing,
-    parameters,
-    frozen=checkpoint.count_parameters(init_from) if lora_rank else 0,
+    counts.trained,
+    counts.frozen,
 )
 placement = placements.trained
 if from_scratch:
@@ -130,7 +132,9 @@ else:
         init_from, "lm", placements, {}, lora, vocab_size=tok.vocab_size
     )
 warn_beyond_positions({repr(init_from): model}, max_len, f"max_len={max_len}")
-optimizer = optim.make_adamw(model, weight_decay, beta1, beta2)
+optimizer = optim.make_adamw(
+    model, weight_decay, beta1, beta2, moments, seed, placement.use_compile
+)
 
 steps = count_steps(len(train), batch_size, epochs, max_steps)
 record = run_state.make_record(
@@ -141,7 +145,7 @@ if resume:
     state = run_state.load(out_dir, {"model": model}, {"model": optimizer}, record)
     start, skips = state["step"], state["skips"]
 print_once(
-    f"{parameters / 1e6:.1f} M parameters trained, {placement.layout}, computing in "
+    f"{counts.trained / 1e6:.1f} M parameters trained, {placement.layout}, computing in "
     f"{placement.compute_dtype}; {steps} steps of {batch_size} sequences over {world.size} ranks, "
     f"{max_tokens} tokens per forward"
 )

@@ -21,6 +21,11 @@ if torch.cuda.is_available():  # FlashAttention-2 for packed sequences; its impo
 
     VARLEN_OPTIONS = inspect.signature(varlen_attn).parameters
 
+# torch would take cuDNN's kernel on an H100 and later. With it some versions of torch compute
+# something else for grouped heads or masks (pytorch issues 193893 and 196678); without it every
+# card runs the same kernels.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 
 class Cache(NamedTuple):
     """Keys and values of one layer."""
@@ -50,8 +55,7 @@ class PackedBatch(NamedTuple):
             slots = self.slots[self.rows]
             cache.k[slots, :, self.positions] = k
             cache.v[slots, :, self.positions] = v
-        half_precision = q.dtype in (torch.bfloat16, torch.float16)
-        if q.is_cuda and half_precision and self.mask is None:
+        if has_packed_kernel(q, q.shape[-1]) and self.mask is None:
             return self.attend_packed(q, k, v)
         return self.attend_padded(q, k, v)
 
@@ -109,7 +113,7 @@ class RowGroup(NamedTuple):
     """Rows of the cache that are decoded together, reading `extent` cached positions each."""
 
     rows: slice
-    mask: torch.Tensor  # (rows, 1, 1, extent) bool: whether the new token sees a slot's key
+    mask: torch.Tensor  # (rows, 1, 1, extent) whether the new token sees a slot's key, or a bias
 
 
 class DecodeBatch(NamedTuple):
@@ -132,13 +136,14 @@ class DecodeBatch(NamedTuple):
         # The H / K heads that share a kv head become H / K queries of it, so no key is repeated.
         q = q.reshape(n, K, H // K, E)
         outputs = []
-        for rows, mask in self.groups:
+        for rows, mask in self.groups:  # on a GPU one group of all rows
             extent = mask.shape[-1]
             keys = cache.k[rows, :, :extent]
             values = cache.v[rows, :, :extent]
             out = F.scaled_dot_product_attention(q[rows], keys, values, attn_mask=mask)
             outputs.append(out)
-        return torch.cat(outputs).view(n, H, E)
+        out = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+        return out.view(n, H, E)
 
 
 def pack(cu_seqlens, max_seqlen, n_tokens, slots=None):
@@ -148,6 +153,12 @@ def pack(cu_seqlens, max_seqlen, n_tokens, slots=None):
     rows = torch.repeat_interleave(sequences, lengths, output_size=n_tokens)
     positions = torch.arange(n_tokens, device=lengths.device) - cu_seqlens.long()[rows]
     return PackedBatch(cu_seqlens, max_seqlen, positions, rows, slots)
+
+
+def has_packed_kernel(x, head_width):
+    """Whether FlashAttention-2 takes packed heads of this width of x's dtype, on x's device."""
+    half_precision = x.dtype in (torch.bfloat16, torch.float16)
+    return x.is_cuda and half_precision and head_width % 8 == 0 and head_width <= 256
 
 
 def attention_dtype(x):
@@ -175,27 +186,32 @@ def layouts_of_layers(layout, windows, config, x):
 
 def add_window_and_alibi(layout, window, config, x):
     """The layout with a layer's window, and with ALiBi where the model has it."""
-    if not window and not config.alibi:
-        return layout
     slopes = None
     if config.alibi:
         slopes = alibi_slopes(config.num_attention_heads, x.device)  # (H,)
     if isinstance(layout, DecodeBatch):
         return add_to_decode_batch(layout, window, config, slopes, attention_dtype(x))
+    if not window and not config.alibi:
+        return layout
     return add_to_packed_batch(layout, window, config, slopes, x)
 
 
 def add_to_decode_batch(layout, window, config, slopes, dtype):
-    """The DecodeBatch whose groups have masks with the window, or ALiBi's biases."""
+    """The DecodeBatch whose groups have biases: of the mask, with the window, or ALiBi's.
+
+    The kernel adds a bias. It would make one of a bool in every layer."""
     groups = []
     for rows, mask in layout.groups:
+        if not window and not config.alibi:
+            groups.append(RowGroup(rows, bias_of_mask(mask, dtype)))
+            continue
         keys = torch.arange(mask.shape[-1], device=mask.device)
         distance = layout.positions[rows, None, None] - keys
         mask = attention_mask(distance, window, slopes, dtype)
         if config.alibi:  # one bias per head, laid out as the queries are: (rows, K, H / K, extent)
             mask = mask.view(len(mask), config.num_key_value_heads, -1, len(keys))
         else:
-            mask = mask[:, None]
+            mask = bias_of_mask(mask, dtype)[:, None]
         groups.append(RowGroup(rows, mask))
     return layout._replace(groups=groups)
 
@@ -204,7 +220,7 @@ def add_to_packed_batch(layout, window, config, slopes, x):
     """The PackedBatch with its window, and with a mask where the kernel does not know windows."""
     layout = layout._replace(window=window)
     window_is_wide = window >= layout.max_seqlen
-    kernel_knows_windows = x.is_cuda and x.dtype != torch.float32
+    kernel_knows_windows = has_packed_kernel(x, config.head_dim)
     if not config.alibi and (window_is_wide or kernel_knows_windows):
         return layout
     positions = torch.arange(layout.max_seqlen, dtype=torch.int32, device=x.device)
@@ -230,6 +246,11 @@ def attention_mask(distance, window, slopes, dtype):
     else:
         bias = -slopes[:, None] * distance  # (rows, H, extent)
     return bias.masked_fill_(~seen, float("-inf")).to(dtype)
+
+
+def bias_of_mask(seen, dtype):
+    """What is added to the logits: 0 where a query sees a key, and -inf where it does not."""
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -math.inf)
 
 
 def alibi_slopes(heads, device=None):

@@ -17,6 +17,7 @@ from nanosafe import checkpoint, tokenizer
 from nanosafe.adapter_base import list_model_folders
 from nanosafe.data.batching import (
     collate,
+    copy_to_device,
     gather_responses,
     last_of_each,
     plan_micro_batches,
@@ -55,16 +56,21 @@ class Responses(NamedTuple):
         return gather_responses(x, batch, [self.starts[i] for i in indices], self.longest)
 
 
-@torch.no_grad()
-def response_logps(model, responses, temperature, max_tokens, world):
-    """Log-probabilities of all responses' tokens (B, R), on every rank.
+def response_logps(model, responses, temperature, max_tokens, world, as_in_updates=False):
+    """Log-probabilities of all responses' tokens (B, R), on every rank, without gradients.
 
-    They come from the training forward, not from the sampler."""
+    They come from the training forward, not from the sampler.
+
+    as_in_updates  compute them as an update does, with gradients enabled: the version of a compiled
+                   block without gradients rounds otherwise. Takes the memory of activations."""
     out = torch.zeros(len(responses.ids), responses.longest, device=world.device)
     lengths = [len(ids) for ids in responses.ids]
     for rows in plan_micro_batches(lengths, max_tokens, world.size)[world.rank]:
         batch = responses.pack(rows, world.device)
-        out[rows] = responses.unpack(model.log_probs(batch, temperature), batch, rows)
+        with torch.set_grad_enabled(as_in_updates):
+            logps = model.log_probs(batch, temperature).detach()  # its graph ends here
+        index = copy_to_device(rows, world.device)
+        out[index] = responses.unpack(logps, batch, rows)
     return all_reduce_sum(out)
 
 
@@ -75,7 +81,8 @@ def response_values(critic, responses, max_tokens, world):
     lengths = [len(ids) for ids in responses.ids]
     for rows in plan_micro_batches(lengths, max_tokens, world.size)[world.rank]:
         batch = responses.pack(rows, world.device)
-        out[rows] = responses.unpack(critic.scores(batch), batch, rows)
+        index = copy_to_device(rows, world.device)
+        out[index] = responses.unpack(critic.scores(batch), batch, rows)
     return all_reduce_sum(out)
 
 
@@ -88,7 +95,8 @@ def last_token_scores(model, sequences, max_tokens, world):
     for rows in plan_micro_batches(lengths, longest_forward, world.size)[world.rank]:
         no_targets = [np.zeros(lengths[i], np.uint8) for i in rows]
         batch = collate([sequences[i] for i in rows], no_targets, world.device)
-        out[rows] = last_of_each(model.scores(batch), batch)[: len(rows)]
+        index = copy_to_device(rows, world.device)
+        out[index] = last_of_each(model.scores(batch), batch)[: len(rows)]
     return all_reduce_sum(out)
 
 
@@ -151,7 +159,8 @@ def sum_response_logps(model, sequences, max_tokens, world):
         ids = [sequences[i][0] for i in rows]
         masks = [sequences[i][1] for i in rows]
         batch = collate(ids, masks, world.device)
-        out[rows] = sum_per_sequence(model.log_probs(batch), batch)[: len(rows)]
+        index = copy_to_device(rows, world.device)
+        out[index] = sum_per_sequence(model.log_probs(batch), batch)[: len(rows)]
     return all_reduce_sum(out)
 
 
@@ -276,9 +285,11 @@ class Policy:
         top_k=0,
         top_p=1.0,
         template="auto",
+        bases=None,
     ):
         """seed, temperature, top_k, top_p: as for rollout.generate(); template: as for
-        tokenizer.load(), or "none", to go on with the questions' own text."""
+        tokenizer.load(), or "none", to go on with the questions' own text; bases: as for
+        checkpoint.load()."""
         if not (0 <= temperature < 1e9 and 0 < top_p <= 1 and top_k >= 0 and max_new_tokens > 0):
             stop(
                 f"temperature={temperature} and top_k={top_k} are 0 or more, top_p={top_p} is "
@@ -291,7 +302,12 @@ class Policy:
         self.has_template = template != "none"
         self.tok = tokenizer.load(path, template if self.has_template else "auto")
         self.model = checkpoint.load(
-            path, "lm", choose_dtype(dtype, world), world.device, vocab_size=self.tok.vocab_size
+            path,
+            "lm",
+            choose_dtype(dtype, world),
+            world.device,
+            vocab_size=self.tok.vocab_size,
+            bases=bases,
         )
         self.warned = False  # of questions that are too long
         self.sampling = {
@@ -368,11 +384,11 @@ def check_signature(path, function):
         )
 
 
-def load_scorer(path, world, dtype, max_tokens, score_type):
+def load_scorer(path, world, dtype, max_tokens, score_type, bases=None):
     """What scores answers: the ScoreModel of a folder, or the ScoreFunction of FILE.py:NAME."""
     if names_function(path):
         return ScoreFunction(path, world)
-    return ScoreModel(path, world, dtype, max_tokens, score_type)
+    return ScoreModel(path, world, dtype, max_tokens, score_type, bases=bases)
 
 
 class ScoreFunction:
@@ -423,9 +439,19 @@ class ScoreModel:
     """A reward or cost model's folder, which scores texts or token ids at their ends.
 
     score_type  "reward" or "cost": the folder must not state another; None: what it states
-    template    as of tokenizer.load()"""
+    template    as of tokenizer.load()
+    bases       as of checkpoint.load()"""
 
-    def __init__(self, path, world, dtype=None, max_tokens=8192, score_type=None, template="auto"):
+    def __init__(
+        self,
+        path,
+        world,
+        dtype=None,
+        max_tokens=8192,
+        score_type=None,
+        template="auto",
+        bases=None,
+    ):
         self.path = path
         self.world = world
         self.max_tokens = max_tokens
@@ -438,6 +464,7 @@ class ScoreModel:
             device=world.device,
             vocab_size=self.tok.vocab_size,
             score_type=score_type,
+            bases=bases,
         )
         self.warned = False  # of texts that are too long
 
@@ -468,7 +495,8 @@ class ScoreModel:
         for rows in micro_batches[self.world.rank :: self.world.size]:
             no_targets = [[0] * lengths[i] for i in rows]
             batch = collate([ids[i] for i in rows], no_targets, self.world.device)
-            scores[rows] = last_of_each(self.model.scores(batch), batch)
+            index = copy_to_device(rows, self.world.device)
+            scores[index] = last_of_each(self.model.scores(batch), batch)
         if not all_reduce_sum(scores).isfinite().all():
             stop("a score model gives scores that are not finite: its weights are broken")
         return scores.tolist()

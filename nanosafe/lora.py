@@ -117,7 +117,8 @@ class AdaptedLLaMA(nn.Module):
         self.peft_config = peft_config
         if head != "lm":
             self.score_head = nn.Linear(config.hidden_size, 1, bias=config.score_bias)
-        self.kept_pairs = None  # for sampling: what block_pairs() returns
+        self.kept_pairs = None  # of a twin for sampling: what block_pairs() returns
+        self.twin = None  # for sampling, on its own base
 
     @property
     def embed_tokens(self):
@@ -165,10 +166,30 @@ class AdaptedLLaMA(nn.Module):
 
     @torch.no_grad()
     def for_sampling(self, base):
-        """This model on a base whose parameters are whole, its pairs computed once for all steps."""
+        """This model on a base with whole parameters, its pairs computed once for all steps.
+
+        On its own base it is the same twin again, with its pairs where they were, so that a CUDA
+        graph which reads them still holds."""
+        pairs = self.block_pairs(base.embed_tokens.weight.dtype)
+        if base is self.base and self.twin is not None:
+            for old, new in zip(list_tensors(self.twin.kept_pairs), list_tensors(pairs)):
+                old.copy_(new)
+            return self.twin
         twin = AdaptedLLaMA(base, self.config, "lm", self.blocks, self.peft_config)
-        twin.kept_pairs = self.block_pairs(base.embed_tokens.weight.dtype)
+        twin.kept_pairs = pairs
+        if base is self.base:
+            object.__setattr__(self, "twin", twin)
         return twin
+
+
+def list_tensors(block_pairs):
+    """All tensors of the BlockPairs of a model's layers."""
+    tensors = []
+    for of_block in block_pairs:
+        for pair in of_block:
+            if pair is not None:
+                tensors += pair
+    return tensors
 
 
 def draw_adapter(blocks, seed):

@@ -328,6 +328,19 @@ def policy_ratio(logps, old_logps, mask, surrogate):
     return log_ratio.exp()
 
 
+def importance_weights(logps, sampled_logps, mask, cap):
+    """min(exp(logps - sampled_logps), cap), 0 outside the mask (B, R), without gradient.
+
+    Truncated importance sampling between the sampler and the trainer, which round the same policy
+    differently: advantages times these weights make the gradient, from what the sampler drew, that
+    from what the trainer would have drawn. As in verl, per token (rollout_corr_helper.py).
+
+    logps          log-probabilities of the sampled tokens by the trainer, before its updates (B, R)
+    sampled_logps  the same by the sampler"""
+    log_ratio = zero_outside(mask, logps) - zero_outside(mask, sampled_logps)
+    return zero_outside(mask, log_ratio.exp().clamp(max=cap)).detach()
+
+
 def actor_loss(
     logps,
     old_logps,

@@ -6,6 +6,7 @@ only the sampler calls hidden_states().
 Shapes: N packed tokens, B sequences, V vocabulary, D width, H heads, K kv heads, E head width.
 """
 
+import functools
 import math
 from dataclasses import asdict, dataclass, field, fields
 
@@ -176,23 +177,18 @@ class Config:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight (arXiv:1910.07467). In float32, rounded once before the weight, as HF.
+    """x / rms(x) * weight (arXiv:1910.07467), in float32, rounded once, after the weight.
 
-    OLMo 2 rounds once after it."""
+    On a GPU this is one kernel, in training and in decoding alike. HF's LLaMA also rounds before
+    the weight."""
 
     def __init__(self, width, config):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
         self.eps = config.rms_norm_eps
-        self.round_last = config.post_norm
 
     def forward(self, x):
-        if x.dtype == torch.float32:
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        if self.round_last:
-            weight = self.weight.float()
-            return F.rms_norm(x.float(), weight.shape, weight, self.eps).to(x.dtype)
-        return self.weight * F.rms_norm(x.float(), self.weight.shape, eps=self.eps).to(x.dtype)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 class Linear(nn.Linear):
@@ -287,6 +283,19 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x), pairs)
 
 
+@functools.cache
+def compiled_decode_step():
+    """A Block's forward in a decode step, compiled once for all numbers of rows and of keys.
+
+    It is a function of its own, because torch counts the versions that it compiles of a function,
+    and those of Block.forward are training's."""
+
+    def decode_step(block, *inputs):
+        return block.forward(*inputs)
+
+    return torch.compile(decode_step, dynamic=True)
+
+
 class LLaMA(nn.Module):
     """The decoder with head="lm" (the next token's distribution), "score" (a number per token) or
     "both".
@@ -302,6 +311,7 @@ class LLaMA(nn.Module):
         self.config = config
         self.head = head
         self.activation_checkpointing = False  # True: recompute blocks in the backward pass
+        self.compile_decoding = False  # True: decode steps run blocks by torch.compile
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config)
@@ -343,6 +353,7 @@ class LLaMA(nn.Module):
         cu_seqlens,
         max_seqlen,
         targets=None,
+        target_positions=None,
         temperature=1.0,
         uniform_weights=False,
         adapter=None,
@@ -353,6 +364,7 @@ class LLaMA(nn.Module):
         cu_seqlens  (B+1,) int32: where each begins, and N at the end; positions restart at 0
         max_seqlen  int:   length of the longest
         targets     (N,)   int64: the token that follows; -100 where nobody reads the answer
+        target_positions   (M,) int64: where it is not -100; None: searched, so a GPU is waited for
         adapter     an AdaptedLLaMA on this model; None: the model itself
 
         head="lm" with targets: log p(targets[t] | tokens up to t) (N,) float32, 0 where -100
@@ -368,13 +380,18 @@ class LLaMA(nn.Module):
         if targets is None:
             out = F.linear(x, self.output_embedding()) / temperature
         else:
-            has_target = (targets >= 0).nonzero().squeeze(1)
+            if target_positions is None:
+                target_positions = (targets >= 0).nonzero().squeeze(1)
             gradients_in_forward = uniform_weights and torch.is_grad_enabled()
             function = UniformLogProbs if gradients_in_forward else LogProbs
             logps = function.apply(
-                x[has_target], self.output_embedding(), targets[has_target], temperature
+                x[target_positions],
+                self.output_embedding(),
+                targets[target_positions],
+                temperature,
             )
-            out = torch.zeros(len(tokens), device=x.device).index_copy(0, has_target, logps)
+            out = torch.zeros(len(tokens), device=x.device)
+            out = out.index_copy(0, target_positions, logps)
         if owner.head == "lm":
             return out
         return out, score_hidden_states(x, owner.score_head, owner.config)
@@ -394,7 +411,9 @@ class LLaMA(nn.Module):
             cache = caches[i] if caches else None
             inputs = (x, cos, sin, layouts[i], cache, pairs[i])
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, *inputs, use_reentrant=False)
+                x = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+            elif self.compile_decoding and isinstance(layout, attention.DecodeBatch):
+                x = compiled_decode_step()(layer, *inputs)
             else:
                 x = layer(*inputs)
         return self.norm(x)

@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from math import ceil
 from typing import NamedTuple
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -31,6 +32,7 @@ from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
     OffloadPolicy,
     fully_shard,
+    share_comm_ctx,
 )
 from torch.distributed.tensor import DTensor, Shard
 
@@ -58,6 +60,12 @@ PROCESS_GROUP_TIMEOUT = timedelta(minutes=TIMEOUT_MINUTES + 5)
 ONEDNN_KERNELS = "32"
 CPU_MEMORY = 16 * 2**30  # bytes that "auto" assumes for a rank on a CPU
 BYTES_PER_PARAMETER = 16  # of AdamW in float32: weight, gradient and two moments
+# Versions of a block that torch.compile makes before it gives up and runs the block uncompiled. All
+# models share the count. For models of one size PPO-Lag makes four to six, for three sizes about
+# ten: with gradients, without, and with frozen parameters. The first of these is for the lengths of
+# its first batch only, and perhaps the next ones, too. torch's own limit is 8.
+COMPILED_VERSIONS = 64
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the newer name first
 
 
 class Collectives:
@@ -68,6 +76,7 @@ class Collectives:
 
 collectives = Collectives()
 meshes = {}  # (device type, copies, slices) -> DeviceMesh
+sharded_models = WeakSet()  # those of share_streams() that still live
 
 
 # ---- the group ----
@@ -128,6 +137,7 @@ def pick_device(name):
     if name == "cpu":
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", ONEDNN_KERNELS)
         return torch.device("cpu")
+    use_expandable_segments()
     if not torch.cuda.is_available():
         stop("device='cuda', but torch sees no GPU: use --device=cpu")
     index = read_index("LOCAL_RANK")
@@ -140,6 +150,16 @@ def pick_device(name):
     torch.cuda.set_device(device)
     torch.set_float32_matmul_precision("high")
     return device
+
+
+def use_expandable_segments():
+    """Let segments of GPU memory grow, unless the user has configured the allocator.
+
+    A run's tensors have ever new sizes, and what is free between them in fixed segments is often
+    too small for the next one. torch reads the variables when the first tensor is put on a GPU."""
+    if not any(os.environ.get(name) for name in ALLOCATOR_VARIABLES):
+        for name in ALLOCATOR_VARIABLES:
+            os.environ[name] = "expandable_segments:True"
 
 
 def join_torchrun_group(device, rank, size):
@@ -280,8 +300,10 @@ def shard_model(model, placement):
     Its parameters become this rank's slices of rows; they are not filled yet."""
     model.activation_checkpointing = placement.activation_checkpointing
     if placement.use_compile:
+        torch._dynamo.config.recompile_limit = COMPILED_VERSIONS
         for layer in model.layers:
             layer.compile()
+        model.compile_decoding = True
     if placement.layout == "plain":
         return model.to_empty(device=placement.device)
     if not dist.is_initialized():  # a single GPU that wants mixed precision
@@ -295,9 +317,25 @@ def shard_model(model, placement):
         fully_shard(layer, **options, reshard_after_forward=placement.layout != "ddp")
     fully_shard(model, **options, reshard_after_forward=False)
     model.placement = placement
+    share_streams(model)
     # A forward gathers weights, which is a collective. It is counted before it begins.
     model.register_forward_pre_hook(lambda *_: count_collective(), prepend=True)
     return model.to_empty(device="cpu" if placement.offload else placement.device)
+
+
+def share_streams(model):
+    """Let a model, which has run no forward yet, exchange weights on the other models' streams.
+
+    With streams of its own each model would keep its own buffers, about 1 GB at 7B, because memory
+    that was used on one stream is not free for another.
+
+    FSDP2 then has one record of which blocks it has gathered. So the backward pass of a model must
+    follow its forward pass before the backward pass of another model."""
+    for other in sharded_models:
+        if other.placement.device == model.placement.device:
+            share_comm_ctx([other, model])
+            break  # all others share with this one already
+    sharded_models.add(model)
 
 
 def make_mesh(layout, device_type):
@@ -337,6 +375,7 @@ def gathered_for_sampling(model):
         module.unshard()
     with torch.device("meta"):
         twin = type(model)(model.config, model.head)
+    twin.compile_decoding = model.compile_decoding
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owner, _, leaf = name.rpartition(".")
         twin.get_submodule(owner)._parameters[leaf] = parameter

@@ -113,6 +113,7 @@ RANGES = {
     "clip_ratio": NOT_NEGATIVE,
     "clip_ratio_high": NOT_NEGATIVE,
     "max_ratio": NOT_NEGATIVE,
+    "is_cap": NOT_NEGATIVE,
     "clip_score": NOT_NEGATIVE,
     "clip_value": NOT_NEGATIVE,
     "gamma": SHARE,

@@ -7,6 +7,7 @@ before it."""
 
 import math
 from collections import deque
+from typing import NamedTuple
 
 import torch
 
@@ -198,6 +199,30 @@ def adapt_kl_coef(kl_coef, kl, target, responses, horizon):
     arXiv:1909.08593 Sec. 2.2"""
     error = max(-0.2, min(0.2, kl / target - 1))
     return kl_coef * (1 + error * min(responses, horizon) / horizon)
+
+
+# ---- how far the sampler is from the trainer ----
+
+
+class SamplerGap(NamedTuple):
+    """By how much a sampler's log-probabilities of what it drew differ from the trainer's."""
+
+    mean: torch.Tensor  # of the absolute difference per token, in nats
+    k3: torch.Tensor  # an estimate of KL(sampler || trainer) per token, in nats
+    largest: torch.Tensor  # absolute difference, in nats
+
+
+def measure_sampler_gap(logps, sampled_logps, mask):
+    """The SamplerGap between log-probabilities of the same tokens (B, R), over all of them.
+
+    k3 is the mean of r - 1 - log r with r = p_trainer / p_sampler. Under top_k or top_p both are
+    probabilities of the whole distribution, while tokens are drawn from a part of it, so there k3
+    is a distance, no longer an estimate of the KL."""
+    tokens = mask.bool()
+    log_ratio = (logps - sampled_logps)[tokens]
+    distance = log_ratio.abs()
+    k3 = log_ratio.expm1() - log_ratio  # ratio - 1 loses its digits near 0
+    return SamplerGap(distance.mean(), k3.mean(), distance.max())
 
 
 # ---- the multiplier ----

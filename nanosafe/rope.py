@@ -53,7 +53,9 @@ class Rope:
                 self.frequencies[kind] = make_frequencies(config, kind)
 
     def rotations(self, layout, x):
-        """The pair of cosines and sines of each layer, both (N, 1, R/2) or (N, H + K, R/2).
+        """The pair of cosines and sines of each layer, both (N, 1, R) or (N, H + K, R).
+
+        Those of a pair of dimensions stand at both, and the sine's sign is turned at the first.
 
         layout  of attention.py: it has the positions;  x  (N, D) has the device and the dtype"""
         by_kind = {}
@@ -75,6 +77,8 @@ class Rope:
             scale = scale_queries(layout.positions, self.config)
             cos = cos * scale
             sin = sin * scale
+        cos = torch.cat((cos, cos), dim=-1)
+        sin = torch.cat((-sin, sin), dim=-1)
         if self.config.post_norm:  # OLMo 2 turns in float32
             return cos, sin
         return cos.to(dtype), sin.to(dtype)
@@ -82,12 +86,11 @@ class Rope:
 
 def turn(x, cos, sin):
     """RoPE of x (N, heads, E): dimensions i and i + R/2 turn together; those from R on do not."""
-    R = 2 * cos.shape[-1]
-    a, b = x[..., :R].chunk(2, dim=-1) if R < x.shape[-1] else x.chunk(2, dim=-1)
-    parts = [a * cos - b * sin, b * cos + a * sin]
-    if R < x.shape[-1]:
-        parts.append(x[..., R:])
-    return torch.cat(parts, dim=-1).to(x.dtype)
+    R = cos.shape[-1]
+    turning, still = x[..., :R], x[..., R:]
+    a, b = turning.chunk(2, dim=-1)
+    turned = (turning * cos).addcmul_(torch.cat((b, a), dim=-1), sin).to(x.dtype)
+    return torch.cat((turned, still), dim=-1) if still.shape[-1] else turned
 
 
 def scale_queries(positions, config):

@@ -19,6 +19,14 @@ from nanosafe.model import LLaMA
 from nanosafe.rollout import Engine, Sampling
 
 
+class PretendedTensor(NamedTuple):
+    """What attention.py asks of a tensor, to choose a kernel."""
+
+    is_cuda: bool
+    dtype: torch.dtype
+    device: str = "cuda"
+
+
 class Inputs(NamedTuple):
     """Random queries (N, H, E), keys and values (N, K, E) of packed sequences, and their layout."""
 
@@ -138,6 +146,34 @@ def test_a_step_reads_no_further_than_its_extent():
     layout._replace(slots=torch.arange(2)).attend(q, k, v, cache)
     out = attend_to_cache(inputs, cache, groups_of_one_row())
     assert torch.allclose(out, expected, atol=1e-6)
+
+
+def test_heads_that_the_packed_kernel_does_not_take_are_padded():
+    """It takes multiples of 8 up to 256; OpenLLaMA-3B has heads of 100."""
+    for head_width, has_kernel in (
+        (64, True),
+        (128, True),
+        (256, True),
+        (100, False),
+        (264, False),
+    ):
+        on_gpu = PretendedTensor(is_cuda=True, dtype=torch.bfloat16)
+        assert attention.has_packed_kernel(on_gpu, head_width) == has_kernel
+    assert not attention.has_packed_kernel(PretendedTensor(True, torch.float32), 64)
+    assert not attention.has_packed_kernel(PretendedTensor(False, torch.bfloat16), 64)
+
+
+def test_a_padded_window_has_a_mask_where_the_packed_kernel_does_not_take_the_heads():
+    """Else the padded path would not know of the window."""
+    config = small_config(sliding_window=3, head_dim=100)
+    layout = random_inputs(LENGTHS).layout
+    x = PretendedTensor(is_cuda=True, dtype=torch.bfloat16, device="cpu")
+    layout = attention.add_window_and_alibi(layout, 3, config, x)
+    assert layout.mask is not None
+
+
+def test_no_card_takes_the_kernel_of_cudnn():
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
 # ---- sliding windows and ALiBi ----

@@ -330,8 +330,11 @@ def golden_actor_loss(given, clip_low, clip_high, advantages=None, mask=None, **
     logps, old_logps, own_mask = (doubles(given[name]) for name in TOKENS)
     logps.requires_grad_()
     mask = own_mask if mask is None else mask
-    advantages = doubles(given["advantages"] if advantages is None else advantages)
-    advantages = advantages[:, None].expand_as(logps)
+    advantages = given["advantages"] if advantages is None else advantages
+    if not isinstance(advantages, torch.Tensor):
+        advantages = doubles(advantages)
+    if advantages.dim() == 1:  # of responses
+        advantages = advantages[:, None].expand_as(logps)
     loss = losses.actor_loss(logps, old_logps, advantages, mask, clip_low, clip_high, **options)
     loss.backward()
     return loss.item(), logps.grad
@@ -381,6 +384,27 @@ def test_the_loss_of_cispo_has_its_golden_numbers(given, expected):
     clips = given["clip_low"], given["clip_high"]
     found = golden_actor_loss(given, *clips, surrogate="cispo", loss_mean="token")
     assert_loss(found, expected)
+
+
+@pytest.mark.parametrize("given, expected", golden_cases("tis"))
+def test_truncated_importance_sampling_has_its_golden_numbers(given, expected):
+    """As the trainer does it: the advantages are multiplied by the weights."""
+    old_logps, sampled_logps, mask = (
+        doubles(given[name]) for name in ("old_logps", "sampler_logps", "mask")
+    )
+    weights = losses.importance_weights(old_logps, sampled_logps, mask, given["max"])
+    assert torch.allclose(weights, doubles(expected["weights"]), atol=1e-9, rtol=0)
+    advantages = doubles(given["advantages"])[:, None] * weights
+    found = golden_actor_loss(given, given["clip"], None, advantages)
+    assert_loss(found, expected)
+
+
+def test_importance_weights_are_1_where_sampler_and_trainer_agree():
+    logps, _, _, mask = random_batch()
+    logps.requires_grad_()
+    weights = losses.importance_weights(logps, logps.detach(), mask, cap=2.0)
+    assert torch.equal(weights, mask)
+    assert not weights.requires_grad
 
 
 def random_batch(seed=0):

@@ -4,6 +4,7 @@ whole models and trainers. Each docstring says what would go wrong unnoticed wit
 import math
 import time
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -16,6 +17,8 @@ from torch.profiler import ProfilerActivity, profile
 from nanosafe import attention, checkpoint, optim, parallel, rollout
 from nanosafe.checkpoint import init_from_scratch
 from nanosafe.data.batching import Batch
+from nanosafe.inference import Responses, response_logps
+from nanosafe.logprobs import compute_logits
 from nanosafe.losses import mle_loss
 
 pytestmark = [
@@ -199,9 +202,9 @@ def test_decoding_by_graphs_equals_decoding_without(slots, temperature, monkeypa
     with_graphs = sample()
     sizes = []
 
-    def decode(engine, n):
+    def decode(engine, n, extent):
         sizes.append(n)
-        engine.decode(n, [(slice(0, n), len(engine.columns))])
+        engine.decode(n, [(slice(0, n), extent)])
 
     monkeypatch.setattr(rollout.Engine, "replay", decode)
     assert with_graphs == sample()
@@ -310,6 +313,36 @@ def test_log_probabilities_with_uniform_weights_equal_the_others():
 
     uniform = compute_results(model, batch, uniform_log_probs, of_mean=True)
     check_agreement(uniform, compute_results(model, batch, of_mean=True), 0.03)
+
+
+def test_logits_are_float32_products_of_bfloat16_operands():
+    """Else each log-probability may be wrong by the rounding of a logit to bfloat16."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(70, 256, generator=generator).to(GPU, BF16)
+    weight = torch.randn(1000, 256, generator=generator).to(GPU, BF16)
+    expected = x.double() @ weight.double().T
+    memory = torch.empty(70, 1000, device=GPU)
+    for logits in (compute_logits(x, weight), compute_logits(x, weight, out=memory)):
+        assert logits.dtype == torch.float32
+        assert (logits - expected).abs().max() < 1e-3
+    assert compute_logits(x[:0], weight).shape == (0, 1000)  # of a rank without work
+
+
+def test_the_first_ratio_of_compiled_blocks_is_exactly_one():
+    """Else PPO may clip, and learn from, what is only rounding of generated code."""
+    actor = make_placed_model(MIXED._replace(use_compile=True))
+    generator = np.random.default_rng(0)
+    ids = [generator.integers(3, 1000, length) for length in (200, 90, 30)]
+    responses = Responses(ids, starts=[80, 30, 9], longest=120)
+    world = parallel.World(0, 1, GPU, True)
+    for lengths in (LENGTHS, [60, 31]):
+        compute_results(actor, make_batch(lengths))
+    old_logps = response_logps(actor, responses, 1.0, 1000, world, as_in_updates=True)
+    rows = [0, 1, 2]
+    batch = responses.pack(rows, GPU)
+    logps = responses.unpack(actor.log_probs(batch), batch, rows)
+    for i, length in enumerate((120, 60, 21)):
+        assert torch.equal(logps[i, :length], old_logps[i, :length])
 
 
 # ---- trainers ----

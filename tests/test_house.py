@@ -170,7 +170,7 @@ def test_a_script_imports_nanosafe_before_torch(path):
 ROOMS = {
     "nanosafe/tokenizer": "",
     "nanosafe/data": "tokenizer",
-    "nanosafe/checkpoint": "tokenizer model",
+    "nanosafe/checkpoint": "tokenizer model lora",
     "nanosafe/eval": "tokenizer data checkpoint inference model rollout tools",
     "nanosafe/phf": "tokenizer data checkpoint inference model rollout losses optim monitor",
 }

@@ -205,13 +205,87 @@ def test_log_probs_without_targets_are_zero_and_have_finite_gradients(
         assert torch.isfinite(gradient).all(), name
 
 
-def test_uniform_weights_refuse_a_loss_with_other_weights():
+def test_uniform_weights_make_the_gradient_of_a_loss_with_other_weights_nan():
+    """The optimizer step names and skips it. A failed assertion would end a GPU's process."""
     net = init_from_scratch(small_config(), seed=1)
     batch = random_batch([5, 6])._replace(targets=torch.randint(0, 97, (11,)))
     logps = net.log_probs(batch, uniform_weights=True)
-    loss = (logps * torch.arange(11)).sum()
-    with pytest.raises(RuntimeError):
-        loss.backward()
+    gradients = gradients_of(net, (logps * torch.arange(11)).sum())
+    assert gradients["lm_head.weight"].isnan().all()
+
+
+def test_uniform_weights_pass_on_a_gradient_that_is_not_finite():
+    net = init_from_scratch(small_config(), seed=1)
+    batch = random_batch([5, 6])._replace(targets=torch.randint(0, 97, (11,)))
+    logps = net.log_probs(batch, uniform_weights=True)
+    gradients = gradients_of(net, logps.mean() * torch.nan)
+    assert gradients["lm_head.weight"].isnan().all()
+
+
+def test_log_probs_are_the_same_with_target_positions_and_without():
+    net = init_from_scratch(small_config(), seed=1)
+    targets = random_targets(11, ignore_every=3)
+    batch = random_batch([5, 6])._replace(targets=targets)
+    positions = (targets >= 0).nonzero().squeeze(1)
+    logps = net.log_probs(batch._replace(target_positions=positions))
+    assert torch.equal(logps, net.log_probs(batch))
+
+
+# ---- float32 logits of bfloat16 operands ----
+
+
+def multiply_to_float32(x, weight, out_dtype):
+    """What a GPU's kernel computes: exact products of bfloat16 numbers, summed in float32."""
+    assert out_dtype == torch.float32
+    return x.float() @ weight.float()
+
+
+def multiply_into_float32(x, weight, out_dtype, out):
+    return out.copy_(multiply_to_float32(x, weight, out_dtype))
+
+
+@pytest.fixture
+def products_as_on_a_gpu(monkeypatch):
+    """Use torch.mm(..., out_dtype=torch.float32), with a kernel that a CPU lacks."""
+    library = torch.library.Library("aten", "IMPL")
+    for name, function in (
+        ("mm.dtype", multiply_to_float32),
+        ("mm.dtype_out", multiply_into_float32),
+    ):
+        library.impl(name, function, "CPU")
+    monkeypatch.setattr(logprobs, "product_dtype", lambda x: torch.float32)
+    yield
+    library._destroy()
+
+
+@pytest.mark.parametrize("uniform_weights", [False, True])
+def test_logits_on_a_gpu_are_not_rounded_to_bfloat16(uniform_weights, products_as_on_a_gpu):
+    """Log-probabilities of logits near 30, where bfloat16's neighbours are 0.125 apart."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(7, 64, generator=generator).bfloat16().requires_grad_()
+    weight = torch.randn(50, 64, generator=generator).mul(4).bfloat16().requires_grad_()
+    targets = torch.randint(0, 50, (7,), generator=generator)
+    function = logprobs.UniformLogProbs if uniform_weights else logprobs.LogProbs
+    logps = function.apply(x, weight, targets, 1.0)
+    logits = x.double() @ weight.double().T
+    assert logits.abs().max() > 32
+    expected = log_probs_of_logits(logits, targets)
+    assert torch.allclose(logps.double(), expected, atol=1e-4)
+    gradients = torch.autograd.grad(logps.mean(), (x, weight))
+    expected_gradients = torch.autograd.grad(expected.mean(), (x, weight))
+    for gradient, other in zip(gradients, expected_gradients):
+        assert gradient.dtype == torch.bfloat16
+        assert (gradient - other).norm() < 0.02 * other.norm()
+
+
+def test_logits_on_a_cpu_are_computed_in_the_type_of_the_operands():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 8, generator=generator)
+    weight = torch.randn(9, 8, generator=generator)
+    assert torch.equal(logprobs.compute_logits(x, weight), x @ weight.T)
+    rounded = logprobs.compute_logits(x.bfloat16(), weight.bfloat16())
+    assert rounded.dtype == torch.float32
+    assert torch.equal(rounded, rounded.bfloat16().float())
 
 
 def test_tokens_without_a_target_need_no_product_with_the_vocabulary(monkeypatch):

@@ -1,5 +1,8 @@
 """Gradients, weights, samples and files do not depend on ranks, layout or micro-batches."""
 
+import os
+from unittest.mock import patch
+
 import pytest
 import torch
 from conftest import run
@@ -156,3 +159,51 @@ def test_a_time_to_wait_that_is_no_time_stops_with_one_line(text, monkeypatch):
     monkeypatch.setenv("NANOSAFE_TIMEOUT", text)
     with pytest.raises(SystemExit, match="NANOSAFE_TIMEOUT"):
         parallel.read_timeout()
+
+
+# ---- streams and memory of a GPU ----
+
+
+@pytest.mark.parametrize("layout", ["fsdp", "ddp"])
+def test_models_on_shared_streams_train_as_on_streams_of_their_own(layout):
+    run("tests/shared_streams.py", layout, ranks=2)
+
+
+def test_hsdp_trains_the_same_on_shared_streams(tmp_path):
+    script = tmp_path / "two_nodes.py"
+    script.write_text(TWO_NODES)
+    run(script, "tests/shared_streams.py", "hsdp", ranks=4)
+
+
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+
+
+@pytest.fixture
+def unset_allocator():
+    """An environment that does not configure the allocator of GPU memory."""
+    with patch.dict(os.environ):
+        for name in ALLOCATOR_VARIABLES:
+            os.environ.pop(name, None)
+        yield
+
+
+def read_allocator_variables():
+    return [os.environ.get(name) for name in ALLOCATOR_VARIABLES]
+
+
+def test_segments_of_gpu_memory_are_expandable_by_default(unset_allocator, monkeypatch):
+    """They are chosen before anything else asks for the GPU."""
+    seen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: seen.extend(read_allocator_variables()))
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda _: None)
+    assert parallel.pick_device("cuda") == torch.device("cuda", 0)
+    assert seen == ["expandable_segments:True"] * 2
+
+
+@pytest.mark.parametrize("name", ALLOCATOR_VARIABLES)
+def test_an_allocator_that_the_user_has_configured_stays_as_it_is(name, unset_allocator):
+    os.environ[name] = "max_split_size_mb:128"
+    parallel.use_expandable_segments()
+    assert sorted(map(str, read_allocator_variables())) == ["None", "max_split_size_mb:128"]

@@ -20,16 +20,19 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from weakref import WeakSet
 
 import pytest
 import torch
 from conftest import ROOT, rows_of, run, same_state, small_config
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_house import PRODUCT, parse
 
 from nanosafe import checkpoint, data, errors, optim, parallel, rl, storage, tokenizer, watchdog
 from nanosafe.checkpoint import run_state
 from nanosafe.monitor import Monitor
+from nanosafe.storage import checksum
 from nanosafe.tools.workload_report import Workload
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -199,10 +202,10 @@ def cut_in_half(path):
 
 
 DAMAGES = {  # name -> the file of a state that is damaged, and how
-    "flip": ("rank_00000.safetensors", flip_a_bit),
-    "cut": ("rank_00000.safetensors", cut_in_half),
-    "lose": ("rank_00000.safetensors", os.remove),
-    "empty": ("rank_00000.safetensors", lambda path: path.write_bytes(b"")),
+    "flip": ("rank_00000_model.safetensors", flip_a_bit),
+    "cut": ("rank_00000_model.safetensors", cut_in_half),
+    "lose": ("rank_00000_model.safetensors", os.remove),
+    "empty": ("rank_00000_model.safetensors", lambda path: path.write_bytes(b"")),
     "checksums": ("checksums.json", flip_a_bit),
     "state.json": ("state.json", flip_a_bit),
     "state lost": ("state.json", os.remove),
@@ -229,6 +232,68 @@ def test_a_damaged_state_is_passed_over_and_if_all_are_damaged_one_line_says_so(
     damage(tmp_path / "state" / "step_000002" / file)
     with pytest.raises(SystemExit, match="error: no state in .* is whole"):
         other.load()
+
+
+def test_a_save_holds_the_rows_of_one_model_at_a_time_in_host_memory(tmp_path, monkeypatch):
+    """A clone stands in for the copy that Tensor.cpu() makes of a GPU's tensor."""
+    tiny = Tiny(tmp_path)
+    tiny.learn(1)
+    for name in ("other", "third"):
+        tiny.models[name] = checkpoint.init_from_scratch(small_config(), seed=2)
+    copies = WeakSet()
+    bytes_alive = []
+    write_file = run_state.save_file
+
+    def copy_to_host(tensor):
+        copy = tensor.clone()
+        copies.add(copy)
+        return copy
+
+    def write_and_count(tensors, path, metadata):
+        bytes_alive.append(sum(copy.nbytes for copy in copies))
+        write_file(tensors, path, metadata)
+
+    monkeypatch.setattr(torch.Tensor, "cpu", copy_to_host)
+    monkeypatch.setattr(run_state, "save_file", write_and_count)
+    run_state.save(str(tmp_path), 2, tiny.models, tiny.optimizers, {})
+    weights = sum(parameter.nbytes for parameter in tiny.model.parameters())
+    assert bytes_alive == [3 * weights, weights, weights]  # the first has AdamW's two moments
+    assert len(copies) == 0
+
+
+def join_models_of_a_state(folder):
+    """Give a state the layout of older versions: one file of a rank's rows, of all models."""
+    tensors, first_rows = {}, {}
+    for path in sorted(folder.glob("rank_00000_*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            first_rows.update(json.loads(file.metadata()["first_rows"]))
+        tensors.update(load_file(path))
+        path.unlink()
+    joined = folder / "rank_00000.safetensors"
+    save_file(tensors, joined, {"first_rows": json.dumps(first_rows)})
+    sums = {}
+    for name in (joined.name, "state.json", "record.json"):
+        sums[name] = checksum(folder / name)
+    (folder / "checksums.json").write_text(json.dumps(sums))
+
+
+def test_a_state_of_an_older_version_with_one_file_for_all_models_is_resumed(tmp_path):
+    tiny = Tiny(tmp_path)
+    tiny.models["other"] = checkpoint.init_from_scratch(small_config(), seed=2)
+    tiny.optimizers["other"] = optim.make_adamw(tiny.models["other"], 0.0, 0.9, 0.95)
+    tiny.learn(2)
+    tiny.save(2)
+    expected = tiny.copy_tensors()
+    join_models_of_a_state(tmp_path / "state" / "step_000002")
+    fresh = Tiny(tmp_path)
+    fresh.models["other"] = checkpoint.init_from_scratch(small_config(), seed=3)
+    fresh.optimizers["other"] = optim.make_adamw(fresh.models["other"], 0.0, 0.9, 0.95)
+    assert fresh.load() == 2
+    assert are_equal(fresh.copy_tensors(), expected)
+    others = fresh.models["other"].parameters()
+    assert are_equal(others, tiny.models["other"].parameters())
+    fresh.save(4)
+    assert fresh.load() == 4
 
 
 @pytest.mark.parametrize(

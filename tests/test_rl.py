@@ -8,7 +8,12 @@ from test_losses import GOLDEN, close, mask_of_lengths
 from torch import tensor
 
 from nanosafe import rl
-from nanosafe.rl import ExponentialMovingAverage, LagrangeMultiplier, RunningMeanStd
+from nanosafe.rl import (
+    ExponentialMovingAverage,
+    LagrangeMultiplier,
+    RunningMeanStd,
+    measure_sampler_gap,
+)
 from nanosafe.rollout import as_signed, hash64, uniforms
 
 # ---- rewards and costs per token ----
@@ -102,6 +107,17 @@ def test_gae_with_gae_lambda_0_is_the_one_step_error(trajectories):
 # Two prompts with three responses each; the second response is one token shorter.
 GROUP_RETURNS = [[1.0, 3.0, 8.0], [-2.0, 0.0, 5.0]]
 GROUP_MASK = mask_of_lengths([2, 1, 2, 2, 2, 2], 2)
+
+
+def test_the_sampler_gap_is_measured_on_the_responses_own_tokens():
+    sampled = torch.tensor([[-1.0, -2.0, -3.0], [-1.0, 0.0, 0.0]])
+    logps = torch.tensor([[-1.0, -2.5, -2.9], [-1.2, torch.nan, 7.0]])
+    mask = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, 0.0]])
+    gap = measure_sampler_gap(logps, sampled, mask)
+    assert gap.mean.item() == pytest.approx((0.0 + 0.5 + 0.1 + 0.2) / 4)
+    assert gap.largest.item() == pytest.approx(0.5)
+    k3 = [math.exp(x) - 1 - x for x in (0.0, -0.5, 0.1, -0.2)]
+    assert gap.k3.item() == pytest.approx(sum(k3) / 4, rel=1e-4)
 
 
 def test_rloo_subtracts_the_mean_of_the_others():

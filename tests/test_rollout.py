@@ -10,7 +10,15 @@ from torch import tensor
 
 from nanosafe.checkpoint import init_from_scratch
 from nanosafe.data.batching import collate
-from nanosafe.rollout import as_signed, filter_probs, generate, hash64, inverse_cdf, uniforms
+from nanosafe.rollout import (
+    as_signed,
+    filter_probs,
+    generate,
+    hash64,
+    inverse_cdf,
+    sample_tokens,
+    uniforms,
+)
 
 PROMPTS = [[1, 5, 9], [1], [1, *range(3, 40)], [1, 7], [1, 5, 9], [1, 2, 3, 4, 5, 6, 7, 8]]
 
@@ -103,6 +111,54 @@ def test_every_token_and_every_end_is_reported(model):
 
 def test_no_prompts_give_no_responses(model):
     assert generate(model, [], 5, eos_ids=[2], seed=0) == []
+
+
+# ---- log-probabilities of what was drawn ----
+
+
+def trainer_logps(net, prompt, response, temperature):
+    """Log-probabilities of a response's tokens as a training forward computes them."""
+    ids = np.array(prompt + response)
+    mask = np.arange(len(ids)) >= len(prompt)
+    logps = net.log_probs(collate([ids], [mask], "cpu"), temperature)
+    return logps[len(prompt) - 1 : len(ids) - 1]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 0.6},
+        {"temperature": 0},
+        {"top_k": 5},
+        {"top_p": 0.7},
+        {"banned": list(range(3, 60))},
+    ],
+)
+def test_log_probabilities_of_samples_are_those_of_the_trainer(options, model):
+    """They are of the whole distribution, whatever top_k, top_p and banned leave out of it."""
+    expected = generate(model, PROMPTS, 25, eos_ids=[2], seed=3, **options)
+    samples = generate(model, PROMPTS, 25, eos_ids=[2], seed=3, with_logps=True, **options)
+    assert samples.responses == expected
+    temperature = options.get("temperature", 1.0) or 1.0
+    for prompt, response, logps in zip(PROMPTS, samples.responses, samples.logps):
+        ours = trainer_logps(model, prompt, response, temperature)
+        assert len(logps) == len(response)
+        assert (tensor(logps) - ours).abs().max() < 1e-4
+
+
+def test_log_probabilities_stay_finite_where_what_is_banned_is_far_likelier():
+    logits = tensor([[0.0, 500.0, 1.0]])
+    drawn = sample_tokens(logits, tensor([0.5]).double(), 1.0, 0, 1.0, tensor([1]), with_logps=True)
+    assert drawn.tokens.tolist() == [2]
+    assert drawn.logps.tolist() == [-499.0]
+
+
+def test_no_prompts_give_no_log_probabilities(model):
+    assert generate(model, [], 5, eos_ids=[2], seed=0, with_logps=True) == ([], [])
+
+
+# ---- whole rollouts ----
 
 
 def test_a_prompt_twice_in_a_rollout_gets_two_different_responses(trainers, tmp_path):

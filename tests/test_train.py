@@ -187,7 +187,8 @@ METRICS_OF_PPO_LAG = """
     reward reward_with_kl_penalty reward_advantage reward_return reward_value kl entropy eos_rate
     length max_length cost cost_with_kl_penalty cost_advantage cost_return cost_value unsafe_rate
     lambda episode_cost slack actor_loss reward_critic_loss cost_critic_loss ptx_loss clip_fraction
-    approx_kl actor_lr critic_lr actor_grad_norm reward_critic_grad_norm cost_critic_grad_norm skips
+    approx_kl sampler_gap sampler_k3 sampler_gap_max actor_lr critic_lr actor_grad_norm
+    reward_critic_grad_norm cost_critic_grad_norm skips
 """
 
 
@@ -198,6 +199,9 @@ def test_ppo_lag_logs_its_metrics_and_samples_and_exports_its_policy(trainers, t
     assert len(rows) == 8
     assert rows[0]["kl"] == 0
     assert rows[0]["clip_fraction"] == 0
+    for row in rows:  # in float32 the sampler computes what the trainer computes
+        assert 0 < row["sampler_gap"] <= row["sampler_gap_max"] < 1e-4
+        assert 0 <= row["sampler_k3"] < 1e-8
     lambdas = [row["lambda"] for row in rows[::2]]  # one value for each rollout of two updates
     assert lambdas == sorted(lambdas)  # the cost is far above the limit, so lambda rises
     assert lambdas[0] > 1
@@ -208,6 +212,17 @@ def test_ppo_lag_logs_its_metrics_and_samples_and_exports_its_policy(trainers, t
     assert {"step", "prompt", "response", "reward", "cost", "kl"} == set(sample)
     vocab_size = checkpoint.load(tmp_path / "model").config.vocab_size
     assert tokenizer.load(tmp_path / "model").vocab_size == vocab_size
+
+
+def test_truncated_importance_sampling_changes_nothing_where_the_sampler_is_the_trainer(
+    trainers, tmp_path
+):
+    """On a CPU in float32 all weights are 1 up to rounding; a cap below 1 scales the advantages."""
+    for name, flags in (("off", []), ("on", ["--is_cap=2"]), ("cut", ["--is_cap=0.5"])):
+        run(*trainers["ppo"], "--max_steps=1", *flags, f"--out_dir={tmp_path}/{name}")
+    off, on, cut = (rows_of(tmp_path / name / "metrics.jsonl")[0] for name in ("off", "on", "cut"))
+    assert on["actor_loss"] == pytest.approx(off["actor_loss"], rel=1e-3, abs=1e-6)
+    assert cut["actor_loss"] == pytest.approx(off["actor_loss"] / 2, rel=1e-3, abs=1e-6)
 
 
 def test_indicator_costs_are_what_the_limit_is_compared_with(trainers, tmp_path):

@@ -5,8 +5,9 @@ Read folder.py and families.py to follow a tensor in a file to a parameter."""
 from nanosafe.checkpoint.convert import save_merged
 from nanosafe.checkpoint.folder import check_score_model
 from nanosafe.checkpoint.model_folder import (
+    Counts,
     count_parameters,
-    count_trained_parameters,
+    count_trained_and_frozen,
     init_from_scratch,
     load,
     load_trained,
@@ -14,9 +15,10 @@ from nanosafe.checkpoint.model_folder import (
 )
 
 __all__ = [
+    "Counts",
     "check_score_model",
     "count_parameters",
-    "count_trained_parameters",
+    "count_trained_and_frozen",
     "init_from_scratch",
     "load",
     "load_trained",

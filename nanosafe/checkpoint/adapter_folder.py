@@ -1,7 +1,7 @@
-"""Models that are adapters on a shared base (lora.py): made, read from PEFT's folders, written there.
+"""Models that are adapters on a shared base (lora.py): made, read from PEFT's folders, written so.
 
     adapter_config.json  adapter_model.safetensors   PEFT's, with the score head among the tensors
-    score_config.json                                ours: what a score model's config.json would say
+    score_config.json                                what a score model says beside its base
 
 adapters.py reads the same folders and merges them; here nothing is merged. A base in memory is a
 Base, and `bases` {its folder: Base} has all of a process."""

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import zlib
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -256,11 +257,19 @@ def count_parameters(source):
     return sum(shape.numel() for shape in list_shapes(config, "lm").values())
 
 
-def count_trained_parameters(path, lora):
-    """How many parameters load_trained() will train; no weights are read."""
+class Counts(NamedTuple):
+    """How many parameters a training has in memory."""
+
+    trained: int
+    frozen: int  # of the base on which an adapter is trained
+
+
+def count_trained_and_frozen(path, lora):
+    """The Counts of what load_trained() gives; no weights are read."""
+    parameters = count_parameters(path)
     if not lora.rank:
-        return count_parameters(path)
-    return count_adapter_parameters(open_folder(path), lora)
+        return Counts(parameters, 0)
+    return Counts(count_adapter_parameters(open_folder(path), lora), parameters)
 
 
 # ---- saving ----

@@ -1,7 +1,9 @@
 """The exact state of a run: what it needs to continue, bit by bit on as many ranks, and to
 rounding on another number.
 
-    out_dir/state/step_000500/  rank_00000.safetensors ..  state.json  record.json  checksums.json
+    out_dir/state/step_000500/  state.json  record.json  checksums.json
+        rank_00000_actor.safetensors ..  a rank's rows of a model; rank_00000.safetensors with those
+                                         of all models in older states
     out_dir/state/latest        the name of the last state; empty before the first
     out_dir/owner.json          which torchrun started the run
     out_dir/lock                locked while the run lives
@@ -44,6 +46,7 @@ from nanosafe.storage import (
 from nanosafe.tokenizer.chat_template import Clock
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
+RANK_FILE = "rank_"  # what the name of a file of a rank's rows begins with
 RECORD = "record.json"  # what a state was made with
 NODE_TIMEOUT = 120  # seconds in which a file server gives up the locks of a dead node
 MODEL_ENDINGS = ("config.json", "params.json", ".safetensors", ".bin", ".pth")
@@ -62,7 +65,8 @@ def save(out_dir, step, models, optimizers, extra, keep=2, record=None):
     keep        how many states stay, this one included; at least 1
     record      make_record() of the run, which load() compares
 
-    Every rank writes its own rows. Of copies, only one rank does."""
+    Every rank writes its own rows, one model after another, so that it holds no more than those of
+    one in host memory. Of copies, only one rank writes."""
     folder = os.path.join(out_dir, "state", name_state(step))
     temporary = folder + ".tmp"
     is_main = parallel.rank() == 0
@@ -70,9 +74,12 @@ def save(out_dir, step, models, optimizers, extra, keep=2, record=None):
         shutil.rmtree(temporary, ignore_errors=True)
         make_folder(temporary)
     parallel.barrier()
-    rank_sum = write_rank_file(temporary, models, optimizers)
+    own_sums = {}
+    for name, model in models.items():
+        file = name_rank_file(parallel.rank(), name)
+        own_sums[file] = write_rank_file(os.path.join(temporary, file), name, model, optimizers)
     # This gather is also the barrier behind which all files of ranks are written.
-    rank_sums = parallel.all_gather_lists([rank_sum], [parallel.rank()], parallel.world_size())
+    rank_sums = parallel.all_gather_lists([own_sums], [parallel.rank()], parallel.world_size())
     if is_main:
         optimizer_steps = {}
         for name in models:
@@ -89,19 +96,18 @@ def name_state(step):
     return f"step_{step:06d}"
 
 
-def name_rank_file(rank):
-    return f"rank_{rank:05d}.safetensors"
+def name_rank_file(rank, model_name):
+    return f"{RANK_FILE}{rank:05d}_{model_name}.safetensors"
 
 
-def write_rank_file(folder, models, optimizers):
-    """Write the rows that this rank saves; returns the file's checksum()."""
+def write_rank_file(path, model_name, model, optimizers):
+    """Write the rows of a model that this rank saves; returns the file's checksum()."""
     tensors = {}
     first_rows = {}
-    for part in local_slices(models, optimizers):
+    for part in local_slices({model_name: model}, optimizers):
         if part.is_writer:
             tensors[part.key] = part.rows.contiguous().cpu()
             first_rows[part.key] = part.first
-    path = os.path.join(folder, name_rank_file(parallel.rank()))
     with one_line_errors(path, "written"):
         save_file(tensors, path, {"first_rows": json.dumps(first_rows)})
         flush_to_disk(path)
@@ -109,13 +115,15 @@ def write_rank_file(folder, models, optimizers):
 
 
 def finish_state(folder, temporary, state, rank_sums, record):
-    """Add state.json, the record and checksums, and give the folder its name."""
+    """Add state.json, the record and checksums, and give the folder its name.
+
+    rank_sums  {file name: checksum()} of each rank"""
     # JSON has no NaN and no infinity, but a state must come back exactly.
     write_json(replace_non_finite(state, name_non_finite), temporary, "state.json")
     write_json(record or {}, temporary, RECORD)
     sums = {}
-    for rank, rank_sum in enumerate(rank_sums):
-        sums[name_rank_file(rank)] = rank_sum
+    for own_sums in rank_sums:
+        sums.update(own_sums)
     with one_line_errors(folder, "written"):
         for name in ("state.json", RECORD):
             sums[name] = checksum(os.path.join(temporary, name))
@@ -203,8 +211,11 @@ def load(out_dir, models, optimizers, record=None):
     if record:
         check_record(folder, state["step"], read_json(folder, RECORD), record)
     pieces = {}  # key -> [(its RowRange, its lazy slice)] over the files of ranks
-    for rank in range(state["ranks"]):
-        handle = safe_open(os.path.join(folder, name_rank_file(rank)), framework="pt")
+    # Whatever files of ranks the state has; find_latest_state() has seen that they are whole.
+    for file in sorted(read_json(folder, CHECKSUMS)):
+        if not file.startswith(RANK_FILE):
+            continue
+        handle = safe_open(os.path.join(folder, file), framework="pt")
         first_rows = json.loads(handle.metadata()["first_rows"])
         for key, first in first_rows.items():
             piece = handle.get_slice(key)
@@ -242,7 +253,8 @@ def make_moments(model, optimizer, steps):
     """Give AdamW the moments that it makes in its first step, which are filled afterwards."""
     for _, parameter in parallel.named_local_parameters(model):
         device = parallel.local_part(parameter.data).device
-        moments = {key: torch.zeros_like(parameter.data) for key in MOMENTS}
+        dtype = optimizer.defaults.get("moment_dtype", parameter.dtype)  # as optim.py sets it
+        moments = {key: torch.zeros_like(parameter.data, dtype=dtype) for key in MOMENTS}
         count = torch.tensor(float(steps), device=device)
         optimizer.state[parameter] = {"step": count, **moments}
 

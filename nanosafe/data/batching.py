@@ -25,13 +25,15 @@ class Batch(NamedTuple):
     cu_seqlens: torch.Tensor  # (B+1,) int32: where each sequence begins, and N at the end
     max_seqlen: int  # length of the longest
     targets: torch.Tensor  # (N,) int64: the next token where it carries loss, else IGNORED
+    target_positions: torch.Tensor = None  # (M,) int64: where a target is not IGNORED
 
 
 def collate(sequences, masks, device):
     """The Batch of token sequences. A mask is 1 on the tokens of a sequence that are targets."""
     if not sequences:
-        # A rank without work joins the others' collectives with a token that nobody reads.
-        sequences, masks = [np.zeros(1, np.int32)], [np.zeros(1, np.uint8)]
+        # A rank without work joins the others' collectives with tokens that nobody reads. They are
+        # two, because torch.compile makes another version of a block for a length of one.
+        sequences, masks = [np.zeros(2, np.int32)], [np.zeros(2, np.uint8)]
     tokens = np.concatenate(sequences).astype(np.int64)
     is_target = np.concatenate(masks)
     lengths = [len(sequence) for sequence in sequences]
@@ -41,11 +43,25 @@ def collate(sequences, masks, device):
     targets[:-1] = np.where(is_target[1:], tokens[1:], IGNORED)
     cu_seqlens = np.cumsum([0] + lengths, dtype=np.int32)
     return Batch(
-        tokens=torch.from_numpy(tokens).to(device, non_blocking=True),
-        cu_seqlens=torch.from_numpy(cu_seqlens).to(device, non_blocking=True),
+        tokens=copy_to_device(tokens, device),
+        cu_seqlens=copy_to_device(cu_seqlens, device),
         max_seqlen=max(lengths),
-        targets=torch.from_numpy(targets).to(device, non_blocking=True),
+        targets=copy_to_device(targets, device),
+        target_positions=copy_to_device(np.flatnonzero(targets != IGNORED), device),
     )
+
+
+def copy_to_device(values, device):
+    """A numpy array, or a list of ints, as a tensor on a device.
+
+    The host does not wait for a GPU, which takes the copy when it comes to it. That needs pinned
+    memory. Where a GPU's tensor is indexed by a list, the host waits."""
+    if isinstance(values, list):
+        values = np.array(values, np.int64)
+    tensor = torch.from_numpy(values)
+    if torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def gather_responses(x, batch, starts, R):
@@ -60,7 +76,7 @@ def gather_responses(x, batch, starts, R):
         # The batch of a rank without work: no rows, but connected to x, so that this rank's
         # backward pass joins the others' collectives.
         return x.new_zeros(0, R) + 0 * x.sum()
-    first = begins + torch.tensor(starts, device=x.device) - 1
+    first = begins + copy_to_device(starts, x.device) - 1
     positions = first[:, None] + torch.arange(R, device=x.device)
     last = batch.cu_seqlens[1:, None].long() - 1
     return x[torch.minimum(positions, last)]
@@ -77,7 +93,8 @@ def sum_per_sequence(x, batch):
     """The sum of a packed tensor over each sequence: x (N,) -> (B,)."""
     lengths = batch.cu_seqlens.diff().long()
     sequences = torch.arange(len(lengths), device=x.device)
-    return x.new_zeros(len(lengths)).index_add(0, sequences.repeat_interleave(lengths), x)
+    rows = sequences.repeat_interleave(lengths, output_size=len(x))
+    return x.new_zeros(len(lengths)).index_add(0, rows, x)
 
 
 # ---- which examples ----

@@ -19,7 +19,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -186,16 +186,10 @@ class Norm:
 def without_values(fake):
     """Replace what asks a tensor for its values, and what would take memory.
 
-    nonzero() finds that every target is read. The norm of the gradients is computed, but its value
-    is replaced. Module.to_empty() takes no memory."""
+    The norm of the gradients is computed, but its value is replaced. Module.to_empty() takes no
+    memory."""
     gradient_norm = parallel.gradient_norm
-    nonzero = torch.Tensor.nonzero
     to_empty = torch.nn.Module.to_empty
-
-    def nonzero_everywhere(self):
-        if isinstance(self, FakeTensor):
-            return torch.arange(len(self))[:, None]
-        return nonzero(self)
 
     def replaced_norm(parameters):
         assert gradient_norm(parameters).shape == ()
@@ -206,7 +200,6 @@ def without_values(fake):
             return to_empty(self, **options)
 
     with (
-        patch.object(torch.Tensor, "nonzero", nonzero_everywhere),
         patch.object(parallel, "gradient_norm", replaced_norm),
         patch.object(torch.nn.Module, "to_empty", to_empty_without_memory),
     ):
@@ -227,6 +220,7 @@ def make_batch(max_tokens, vocab_size, fake):
         tokens=fake.from_tensor(batch.tokens),
         cu_seqlens=fake.from_tensor(batch.cu_seqlens),
         targets=fake.from_tensor(batch.targets),
+        target_positions=fake.from_tensor(batch.target_positions),
     )
     return batch, [1] * len(lengths)
 

@@ -19,7 +19,7 @@ from nanosafe.model import Config
 from nanosafe.storage import REPOSITORY
 from nanosafe.tools.workload_report import Workload
 
-UNIFORM_WEIGHTS = 5  # its position among the arguments of LLaMA.forward
+UNIFORM_WEIGHTS = 6  # its position among the arguments of LLaMA.forward
 LEARNING = {
     "max_len": 512,
     "learning_rate": 1e-4,
