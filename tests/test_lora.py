@@ -399,20 +399,27 @@ def test_what_is_drawn_depends_on_the_seed_and_not_on_the_targets(base):
 @pytest.mark.parametrize("targets", ["all", "q_proj,v_proj", "gate_proj", " up_proj , o_proj "])
 def test_as_many_parameters_are_trained_as_are_counted_before(targets, base):
     model = new_adapter(base, targets=targets)
-    count = sum(parameter.numel() for parameter in model.parameters())
-    assert checkpoint.count_trained_parameters(base, Lora(4, 8.0, targets)) == count
-    again = new_adapter(folder_of("llama_patterns"))
-    count = sum(parameter.numel() for parameter in again.parameters())
-    counted = checkpoint.count_trained_parameters(folder_of("llama_patterns"), Lora(1, 1.0, "all"))
-    assert counted == count
+    counts = checkpoint.count_trained_and_frozen(base, Lora(4, 8.0, targets))
+    assert counts.trained == count_numbers(model)
+    assert counts.frozen == count_numbers(model.base)
+
+
+def count_numbers(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_of_an_adapter_that_goes_on_its_own_parameters_are_counted():
+    path = folder_of("llama_patterns")
+    model = new_adapter(path)
+    counts = checkpoint.count_trained_and_frozen(path, Lora(1, 1.0, "all"))
+    assert counts == (count_numbers(model), count_numbers(model.base))
 
 
 def test_without_a_rank_all_weights_are_trained(base):
     lora = Lora(0, 8.0, "all")
     model = checkpoint.load_trained(base, "lm", ON_CPU, {}, lora)
     assert type(model) is LLaMA
-    count = sum(parameter.numel() for parameter in model.parameters())
-    assert checkpoint.count_trained_parameters(base, lora) == count
+    assert checkpoint.count_trained_and_frozen(base, lora) == (count_numbers(model), 0)
 
 
 def test_a_base_gets_the_rows_that_a_tokenizer_needs(base, tmp_path):
@@ -664,7 +671,7 @@ def test_targets_that_are_no_matrices_of_a_block_are_refused(targets, base):
     words = "lora_targets=.* is none of .*q_proj, k_proj, v_proj, o_proj, gate_proj"
     refuses(new_adapter, base, targets=targets, match=words)
     lora = Lora(4, 8.0, targets)
-    refuses(checkpoint.count_trained_parameters, base, lora, match=words)
+    refuses(checkpoint.count_trained_and_frozen, base, lora, match=words)
 
 
 @pytest.mark.parametrize("name", MERGED)
@@ -785,8 +792,7 @@ def test_a_state_holds_adapters_and_their_moments_only(of_one_process, world):
         expected.add(f"cost/score_head.weight/{part}")
     assert state.keys() == expected
     assert "policy/blocks.1.qkv_proj.A.2/exp_avg" in expected
-    trained = sum(parameter.numel() for parameter in model.parameters())
-    assert numbers == 3 * (2 * trained + 32)
+    assert numbers == 3 * (2 * count_numbers(model) + 32)
 
 
 # ---- compiled blocks ----
@@ -936,8 +942,7 @@ def test_all_of_a_run_s_models_share_one_base(trained, world):
             assert row[f"{name}_grad_norm"] > 0
     folder = os.path.join(trained.ppo_lag, "state", "step_000008")
     state = load_file(os.path.join(folder, "rank_00000.safetensors"))
-    adapter = new_adapter(str(world / "policy"))
-    trained_numbers = sum(parameter.numel() for parameter in adapter.parameters())
+    trained_numbers = count_numbers(new_adapter(str(world / "policy")))
     numbers = sum(tensor.numel() for tensor in state.values())
     critic = 3 * (trained_numbers + 32)
     assert numbers == 3 * trained_numbers + 2 * critic + trained_numbers  # the last is the average
