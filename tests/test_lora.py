@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shutil
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -779,9 +780,16 @@ def test_adapters_on_several_ranks_compute_what_one_process_does(
         assert torch.allclose(tensor, of_one[name], atol=1e-5)
 
 
+def read_state(folder):
+    """{key: tensor} of all files of a run's state."""
+    state = {}
+    for path in sorted(Path(folder).rglob("*.safetensors")):
+        state.update(load_file(path))
+    return state
+
+
 def test_a_state_holds_adapters_and_their_moments_only(of_one_process, world):
-    folder = f"{of_one_process}.run/state/step_000002"
-    state = load_file(os.path.join(folder, "rank_00000.safetensors"))
+    state = read_state(f"{of_one_process}.run/state/step_000002")
     numbers = sum(tensor.numel() for tensor in state.values())
     model = new_adapter(str(world / "policy"))
     expected = set()
@@ -940,8 +948,7 @@ def test_all_of_a_run_s_models_share_one_base(trained, world):
         assert row["skips"] == 0
         for name in ("actor", "reward_critic", "cost_critic"):
             assert row[f"{name}_grad_norm"] > 0
-    folder = os.path.join(trained.ppo_lag, "state", "step_000008")
-    state = load_file(os.path.join(folder, "rank_00000.safetensors"))
+    state = read_state(os.path.join(trained.ppo_lag, "state", "step_000008"))
     trained_numbers = count_numbers(new_adapter(str(world / "policy")))
     numbers = sum(tensor.numel() for tensor in state.values())
     critic = 3 * (trained_numbers + 32)
