@@ -119,8 +119,8 @@ def new_adapter(path, base, head, lora, score_type, seed):
     check_head(path, base, head)
     if base.family is META:
         stop(
-            f"{path!r} is in Meta's layout, whose matrices PEFT has no names for: convert it first, "
-            "with python -m nanosafe.checkpoint SOURCE TARGET"
+            f"{path!r} is in Meta's layout, whose matrices PEFT has no names for: convert it "
+            "first, with python -m nanosafe.checkpoint SOURCE TARGET"
         )
     config = replace(base.model.config, score_type=score_type or base.model.config.score_type)
     wanted = choose_targets(path, config, base.family, lora.targets)
