@@ -128,6 +128,10 @@ class AdaptedLLaMA(nn.Module):
     def layers(self):
         return self.base.layers
 
+    @property
+    def compile_decoding(self):
+        return self.base.compile_decoding
+
     def block_pairs(self, dtype):
         """The BlockPairs of each layer, from the present parameters."""
         if self.kept_pairs is not None:
