@@ -27,7 +27,7 @@ GPUS = {
     "rtx-4090": Device(memory=24, matrix=165, bandwidth=1008, link=25, network=25),
 }
 SHARES = {"matrix": 0.57, "bandwidth": 0.68, "link": 0.7}  # of each rate, as others reached it
-HOST_LINK = 25  # GB/s between a GPU and its host, as PCIe 4 has it
+HOST_LINK = 25  # GB/s of PCIe 4 between a GPU and its host; a GPU's share of the host's memory, too
 GPUS_PER_NODE = 8
 RESERVED = 2.5  # GB for CUDA, NCCL's buffers and fragmentation; on a CPU for other processes
 

@@ -86,8 +86,8 @@ def run(
 ):
     """Take one step as one rank; return what this rank holds and sends, in bytes. Once a process.
 
-    In the result, "training_peak" is the most that the step has held, and "sampling_peak" what the
-    gather before sampling holds, without keys and values. "calls" lists [phase, kind, bytes of one,
+    In the result, "training_peak" is the most that passes forward and backward hold, with moments,
+    and "sampling_peak" what the gather before sampling holds, without keys and values. "calls" lists [phase, kind, bytes of one,
     how many]. Its phase "sampling" is that gather, which "collectives" and "counts" leave out.
     "seconds" are those of the dry run itself and say nothing about the cluster."""
     began = time.perf_counter()
@@ -100,8 +100,15 @@ def run(
     config = replace(SHAPES[shape], vocab_size=vocab_size)
     with memory, without_values(fake):
         models = make_models(config, head, ppo_lag, lora_rank, train, placements, fake)
+    held = Counter()
+    empty_slices = 0
     for model in models.whole:
         check_slices(model, layout, world, rank)
+        slices = local_slices(model).values()
+        held["params"] += sum(part.nbytes for part in slices)
+        empty_slices += sum(len(part) == 0 for part in slices)
+    for model in models.adapters:
+        held["adapters"] += sum(parameter.nbytes for parameter in model.parameters())
     with fake, collectives, memory, without_values(fake), as_on_a_gpu():
         optimizers = []
         for model in models.trained:
@@ -118,26 +125,20 @@ def run(
                 collectives.phase = "backward"
                 parallel.backward(model, loss, last=k == micros - 1)
                 del loss  # and with it what the forward pass has kept
-        held = Counter()
-        for model in models.whole:
-            held["params"] += count_parameter_bytes(model)
-        for model in models.adapters:
-            held["adapters"] += count_parameter_bytes(model)
+        before_the_step = memory.peak
         collectives.phase = "step"
         for model, optimizer in zip(models.trained, optimizers):
             slices = local_slices(model)
             held["grads"] += count_gradient_bytes(model, slices)
             optim.guarded_step(model, optimizer, 1e-3, 1.0)
             held["moments"] += count_moment_bytes(optimizer, slices)
-        held["training_peak"] = memory.peak
+        # From the second step on, moments are there from the beginning.
+        held["training_peak"] = before_the_step + held["moments"]
         collectives.phase = "sampling"
         if models.trained:
             held["sampling_peak"] = check_gathered_copy(models.trained[0], placements, memory)
     dist.destroy_process_group()
     total_bytes, counts = collectives.add_up()
-    empty_slices = 0
-    for model in models.whole:
-        empty_slices += sum(len(part) == 0 for part in local_slices(model).values())
     return {
         **held,
         "collectives": total_bytes,
@@ -241,7 +242,8 @@ class LiveMemory(TorchDispatchMode):
             return NotImplemented  # it comes again, as an operator on this rank's slice
         out = func(*args, **(kwargs or {}))
         for value in tree_leaves(out):
-            if isinstance(value, FakeTensor) and value.fake_mode is self.fake:
+            is_ours = isinstance(value, FakeTensor) and value.fake_mode is self.fake
+            if is_ours and value.device.type != "meta":
                 self.add(value.untyped_storage())
         return out
 
@@ -411,10 +413,6 @@ def local_slices(model):
     for name, parameter in parallel.named_local_parameters(model):
         slices[name] = parallel.local_part(parameter.data)
     return slices
-
-
-def count_parameter_bytes(model):
-    return sum(part.nbytes for part in local_slices(model).values())
 
 
 def check_slices(model, layout, world, rank):

@@ -22,7 +22,9 @@ from nanosafe.printing import format_table
 from nanosafe.ranges import check_ranges
 from nanosafe.tools.devices import GPUS, GPUS_PER_NODE, measure_this_machine
 from nanosafe.tools.model_sizes import SHAPES
+from nanosafe.tools.planned_memory import SHARES_STREAMS
 from nanosafe.tools.planned_run import Run, Times
+from nanosafe.tools.planned_setup import USUAL_RANK
 
 gpus = 0  # of the run, over all nodes; 0: the 8 of a node, or 1 for cpu
 gpu = "a800-80gb"  # a800-80gb | a100-80gb | a100-40gb | h100 | h200 | rtx-4090 | cpu (this machine)
@@ -119,6 +121,8 @@ def print_report(run, make_run):
     )
     print(format_table(memory_rows(run)) + "\n")
     print(format_table(time_rows(run)) + "\n")
+    for sentence in list_assumptions(run):
+        print(sentence)
     roofline = sum(times.roofline for times in run.times())
     expected = sum(times.expected for times in run.times())
     rate = run.sequences / expected
@@ -128,6 +132,34 @@ def print_report(run, make_run):
     )
     if not run.fits():
         print(suggest_change(run, make_run))
+
+
+def list_assumptions(run):
+    """Sentences about what was planned that the tables do not show."""
+    sentences = []
+    if run.has_base:
+        standing = [model.name for model in run.models if not model.is_whole]
+        sentences.append(f"on one frozen base: {', '.join(standing)}")
+        alone = [model.name for model in run.models if model.is_whole]
+        if alone:
+            sentences.append(f"with weights of their own: {', '.join(alone)}")
+    if run.is_ppo:
+        rows = run.count_rows_of_a_rollout()
+        sentences.append(
+            f"{rows} responses are decoded at a time, the longest of {run.longest_response():.0f} "
+            "tokens"
+        )
+    if run.gpus > 1 and not run.is_plain and not SHARES_STREAMS:
+        sentences.append("this torch has no share_comm_ctx: each model gathers in its own buffers")
+    host = run.memory().host
+    if host:
+        parts = [f"{part.name} {format_gigabytes(part.bytes)}" for part in host]
+        total = format_gigabytes(sum(part.bytes for part in host))
+        sentences.append(
+            f"host memory of a node: {total} GB ({', '.join(parts)}); torch rounds each pinned "
+            "tensor up to a power of two, which is counted"
+        )
+    return sentences
 
 
 def memory_rows(run):
@@ -176,6 +208,9 @@ def suggest_change(run, make_run):
         (smaller, 1),
         ({**smaller, "offload": "frozen"}, 1),
     ]
+    if run.knobs.get("lora_rank") == 0:  # adapters, on a base in one piece where it fits
+        adapters = {**smaller, "lora_rank": USUAL_RANK}
+        tries += [({**adapters, "parallel": run.knobs["parallel"]}, 1), (adapters, 1)]
     for exponent in range(1, 8):
         tries.append((smaller, 2**exponent))
     for change, factor in tries:

@@ -151,9 +151,10 @@ class RunMemory(RunSetup):
             at_block += self.block_bytes()
         if self.trains_adapters:
             return max(at_vocabulary, at_block)
-        # Gradients in the compute dtype, and as float32 before and after they are reduced.
+        # Meanwhile the gradients of the block before it are reduced, in float32; at the end the
+        # gradients are there in the compute dtype, too.
         block, _ = self.tensors["lm"]
-        at_block += (self.compute_bytes + 4) * count_numbers(block)
+        at_block += 4 * count_numbers(block)
         at_end = (self.compute_bytes + 4) * self.count_outside(self.trained[0])
         return max(at_vocabulary, at_block, at_end)
 
@@ -178,14 +179,14 @@ class RunMemory(RunSetup):
             Part("adapters as blocks multiply by them", self.compute_bytes * pairs, "lora_rank"),
         ]
         held = sum(part.bytes for part in [*always, *parts])
-        live = self.count_live_rows(held)
+        live = self.count_rows(held)
         logits = 3 * 4 * live * self.config.vocab_size
         parts.append(Part("KV cache", live * self.cache_row_bytes(), "slots, max_len"))
         parts.append(Part("sampler's logits", logits, "slots"))
         return [part for part in parts if part.bytes]
 
-    def count_live_rows(self, held=0):
-        """Responses that one rank decodes together: where `slots` is 0, as many as half of the
+    def count_rows(self, held):
+        """Responses that one rank decodes at a time: where `slots` is 0, as many as half of the
         memory beside the `held` bytes has room for."""
         if self.knobs["slots"]:
             return min(self.knobs["slots"], self.sequences_per_gpu)
@@ -194,6 +195,10 @@ class RunMemory(RunSetup):
             free = max(0, (self.device.memory - RESERVED) * 1e9 - held)
         fitting = max(1, int(free / 2 / self.cache_row_bytes()))
         return min(MAX_SLOTS, self.sequences_per_gpu, fitting)
+
+    def count_rows_of_a_rollout(self):
+        sizes = {part.name: part.bytes for part in self.memory().sampling}
+        return round(sizes["KV cache"] / self.cache_row_bytes())
 
     def cache_row_bytes(self):
         return math.ceil(self.knobs["max_len"] / 64) * 64 * self.cache_bytes_per_token()

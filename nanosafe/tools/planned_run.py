@@ -7,9 +7,9 @@ part of these rates that others have measured."""
 import math
 from typing import NamedTuple
 
-from nanosafe.tools.devices import GPUS_PER_NODE, SHARES
+from nanosafe.tools.devices import GPUS_PER_NODE, HOST_LINK, SHARES
 from nanosafe.tools.planned_memory import RunMemory
-from nanosafe.tools.planned_setup import MOMENT_BYTES
+from nanosafe.tools.planned_setup import MOMENT_BYTES, PlannedModel
 
 # train_pref.py's objectives that compare a policy with a reference.
 WITH_REFERENCE = ("dpo", "ipo", "kto", "safedpo", "bso", "bfpo", "modpo")
@@ -22,6 +22,7 @@ class Traffic(NamedTuple):
     scattered: float = 0  # gradients, reduced into slices
     reduced: float = 0  # gradients, between copies
     copies: int = 1  # how many of these there are
+    hosted: float = 0  # between the GPU and its host, or inside the host, for what is offloaded
 
 
 class Phase(NamedTuple):
@@ -59,7 +60,8 @@ class Run(RunMemory):
         phases = []
         has_reference = objective in WITH_REFERENCE and not self.knobs["reference_free"]
         if has_reference and self.trains_adapters:  # of a whole model its answers are kept
-            phases.append(self.score("reference", "lm", self.tokens, targets, self.frozen_shards))
+            reference = PlannedModel("reference", "lm", trains=False, is_whole=False)
+            phases.append(self.score_model(reference, targets))
         is_mean = objective == "mle"
         phases.append(self.train("step", self.trained[0], self.tokens, targets, is_mean))
         return phases
@@ -89,14 +91,17 @@ class Run(RunMemory):
         is_sliced = model.trains and model.is_whole
         shards = self.shards if is_sliced else self.frozen_shards
         has_adapter = not model.is_whole and model.name != "reference"
-        return self.score(name, model.head, self.tokens, targets, shards, has_adapter)
+        return self.score(
+            name, model.head, self.tokens, targets, shards, has_adapter, not is_sliced
+        )
 
     def prefill(self):
         """Every prompt is read once, by a gathered copy of the weights."""
         tokens = self.sequences_per_gpu * (self.length - self.response)
         flops = self.flops("lm", tokens, self.sequences_per_gpu, 1, 1, self.trains_adapters)
         shards = self.frozen_shards if self.trains_adapters else self.shards
-        return Phase("prompts", flops, 0, self.traffic("lm", shards), shards)
+        traffic = self.traffic("lm", shards)
+        return Phase("prompts", flops, 0, traffic, shards)
 
     def decode(self):
         """Every step reads all weights, and the keys and values of the rows that are live.
@@ -106,7 +111,7 @@ class Run(RunMemory):
         config = self.config
         tokens = self.sequences_per_gpu * self.response
         flops = self.flops("lm", tokens, tokens, 1, 1, self.trains_adapters)
-        rounds = self.sequences_per_gpu / self.count_live_rows_of_a_rollout()
+        rounds = self.sequences_per_gpu / self.count_rows_of_a_rollout()
         steps = (rounds - 1) * self.response + self.longest_response()
         embedding = config.vocab_size * config.hidden_size  # of which a step reads a row per token
         if config.tie_word_embeddings:
@@ -117,11 +122,6 @@ class Run(RunMemory):
         keys = tokens * self.cache_bytes_per_token() * (self.length - self.response / 2)
         moved = steps * self.compute_bytes * numbers + keys
         return Phase("responses", flops, moved, Traffic(), 1)
-
-    def count_live_rows_of_a_rollout(self):
-        for part in self.memory().sampling:
-            if part.name == "KV cache":
-                return part.bytes / self.cache_row_bytes()
 
     def longest_response(self):
         """Tokens of the longest response of a rollout.
@@ -134,11 +134,14 @@ class Run(RunMemory):
         room = self.knobs["max_len"] - shortest_prompt
         return max(self.response, min(self.knobs["max_new_tokens"], room))
 
-    def score(self, name, head, tokens, targets, shards, has_adapter=False):
-        """A forward pass without a backward one, of log-probabilities, scores or values."""
+    def score(self, name, head, tokens, targets, shards, has_adapter=False, is_frozen=False):
+        """A forward pass without a backward one, of log-probabilities, scores or values.
+
+        is_frozen  the weights that are read are a frozen model's, or the base's"""
         flops = self.flops(head, tokens, targets, 1, 1, has_adapter)
         weights = self.compute_bytes * self.count_models([head]) * self.micro_batches
-        return Phase(name, flops, weights, self.traffic(head, shards, self.micro_batches), shards)
+        traffic = self.traffic(head, shards, self.micro_batches, is_frozen=is_frozen)
+        return Phase(name, flops, weights, traffic, shards)
 
     def train(self, name, head, tokens, targets, uniform_weights=False, updates=True):
         """Forward and backward passes, and with `updates` the optimizer's step.
@@ -154,10 +157,14 @@ class Run(RunMemory):
             trained, shards = self.adapter_numbers, self.frozen_shards
             times_read = 2
         moved = times_read * self.compute_bytes * self.count_models([head]) * micro_batches
+        traffic = self.traffic(head, shards, micro_batches, trains=True)
         if updates:  # what AdamW reads and writes
             moment_bytes = MOMENT_BYTES[self.knobs.get("moments", "float32")]
-            moved += (12 + 4 * moment_bytes) * trained
-        traffic = self.traffic(head, shards, micro_batches, trains=True)
+            of_adamw = (12 + 4 * moment_bytes) * trained
+            if self.offloads_trained and not self.trains_adapters:
+                traffic = traffic._replace(hosted=traffic.hosted + of_adamw)
+            else:
+                moved += of_adamw
         return Phase(name, flops, moved, traffic, shards)
 
     def ptx(self):
@@ -196,7 +203,7 @@ class Run(RunMemory):
             seen += window - window**2 / (2 * self.length)
         return seen
 
-    def traffic(self, head, shards, micro_batches=1, trains=False):
+    def traffic(self, head, shards, micro_batches=1, trains=False, is_frozen=False):
         """The Traffic of a model's passes, as FSDP2 sends it.
 
         Blocks are gathered in each forward and each backward pass; what is outside the blocks in
@@ -204,23 +211,35 @@ class Run(RunMemory):
         in the last micro-batch, and so do adapters, which each rank has whole."""
         blocks = self.count_blocks(head, shards) * shards
         outside = self.count_outside(head, shards) * shards
-        reduced = 0
+        gathered = micro_batches * blocks + outside
+        scattered = 0
+        if trains:
+            gathered = micro_batches * (2 * blocks + outside)
+        if trains and not self.trains_adapters:
+            scattered = micro_batches * (blocks + outside)
         copies = self.gpus // shards
+        reduced = 0
         if trains and self.trains_adapters:
             copies = self.gpus
-            reduced = 4 * self.adapter_numbers
+            reduced = self.adapter_numbers
         elif trains:
-            reduced = 4 * (blocks + outside) / shards
-        if copies == 1:
-            reduced = 0
-        if shards == 1:
-            return Traffic(reduced=reduced, copies=copies)
-        if not trains:
-            return Traffic(gathered=self.compute_bytes * (micro_batches * blocks + outside))
-        gathered = self.compute_bytes * micro_batches * (2 * blocks + outside)
-        if self.trains_adapters:
-            return Traffic(gathered, 0, reduced, copies)
-        return Traffic(gathered, 4 * micro_batches * (blocks + outside), reduced, copies)
+            reduced = (blocks + outside) / shards
+        hosted = self.count_hosted_bytes(gathered / shards, scattered / shards, is_frozen)
+        return Traffic(
+            gathered=self.compute_bytes * gathered if shards > 1 else 0,
+            scattered=4 * scattered if shards > 1 else 0,
+            reduced=4 * reduced if copies > 1 else 0,
+            copies=copies,
+            hosted=hosted,
+        )
+
+    def count_hosted_bytes(self, gathered, scattered, is_frozen):
+        """Bytes between a GPU and its host, of so many gathered weights and scattered gradients."""
+        if (is_frozen or self.trains_adapters) and self.offloads_frozen:
+            return self.compute_bytes * gathered
+        if not is_frozen and not self.trains_adapters and self.offloads_trained:
+            return 4 * (gathered + scattered)
+        return 0
 
     # ---- time ----
 
@@ -238,10 +257,10 @@ class Run(RunMemory):
         return times
 
     def link_seconds(self, traffic, shards):
-        """Seconds of ring collectives.
+        """Seconds of ring collectives, and of what goes to the host.
 
         All GPUs of a node share its network, or as many rings of copies as it has slices."""
-        if self.device.is_cpu or self.gpus == 1:
+        if self.device.is_cpu:
             return 0.0
         link, network = self.device.link, self.device.network
         ring = min(link, network) if shards > GPUS_PER_NODE else link
@@ -249,4 +268,5 @@ class Run(RunMemory):
         copies = traffic.copies
         sliced = (traffic.gathered + traffic.scattered) * (shards - 1) / shards / ring
         copied = 2 * traffic.reduced * (copies - 1) / copies / across
-        return (sliced + copied) / 1e9
+        hosted = traffic.hosted / HOST_LINK
+        return (sliced + copied + hosted) / 1e9
