@@ -72,7 +72,7 @@ def test_the_adapters_counted_are_those_of_the_model():
 
 
 def test_six_models_are_one_base_and_five_adapters():
-    planned = make_run(1, lora_rank=16)
+    planned = make_run(1, lora_rank=16, max_tokens=2048)
     always = {part.name: part.bytes for part in planned.memory().always}
     P = planned.count_models(["lm"])
     assert always["frozen models"] == 2 * P  # in bfloat16, once
@@ -84,6 +84,7 @@ def test_six_models_are_one_base_and_five_adapters():
 
 def test_reward_and_cost_models_may_have_weights_of_their_own(tmp_path, capsys):
     whole = tmp_path / "whole"
+    whole.mkdir()
     write_json({"model_type": "llama"}, whole, "config.json")
     for knobs in ({"score_models": "whole"}, {"reward_model": whole, "cost_model": whole}):
         planned = make_run(1, lora_rank=16, **knobs)

@@ -224,11 +224,12 @@ def make_adapter(base, head, rank, fake):
 
 
 class LiveMemory(TorchDispatchMode):
-    """Adds up the tensors that are alive whenever an operator has made one.
+    """Adds up the tensors that are alive whenever an operator has made a large one.
 
     peak  the most so far, in bytes. Tensors below SMALL bytes are left out"""
 
     SMALL = 2**16
+    LARGE = 2**20
 
     def __init__(self, fake):
         """fake: the FakeTensorMode of the step. DTensor makes tensors of another one to plan."""
@@ -252,7 +253,8 @@ class LiveMemory(TorchDispatchMode):
         is_new = known is None or known() is not storage
         if is_new and storage.nbytes() >= self.SMALL:
             self.storages[storage._cdata] = weakref.ref(storage)
-            self.peak = max(self.peak, self.count())
+            if storage.nbytes() >= self.LARGE:
+                self.peak = max(self.peak, self.count())
 
     def count(self):
         """Bytes that are held now. A storage that FSDP has freed is there, with no bytes."""

@@ -80,9 +80,6 @@ class RunMemory(RunSetup):
         if self.adapters_trained:
             pairs = self.compute_bytes * self.pair_numbers
             parts.append(Part("adapters as blocks multiply by them", pairs, "lora_rank"))
-            if self.gpus > 1:
-                flat = 4 * self.adapter_numbers
-                parts.append(Part("gradients, exchanged at once", flat, "lora_rank"))
         if not self.is_plain:
             gathered = self.compute_bytes * self.count_gathered_in_training()
             parts.append(Part("gathered weights", gathered, "parallel"))
@@ -92,14 +89,20 @@ class RunMemory(RunSetup):
         return [part for part in parts if part.bytes]
 
     def count_gathered_in_training(self):
-        """Numbers of trained models that have been scored before, and blocks in flight."""
+        """Numbers of trained models that have been scored before, and of the block at work."""
         count = self.count_kept_gathered(self.whole_trained)
         if self.layout != "ddp":
             block, _ = self.tensors["lm"]
-            streams = 1 if SHARES_STREAMS else len(self.whole_trained + self.whole_frozen)
-            # The block that is computed, and two buffers of gathers: its own and the next one's.
-            count += (1 + 2 * streams) * count_numbers(block)
+            count += count_numbers(block)
         return count
+
+    def count_prefetched(self):
+        """Numbers in the buffers of a backward pass that gathers the next block meanwhile."""
+        if self.layout == "ddp":
+            return 0
+        block, _ = self.tensors["lm"]
+        buffers = 1 if SHARES_STREAMS else len(self.whole_trained + self.whole_frozen)
+        return buffers * count_numbers(block)
 
     def kernels(self):
         """Which activations are kept: see block_activations()."""
@@ -133,8 +136,9 @@ class RunMemory(RunSetup):
     def backward_peak(self):
         """The most that a backward pass holds of activations and of gradients on their way.
 
-        It is reached in the gradient of the vocabulary's matrix, in the first block whose gradient
-        is computed, or, where slices are reduced, at the end, in what is outside the blocks."""
+        It is reached in the gradient of the vocabulary's matrix, in the first blocks whose
+        gradients are computed, or at the end, when those outside the blocks are reduced, or those
+        of an adapter."""
         config = self.config
         kept = self.kept_activations()
         embedding = config.vocab_size * config.hidden_size
@@ -149,13 +153,15 @@ class RunMemory(RunSetup):
         at_block = kept + gradient_of_vocabulary + 3 * width_bytes
         if self.knobs["activation_checkpointing"]:
             at_block += self.block_bytes()
+        at_block += self.compute_bytes * self.count_prefetched()
         if self.trains_adapters:
-            return max(at_vocabulary, at_block)
-        # Meanwhile the gradients of the block before it are reduced, in float32; at the end the
-        # gradients are there in the compute dtype, too.
-        block, _ = self.tensors["lm"]
-        at_block += 4 * count_numbers(block)
-        at_end = (self.compute_bytes + 4) * self.count_outside(self.trained[0])
+            at_end = 4 * self.adapter_numbers if self.gpus > 1 else 0
+        else:
+            # Meanwhile the gradients of the block before it are reduced, in float32; at the end the
+            # gradients are there in the compute dtype, too.
+            block, _ = self.tensors["lm"]
+            at_block += 4 * count_numbers(block)
+            at_end = (self.compute_bytes + 4) * self.count_outside(self.trained[0])
         return max(at_vocabulary, at_block, at_end)
 
     def logits_bytes(self):
