@@ -6,7 +6,6 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.distributed.fsdp
 
 from nanosafe.rollout import CPU_CACHE_BYTES, MAX_SLOTS
 from nanosafe.tools.devices import GPUS_PER_NODE, RESERVED
