@@ -28,12 +28,12 @@ from nanosafe.tools.planned_setup import USUAL_RANK
 
 gpus = 0  # of the run, over all nodes; 0: the 8 of a node, or 1 for cpu
 gpu = "a800-80gb"  # a800-80gb | a100-80gb | a100-40gb | h100 | h200 | rtx-4090 | cpu (this machine)
-shape = ""  # 1b | 1.1b | 3b | 7b | 8b | 13b | 34b | 70b, where the model's folder is not there yet
+shape = ""  # 1b | 1.1b | 3b | 7b | 8b | 13b | 34b | 70b, for a model that is not there yet
 length = 0  # mean tokens of a sequence; 0: max_len
 response = 0  # tokens of it that are sampled or carry loss; 0: half, or max_new_tokens
 longest = 0  # tokens of a rollout's longest response; 0: to max_len after a prompt of a quarter
-score_models = "auto"  # adapters | whole: what reward and cost models are; auto: what their folders
-# hold, and before they exist adapters with lora_rank, else whole
+score_models = "auto"  # adapters | whole: what reward and cost models are; auto: what is there
+# at their paths, and before that adapters with lora_rank, else whole
 
 
 # ---- the command ----
