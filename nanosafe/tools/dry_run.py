@@ -88,7 +88,8 @@ def run(
 
     In the result, "training_peak" is the most that passes forward and backward hold, with moments,
     and "sampling_peak" what the gather before sampling holds, without keys and values.
-    "calls" lists [phase, kind, bytes of one, how many]. Its phase "sampling" is that gather, which "collectives" and "counts" leave out.
+    "calls" lists [phase, kind, bytes of one, how many]. Its phase "sampling" is that gather,
+    which "collectives" and "counts" leave out.
     "seconds" are those of the dry run itself and say nothing about the cluster."""
     began = time.perf_counter()
     os.environ["LOCAL_WORLD_SIZE"] = str(min(world, plan.GPUS_PER_NODE))
