@@ -42,7 +42,8 @@ class LogProbs(torch.autograd.Function):
         x, weight, targets, log_sums = ctx.saved_tensors
         grad = grad[:, None] / ctx.temperature
         dx = torch.zeros_like(x, dtype=torch.float32)
-        dweight = torch.empty_like(weight)
+        # A frozen head, beside which adapters are trained, has no gradient.
+        dweight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         for block in split_into_spans(len(weight), len(x), x, BLOCK_MIB):
             logits = compute_logits(x, weight[block]).div_(ctx.temperature)
             probs = logits.sub_(log_sums[:, None]).exp_()
@@ -50,7 +51,8 @@ class LogProbs(torch.autograd.Function):
             column, inside = columns_of_targets(targets, block)
             dlogits = probs.mul_(-grad).scatter_add_(1, column, grad * inside[:, None]).to(x.dtype)
             dx += dlogits @ weight[block]
-            torch.mm(dlogits.T, x, out=dweight[block])
+            if dweight is not None:
+                torch.mm(dlogits.T, x, out=dweight[block])
         return dx.to(x.dtype), dweight, None, None
 
 
@@ -61,7 +63,7 @@ class UniformLogProbs(torch.autograd.Function):
     def forward(ctx, x, weight, targets, temperature):
         logps = torch.empty(len(x), device=x.device)
         dx = torch.empty_like(x)
-        dweight = torch.zeros_like(weight)
+        dweight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         chunks = split_into_spans(len(x), len(weight), x, CHUNK_MIB)
         longest = len(x[chunks[0]]) if chunks else 0
         # It is used for all chunks, because fresh memory pages are slow.
@@ -79,7 +81,8 @@ class UniformLogProbs(torch.autograd.Function):
             # d logp / d logits = onehot(target) - probs, here with the sign turned
             dlogits = probs.scatter_add_(1, target, -torch.ones_like(largest)[:, None]).to(x.dtype)
             torch.mm(dlogits, weight, out=dx[rows]).div_(-temperature)
-            dweight.addmm_(dlogits.T, x[rows], alpha=-1 / temperature)
+            if dweight is not None:
+                dweight.addmm_(dlogits.T, x[rows], alpha=-1 / temperature)
         ctx.gradients = dx, dweight
         return logps
 
@@ -93,7 +96,8 @@ class UniformLogProbs(torch.autograd.Function):
             is_uniform = (grad == grad[0]).all()
             factor = torch.where(is_uniform, grad[0], torch.nan)
             for gradient in gradients:
-                gradient.mul_(factor)
+                if gradient is not None:
+                    gradient.mul_(factor)
         return *gradients, None, None
 
 

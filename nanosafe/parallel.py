@@ -313,8 +313,11 @@ def shard_model(model, placement):
         "mp_policy": MixedPrecisionPolicy(placement.compute_dtype, reduce_dtype=torch.float32),
         "offload_policy": CPUOffloadPolicy() if placement.offload else OffloadPolicy(),
     }
-    for layer in model.layers:  # a layer is gathered when it is needed, and dropped after it
-        fully_shard(layer, **options, reshard_after_forward=placement.layout != "ddp")
+    # A layer is gathered when it is needed, and dropped after it. Whole copies stay, unless they
+    # wait in host memory.
+    drops_layers = placement.layout != "ddp" or placement.offload
+    for layer in model.layers:
+        fully_shard(layer, **options, reshard_after_forward=drops_layers)
     fully_shard(model, **options, reshard_after_forward=False)
     model.placement = placement
     share_streams(model)

@@ -155,6 +155,7 @@ RANGES = {
     "gpus": COUNT_OR_0,
     "length": COUNT_OR_0,
     "response": COUNT_OR_0,
+    "longest": COUNT_OR_0,
     "steps": COUNT,
     "repetitions": COUNT,
     "kills": COUNT_OR_0,

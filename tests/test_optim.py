@@ -285,7 +285,7 @@ def test_a_state_has_moments_in_bfloat16_and_continues_bit_by_bit(tmp_path):
     run_state.save(tmp_path, 3, models, optimizers, {})
     continue_run(models, optimizers, 3, 6)
 
-    saved = load_file(tmp_path / "state" / "step_000003" / "rank_00000.safetensors")
+    saved = load_file(tmp_path / "state" / "step_000003" / "rank_00000_model.safetensors")
     kinds = {"weight": torch.float32, "exp_avg": torch.bfloat16, "exp_avg_sq": torch.bfloat16}
     for key, tensor in saved.items():
         assert tensor.dtype == kinds[key.rpartition("/")[2]], key

@@ -11,12 +11,15 @@ import pytest
 import torch
 from conftest import ROOT, run
 
+from nanosafe.lora import Lora
 from nanosafe.model import Config, LLaMA
 from nanosafe.storage import write_json
-from nanosafe.tools import plan
+from nanosafe.tools import plan, plan_table
+from nanosafe.tools.model_sizes import adapter_size, count_numbers, model_tensors, pinned_bytes
 
 RECIPE = ["train_ppo_lag.py", "config/beaver_7b/ppo_lag.py"]
 A800 = plan.GPUS["a800-80gb"]
+ONE_RTX_4090 = ["--gpus=1", "--gpu=rtx-4090"]
 
 
 def plan_output(capsys, *arguments):
@@ -53,10 +56,91 @@ def test_the_tensors_counted_are_those_of_the_model(shape, head):
     config = plan.SHAPES[shape]
     with torch.device("meta"):
         model = LLaMA(config, head)
-    block, outside = plan.model_tensors(config, head)
-    in_blocks = plan.count_numbers(block) * config.num_hidden_layers
+    block, outside = model_tensors(config, head)
+    in_blocks = count_numbers(block) * config.num_hidden_layers
     total = sum(parameter.numel() for parameter in model.parameters())
-    assert in_blocks + plan.count_numbers(outside) == total
+    assert in_blocks + count_numbers(outside) == total
+
+
+def test_the_adapters_counted_are_those_of_the_model():
+    """By hand, for q_proj and v_proj of a 7B at rank 16; they multiply as one pair of rank 32."""
+    size = adapter_size(plan.SHAPES["7b"], Lora(16, 32.0, "q_proj,v_proj"))
+    assert size == (4 * 16 * 4096, 32 * (4096 + 3 * 4096), 32)
+    assert adapter_size(plan.SHAPES["7b"], Lora(0, 32.0, "all")) == (0, 0, 0)
+    for targets in ("all", "o_proj"):
+        everything = adapter_size(plan.SHAPES["8b"], Lora(4, 8.0, targets))
+        assert everything.ranks == {"all": 28, "o_proj": 4}[targets]
+
+
+def test_six_models_are_one_base_and_five_adapters():
+    planned = make_run(1, plan.GPUS["rtx-4090"], lora_rank=16, max_tokens=1024)
+    always = {part.name: part.bytes for part in planned.memory().always}
+    P = planned.count_models(["lm"])
+    assert always["frozen models"] == 2 * P  # in bfloat16, once
+    assert always["adapters, float32"] == 5 * 4 * planned.adapter_numbers
+    assert always["AdamW's moments"] == 3 * 8 * planned.adapter_numbers
+    assert "weights, float32" not in always
+    assert planned.fits()
+
+
+def test_reward_and_cost_models_may_have_weights_of_their_own(tmp_path, capsys):
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    write_json({"model_type": "llama"}, whole, "config.json")
+    for knobs in ({"score_models": "whole"}, {"reward_model": whole, "cost_model": whole}):
+        planned = make_run(1, lora_rank=16, **knobs)
+        P, S = planned.count_models(["lm"]), planned.count_models(["score"])
+        always = {part.name: part.bytes for part in planned.memory().always}
+        assert always["frozen models"] == 2 * (P + 2 * S)
+        assert planned.adapters_frozen == 0
+    text = plan_output(capsys, *RECIPE, "--lora_rank=16", "--score_models=whole")
+    assert "with weights of their own: reward, cost" in text
+    text = plan_output(capsys, *RECIPE, "--lora_rank=16")
+    assert "on one frozen base: actor, reward critic, cost critic, reference, reward, cost" in text
+
+
+def test_functions_that_score_take_no_memory():
+    planned = make_run(1, reward_model="score.py:reward", cost_model="score.py:cost")
+    assert planned.frozen == ["lm"]
+    assert len(planned.trained) == 3
+
+
+def test_a_frozen_base_saves_the_gradients_of_its_weights():
+    """Of three passes one is the weights' own gradients; adapters and attention keep all three."""
+    full, adapters = make_run(1, lora_rank=0), make_run(1, lora_rank=16)
+    tokens = 1000
+    saved = full.train("", "score", tokens, 0).flops - adapters.train("", "score", tokens, 0).flops
+    pairs = 3 * 2 * adapters.pair_numbers * tokens
+    assert saved == 2 * full.count_blocks("score") * tokens - pairs
+
+
+def test_moments_of_half_the_size_take_half_the_memory():
+    planned = make_run(8)
+    before = {part.name: part.bytes for part in planned.memory().always}
+    planned.knobs["moments"] = "bfloat16"
+    after = {part.name: part.bytes for part in planned.memory().always}
+    assert after.pop("AdamW's moments") == before.pop("AdamW's moments") / 2
+    assert after == before
+
+
+def test_pinned_memory_is_rounded_up_to_powers_of_two():
+    """A third more at 7B: of a matrix of 4096 x 11008 the slice of a rank has 22.5 MB, and takes
+    33.6."""
+    assert pinned_bytes([(4096, 11008)], 8, 4) == 2**25
+    planned = make_run(8, offload="all")
+    host = {part.name: part.bytes for part in planned.memory().host}
+    exact = 3 * 4 * planned.count_models(["lm"])
+    assert 1.3 < host["weights, pinned"] / exact < 1.45
+    assert make_run(8).memory().host == []
+
+
+def test_where_slots_are_not_said_half_of_the_free_memory_is_for_the_cache():
+    small = make_run(1, plan.GPUS["rtx-4090"], lora_rank=16, rollout_size=64, batch_size=64)
+    held = sum(part.bytes for part in small.memory().always)
+    rows = small.count_rows_of_a_rollout()
+    assert 1 < rows < 64
+    assert rows * small.cache_row_bytes() <= (24e9 - held) / 2
+    assert make_run(1, lora_rank=16, slots=8).count_rows_of_a_rollout() == 8
 
 
 @pytest.mark.parametrize(
@@ -91,11 +175,100 @@ def test_slices_and_collectives_are_those_of_a_dry_run(
     slices = planned.count_models([head], planned.shards)
     assert found["params"] == pytest.approx(4 * slices, rel=0.05)
     assert found["moments"] == 2 * found["params"] == 2 * found["grads"]
-    traffic = planned.traffic(head, planned.shards, micros, trains=True)
+    check_traffic(found, planned.traffic(head, planned.shards, micros, trains=True))
+
+
+def check_traffic(found, traffic):
+    """Compare what a dry run has found with a planned Traffic."""
     sent = found["collectives"]
     assert sent["all_gather"] == pytest.approx(traffic.gathered, rel=0.05, abs=1e4)
     assert sent["reduce_scatter"] == pytest.approx(traffic.scattered, rel=0.05, abs=1e4)
     assert sent["all_reduce"] == pytest.approx(traffic.reduced, rel=0.05, abs=1e4)
+
+
+def dry_run(**knobs):
+    """What a dry run of two micro-batches in bfloat16 finds."""
+    flags = [f"--{key}={value}" for key, value in knobs.items()]
+    done = run("-m", "nanosafe.tools.dry_run", *flags, "--micros=2")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def plan_as_a_dry_run(script, gpus, tokens, shape, **knobs):
+    """The Run of two micro-batches that a dry run takes: all tokens carry loss."""
+    sequences = 2 * gpus
+    if script == "train_ppo_lag.py":
+        knobs.update(rollout_size=sequences, batch_size=sequences, max_new_tokens=tokens)
+    elif script == "train_pref.py":
+        knobs.update(objective="reward", batch_size=sequences // 2)
+    else:
+        knobs.update(init_from="base", batch_size=sequences)
+    return make_run(
+        gpus,
+        plan.GPUS["h200"],
+        plan.SHAPES[shape],
+        script,
+        tokens,
+        tokens,
+        max_len=tokens,
+        max_tokens=tokens,
+        dtype="bfloat16",
+        use_compile=False,
+        **knobs,
+    )
+
+
+SCRIPT_OF_TASK = {"sft": "train_sft.py", "reward": "train_pref.py", "ppo_lag": "train_ppo_lag.py"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "task, layout, rank, recomputes",
+    [
+        ("sft", "ddp", 0, False),
+        ("sft", "ddp", 16, True),
+        ("sft", "fsdp", 0, True),
+        ("sft", "fsdp", 16, False),
+        ("reward", "ddp", 16, False),
+        ("reward", "fsdp", 0, True),
+        ("ppo_lag", "ddp", 16, True),
+        ("ppo_lag", "fsdp", 0, False),
+        ("ppo_lag", "fsdp", 16, True),
+    ],
+)
+def test_memory_is_that_of_a_dry_run(task, layout, rank, recomputes):
+    """The peak of a step, and what sampling holds beside keys and values, agree within 5 %."""
+    gpus = 1 if layout == "ddp" else 8
+    found = dry_run(
+        world=gpus,
+        layout=layout,
+        shape="1.1b",
+        head="score" if task == "reward" else "lm",
+        ppo_lag=task == "ppo_lag",
+        lora_rank=rank,
+        activation_checkpointing=recomputes,
+        max_tokens=2048,
+    )
+    planned = plan_as_a_dry_run(
+        SCRIPT_OF_TASK[task],
+        gpus,
+        2048,
+        "1.1b",
+        parallel=layout,
+        lora_rank=rank,
+        activation_checkpointing=recomputes,
+    )
+    assert planned.training_peak() == pytest.approx(found["training_peak"], rel=0.05)
+    if task == "ppo_lag":
+        memory = planned.memory()
+        caches = ("KV cache", "sampler's logits")
+        held = 0
+        for part in memory.always + memory.sampling:
+            if part.name not in caches:
+                held += part.bytes
+        assert held == pytest.approx(found["sampling_peak"], rel=0.05)
+    if task == "sft":
+        shards = planned.frozen_shards if rank else planned.shards
+        check_traffic(found, planned.traffic("lm", shards, 2, trains=True))
 
 
 def test_the_last_of_1024_ranks_has_empty_slices_and_still_steps():
@@ -136,6 +309,8 @@ def test_ppo_lag_of_7b_agrees_with_arithmetic_by_hand():
     matrix_seconds = sum(times.matrix for times in planned.times())
     assert matrix_seconds == pytest.approx(44 * P * tokens / 312e12, rel=0.05)
     assert planned.count_models(["lm"], 8) == pytest.approx(P / 8, rel=1e-3)
+    # Of 512 tokens a prompt has 256 on average, and one a quarter of these: 448 are left.
+    assert planned.longest_response() == 448
     memory = planned.memory()
     always = {part.name: part.bytes for part in memory.always}
     sampling = {part.name: part.bytes for part in memory.sampling}
@@ -181,7 +356,7 @@ def test_the_7b_recipe_fits_eight_gpus_with_room_and_is_near_its_roofline(capsys
     assert max(float(training), float(sampling)) < 64
     last_row = re.findall(r"^all .*", text, re.M)[-1]
     _, _, _, roofline, expected = [float(x) for x in re.findall(r"[\d.]+", last_row)]
-    assert 8 < roofline < 11  # about 8.5 s: 36 P FLOP per token, and the decoding
+    assert 8.5 < roofline < 11.5  # about 10 s: 36 P FLOP per token, and the decoding
     assert expected / roofline <= 1.7
     assert "does not fit" not in text
 
@@ -220,9 +395,35 @@ def test_help_without_a_script_shows_the_planners_own_knobs(capsys):
         assert re.search(rf"^ +{name} = ", text, re.M)
 
 
+def test_one_command_makes_the_table_of_what_fits(capsys, monkeypatch):
+    monkeypatch.setattr(plan_table, "SHAPES_SHOWN", ("7b",))
+    plan_table.main([os.path.join(ROOT, "train_sft.py"), "--init_from=base"])
+    rows = capsys.readouterr().out.splitlines()
+    assert rows[0].split()[:2] == ["shape", "trained"]
+    assert "rtx-4090, 24 GB" in rows[0]
+    weights, adapters = rows[1:]
+    assert "offload=all" in weights  # nowhere else is room for 16 bytes of each of 7e9 weights
+    assert "offload" not in adapters
+
+
+def test_the_7b_recipe_of_adapters_fits_one_gpu_of_24_gb(capsys):
+    text = plan_output(capsys, *RECIPE, "config/beaver_7b/lora_ppo_lag.py", *ONE_RTX_4090)
+    assert "does not fit" not in text
+    for recipe in (
+        "train_sft.py config/beaver_7b/sft.py",
+        "train_pref.py config/beaver_7b/reward.py",
+    ):
+        flags = [*recipe.split(), "config/beaver_7b/lora.py", *ONE_RTX_4090]
+        assert "does not fit" not in plan_output(capsys, *flags)
+
+
 def test_every_trainer_can_be_planned(capsys):
     for script in ("train_sft.py", "train_pref.py", "train_ppo_lag.py", "nanosafe/phf/train.py"):
         assert "x the roofline" in plan_output(capsys, script, "--shape=1.1b", "--gpus=2")
+    adapters = ["--shape=1.1b", "--gpus=2", "--lora_rank=4", "--init_from=base"]
+    assert "x the roofline" in plan_output(capsys, "train_sft.py", *adapters)
+    text = plan_output(capsys, "train_pref.py", *adapters, "--objective=dpo")
+    assert re.search("^reference ", text, re.M)  # read in each step: it is the base
 
 
 # ---- a real run ----

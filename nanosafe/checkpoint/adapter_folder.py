@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from nanosafe import parallel
 from nanosafe.adapter_base import ADAPTER_CONFIG, SCORE_CONFIG
 from nanosafe.checkpoint.adapters import MergedTensor
-from nanosafe.checkpoint.families import Family, find_rows
+from nanosafe.checkpoint.families import META, Family, find_rows
 from nanosafe.checkpoint.folder import list_shapes, make_config
 from nanosafe.errors import one_line_errors, stop
 from nanosafe.hub import parse_name
@@ -116,6 +116,12 @@ def new_adapter(path, base, head, lora, score_type, seed):
     lora  the Lora that is asked for
 
     Its score head is not filled yet."""
+    check_head(path, base, head)
+    if base.family is META:
+        stop(
+            f"{path!r} is in Meta's layout, whose matrices PEFT has no names for: convert it "
+            "first, with python -m nanosafe.checkpoint SOURCE TARGET"
+        )
     config = replace(base.model.config, score_type=score_type or base.model.config.score_type)
     wanted = choose_targets(path, config, base.family, lora.targets)
     blocks = make_new_blocks(config, base.family, lora, wanted)
@@ -134,6 +140,12 @@ def new_adapter(path, base, head, lora, score_type, seed):
         "use_rslora": False,
     }
     return AdaptedLLaMA(base.model, config, head, blocks, peft_config)
+
+
+def check_head(path, base, head):
+    """Stop where a model is to generate text, and its base is a score model, without an LM head."""
+    if head != "score" and base.model.head == "score":
+        stop(f"{path!r} is a score model: it cannot generate text")
 
 
 def make_new_blocks(config, family, lora, wanted):
@@ -235,6 +247,7 @@ def read_adapter(folder, base, head, score_type):
     """The AdaptedLLaMA of an opened adapter folder that can share its base.
 
     Its score head is not read yet."""
+    check_head(folder.path, base, head)
     config = make_config(folder, score_type)
     config.vocab_size = base.model.config.vocab_size  # which may have rows for new tokens
     pairs = find_pairs(folder)

@@ -132,10 +132,7 @@ def load_trained(path, head, placements, bases, lora, vocab_size=0, score_type=N
     else:
         base = load_base(path, "auto", bases, placement, vocab_size)
         model = new_adapter(path, base, head, lora, score_type, seed)
-        own_head = {}
-        if base.model.head == "score":
-            own_head = dict(base.model.named_parameters())
-        fill_score_head(model, own_head, path, seed)
+        fill_score_head(model, open_folder(path).tensors, path, seed)
     return model.to(placement.device).requires_grad_(True)
 
 

@@ -1,19 +1,24 @@
 """A training step of a large model as one rank of many, on a machine that could not hold the model.
 
 $ python -m nanosafe.tools.dry_run --world=64 --layout=hsdp --rank=63 --shape=70b --head=score
+$ python -m nanosafe.tools.dry_run --world=1 --layout=ddp --ppo_lag=True --lora_rank=16
 
-The code is the trainers' own: build_model, shard_model, forward, backward and guarded_step. Tensors
-have shapes but no memory, and the process group sends nothing but counts what it is given. So
-whatever depends on shapes alone fails here as it would on the cluster (uneven slices, ranks without
-a row of some tensor, meshes), and the bytes that a step holds and sends can be compared with the
-planner's. Tensors have no values; without_values() replaces what asks for one."""
+The code is the trainers' own: build_model, shard_model, new_adapter, forward, backward and
+guarded_step. Tensors have shapes but no memory, and the process group sends nothing but counts what
+it is given. So whatever depends on shapes alone fails here as it would on the cluster (uneven
+slices, ranks without a row of some tensor, meshes), and the bytes that a step holds and sends can
+be compared with the planner's. Tensors have no values; without_values() replaces what asks for one.
+They are those of a GPU that runs blocks uncompiled: as_on_a_gpu() chooses its attention kernel."""
 
+import inspect
 import json
 import os
 import time
+import weakref
 from collections import Counter
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import NamedTuple
 from unittest.mock import patch
 
 import numpy as np
@@ -22,14 +27,17 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.nn.attention.varlen import varlen_attn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from configurator import configure
-from nanosafe import optim, parallel
-from nanosafe.checkpoint import model_folder, run_state
+from nanosafe import attention, logprobs, optim, parallel
+from nanosafe.checkpoint import adapter_folder, model_folder, run_state
+from nanosafe.checkpoint.families import FAMILIES
 from nanosafe.data.batching import collate, gather_responses
+from nanosafe.lora import Lora
 from nanosafe.losses import critic_loss, mle_loss
 from nanosafe.model import Config
 from nanosafe.tools import plan
@@ -39,6 +47,8 @@ layout = "fsdp"  # ddp | fsdp | hsdp
 rank = 0  # which of them this process is
 shape = "7b"  # tiny | 1.1b | 7b | 13b | 34b | 70b
 head = "lm"  # lm | score | both
+ppo_lag = False  # the six models of PPO-Lag instead of one with this head
+lora_rank = 0  # of adapters that are trained on a frozen base; 0: the weights themselves are
 max_tokens = 4096  # of a micro-batch; 0: that of a rank without work
 vocab_size = 32000  # of the model
 micros = 1  # micro-batches of the step
@@ -67,6 +77,8 @@ def run(
     shape,
     head,
     max_tokens,
+    ppo_lag=False,
+    lora_rank=0,
     vocab_size=32000,
     micros=1,
     activation_checkpointing=False,
@@ -74,42 +86,58 @@ def run(
 ):
     """Take one step as one rank; return what this rank holds and sends, in bytes. Once a process.
 
-    In the result, "calls" lists [phase, kind, bytes of one, how many]. Its phase "sampling" is the
-    gather before sampling, which "collectives" and "counts" leave out. "seconds" are those of the
-    dry run itself and say nothing about the cluster."""
+    In the result, "training_peak" is the most that passes forward and backward hold, with moments,
+    and "sampling_peak" what the gather before sampling holds, without keys and values.
+    "calls" lists [phase, kind, bytes of one, how many]. Its phase "sampling" is that gather,
+    which "collectives" and "counts" leave out.
+    "seconds" are those of the dry run itself and say nothing about the cluster."""
     began = time.perf_counter()
     os.environ["LOCAL_WORLD_SIZE"] = str(min(world, plan.GPUS_PER_NODE))
     dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
-    placement = make_placement(world, layout, rank, activation_checkpointing, train)
+    placements = make_placements(world, layout, rank, activation_checkpointing)
     collectives = Collectives()
     fake = FakeTensorMode(allow_non_fake_inputs=True)
+    memory = LiveMemory(fake)
     config = replace(SHAPES[shape], vocab_size=vocab_size)
-    with without_values(fake):
-        model = model_folder.build_model(config, head, placement, placement.dtype)
-    model.requires_grad_(train)
-    check_slices(model, layout, world, rank)
-    with fake, collectives, without_values(fake):
-        if train:
-            optimizer = optim.make_adamw(model, 0.1, 0.9, 0.95)
+    with memory, without_values(fake):
+        models = make_models(config, head, ppo_lag, lora_rank, train, placements, fake)
+    held = Counter()
+    empty_slices = 0
+    for model in models.whole:
+        check_slices(model, layout, world, rank)
+        slices = local_slices(model).values()
+        held["params"] += sum(part.nbytes for part in slices)
+        empty_slices += sum(len(part) == 0 for part in slices)
+    for model in models.adapters:
+        held["adapters"] += sum(parameter.nbytes for parameter in model.parameters())
+    with fake, collectives, memory, without_values(fake), as_on_a_gpu():
+        optimizers = []
+        for model in models.trained:
+            optimizers.append(optim.make_adamw(model, 0.1, 0.9, 0.95))
         for k in range(micros):
             batch, starts = make_batch(max_tokens, vocab_size, fake)
             collectives.phase = "forward"
-            with nullcontext() if train else torch.no_grad():
+            with torch.no_grad():
+                for model in models.scored:
+                    compute_loss(model, batch, starts)
+            for model in models.trained:
+                collectives.phase = "forward"
                 loss = compute_loss(model, batch, starts) / micros
-            if train:
                 collectives.phase = "backward"
                 parallel.backward(model, loss, last=k == micros - 1)
-        slices = {}
-        for name, parameter in parallel.named_local_parameters(model):
-            slices[name] = parallel.local_part(parameter.data)
-        held = {"params": sum(part.nbytes for part in slices.values())}
-        if train:
-            held["grads"] = count_gradient_bytes(model, slices)
-            collectives.phase = "step"
+                del loss  # and with it what the forward pass has kept
+        before_the_step = memory.peak
+        collectives.phase = "step"
+        for model, optimizer in zip(models.trained, optimizers):
+            slices = local_slices(model)
+            held["grads"] += count_gradient_bytes(model, slices)
             optim.guarded_step(model, optimizer, 1e-3, 1.0)
-            held["moments"] = count_moment_bytes(optimizer, slices)
-            collectives.phase = "sampling"
-            check_gathered_copy(model, placement)
+            held["moments"] += count_moment_bytes(optimizer, slices)
+        # From the second step on, moments are there from the beginning.
+        held["training_peak"] = before_the_step + held["moments"]
+        collectives.phase = "sampling"
+        if models.trained:
+            held["sampling_peak"] = check_gathered_copy(models.trained[0], placements, memory)
     dist.destroy_process_group()
     total_bytes, counts = collectives.add_up()
     return {
@@ -117,14 +145,14 @@ def run(
         "collectives": total_bytes,
         "counts": counts,
         "calls": [[*key, count] for key, count in sorted(collectives.calls.items())],
-        "empty_slices": sum(len(part) == 0 for part in slices.values()),
+        "empty_slices": empty_slices,
         "seconds": round(time.perf_counter() - began, 2),
     }
 
 
-def make_placement(world, layout, rank, activation_checkpointing, train):
+def make_placements(world, layout, rank, activation_checkpointing):
     this_rank = parallel.World(rank, world, torch.device("cpu"), rank == 0)
-    placements = parallel.choose_placements(
+    return parallel.choose_placements(
         this_rank,
         dtype="bfloat16",
         layout=layout,
@@ -133,7 +161,112 @@ def make_placement(world, layout, rank, activation_checkpointing, train):
         activation_checkpointing=activation_checkpointing,
         parameters=10**10,
     )
-    return placements.trained if train else placements.frozen
+
+
+# ---- the models ----
+
+
+class Models(NamedTuple):
+    """The models of a step. The first that is trained is the one that samples."""
+
+    whole: list  # with weights of their own, a base of adapters included
+    adapters: list  # on the base
+    trained: list
+    scored: list  # read without gradients, before the updates
+
+
+def make_models(config, head, ppo_lag, lora_rank, train, placements, fake):
+    """One model, or PPO-Lag's: the reference, reward and cost model, actor and two critics."""
+    models = Models([], [], [], [])
+    read_heads = ["lm", "score", "score"] if ppo_lag else []
+    trained_heads = ["lm", "score", "score"] if ppo_lag else [head]
+    if not train:
+        read_heads, trained_heads = trained_heads, []
+    base = None
+    if lora_rank:
+        base = make_whole_model(config, "lm", placements.frozen, trains=False)
+        models.whole.append(base)
+    for head in read_heads:
+        if base is not None and head == "lm":  # the reference is the base
+            model = base
+        elif base is not None:
+            model = make_adapter(base, head, lora_rank, fake).requires_grad_(False)
+            models.adapters.append(model)
+        else:
+            model = make_whole_model(config, head, placements.frozen, trains=False)
+            models.whole.append(model)
+        models.scored.append(model)
+    for head in trained_heads:
+        if base is not None:
+            model = make_adapter(base, head, lora_rank, fake)
+            models.adapters.append(model)
+        else:
+            model = make_whole_model(config, head, placements.trained, trains=True)
+            models.whole.append(model)
+        models.trained.append(model)
+        if ppo_lag:  # old log-probabilities and values
+            models.scored.append(model)
+    return models
+
+
+def make_whole_model(config, head, placement, trains):
+    model = model_folder.build_model(config, head, placement, placement.dtype)
+    return model.requires_grad_(trains)
+
+
+def make_adapter(base, head, rank, fake):
+    opened = adapter_folder.Base(base, FAMILIES["llama"])
+    with fake:
+        lora = Lora(rank, 2.0 * rank, "all")
+        return adapter_folder.new_adapter("base", opened, head, lora, None, seed=0)
+
+
+# ---- what is counted ----
+
+
+class LiveMemory(TorchDispatchMode):
+    """Adds up the tensors that are alive whenever an operator has made a large one.
+
+    peak  the most so far, in bytes. Tensors below SMALL bytes are left out"""
+
+    SMALL = 2**16
+    LARGE = 2**20
+
+    def __init__(self, fake):
+        """fake: the FakeTensorMode of the step. DTensor makes tensors of another one to plan."""
+        super().__init__()
+        self.fake = fake
+        self.storages = {}  # address -> a weak reference to the storage there
+        self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(issubclass(t, DTensor) for t in types):
+            return NotImplemented  # it comes again, as an operator on this rank's slice
+        out = func(*args, **(kwargs or {}))
+        for value in tree_leaves(out):
+            is_ours = isinstance(value, FakeTensor) and value.fake_mode is self.fake
+            if is_ours and value.device.type != "meta":
+                self.add(value.untyped_storage())
+        return out
+
+    def add(self, storage):
+        known = self.storages.get(storage._cdata)
+        is_new = known is None or known() is not storage
+        if is_new and storage.nbytes() >= self.SMALL:
+            self.storages[storage._cdata] = weakref.ref(storage)
+            if storage.nbytes() >= self.LARGE:
+                self.peak = max(self.peak, self.count())
+
+    def count(self):
+        """Bytes that are held now. A storage that FSDP has freed is there, with no bytes."""
+        total = 0
+        for address, reference in list(self.storages.items()):
+            storage = reference()
+            if storage is None:
+                del self.storages[address]
+            else:
+                total += storage.nbytes()
+        return total
 
 
 class Collectives(TorchDispatchMode):
@@ -175,6 +308,9 @@ class Collectives(TorchDispatchMode):
         return total_bytes, counts
 
 
+# ---- tensors without values ----
+
+
 class Norm:
     """Stands for a gradient norm, above grad_clip so that gradients are scaled as well."""
 
@@ -204,6 +340,28 @@ def without_values(fake):
         patch.object(torch.nn.Module, "to_empty", to_empty_without_memory),
     ):
         yield
+
+
+@contextmanager
+def as_on_a_gpu():
+    """Choose the packed attention kernel, and blocks of logits, as on a GPU."""
+    options = inspect.signature(varlen_attn).parameters
+
+    def attend(layout, q, k, v, cache):
+        return layout.attend_packed(q, k, v)
+
+    with (
+        patch.object(attention, "varlen_attn", varlen_attn, create=True),
+        patch.object(attention, "VARLEN_OPTIONS", options, create=True),
+        patch.object(attention, "attention_dtype", lambda x: x.dtype),
+        patch.object(attention.PackedBatch, "attend", attend),
+        patch.object(logprobs, "BLOCK_MIB", logprobs.GPU_MIB),
+        patch.object(logprobs, "CHUNK_MIB", logprobs.GPU_MIB),
+    ):
+        yield
+
+
+# ---- the step ----
 
 
 def make_batch(max_tokens, vocab_size, fake):
@@ -241,6 +399,17 @@ def compute_critic_loss(scores, batch, starts):
     values = gather_responses(scores, batch, starts, batch.max_seqlen)
     zeros = torch.zeros(values.shape)
     return critic_loss(values, zeros, zeros, zeros, 5.0)
+
+
+# ---- what is checked ----
+
+
+def local_slices(model):
+    """{name: this rank's slice} of a model's parameters."""
+    slices = {}
+    for name, parameter in parallel.named_local_parameters(model):
+        slices[name] = parallel.local_part(parameter.data)
+    return slices
 
 
 def check_slices(model, layout, world, rank):
@@ -281,16 +450,20 @@ def count_moment_bytes(optimizer, slices):
     return sum(moment.nbytes for moment in moments)
 
 
-def check_gathered_copy(model, placement):
-    """Gather the weights as before sampling: all of each parameter, in the compute dtype."""
+def check_gathered_copy(model, placements, memory):
+    """Gather the weights as before sampling: all of each parameter, in the compute dtype.
+
+    Returns the bytes that are held meanwhile."""
     shapes = {}
     with parallel.gathered_for_sampling(model) as copy:
-        for name, parameter in model.named_parameters():
+        whole = getattr(copy, "base", copy)  # of an adapter
+        for name, parameter in getattr(model, "base", model).named_parameters():
             shapes[name] = parameter.shape
-        for name, parameter in copy.named_parameters():
+        for name, parameter in whole.named_parameters():
             assert parameter.shape == shapes[name], name
-            assert parameter.dtype == placement.compute_dtype, name
+            assert parameter.dtype == placements.trained.compute_dtype, name
             assert not isinstance(parameter, DTensor), name
+        return memory.count()
 
 
 if __name__ == "__main__":
