@@ -14,10 +14,10 @@ from conftest import run
 
 from nanosafe.lora import MatrixAdapter
 from nanosafe.parallel import World
-from nanosafe.tools import plan, quick_bench, quick_checks, quick_workloads
+from nanosafe.tools import devices, quick_bench, quick_checks, quick_workloads
 from nanosafe.tools.quick_bench import Part, QuickBench
 
-MACHINE = plan.Device(141, 700, 4000, 1, 1)._asdict()  # about an H200
+MACHINE = devices.Device(141, 700, 4000, 1, 1)._asdict()  # about an H200
 CPU = World(rank=0, size=1, device=torch.device("cpu"), main=True)
 
 
@@ -43,11 +43,12 @@ def test_all_parts_run_on_a_cpu_and_leave_out_what_only_a_gpu_has(dtype, tmp_pat
         assert row["amount"] > 0
         assert row["peak"] > 10**7
         assert not {"failed", "compiled", "waits", "reserved"} & row.keys()
-    six_models = report["rows"][3]
-    assert six_models["metrics"]["ratio"] == 1
-    assert six_models["metrics"]["sampler_gap"] < 1e-5
-    assert six_models["phases"].keys() >= {"rollout", "actor: updates", "cost critic: updates"}
-    assert abs(six_models["plan"] - six_models["peak"]) < 0.3 * six_models["peak"]
+    for row in report["rows"][3:]:
+        assert row["metrics"]["ratio"] == 1
+        assert row["metrics"]["sampler_gap"] < 1e-5
+        assert row["phases"].keys() >= {"rollout", "actor: updates", "cost critic: updates"}
+        assert row["roofline"].keys() >= {"responses", "actor", "cost critic"}
+        assert abs(row["plan"] - row["peak"]) < 0.4 * row["peak"]
     assert printed.splitlines()[-1] == report["line"]
     assert not os.path.exists(tmp_path / "models")
 

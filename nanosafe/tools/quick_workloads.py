@@ -43,16 +43,15 @@ from nanosafe.storage import (
     write_json,
     write_jsonl,
 )
-from nanosafe.tools import demo, plan, quick_checks, workloads
+from nanosafe.tools import demo, devices, model_sizes, plan, quick_checks, workloads
+from nanosafe.tools.planned_run import Run
 from nanosafe.tools.workload_report import Workload, read_peak_memory
 
 SHAPES = {
     "tiny": Config(1000, 32, 48, 2, 4, 2),
-    **plan.SHAPES,
+    **model_sizes.SHAPES,
     # As fast as 7B, in a quarter of the memory: trained weights of 7B are too large for one GPU.
-    "7b-8-layers": replace(plan.SHAPES["7b"], num_hidden_layers=8),
-    # Llama-3.2-3B
-    "3b": Config(128256, 3072, 8192, 28, 24, 8, 128, tie_word_embeddings=True),
+    "7b-8-layers": replace(model_sizes.SHAPES["7b"], num_hidden_layers=8),
 }
 VOCABULARY = 400  # of the tokenizer; the models' own is larger, and random weights use all of it
 ADAPTER_RANK = 16
@@ -160,7 +159,7 @@ def read_peak(workload):
 
 
 def measure_machine(workload, counts):
-    machine = plan.measure_this_machine(workload.device, name_dtype(workload))
+    machine = devices.measure_this_machine(workload.device, name_dtype(workload))
     workload.report["machine"] = machine._asdict()
     workload.report["dtype"] = name_dtype(workload)
     if workload.device == "cuda":
@@ -393,7 +392,7 @@ def plan_run(workload, script, flags, shape, machine, length, response=0):
         words.append(f"--{name}={value}")
     with redirect_stdout(None):
         knobs = plan.read_knobs(os.path.join(REPOSITORY, script), words)
-    return plan.Run(knobs, SHAPES[shape], plan.Device(**machine), 1, length, response)
+    return Run(knobs, SHAPES[shape], devices.Device(**machine), 1, length, response)
 
 
 def name_dtype(workload):
@@ -407,7 +406,15 @@ def ppo_lag(workload, counts, shape, adapters, prompts, length, new_tokens, max_
     """The trainer's second iteration, the first being warm-up. Nothing is saved.
 
     adapters  six models as adapters on one base, instead of six models"""
-    flags = {
+    folder = workload.folder
+    kind = "_adapter" if adapters else ""
+    flags = {  # of models that write_models() has written
+        "out_dir": f"{folder}/run",
+        "actor_model": f"{folder}/model",
+        "reward_model": f"{folder}/reward{kind}",
+        "cost_model": f"{folder}/cost{kind}",
+        "lora_rank": ADAPTER_RANK if adapters else 0,
+        "prompts": f"{folder}/prompts.jsonl",
         "rollout_size": prompts,
         "batch_size": prompts,
         "max_len": length,
@@ -422,44 +429,25 @@ def ppo_lag(workload, counts, shape, adapters, prompts, length, new_tokens, max_
         "dtype": name_dtype(workload),
     }
     workload.options["batch_size"] = prompts  # what report_steps() counts
-    name = f"PPO-Lag, {shape}, six models"
-    if adapters:
-        name = f"PPO-Lag, {shape}, adapters on one base"
-    with new_row(workload, name) as row:
-        if not adapters:  # which the planner does not know
-            mean_length = new_tokens + (length - new_tokens) * 3 // 4  # of write_prompts()
-            planned = plan_run(
-                workload, "train_ppo_lag.py", flags, shape, machine, mean_length, new_tokens
-            )
-            row["plan"] = planned.peak()
-            row["roofline"] = {times.name: times.roofline for times in planned.times()}
+    name = "adapters on one base" if adapters else "six models"
+    with new_row(workload, f"PPO-Lag, {shape}, {name}") as row:
+        mean_length = new_tokens + (length - new_tokens) * 3 // 4  # of write_prompts()
+        planner_flags = {**flags, "longest": new_tokens}
+        planned = plan_run(
+            workload, "train_ppo_lag.py", planner_flags, shape, machine, mean_length, new_tokens
+        )
+        row["plan"] = planned.peak()
+        row["roofline"] = {times.name: times.roofline for times in planned.times()}
         count_iterations(counts)
-        run_ppo_lag(workload, flags, adapters)
+        shutil.rmtree(flags["out_dir"], ignore_errors=True)
+        checkpoint.save = run_state.save = save_nothing
+        workloads.run_trainer(workload, "train_ppo_lag.py", flags)
         seconds = workload.report["seconds"][-1]
         row.update(amount=seconds, unit="s an iteration", phases=workload.report["phases"])
-        if "roofline" in row:
-            row.update(share=sum(row["roofline"].values()) / seconds, of="roofline")
+        row.update(share=sum(row["roofline"].values()) / seconds, of="roofline")
         row.update(counts.last)
-        metrics = read_metrics(f"{workload.folder}/run/metrics.jsonl")
+        metrics = read_metrics(f"{flags['out_dir']}/metrics.jsonl")
         row["metrics"] = metrics[-1]
-
-
-def run_ppo_lag(workload, flags, adapters):
-    """Run the trainer on the models that write_models() has written."""
-    checkpoint.save = run_state.save = save_nothing
-    kind = "_adapter" if adapters else ""
-    out_dir = f"{workload.folder}/run"
-    shutil.rmtree(out_dir, ignore_errors=True)
-    flags = {
-        **flags,
-        "out_dir": out_dir,
-        "actor_model": f"{workload.folder}/model",
-        "reward_model": f"{workload.folder}/reward{kind}",
-        "cost_model": f"{workload.folder}/cost{kind}",
-        "prompts": f"{workload.folder}/prompts.jsonl",
-        "lora_rank": ADAPTER_RANK if adapters else 0,
-    }
-    workloads.run_trainer(workload, "train_ppo_lag.py", flags)
 
 
 def save_nothing(*arguments, **options):
