@@ -50,7 +50,7 @@ def test_all_parts_run_on_a_cpu_and_leave_out_what_only_a_gpu_has(dtype, tmp_pat
         assert row["roofline"].keys() >= {"responses", "actor", "cost critic"}
         assert abs(row["plan"] - row["peak"]) < 0.4 * row["peak"]
     assert printed.splitlines()[-1] == report["line"]
-    assert not os.path.exists(tmp_path / "models")
+    assert not os.path.exists(tmp_path / quick_bench.MODELS)
 
 
 # ---- a part that fails ----

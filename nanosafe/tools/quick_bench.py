@@ -26,6 +26,7 @@ from nanosafe.printing import format_table
 from nanosafe.storage import REPOSITORY, make_folder, write_json
 
 SECONDS = {"quick": 300, "long": 1800}  # for all parts together
+MODELS = "quick_bench_models"  # a folder that is removed, so no name that a user's own would have
 LONGEST_CELL = 60  # letters of a reason in the table
 LEAST_SECONDS = 10  # a part that has less is left out
 DECODED_PROMPT = 128  # tokens, and as many are sampled
@@ -146,7 +147,7 @@ class QuickBench:
         self.device = device
         self.dtype = dtype
         self.folder = folder
-        self.models = os.path.join(os.path.abspath(folder), "models")
+        self.models = os.path.join(os.path.abspath(folder), MODELS)
         self.began = time.monotonic()
         self.seconds = seconds
         self.reports = {}  # of each part
