@@ -113,6 +113,37 @@ def test_a_report_that_was_cut_short_counts_as_none(tmp_path):
     assert quick_bench.take_report(path) == {"rows": []}  # it is removed
 
 
+def test_a_row_that_was_begun_counts_as_none(tmp_path):
+    path = tmp_path / "report.json"
+    path.write_text('{"rows": [{"name": "first", "amount": 1.0}, {"name": "second", "peak": 9}]}')
+    assert quick_bench.take_report(path)["rows"] == [{"name": "first", "amount": 1.0}]
+
+
+def break_kernel(world):
+    raise RuntimeError("no kernel image is available\nfor execution on the device")
+
+
+def test_a_check_that_fails_or_is_not_finite_is_wrong_and_the_others_go_on(monkeypatch):
+    checks = {
+        "broken": (break_kernel, 1.0),
+        "not finite": (lambda world: float("nan"), 1.0),
+        "too far": (lambda world: 2.0, 1.0),
+        "right": (lambda world: 0.5, 1.0),
+    }
+    monkeypatch.setattr(quick_checks, "choose", lambda device: checks)
+    workload = SimpleNamespace(device="cpu", report={})
+    quick_workloads.check(workload, None)
+    found = workload.report["checks"]
+    assert [check["passed"] for check in found] == [False, False, False, True]
+    json.dumps(found, allow_nan=False)
+    lines = [quick_bench.describe_check(check) for check in found]
+    assert lines[0] == (
+        "WRONG: broken (RuntimeError: no kernel image is available for execution on the device)"
+    )
+    assert lines[1] == "WRONG: not finite (error nan)"
+    assert lines[3] == "right: right (error 0.5, at most 1)"
+
+
 def test_a_part_that_has_no_time_left_is_left_out(bench):
     bench.seconds = 5
     report = bench.run_part(Part("decode", "decode", {}))

@@ -10,6 +10,7 @@ and one line for an issue."""
 
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
@@ -207,7 +208,9 @@ def take_report(path):
         with contextlib.suppress(ValueError), open(path) as f:
             report = json.load(f)
         os.remove(path)
-    report.setdefault("rows", [])
+    # A process that was ended has perhaps begun a row.
+    rows = report.get("rows", [])
+    report["rows"] = [row for row in rows if "amount" in row or "failed" in row]
     return report
 
 
@@ -320,7 +323,8 @@ def format_seconds(phases):
 
 def describe_distance(metrics):
     """How far the update's forward and the sampler are from the forward that weighs tokens."""
-    ratio, gap = metrics["ratio"], metrics["sampler_gap"]
+    ratio = metrics.get("ratio", math.nan)
+    gap = metrics.get("sampler_gap", math.nan)
     return f"first ratio {ratio:.8g}, |log p_train - log p_sample| {gap:.3g} nats a token"
 
 

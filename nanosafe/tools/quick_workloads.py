@@ -16,6 +16,7 @@ workload_report.py explains the arguments. A report has "rows", one for each siz
 A number that only a GPU has is left out on a CPU."""
 
 import gc
+import math
 import os
 import shutil
 import sys
@@ -174,8 +175,13 @@ def check(workload, counts):
         began = time.perf_counter()
         result = {"name": name, "tolerance": tolerance}
         try:
-            result["error"] = function(world)
-            result["passed"] = bool(result["error"] <= tolerance)  # False for nan, too
+            found = function(world)
+            result["passed"] = found <= tolerance
+            if math.isfinite(found):
+                result["error"] = found
+            else:
+                result["failed"] = f"error {found}"
+                result["passed"] = False
         except Exception as error:  # a kernel that refuses, or a compiler that fails: the next
             result["failed"] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             result["passed"] = False
@@ -446,8 +452,10 @@ def ppo_lag(workload, counts, shape, adapters, prompts, length, new_tokens, max_
         row.update(amount=seconds, unit="s an iteration", phases=workload.report["phases"])
         row.update(share=sum(row["roofline"].values()) / seconds, of="roofline")
         row.update(counts.last)
-        metrics = read_metrics(f"{flags['out_dir']}/metrics.jsonl")
-        row["metrics"] = metrics[-1]
+        row["metrics"] = {}  # of the last iteration, but what is not finite
+        for name, value in read_metrics(f"{flags['out_dir']}/metrics.jsonl")[-1].items():
+            if math.isfinite(value):
+                row["metrics"][name] = value
 
 
 def save_nothing(*arguments, **options):
