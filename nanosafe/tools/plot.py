@@ -189,6 +189,8 @@ def safety(panels, out_dir):
         axis.set_title(title)
     for axis in axes.flat[len(panels) :]:
         axis.set_axis_off()
+    handles, names = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=len(names))
     return save_figure(figure, out_dir, "safety")
 
 
@@ -209,7 +211,6 @@ def draw_groups(axis, policies):
         axis.scatter(means, heights, s=16, color=colours[number], label=name)
     axis.set_yticks(list(height.values()), list(groups), fontsize=7)
     axis.set_xlim(-0.02, 1.02)
-    axis.legend(fontsize=7)
 
 
 def dual(curve, best, cost_limit, out_dir):
