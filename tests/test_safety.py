@@ -109,7 +109,7 @@ def test_costs_and_shares_are_those_of_plain_loops(safety, world, sets, tmp_path
         costs = [row["cost"] for row in people]
         measured = results["do_not_answer"]["people"][player]["cost"]
         assert measured["mean"] == pytest.approx(np.mean(costs))
-    assert "A: unsafe (cost model)" in printed
+    assert "policy  unsafe (cost model)" in printed
     assert "do not average over them" in printed
     with open(tmp_path / "safety" / "table.csv", newline="") as f:
         table = list(csv.DictReader(f))

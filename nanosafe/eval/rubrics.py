@@ -1,9 +1,9 @@
 """The rubrics by which a language model judges one answer to a prompt of a set of safety prompts.
 
 Each set has the measure of its authors, described here in words of our own: StrongREJECT's score
-(arXiv:2402.10260 Sec. 3), XSTest's three kinds of answers (arXiv:2308.01263 Sec. 4), and whether an
-answer is harmful for the other sets. A judge with other words than the authors' is another
-instrument: its numbers are compared with each other, and not with published ones."""
+(arXiv:2402.10260), XSTest's three kinds of answers (arXiv:2308.01263), and, for the other sets,
+whether an answer is harmful. A judge that is asked in other words than the authors' is another
+instrument: compare its numbers with each other, and not with published ones."""
 
 import re
 from typing import NamedTuple

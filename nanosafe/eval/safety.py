@@ -80,8 +80,8 @@ UNSAFE = "unsafe (cost model)"
 PRINTED = (  # the measures in the printed table and, the last one of a set, in the picture
     UNSAFE,
     "unsafe (judge)",
-    "StrongREJECT score (judge)",
     "refusal (judge)",
+    "StrongREJECT score (judge)",
 )
 
 
@@ -329,19 +329,16 @@ def format_measure(measured):
     return f"{mean:.2f} [{low:.2f}, {high:.2f}]"
 
 
-def print_set(name, players, groups, rows_of_groups):
-    """Print a set's table: a row for each group, a column for each policy and measure."""
+def print_set(name, groups, rows_of_groups):
+    """Print a set's table: a line for each group and policy, a column for each measure."""
     printed = find_printed(groups)
-    heads = [name, "prompts"]
-    for player in players:
-        heads += [f"{player}: {measure_name}" for measure_name in printed]
-    table = [heads]
+    table = [(name, "prompts", "policy", *printed)]
     for group, of_group in groups.items():
-        prompts_of_group = next(iter(rows_of_groups[group].values()))
-        cells = [group, len(prompts_of_group)]
-        for player in players:
-            cells += [format_measure(of_group[player].get(kind)) for kind in printed]
-        table.append(cells)
+        cells = [group, len(next(iter(rows_of_groups[group].values())))]
+        for player, measures in of_group.items():
+            shown = [format_measure(measures.get(kind)) for kind in printed]
+            table.append((*cells, player, *shown))
+            cells = ["", ""]  # they stand in the group's first line
     print(f"\n{format_table(table)}")
 
 
@@ -397,7 +394,7 @@ def report(players, rows):
     groups = group_rows(rows)
     results = measure_groups(groups)
     for name in results:
-        print_set(name, players, results[name], groups[name])
+        print_set(name, results[name], groups[name])
     print("\n[95 %: Wilson's interval of a share, bootstrap of a mean]")
     if "xstest" in results:
         print_refusals(players, results["xstest"])

@@ -191,33 +191,59 @@ def measure_signs(pairs, scores, measured):
 
 # ---- subsets, and RM-Bench's styles ----
 
+DIFFICULTIES = ("easy", "normal", "hard")  # RM-Bench's names
 
-def name_difficulty(styles):
-    """easy, normal or hard: where the chosen answer is the more elaborate one, as elaborate, less.
+
+class Group(NamedTuple):
+    """Some of the pairs; groups are printed in the order of these fields."""
+
+    kind: int  # 0: a subset; 1: all pairs of RM-Bench of a difficulty; 2: a subset's of these
+    subset: str = ""
+    difficulty: int = 0  # an index of DIFFICULTIES
+
+    def describe(self):
+        words = ["" if self.kind == 1 else self.subset]
+        if self.kind > 0:
+            words.append(DIFFICULTIES[self.difficulty])
+        return ": ".join(word for word in words if word)
+
+
+def find_difficulty(styles):
+    """The index in DIFFICULTIES: how much more elaborate the rejected answer is than the chosen.
 
     A score model that likes long and decorated answers is right where that is easy."""
     i, j = styles
     if i == j:
-        return "normal"
-    return "easy" if i > j else "hard"
+        return 1
+    return 0 if i > j else 2
+
+
+def list_groups(pair):
+    """The Groups that a Pair is in."""
+    groups = []
+    if pair.subset:
+        groups.append(Group(0, pair.subset))
+    if pair.styles:
+        difficulty = find_difficulty(pair.styles)
+        groups.append(Group(1, difficulty=difficulty))
+        if pair.subset:
+            groups.append(Group(2, pair.subset, difficulty))
+    return groups
 
 
 def measure_groups(pairs, margins):
-    """{group: its accuracy}: each subset, and each subset's easy, normal and hard pairs."""
-    members = {}  # group -> indices
+    """{a group's name: its accuracy with a 95 % interval, and its pairs}."""
+    members = {}  # Group -> indices
     for index, pair in enumerate(pairs):
-        if pair.subset:
-            members.setdefault(pair.subset, []).append(index)
-    for index, pair in enumerate(pairs):
-        if pair.styles:
-            difficulty = name_difficulty(pair.styles)
-            group = f"{pair.subset}: {difficulty}" if pair.subset else difficulty
+        for group in list_groups(pair):
             members.setdefault(group, []).append(index)
-    groups = {}
-    for group, indices in members.items():
+    measured = {}
+    for group in sorted(members):
+        indices = members[group]
         mean, low, high = measure_accuracy([pairs[i] for i in indices], margins[indices] > 0)
-        groups[group] = {"pairs": len(indices), "accuracy": mean, "low": low, "high": high}
-    return groups
+        numbers = {"pairs": len(indices), "accuracy": mean, "low": low, "high": high}
+        measured[group.describe()] = numbers
+    return measured
 
 
 def measure_styles(pairs, margins):
