@@ -160,14 +160,12 @@ class Samples:
         self.path = path
         self.digest = digest
         self.world = world
-        rows = []
+        by_uid = {}
         if world.main:
             rows = read_jsonl(path)
             write_jsonl(rows, path)  # a last line that broke off is removed: more lines follow
-        self.by_uid = {}
-        for row in share_from_main(rows, world):
-            if row["policy"] == digest:
-                self.by_uid[row["uid"]] = row
+            by_uid = {row["uid"]: row for row in rows if row["policy"] == digest}
+        self.by_uid = share_from_main(by_uid, world)
 
     def add(self, uids, answers):
         """Add the Answers to prompts, and write them to the disk."""
