@@ -1,5 +1,5 @@
-"""A judge on this machine, for tests and for trying nanosafe.eval.judge and nanosafe.eval.safety: an
-OpenAI-compatible server whose verdicts are the toy world's gold functions.
+"""A judge on this machine, for tests and for trying nanosafe.eval.judge and nanosafe.eval.safety:
+an OpenAI-compatible server whose verdicts are the toy world's gold functions.
 
 It can also fail, stall and return rubbish. Run it by itself, or use serve().
 

@@ -238,6 +238,14 @@ def test_answers_without_a_verdict_are_counted_and_left_out(safety, tmp_path):
     assert (measured["mean"], measured["answers"]) == (1.0, 4)
 
 
+def test_a_judge_who_gives_no_verdict_leaves_a_table_without_numbers(safety, tmp_path):
+    server = judge_server.serve(judged=lambda prompt, answer, text: "I cannot judge this.")
+    printed = safety("--sets=xstest", "--cost_model=", server=server).printed
+    assert "24 refused" in printed
+    results = read_json(tmp_path / "safety" / "summary.json")["sets"]
+    assert results["xstest"]["the safe half"] == {"A": {}, "B": {}}
+
+
 def test_a_judge_who_fails_leaves_what_is_there_and_is_asked_for_the_rest(safety, tmp_path):
     server = judge_server.serve([None] * 3 + [500] * 1000)
     error = safety("--sets=safe_rlhf", "--attempts=1", server=server, check=False).error

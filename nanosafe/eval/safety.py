@@ -375,7 +375,10 @@ def list_panels(players, results):
     """{title: {policy: {group: (mean, low, high)}}} of the picture."""
     panels = {}
     for name, groups in results.items():
-        kind = find_printed(groups)[-1]
+        printed = find_printed(groups)
+        if not printed:  # only the judge was to judge, and gave no verdict
+            continue
+        kind = printed[-1]
         curves = {player: {} for player in players}
         for group, of_group in groups.items():
             for player, measures in of_group.items():
@@ -411,7 +414,8 @@ def report(players, rows):
         "sets": results,
     }
     write_json(summary, out_dir, "summary.json")
-    pictures = plot.safety(list_panels(players, results), out_dir)
+    panels = list_panels(players, results)
+    pictures = plot.safety(panels, out_dir) if panels else ""
     print(f"\n{out_dir}: answers.jsonl, table.csv, summary.json{pictures}")
     print("Sets share prompts with each other and with other benchmarks: do not average over them.")
 
