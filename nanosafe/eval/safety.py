@@ -4,11 +4,11 @@ $ python data/safety/prepare.py                       # the sets, once
 $ python -m nanosafe.eval.safety --models=SFT=out/demo/sft/model,PPO-Lag=out/demo/ppo_lag/model
 $ python -m nanosafe.eval.safety --models=... --sets=xstest,strongreject --judge=gpt-4o
 
-A cost model says which answers are unsafe. Only with --judge, a language model at an address as
-eval.judge takes it, are refusals counted, and each set is judged by its own rubric (rubrics.py). An
-answer is kept when it is sampled, and a reply when it arrives: the same command goes on where it
-was. Writes answers.jsonl, table.csv, summary.json and a picture to out_dir, besides sampled.jsonl
-and replies.jsonl. No number is a mean over several sets: they overlap."""
+A cost model says which answers are unsafe. Refusals are counted only with --judge, a language model
+at an address as eval.judge takes it, which judges each set by its own rubric (rubrics.py). Answers
+are kept as they are sampled (sampled.jsonl), and replies as they arrive (replies.jsonl): the same
+command goes on where it was. Writes answers.jsonl, table.csv, summary.json and a picture to
+out_dir. No number is a mean over several sets, because they overlap."""
 
 import csv
 import hashlib
