@@ -45,6 +45,7 @@ PATHS = {
     "raw",
     "folder",
     "demo",
+    "sets_folder",
 }
 
 
