@@ -290,7 +290,7 @@ if resume:
     start, skips = state["step"], state["skips"]
     score_moments.load_state_dict(state["moments"])
 print_once(
-    f"{counts.trained / 1e6:.1f} M parameters trained, {placement.layout}, computing in "
+    f"{counts.trained:,} parameters trained, {placement.layout}, computing in "
     f"{placement.compute_dtype}; {steps} steps of {batch_size} examples over {world.size} ranks, "
     f"{max_tokens} tokens per forward"
 )

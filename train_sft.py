@@ -145,7 +145,7 @@ if resume:
     state = run_state.load(out_dir, {"model": model}, {"model": optimizer}, record)
     start, skips = state["step"], state["skips"]
 print_once(
-    f"{counts.trained / 1e6:.1f} M parameters trained, {placement.layout}, computing in "
+    f"{counts.trained:,} parameters trained, {placement.layout}, computing in "
     f"{placement.compute_dtype}; {steps} steps of {batch_size} sequences over {world.size} ranks, "
     f"{max_tokens} tokens per forward"
 )
