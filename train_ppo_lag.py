@@ -92,7 +92,7 @@ from nanosafe.tokenizer import load as load_tokenizer
 # run
 out_dir = "out/ppo_lag"  # the run's folder: config.py, metrics.jsonl, samples.jsonl, model/, state/
 resume = False  # continue the run in out_dir exactly where its last state was saved
-seed = 0  # of the prompts' order and of the samples
+seed = 0  # of the prompts' order, of the samples, and of new adapters and score heads
 # models
 actor_model = "out/demo/sft/model"  # the policy to start from, and the reference to stay near to
 reward_model = "out/demo/reward/model"  # scores helpfulness; or FILE.py:NAME, a function
@@ -314,7 +314,14 @@ def load_scorer(folder, words, score_type, normalizes):
 def load_trained(folder, head, score_type=None):
     """A model to train: with lora_rank an adapter on a model that is there once, in `bases`."""
     return checkpoint.load_trained(
-        folder, head, placements, bases, lora, vocab_size=tok.vocab_size, score_type=score_type
+        folder,
+        head,
+        placements,
+        bases,
+        lora,
+        vocab_size=tok.vocab_size,
+        score_type=score_type,
+        seed=seed,
     )
 
 

@@ -75,7 +75,7 @@ objective = "reward"  # reward | cost | dpo | ipo | simpo | orpo | kto | safedpo
 # modpo | rrhf
 out_dir = "out/reward"  # the run's folder: config.py, metrics.jsonl, model/, state/
 resume = False  # continue the run in out_dir exactly where its last state was saved
-seed = 0  # of the data order, of a new score head, and of samples
+seed = 0  # of the data order, of a new score head or adapter, and of samples
 # model
 init_from = "out/demo/sft/model"  # a policy, which gets a new head to score, or a score model
 template = "auto"  # chat template: auto (the model's own) | safe_rlhf | chatml | llama3 | FILE
