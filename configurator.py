@@ -46,6 +46,7 @@ PATHS = {
     "raw",
     "folder",
     "demo",
+    "sets_folder",
 }
 
 

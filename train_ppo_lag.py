@@ -92,7 +92,7 @@ from nanosafe.tokenizer import load as load_tokenizer
 # run
 out_dir = "out/ppo_lag"  # the run's folder: config.py, metrics.jsonl, samples.jsonl, model/, state/
 resume = False  # continue the run in out_dir exactly where its last state was saved
-seed = 0  # of the prompts' order and of the samples
+seed = 0  # of the prompts' order, of the samples, and of new adapters and score heads
 # models
 actor_model = "out/demo/sft/model"  # the policy to start from, and the reference to stay near to
 reward_model = "out/demo/reward/model"  # scores helpfulness; or FILE.py:NAME, a function
@@ -285,22 +285,44 @@ placements = choose_placements(
 bases = {}  # the models in memory, by folder: adapters of one base share it
 
 
-def load_frozen(folder, head, score_type=None, normalizes=False):
+def load_frozen(folder, head, words, score_type=None):
+    """A model that is not trained. words: its tokenizer, whose tokens all need a row."""
+    model = checkpoint.load(
+        folder,
+        head,
+        placement=placements.frozen,
+        vocab_size=words.vocab_size,
+        score_type=score_type,
+        bases=bases,
+    )
+    return model.requires_grad_(False)
+
+
+def load_scorer(folder, words, score_type, normalizes):
+    """A reward or cost model, or a function. normalizes: by the moments in its config."""
     if names_function(folder):
         if normalizes:
             stop(f"{folder!r} is a function: it has no moments to normalize its scores by")
         return ScoreFunction(folder, world)
-    model = checkpoint.load(
-        folder, head, placement=placements.frozen, score_type=score_type, bases=bases
-    )
+    model = load_frozen(folder, "score", words, score_type)
     if normalizes and model.config.var[0] <= 0:
         stop(f"{folder!r} states var={model.config.var[0]}: normalised scores are divided by it")
     model.config.do_normalize = normalizes
-    return model.requires_grad_(False)
+    return model
 
 
 def load_trained(folder, head, score_type=None):
-    return checkpoint.load_trained(folder, head, placements, bases, lora, score_type=score_type)
+    """A model to train: with lora_rank an adapter on a model that is there once, in `bases`."""
+    return checkpoint.load_trained(
+        folder,
+        head,
+        placements,
+        bases,
+        lora,
+        vocab_size=tok.vocab_size,
+        score_type=score_type,
+        seed=seed,
+    )
 
 
 def make_optimizer(model, weight_decay):
@@ -314,12 +336,12 @@ def load_words(path):
 
 
 # From here on these names are the models, no longer their folders.
-ref = load_frozen(actor_model, "lm")
+ref = load_frozen(actor_model, "lm", tok)
 reward_tok = load_words(reward_model)
 cost_tok = load_words(cost_model)
-reward_model = load_frozen(reward_model, "score", "reward", normalize_reward)
+reward_model = load_scorer(reward_model, reward_tok, "reward", normalize_reward)
 if cost_model:
-    cost_model = load_frozen(cost_model, "score", "cost", normalize_cost)
+    cost_model = load_scorer(cost_model, cost_tok, "cost", normalize_cost)
 actor = load_trained(actor_model, "lm")
 models = {"actor": actor}  # all that is trained, by the names that states know them by
 optimizers = {"actor": make_optimizer(actor, actor_weight_decay)}
@@ -380,7 +402,7 @@ if resume:
     multiplier.load_state_dict(state["multiplier"])
     reward_moments.load_state_dict(state["moments"])
 print_once(
-    f"{len(optimizers)} x {counts.trained / 1e6:.1f} M parameters trained, "
+    f"{len(optimizers)} x {counts.trained:,} parameters trained, "
     f"{placements.trained.layout}, computing in {placements.trained.compute_dtype}; {rollouts} "
     f"rollouts of {rollout_size} prompts x {num_samples}, {updates} steps of {batch_size} "
     f"responses each over {world.size} ranks, {max_tokens} tokens per forward"

@@ -75,7 +75,7 @@ objective = "reward"  # reward | cost | dpo | ipo | simpo | orpo | kto | safedpo
 # modpo | rrhf
 out_dir = "out/reward"  # the run's folder: config.py, metrics.jsonl, model/, state/
 resume = False  # continue the run in out_dir exactly where its last state was saved
-seed = 0  # of the data order, of a new score head, and of samples
+seed = 0  # of the data order, of a new score head or adapter, and of samples
 # model
 init_from = "out/demo/sft/model"  # a policy, which gets a new head to score, or a score model
 template = "auto"  # chat template: auto (the model's own) | safe_rlhf | chatml | llama3 | FILE
@@ -290,7 +290,7 @@ if resume:
     start, skips = state["step"], state["skips"]
     score_moments.load_state_dict(state["moments"])
 print_once(
-    f"{counts.trained / 1e6:.1f} M parameters trained, {placement.layout}, computing in "
+    f"{counts.trained:,} parameters trained, {placement.layout}, computing in "
     f"{placement.compute_dtype}; {steps} steps of {batch_size} examples over {world.size} ranks, "
     f"{max_tokens} tokens per forward"
 )

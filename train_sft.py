@@ -32,7 +32,7 @@ from nanosafe.tokenizer import load as load_tokenizer
 # run
 out_dir = "out/sft"  # the run's folder: config.py, metrics.jsonl, model/, state/
 resume = False  # continue the run in out_dir exactly where its last state was saved
-seed = 0  # of the data order, and of the weights when init_from is scratch
+seed = 0  # of the data order, and of new weights: from scratch, or an adapter's
 # model
 init_from = "scratch"  # a model folder, or scratch
 tokenizer = "out/demo/tokenizer"  # its folder, when from scratch; else init_from's is taken
@@ -129,7 +129,7 @@ if from_scratch:
     model = checkpoint.init_from_scratch(shape, "lm", seed=seed, placement=placement)
 else:
     model = checkpoint.load_trained(
-        init_from, "lm", placements, {}, lora, vocab_size=tok.vocab_size
+        init_from, "lm", placements, {}, lora, vocab_size=tok.vocab_size, seed=seed
     )
 warn_beyond_positions({repr(init_from): model}, max_len, f"max_len={max_len}")
 optimizer = optim.make_adamw(
@@ -145,7 +145,7 @@ if resume:
     state = run_state.load(out_dir, {"model": model}, {"model": optimizer}, record)
     start, skips = state["step"], state["skips"]
 print_once(
-    f"{counts.trained / 1e6:.1f} M parameters trained, {placement.layout}, computing in "
+    f"{counts.trained:,} parameters trained, {placement.layout}, computing in "
     f"{placement.compute_dtype}; {steps} steps of {batch_size} sequences over {world.size} ranks, "
     f"{max_tokens} tokens per forward"
 )

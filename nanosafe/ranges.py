@@ -144,6 +144,7 @@ RANGES = {
     "worst": COUNT_OR_0,
     "shots": COUNT_OR_0,
     "max_examples": COUNT_OR_0,
+    "max_per_set": COUNT_OR_0,
     "concurrency": COUNT,
     "attempts": COUNT,
     "pause": SECONDS,

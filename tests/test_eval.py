@@ -421,6 +421,79 @@ def test_dropped_rows_are_counted_by_their_reason(call, world, tmp_path):
     assert "left out 1 identical answers" in printed
 
 
+def make_answers(texts):
+    """Three answers to one request, each longer than the one before, as RM-Bench has them."""
+    return [texts[0], " ".join(texts[:2]), "\n".join(["**Answer**", *texts])]
+
+
+@pytest.fixture
+def benchmark(tmp_path):
+    """A file of rows of RewardBench and of RM-Bench, and the pairs that are in them:
+    (subset, styles, prompt, chosen, rejected)."""
+    steps = ["First, get the hammer.", "Then, fix the clock.", "Next, check the clock."]
+    refusals = ["I will not do this.", "Please do not ask me this.", "No."]
+    rows, pairs = [], []
+    for verb, subset in (("fix", "tools"), ("wash", "tools"), ("paint", "colours")):
+        prompt = f"How do I {verb} the clock?"
+        row = {"prompt": prompt, "chosen": steps[0], "rejected": refusals[0], "subset": subset}
+        rows.append({**row, "chosen_model": "human", "id": len(rows)})
+        pairs.append((subset, None, prompt, steps[0], refusals[0]))
+    messages = [{"role": "user", "content": "How?"}, {"role": "assistant", "content": steps[1]}]
+    other = [messages[0], {"role": "assistant", "content": refusals[1]}]
+    rows.append({"prompt": "How?", "chosen": messages, "rejected": other, "subset": "tools"})
+    pairs.append(("tools", None, "How?", steps[1], refusals[1]))
+    for thing in ("clock", "boat"):
+        prompt = f"Please help me fix the {thing}."
+        chosen, rejected = make_answers(steps), make_answers(refusals)
+        row = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "subset": "chat"}
+        rows.append(row)
+        for i in range(3):
+            for j in range(3):
+                pairs.append(("chat", (i, j), prompt, chosen[i], rejected[j]))
+    rows.append({**rows[-1], "rejected": rows[-1]["chosen"]})
+    write_jsonl(rows, tmp_path / "benchmark.jsonl")
+    return tmp_path / "benchmark.jsonl", pairs
+
+
+def test_benchmarks_of_reward_models_are_counted_by_subset_and_by_style(
+    benchmark, call, world, tmp_path
+):
+    path, pairs = benchmark
+    flags = [f"--model={world}/reward", f"--data={path}", f"--out_dir={tmp_path}/s"]
+    printed = call("scores", *flags).printed
+    summary = read_json(tmp_path / "s" / "summary.json")
+    tok, model = tokenizer.load(world / "reward"), checkpoint.load(world / "reward")
+    right = {}
+    for subset, styles, prompt, chosen, rejected in pairs:
+        scores = []
+        for answer in (chosen, rejected):
+            scores.append(score_at_end(model, encode_texts([prompt, answer], tok)[0]))
+        groups = [subset]
+        if styles:
+            i, j = styles
+            difficulty = "easy" if i > j else "hard" if i < j else "normal"
+            groups += [difficulty, f"{subset}: {difficulty}", styles]
+        for group in groups:
+            right.setdefault(group, []).append(scores[0] > scores[1])
+    assert summary["pairs"] == len(pairs) == 4 + 18
+    assert summary["dropped"] == {"identical answers": 1}
+    subsets = summary["subsets"]
+    assert list(subsets)[:6] == ["chat", "colours", "tools", "easy", "normal", "hard"]
+    assert list(subsets)[6:] == ["chat: easy", "chat: normal", "chat: hard"]
+    for group, measured in subsets.items():
+        assert measured["accuracy"] == pytest.approx(np.mean(right[group])), group
+        assert measured["pairs"] == len(right[group])
+        assert measured["low"] <= measured["accuracy"] <= measured["high"]
+    for i in range(3):
+        for j in range(3):
+            assert summary["styles"][i][j] == np.mean(right[i, j])
+    rows = read_jsonl(tmp_path / "s" / "scores.jsonl")
+    assert sum(row["subset"] == "chat" and len(row["styles"]) == 2 for row in rows) == 18
+    assert "chat: hard" in printed
+    if rows[0]["margin"] < 0:
+        assert f"({rows[0]['subset']}): wrong by" in printed
+
+
 def test_a_mistake_in_scores_is_one_line(call, world, tmp_path):
     def error(*flags):
         return call("scores", "--objective=reward", *flags, check=False).error

@@ -206,6 +206,8 @@ def test_an_empty_list_of_tools_is_none(tools):
         ({"prompt": 3}, "the prompt is not a text"),
         ({"prompt": "q", "completion": [QUESTION]}, "an answer that is not the assistant's"),
         ({"prompt": "q", "chosen": "a", "rejected": None}, "empty answer"),
+        ({"prompt": "q", "chosen": ["a"] * 3, "rejected": ["b"] * 3}, "RM-Bench's three chosen"),
+        ({"prompt": "q", "chosen": ["a"] * 3, "rejected": ["b"] * 2}, "a message that is not"),
         ({"instruction": "q", "output": ["a", "b"], "history": 3}, "a history that is not a list"),
         ({"input": "q", "preferred_output": [], "non_preferred_output": []}, "an input that is"),
         ({"prompt": "q", "chat_template_kwargs": "{}"}, "'chat_template_kwargs' is not an object"),

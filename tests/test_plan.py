@@ -37,6 +37,10 @@ def make_run(
     response=0,
     **knobs,
 ):
+    # The default folders of score models are the demo's, which may be there or not.
+    knobs = {"reward_model": "absent", "cost_model": "absent", **knobs}
+    if script != "train_ppo_lag.py":
+        del knobs["reward_model"], knobs["cost_model"]
     flags = [f"--{key}={value}" for key, value in knobs.items()]
     knobs = plan.read_knobs(os.path.join(ROOT, script), flags)
     return plan.Run(knobs, config, device, gpus, length, response)

@@ -597,6 +597,33 @@ def test_safety_prompts_cannot_be_trained_on_by_accident(tmp_path):
         data.load(f"safety/safe_rlhf:1:{tmp_path}/data")
 
 
+def test_safety_prompts_of_several_sets_may_lie_in_one_folder(tmp_path):
+    """Each set takes the files that bear its name, though other files have its columns as well."""
+    (tmp_path / "raw").mkdir()
+    files = {
+        "beavertails_evaluation_700.jsonl": [{"prompt": "How?", "category": "self_harm"}],
+        "safe_rlhf_problem_83.jsonl": [{"prompt": "Why?", "category": "Crime"}],
+        "alpaca_eval.jsonl": [{"instruction": "What?"}],
+    }
+    for name, rows in files.items():
+        (tmp_path / "raw" / name).write_bytes(to_lines(rows))
+    raw = f"--raw={tmp_path}/raw"
+    finished = run_prepare("safety", raw, f"--out={tmp_path}/all")
+    assert not finished.error
+    assert "xstest: none of the files" in finished.printed
+    assert sorted(os.listdir(tmp_path / "all")) == ["beavertails_eval", "safe_rlhf"]
+    record = {"input": "How?", "category": "self_harm", "id": "1"}
+    assert read_lines(tmp_path / "all" / "beavertails_eval" / "test.jsonl") == [record]
+    one = run_prepare("safety", raw, "--subset=safe_rlhf", f"--out={tmp_path}/one")
+    assert not one.error
+    record = {"input": "Why?", "category": "Crime", "id": "1"}
+    assert read_lines(tmp_path / "one" / "safe_rlhf" / "test.jsonl") == [record]
+    for name in files:
+        (tmp_path / "raw" / name).unlink()
+    (tmp_path / "raw" / "rows.jsonl").write_bytes(to_lines([{"prompt": "x", "category": "y"}]))
+    assert "give --subset=NAME" in run_prepare("safety", raw, f"--out={tmp_path}/none").error
+
+
 SCRIPTS = sorted(glob.glob("*/prepare.py", root_dir=os.path.join(ROOT, "data")))
 
 

@@ -5,4 +5,5 @@
 # The cost model's recipe stands between the two, as without adapters.
 lora_rank = 16
 learning_rate = 2e-4  # ten times that of full fine-tuning; not tried at 7B
+activation_checkpointing = True
 max_tokens = 4096  # with 40 GB or more, --activation_checkpointing=False is a third faster

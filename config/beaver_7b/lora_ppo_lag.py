@@ -4,4 +4,5 @@
 lora_rank = 16
 actor_learning_rate = 1e-4  # ten times that of full fine-tuning; not tried at 7B
 critic_learning_rate = 5e-5
+activation_checkpointing = True
 max_tokens = 4096  # with 40 GB or more, --activation_checkpointing=False is a third faster

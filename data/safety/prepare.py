@@ -2,11 +2,13 @@
 
 $ python data/safety/prepare.py                        # all six sets
 $ python data/safety/prepare.py --subset=xstest        # one -> data/safety/xstest/test.jsonl
+$ python data/safety/prepare.py --raw=FOLDER           # from files that lie there, by their names
 $ python data/safety/prepare.py --subset=xstest --raw=FOLDER
 
 The sets: xstest, strongreject, beavertails_eval, simple_safety, do_not_answer, safe_rlhf."""
 
 import os
+import re
 from typing import NamedTuple
 
 from configurator import configure
@@ -25,6 +27,7 @@ class PromptSet(NamedTuple):
     release: download.Release
     prompt: tuple  # what the set's files call the column of prompts
     category: str  # the column of categories
+    name: str  # a regular expression, in small letters, that only names of this set's files match
 
 
 SETS = {
@@ -32,6 +35,7 @@ SETS = {
         download.Release(url=f"{GITHUB}/paul-rottger/exaggerated-safety/main/xstest_prompts.csv"),
         ("prompt",),
         "type",
+        "xstest",
     ),
     "strongreject": PromptSet(
         download.Release(
@@ -40,14 +44,19 @@ SETS = {
         ),
         ("forbidden_prompt",),
         "category",
+        "strong.?reject",
     ),
     "beavertails_eval": PromptSet(
-        download.Release("PKU-Alignment/BeaverTails-Evaluation"), ("prompt",), "category"
+        download.Release("PKU-Alignment/BeaverTails-Evaluation"),
+        ("prompt",),
+        "category",
+        "beavertails.?eval",
     ),
     "simple_safety": PromptSet(
         download.Release("Bertievidgen/SimpleSafetyTests", r"\.csv"),
         ("prompt", "prompts_final"),
         "harm_area",
+        "simple.?safety|(^|/)sst",
     ),
     "do_not_answer": PromptSet(
         download.Release(
@@ -55,6 +64,7 @@ SETS = {
         ),
         ("question", "prompt"),
         "risk_area",
+        "do.?not.?answer",
     ),
     "safe_rlhf": PromptSet(
         download.Release(
@@ -62,6 +72,7 @@ SETS = {
         ),
         ("prompt",),
         "category",
+        "safe.?rlhf|(^|/)problem",
     ),
 }
 
@@ -96,13 +107,42 @@ def find_prompt(row, columns):
     raise ValueError(f"no column {' or '.join(columns)}")
 
 
+def find_owner(path):
+    """The set whose name a file's path below --raw bears; None where it bears none."""
+    name = os.path.relpath(path, os.path.expanduser(config["raw"])).lower()
+    for set_name, prompt_set in SETS.items():
+        if re.search(prompt_set.name, name):
+            return set_name
+    return None
+
+
+def find_raw_paths():
+    """{set: the paths of its files below --raw}, of the sets that are asked for.
+
+    A set that is asked for by its name may lie in files of any name, but not in another set's."""
+    owners = {path: find_owner(path) for path in download.find_raw_files(config["raw"])}
+    wanted = SETS if subset == "all" else [subset]
+    found = {}
+    for set_name in wanted:
+        paths = [path for path, owner in owners.items() if owner == set_name]
+        if not paths and subset == set_name:
+            paths = [path for path, owner in owners.items() if owner is None]
+        if paths:
+            found[set_name] = tuple(paths)
+        else:
+            print(f"{set_name}: none of the files in {config['raw']} bears its name: left out")
+    if not found:
+        stop(f"--raw={config['raw']}: no file of {subset}: give --subset=NAME, a set for a folder")
+    return found
+
+
 choose("subset", subset, [*SETS, "all"])
-if config["raw"] and subset == "all":
-    stop("--raw needs --subset=NAME: which of the sets lies in that folder")
 folder = config["out"] or os.path.dirname(os.path.abspath(__file__))
+raw_paths = find_raw_paths() if config["raw"] else {}
 for name, prompt_set in SETS.items():
-    if subset in (name, "all"):
+    is_left_out = config["raw"] and name not in raw_paths
+    if subset in (name, "all") and not is_left_out:
         config["out"] = os.path.join(folder, name)
         to_record = make_reader(prompt_set)
-        release = prompt_set.release._replace(split="test")
+        release = prompt_set.release._replace(split="test", raw_paths=raw_paths.get(name, ()))
         download.prepare(__file__, to_record, config, release)

@@ -2,7 +2,6 @@
 
 Read folder.py and families.py to follow a tensor in a file to a parameter."""
 
-from nanosafe.checkpoint.convert import save_merged
 from nanosafe.checkpoint.folder import check_score_model
 from nanosafe.checkpoint.model_folder import (
     Counts,
@@ -12,6 +11,7 @@ from nanosafe.checkpoint.model_folder import (
     load,
     load_trained,
     save,
+    save_merged,
 )
 
 __all__ = [

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from nanosafe import parallel, tokenizer
+from nanosafe import tokenizer
 from nanosafe.adapter_base import find_whole_model
 from nanosafe.checkpoint.exports import check_can_be_a_classifier
 from nanosafe.checkpoint.folder import (
@@ -94,52 +94,33 @@ def convert(source, target, dtype=None, layout="hf"):
     source's, so that what its generation_config.json says about sampling is kept."""
     temporary = target.rstrip("/") + ".tmp"
     check_target(target, temporary)
-    model = open_source(source)
-    dtype = dtype or model.folder.dtype()
-    tok = load_own_tokenizer(source, model.config)
-    head = model.head
+    folder, head, config, shapes, ranges = open_source(source)
+    dtype = dtype or folder.dtype()
+    tok = load_own_tokenizer(source, config)
+
+    def read_weights():
+        for name, shape in tqdm(shapes.items(), unit="tensor", desc=target):
+            whole = torch.empty(shape, dtype=dtype)
+            copy_weights({name: whole}, folder, ranges)
+            if not torch.isfinite(whole).all():
+                stop(f"{name} is not finite in {dtype}; {source!r} has it in {folder.dtype()}")
+            yield name, whole
+
     if layout == "classifier":
-        check_can_be_a_classifier(source, model.config, head, tok)
+        check_can_be_a_classifier(source, config, head, tok)
         head = "classifier"
+    sampling = read_json(find_whole_model(folder.path), "generation_config.json")
     try:
-        write_converted(model, target, head, tok, dtype)
+        write_model_folder(target, config, head, read_weights(), tok, dtype, sampling)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    count = sum(shape.numel() for shape in model.shapes.values())
+    count = sum(shape.numel() for shape in shapes.values())
     dtype_name = str(dtype).removeprefix("torch.")
     which_tokenizer = "its" if tok else "no"
     print_once(
-        f"{target}: {model.config.num_hidden_layers} layers, {count:,} parameters, {dtype_name}, "
-        f"with {which_tokenizer} tokenizer"
+        f"{target}: {config.num_hidden_layers} layers, {count:,} parameters, {dtype_name}, with "
+        f"{which_tokenizer} tokenizer"
     )
-
-
-def write_converted(model, target, head, tok, dtype):
-    """Write an opened Source as a model folder."""
-
-    def read_weights():
-        for name, shape in tqdm(model.shapes.items(), unit="tensor", desc=target, delay=3):
-            whole = torch.empty(shape, dtype=dtype)
-            copy_weights({name: whole}, model.folder, model.ranges)
-            if not torch.isfinite(whole).all():
-                stop(
-                    f"{name} is not finite in {dtype}; {model.folder.path!r} has it in "
-                    f"{model.folder.dtype()}"
-                )
-            yield name, whole
-
-    sampling = read_json(find_whole_model(model.folder.path), "generation_config.json")
-    write_model_folder(target, model.config, head, read_weights(), tok, dtype, sampling)
-
-
-def save_merged(adapter, target, tok, dtype):
-    """Write an adapter folder merged into its base, in the place of what is at `target`.
-
-    A collective: rank 0 reads the base's files, so that nothing is rounded twice."""
-    if parallel.rank() == 0:
-        model = open_source(adapter)
-        write_converted(model, target, model.head, tok, dtype)
-    parallel.barrier()
 
 
 def load_own_tokenizer(source, config):

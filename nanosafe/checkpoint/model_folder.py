@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from nanosafe import parallel
-from nanosafe.adapter_base import find_base, is_adapter, list_model_folders
+from nanosafe.adapter_base import find_base, find_whole_model, is_adapter, list_model_folders
 from nanosafe.checkpoint import exports
 from nanosafe.checkpoint.adapter_folder import (
     Base,
@@ -45,7 +45,14 @@ from nanosafe.hub import find_model
 from nanosafe.lora import AdaptedLLaMA
 from nanosafe.model import Config, LLaMA
 from nanosafe.printing import print_once
-from nanosafe.storage import CHECKSUMS, find_corrupt_file, make_folder, replace_folder, write_json
+from nanosafe.storage import (
+    CHECKSUMS,
+    find_corrupt_file,
+    make_folder,
+    read_json,
+    replace_folder,
+    write_json,
+)
 
 SHARD_BYTES = 5 * 10**9  # of a file of weights, at most
 
@@ -83,7 +90,10 @@ def load(
     if bases is None:
         return load_whole(path, head, placement, vocab_size, score_type, seed, among_ranks)
     if not is_adapter(find_model(path)):
-        return load_base(path, head, bases, placement, vocab_size, score_type).model
+        model = load_base(path, head, bases, placement, vocab_size, score_type).model
+        if model.head == "lm" or score_type in (None, model.config.score_type):
+            return model
+        return load_whole(path, head, placement, vocab_size, score_type, seed, among_ranks)
     folder = open_folder(path)
     if not can_share_base(folder):
         print_once(f"{path} trains more than matrices of blocks: it is merged into its base")
@@ -128,7 +138,10 @@ def load_trained(path, head, placements, bases, lora, vocab_size=0, score_type=N
                 f"{path!r} cannot go on as an adapter: merge it first, with python -m "
                 "nanosafe.checkpoint ADAPTER TARGET"
             )
-        print_once(f"{path}: its adapter is trained on, with its own rank and targets")
+        print_once(
+            f"{path}: its adapter is trained on, with its own rank, alpha and targets, and without "
+            "dropout"
+        )
     else:
         base = load_base(path, "auto", bases, placement, vocab_size)
         model = new_adapter(path, base, head, lora, score_type, seed)
@@ -291,6 +304,19 @@ def save(model, path, tokenizer=None, dtype=None, head=None):
         return
     dtype = dtype or next(model.parameters()).dtype
     write_model_folder(path, model.config, head, gather_weights(model, head), tokenizer, dtype)
+    parallel.barrier()
+
+
+@torch.no_grad()
+def save_merged(adapter, path, tokenizer, dtype):
+    """Write an adapter folder merged into its base, as a model folder. A collective.
+
+    Rank 0 reads both from their files, so that nothing is rounded twice."""
+    if parallel.rank() == 0:
+        model = load(adapter, dtype=dtype, vocab_size=tokenizer.vocab_size)
+        sampling = read_json(find_whole_model(adapter), "generation_config.json")
+        weights = model.named_parameters()
+        write_model_folder(path, model.config, model.head, weights, tokenizer, dtype, sampling)
     parallel.barrier()
 
 

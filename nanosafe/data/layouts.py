@@ -5,7 +5,8 @@ A layout is known by the keys of its rows, of which some may be missing where it
     nanosafe                    input, perhaps answer or answers; dialogue; texts (documents)
     TRL, OpenAI                 messages
     TRL                         prompt, perhaps completion; a label beside it (KTO)
-    TRL, UltraFeedback          chosen, rejected, perhaps prompt
+    TRL, UltraFeedback          chosen, rejected, perhaps prompt; RewardBench's pairs, too
+    RM-Bench                    prompt, and chosen and rejected, of each of which there are three
     OpenAI                      input (an object), preferred_output, non_preferred_output
     ShareGPT                    conversations; LLaMA-Factory's pairs have chosen, rejected as well
     Alpaca                      instruction, output or chosen and rejected, perhaps input, history
@@ -148,6 +149,8 @@ def read_pair(record):
     Conversations are lists of messages, as TRL's (implicit prompts) and UltraFeedback's, or
     Anthropic's transcripts. What they have in common must be all but the last answer."""
     check_scores_differ(record)
+    if is_rm_bench(record):
+        raise ValueError("RM-Bench's three chosen and three rejected answers, which are for a test")
     chosen = record["chosen"]
     rejected = record["rejected"]
     prompt = record.get("prompt")
@@ -175,6 +178,31 @@ def read_conversation_pair(chosen, rejected):
     if prompt != other_prompt or chosen.system != rejected.system:
         raise ValueError("the two conversations differ before the last answer")
     return make_pair(chosen._replace(turns=prompt), answer, other_answer)
+
+
+def is_rm_bench(record):
+    """Whether a row has RM-Bench's three chosen answers, and as many rejected ones."""
+    if not isinstance(record, dict) or "prompt" not in record:
+        return False
+    for key in ("chosen", "rejected"):
+        answers = record.get(key)
+        if not isinstance(answers, list) or len(answers) != 3:
+            return False
+        for answer in answers:
+            if not isinstance(answer, str):
+                return False
+    return True
+
+
+def split_rm_bench(record):
+    """The nine pairs of an RM-Bench row: {(i, j): a row with `chosen` i and `rejected` j}.
+
+    i and j are styles: 0 is concise, 1 detailed, 2 detailed with Markdown. arXiv:2410.16184."""
+    pairs = {}
+    for i, chosen in enumerate(record["chosen"]):
+        for j, rejected in enumerate(record["rejected"]):
+            pairs[i, j] = {**record, "chosen": chosen, "rejected": rejected}
+    return pairs
 
 
 def read_openai_pair(record):

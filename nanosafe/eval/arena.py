@@ -8,16 +8,21 @@ All policies answer a prompt with the same random numbers. Writes pairs.jsonl (a
 seeds), table.csv, summary.json and pictures to out_dir."""
 
 import csv
-import hashlib
 import itertools
 import json
-import os
 from typing import NamedTuple
 
 from configurator import configure
 from nanosafe.data import load
 from nanosafe.data.examples import list_texts, read_prompt
 from nanosafe.errors import stop
+from nanosafe.eval.players import (
+    answer_prompts,
+    hash_prompt,
+    name_players,
+    parse_player,
+    score_answers,
+)
 from nanosafe.eval.statistics import (
     QUADRANTS,
     bootstrap_interval,
@@ -25,7 +30,7 @@ from nanosafe.eval.statistics import (
     count_wins,
     fit_bradley_terry,
 )
-from nanosafe.inference import Policy, check_scorer, choose_dtype, load_scorer, name_of_folder
+from nanosafe.inference import Policy, check_scorer, choose_dtype, load_scorer
 from nanosafe.parallel import close, init
 from nanosafe.printing import format_table
 from nanosafe.ranges import check_ranges
@@ -52,7 +57,7 @@ config = configure(globals())
 check_ranges(config)
 
 
-# ---- policies and their answers ----
+# ---- policies and prompts ----
 
 
 def parse_players(models, red, blue):
@@ -64,31 +69,7 @@ def parse_players(models, red, blue):
         entries = []
         for text in models.split(","):
             entries.append(parse_player(text))
-    players = {}
-    for name, folder in entries:
-        players[name or name_of_folder(folder)] = folder
-    if len(players) < max(2, len(entries)):
-        stop(
-            f"{len(entries)} folders, {len(players)} names ({', '.join(players)}): give each a "
-            "name of its own, --models=NAME=FOLDER,NAME=FOLDER"
-        )
-    return players
-
-
-def parse_player(text):
-    """(name, model folder) of NAME=FOLDER or FOLDER; the name may be "".
-
-    Both may hold "=": the first cut counts that leaves a folder which exists. Where none does, the
-    cut is at the first "=", unless what stands before it is part of a path."""
-    words = text.split("=")
-    for count in range(len(words)):
-        folder = os.path.expanduser("=".join(words[count:]))
-        if os.path.exists(folder):
-            return "=".join(words[:count]), folder
-    name, equals, folder = text.partition("=")
-    if not equals or "/" in name:
-        return "", os.path.expanduser(text)
-    return name, os.path.expanduser(folder)
+    return name_players(entries, at_least=2)
 
 
 class Prompts(NamedTuple):
@@ -110,35 +91,6 @@ def read_prompts(data):
     if not unique:
         stop(f"data {data!r} has no prompt that can be asked ({dropped} rows)")
     return Prompts(list(unique.values()), dropped)
-
-
-def hash_prompt(prompt):
-    """A prompt's uid for sampling, which depends on its text alone.
-
-    So every policy answers it with the same random numbers, whatever else is asked, on any rank."""
-    texts = [turn["content"] for turn in prompt.turns]
-    digest = hashlib.blake2b("\0".join(texts).encode(), digest_size=7)
-    return int(digest.hexdigest(), 16)
-
-
-class Answers(NamedTuple):
-    """A policy's answers, in the order of the prompts."""
-
-    tokenizer: object
-    questions: list  # of token ids
-    responses: list  # of token ids
-
-
-def answer_prompts(policy, prompts, uids):
-    questions = [policy.question(prompt) for prompt in prompts]
-    responses = policy.answers(questions, uids)
-    return Answers(policy.tok, questions, responses)
-
-
-def score_answers(scorer, prompts, answers):
-    """The scores of a policy's answers, which the scorer reads in its own words."""
-    scores = scorer.score_answers(prompts, answers.questions, answers.responses, answers.tokenizer)
-    return [round(score, 4) for score in scores]
 
 
 # ---- tables ----

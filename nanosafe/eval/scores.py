@@ -2,6 +2,10 @@
 
 $ python -m nanosafe.eval.scores --model=out/demo/reward/model --data=toy/reward/test
 $ python -m nanosafe.eval.scores --model=out/demo/cost/model --data=toy/cost/test
+$ python -m nanosafe.eval.scores --model=out/demo/reward/model --data=FOLDER/reward_bench.parquet
+
+Rows with a `subset`, as RewardBench has them, are also counted by subset. A row of RM-Bench has
+three chosen and three rejected answers, hence nine pairs: easy, normal and hard ones.
 
 Writes scores.jsonl (texts, scores and labels, the worst mistake first), summary.json and pictures
 to out_dir."""
@@ -13,11 +17,13 @@ import numpy as np
 
 from configurator import configure
 from nanosafe.data.examples import list_texts, parse_record, usable_rows
+from nanosafe.data.layouts import is_rm_bench, split_rm_bench
 from nanosafe.data.reader import load_rows
 from nanosafe.errors import choose, stop
 from nanosafe.eval.statistics import bootstrap_interval, measure_calibration
 from nanosafe.inference import ScoreModel, choose_dtype
 from nanosafe.parallel import close, init
+from nanosafe.printing import format_table
 from nanosafe.ranges import check_ranges
 from nanosafe.storage import make_folder, write_json, write_jsonl
 from nanosafe.tools import plot
@@ -29,7 +35,7 @@ data = "toy/cost/test"  # pairs: NAME[/SPLIT][:PROPORTION[:PATH]] or a .jsonl
 max_len = 2048  # longer conversations are left out
 # results
 out_dir = "out/scores"  # folder to write to
-worst = 3  # mistakes to print
+worst = 3  # mistakes to print, the hardest first
 # machine
 max_tokens = 8192  # packed tokens per forward
 device = "auto"  # auto | cpu | cuda
@@ -44,6 +50,9 @@ class Pair(NamedTuple):
     """Two answers to one input, the preferred answer first."""
 
     source: str  # FILE:LINE
+    row: int  # the pairs of one row have the same number
+    subset: str  # as the row names it; "" where it does not
+    styles: tuple | None  # RM-Bench's (i, j): how elaborate the two answers are, 0 to 2
     conversations: list  # of texts in turn, the user's first; two
     labels: tuple  # cost: +1 safe, -1 unsafe; reward: 1 chosen, 0 rejected
     ids: list  # of token ids, two
@@ -55,34 +64,63 @@ class Pairs(NamedTuple):
 
 
 def read_pairs(data, objective, tokenizer, max_len):
+    """The Pairs of a dataset; rows that cannot be used are counted by their reasons."""
+
     def read(record):
-        parsed = parse_record(record, objective)
-        ids = []
-        for turns in parsed.conversations:
-            ids.append(tokenizer.finished_conversation(turns, **parsed.options).ids)
-        if max(len(ids[0]), len(ids[1])) > max_len:
-            raise ValueError(f"longer than {max_len} tokens")
-        texts = [list_texts(turns) for turns in parsed.conversations]
-        return texts, parsed.labels, ids
+        records = split_rm_bench(record) if is_rm_bench(record) else {None: record}
+        pairs = []
+        for styles, pair_record in records.items():
+            pairs.append((styles, *encode_pair(pair_record, objective, tokenizer, max_len)))
+        return pairs
 
     def drop(row, reason):
         dropped[reason] += 1
 
     dropped = Counter()
     usable = []
-    for row, fields in usable_rows(load_rows(data), read, drop):
-        usable.append(Pair(f"{row.file}:{row.line}", *fields))
+    for number, (row, pairs) in enumerate(usable_rows(load_rows(data), read, drop)):
+        source = f"{row.file}:{row.line}"
+        subset = str(row.record.get("subset") or "")
+        for styles, *fields in pairs:
+            usable.append(Pair(source, number, subset, styles, *fields))
     if not usable:
         stop(f"data {data!r} has no usable pair: {dict(dropped)}")
     return Pairs(usable, dropped)
 
 
+class Encoded(NamedTuple):
+    """The last fields of a Pair."""
+
+    conversations: list
+    labels: tuple
+    ids: list
+
+
+def encode_pair(record, objective, tokenizer, max_len):
+    """The Encoded pair of a row; raises ValueError with the reason to drop the row."""
+    parsed = parse_record(record, objective)
+    ids = []
+    for turns in parsed.conversations:
+        ids.append(tokenizer.finished_conversation(turns, **parsed.options).ids)
+    if max(len(ids[0]), len(ids[1])) > max_len:
+        raise ValueError(f"longer than {max_len} tokens")
+    texts = [list_texts(turns) for turns in parsed.conversations]
+    return Encoded(texts, parsed.labels, ids)
+
+
 def score_pairs(scorer, pairs):
-    """The scores (n, 2) of pairs: the preferred answer's and the other's."""
-    texts = []
+    """The scores (n, 2) of pairs: the preferred answer's and the other's.
+
+    A text that is in several pairs is scored once."""
+    numbers = {}  # a text's ids -> its number
     for pair in pairs:
-        texts += pair.ids
-    return np.array(scorer.score(texts)).reshape(-1, 2)
+        for ids in pair.ids:
+            numbers.setdefault(tuple(ids), len(numbers))
+    scores = scorer.score([list(ids) for ids in numbers])
+    table = []
+    for pair in pairs:
+        table.append([scores[numbers[tuple(ids)]] for ids in pair.ids])
+    return np.array(table)
 
 
 # ---- measures ----
@@ -99,6 +137,17 @@ class Measured(NamedTuple):
     curves: dict  # {name: bins of a calibration}
 
 
+def measure_accuracy(pairs, correct):
+    """The share of pairs (n,) that are right, with an interval over rows.
+
+    The nine pairs of a row of RM-Bench are no independent ones: each row counts by its mean."""
+    outcomes_of_row = {}
+    for pair, outcome in zip(pairs, correct):
+        outcomes_of_row.setdefault(pair.row, []).append(float(outcome))
+    means = [sum(outcomes) / len(outcomes) for outcomes in outcomes_of_row.values()]
+    return bootstrap_interval(means)
+
+
 def measure_margins(pairs, scores, margins):
     """Accuracy and calibration of the choice between two answers.
 
@@ -108,7 +157,7 @@ def measure_margins(pairs, scores, margins):
     summary = {
         "pairs": len(pairs.usable),
         "dropped": pairs.dropped,
-        "accuracy": bootstrap_interval(correct),
+        "accuracy": measure_accuracy(pairs.usable, correct),
         "log_loss": float(np.logaddexp(0, -margins).mean()),
         "calibration_error": calibration.error,
         "margin": bootstrap_interval(margins),
@@ -140,6 +189,96 @@ def measure_signs(pairs, scores, measured):
     return Measured(summary, groups, {**measured.curves, "unsafe": calibration.bins})
 
 
+# ---- subsets, and RM-Bench's styles ----
+
+DIFFICULTIES = ("easy", "normal", "hard")  # RM-Bench's names
+
+
+class Group(NamedTuple):
+    """Some of the pairs; groups are printed in the order of these fields."""
+
+    kind: int  # 0: a subset; 1: all pairs of RM-Bench of a difficulty; 2: a subset's of these
+    subset: str = ""
+    difficulty: int = 0  # an index of DIFFICULTIES
+
+    def describe(self):
+        words = ["" if self.kind == 1 else self.subset]
+        if self.kind > 0:
+            words.append(DIFFICULTIES[self.difficulty])
+        return ": ".join(word for word in words if word)
+
+
+def find_difficulty(styles):
+    """The index in DIFFICULTIES: how much more elaborate the rejected answer is than the chosen.
+
+    A score model that likes long and decorated answers is right where that is easy."""
+    i, j = styles
+    if i == j:
+        return 1
+    return 0 if i > j else 2
+
+
+def list_groups(pair):
+    """The Groups that a Pair is in."""
+    groups = []
+    if pair.subset:
+        groups.append(Group(0, pair.subset))
+    if pair.styles:
+        difficulty = find_difficulty(pair.styles)
+        groups.append(Group(1, difficulty=difficulty))
+        if pair.subset:
+            groups.append(Group(2, pair.subset, difficulty))
+    return groups
+
+
+def measure_groups(pairs, margins):
+    """{a group's name: its accuracy with a 95 % interval, and its pairs}."""
+    members = {}  # Group -> indices
+    for index, pair in enumerate(pairs):
+        for group in list_groups(pair):
+            members.setdefault(group, []).append(index)
+    measured = {}
+    for group in sorted(members):
+        indices = members[group]
+        mean, low, high = measure_accuracy([pairs[i] for i in indices], margins[indices] > 0)
+        numbers = {"pairs": len(indices), "accuracy": mean, "low": low, "high": high}
+        measured[group.describe()] = numbers
+    return measured
+
+
+def measure_styles(pairs, margins):
+    """RM-Bench's matrix (3, 3): how often chosen answers of style i beat rejected ones of style j.
+
+    Below the diagonal are the easy pairs, above it the hard ones. None where there are no styles.
+    arXiv:2410.16184."""
+    outcomes = {}
+    for pair, margin in zip(pairs, margins):
+        if pair.styles:
+            outcomes.setdefault(pair.styles, []).append(float(margin > 0))
+    if not outcomes:
+        return None
+    matrix = np.zeros((3, 3))
+    for styles, right in outcomes.items():
+        matrix[styles] = sum(right) / len(right)
+    return matrix.tolist()
+
+
+def print_groups(groups, matrix):
+    """Print the accuracies of subsets, and RM-Bench's matrix, where there are any."""
+    if groups:
+        table = [("subset", "pairs", "accuracy")]
+        for group, measured in groups.items():
+            interval = f"[{measured['low']:.4f}, {measured['high']:.4f}]"
+            table.append((group, measured["pairs"], f"{measured['accuracy']:.4f}  {interval}"))
+        print(f"\n{format_table(table)}")
+    if matrix:
+        styles = ("concise", "detailed", "Markdown")
+        table = [("chosen, down; rejected, across", *styles)]
+        for style, accuracies in zip(styles, matrix):
+            table.append((style, *[f"{accuracy:.4f}" for accuracy in accuracies]))
+        print(f"\n{format_table(table)}")
+
+
 # ---- results ----
 
 
@@ -153,7 +292,12 @@ def make_rows(pairs, scores, margins):
             score = round(float(score), 4)
             answers.append({"turns": texts, "label": int(label), "score": score})
         margin = round(float(margins[i]), 4)
-        rows.append({"where": pair.source, "margin": margin, "answers": answers})
+        row = {"where": pair.source, "margin": margin, "answers": answers}
+        if pair.subset:
+            row["subset"] = pair.subset
+        if pair.styles:
+            row["styles"] = pair.styles
+        rows.append(row)
     return rows
 
 
@@ -175,7 +319,8 @@ def print_mistakes(rows, count):
     for row in rows[:count]:
         if row["margin"] > 0:
             break
-        print(f"\n{row['where']}: wrong by {-row['margin']:.2f}")
+        subset = f" ({row['subset']})" if "subset" in row else ""
+        print(f"\n{row['where']}{subset}: wrong by {-row['margin']:.2f}")
         preferred, other = row["answers"]
         print("> " + preferred["turns"][-2])
         print(f"  {preferred['score']:7.2f} preferred: {preferred['turns'][-1]}")
@@ -201,9 +346,17 @@ if objective == "cost":
 
 if world.main:
     rows = make_rows(pairs, scores, margins)
+    groups = measure_groups(pairs.usable, margins)
+    matrix = measure_styles(pairs.usable, margins)
     write_jsonl(rows, f"{out_dir}/scores.jsonl")
-    write_json(measured.summary, out_dir, "summary.json")
+    summary = dict(measured.summary)
+    if groups:
+        summary["subsets"] = groups
+    if matrix:
+        summary["styles"] = matrix
+    write_json(summary, out_dir, "summary.json")
     print_summary(measured.summary, objective)
+    print_groups(groups, matrix)
     print_mistakes(rows, worst)
     pictures = plot.scores(measured.groups, measured.curves, out_dir)
     print(f"\n{out_dir}: scores.jsonl, summary.json{pictures}")

@@ -34,6 +34,19 @@ def bootstrap_interval(values, resamples=2000, seed=0):
     return Interval(float(values.mean()), float(low), float(high))
 
 
+def wilson_interval(outcomes):
+    """The share of true ones among outcomes (n,) and its 95 % interval (Wilson 1927).
+
+    Unlike the bootstrap's, it has a width where all outcomes are alike: of 20 answers none was
+    unsafe, and the share may still be 16 %."""
+    n = len(outcomes)
+    share = sum(outcomes) / n
+    z = 1.96  # standard deviations of a normal distribution on either side of its middle 95 %
+    middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    width = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    return Interval(share, max(0.0, middle - width), min(1.0, middle + width))
+
+
 def count_quadrants(red_rewards, blue_rewards, blue_costs):
     """How many of blue's answers are better than red's or not, and safe or not.
 

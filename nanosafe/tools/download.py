@@ -43,6 +43,7 @@ class Release(NamedTuple):
     url: str = ""  # or one file somewhere else
     subfolder: str = ""  # of the script's folder, to write to
     split: str = ""  # of all its rows; empty: by the word "test" in a file's name
+    raw_paths: tuple = ()  # its files below --raw, where other releases' lie there; empty: all
 
 
 def prepare(script, to_record, config, release):
@@ -54,7 +55,7 @@ def prepare(script, to_record, config, release):
     check_ranges(config)
     folder = os.path.dirname(os.path.abspath(script))
     if config["raw"]:
-        paths = find_raw_files(config["raw"])
+        paths = release.raw_paths or find_raw_files(config["raw"])
     else:
         paths = download_release(release, os.path.join(folder, "raw"))
     out = config["out"] or os.path.join(folder, release.subfolder)

@@ -45,8 +45,6 @@ def list_tries(max_len):
                 if max_tokens >= max_len:
                     change = {"max_tokens": max_tokens, "offload": offload}
                     change["activation_checkpointing"] = recomputes
-                    # Without "fsdp" the first forward pass leaves a whole copy on the GPU.
-                    change["parallel"] = "auto" if offload == "none" else "fsdp"
                     tries.append(change)
     return tries
 

@@ -60,15 +60,13 @@ class RunMemory(RunSetup):
             libraries = 7e8 if torch.version.cuda else 3e8
             parts.append(Part("Python and its libraries", libraries, "-"))
         if not self.frozen_is_plain and self.whole_frozen:
-            kept = self.count_kept_gathered(self.whole_frozen)
+            kept = self.count_kept_outside(self.whole_frozen)
             parts.append(Part("frozen models, gathered", self.compute_bytes * kept, "parallel"))
         return [part for part in parts if part.bytes]
 
-    def count_kept_gathered(self, heads):
-        """Numbers of models that stay gathered after a forward pass: all, or what is outside the
-        blocks, which belongs to FSDP's root."""
-        if self.layout == "ddp":
-            return self.count_models(heads)
+    def count_kept_outside(self, heads):
+        """Numbers of models that stay gathered after a forward pass: those outside the blocks,
+        which belong to FSDP's root."""
         return sum(self.count_outside(head) for head in heads)
 
     def training_memory(self):
@@ -89,15 +87,14 @@ class RunMemory(RunSetup):
 
     def count_gathered_in_training(self):
         """Numbers of trained models that have been scored before, and of the block at work."""
-        count = self.count_kept_gathered(self.whole_trained)
-        if self.layout != "ddp":
-            block, _ = self.tensors["lm"]
-            count += count_numbers(block)
-        return count
+        if self.layers_stay:
+            return self.count_models(self.whole_trained)
+        block, _ = self.tensors["lm"]
+        return self.count_kept_outside(self.whole_trained) + count_numbers(block)
 
     def count_prefetched(self):
         """Numbers in the buffers of a backward pass that gathers the next block meanwhile."""
-        if self.layout == "ddp":
+        if self.layers_stay:
             return 0
         block, _ = self.tensors["lm"]
         buffers = 1 if SHARES_STREAMS else len(self.whole_trained + self.whole_frozen)
@@ -145,8 +142,15 @@ class RunMemory(RunSetup):
         if self.device.is_cpu:
             chunk = 2 * CPU_LOGITS_BYTES if is_lm else 0
             recomputed = self.block_bytes() if self.knobs["activation_checkpointing"] else 0
-            return kept + chunk + recomputed + embedding * (8 if self.is_plain else 6)
-        gradient_of_vocabulary = embedding * self.compute_bytes if is_lm else 0
+            of_embedding = (
+                8 if self.is_plain else 6
+            )  # of the gradients of the head and the embedding
+            if self.trains_adapters:
+                of_embedding = 0
+            return kept + chunk + recomputed + embedding * of_embedding
+        gradient_of_vocabulary = 0
+        if is_lm and not self.trains_adapters:
+            gradient_of_vocabulary = embedding * self.compute_bytes
         at_vocabulary = kept + gradient_of_vocabulary + self.logits_bytes()
         width_bytes = config.hidden_size * self.compute_bytes * self.tokens_in_memory()
         at_block = kept + gradient_of_vocabulary + 3 * width_bytes
@@ -175,7 +179,7 @@ class RunMemory(RunSetup):
     def sampling_memory(self, always):
         copy = 0
         if self.trains_adapters and not self.frozen_is_plain:
-            copy = self.count_blocks("lm") if self.layout != "ddp" else 0
+            copy = self.count_blocks("lm")
         elif not self.trains_adapters and not self.is_plain:
             copy = self.count_models(["lm"])
         pairs = self.pair_numbers if self.trains_adapters else 0

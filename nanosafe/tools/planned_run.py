@@ -149,6 +149,8 @@ class Run(RunMemory):
         uniform_weights  the loss is a mean of log-probabilities (LLaMA.log_probs)"""
         passes = 4 if self.knobs["activation_checkpointing"] else 3
         products = 3 if uniform_weights else 4
+        if self.trains_adapters:
+            products -= 1  # a frozen head needs no gradient
         flops = self.flops(head, tokens, targets, passes, products, self.trains_adapters)
         micro_batches = max(1, math.ceil(tokens / self.knobs["max_tokens"]))
         trained, shards = self.count_models([head], self.shards), self.shards

@@ -140,6 +140,8 @@ class RunSetup:
         # One process that computes in float32 is left plain. So are frozen copies.
         is_plain = self.gpus == 1 and in_float32 and self.layout == "ddp"
         self.is_plain = is_plain and not self.offloads_trained
+        # Whole copies of trained models stay on the GPU, unless they wait in host memory.
+        self.layers_stay = self.layout == "ddp" and not self.offloads_trained
         self.frozen_is_plain = self.layout == "ddp" and not self.offloads_frozen
         self.frozen_shards = self.shards
         if self.frozen_is_plain:

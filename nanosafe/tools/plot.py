@@ -175,6 +175,44 @@ def draw_calibration(axis, curves):
     axis.legend()
 
 
+def safety(panels, out_dir):
+    """Draw a measure of several policies' answers to sets of prompts, group by group.
+
+    panels  {title: {policy: {group: (mean, low, high)}}}, one for each set"""
+    rows = math.ceil(len(panels) / 2)
+    made = make_figure(rows, min(2, len(panels)), 6, 4)
+    if made is None:
+        return NO_PICTURES
+    figure, axes = made
+    for axis, (title, policies) in zip(axes.flat, panels.items()):
+        draw_groups(axis, policies)
+        axis.set_title(title)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    handles, names = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=len(names))
+    return save_figure(figure, out_dir, "safety")
+
+
+def draw_groups(axis, policies):
+    """A line for each group, with each policy's mean and its interval on it."""
+    groups = {}  # a dictionary keeps the order
+    for values in policies.values():
+        groups.update(dict.fromkeys(values))
+    height = {group: -line for line, group in enumerate(groups)}
+    colours = repeat_colours(len(policies))
+    for number, (name, values) in enumerate(policies.items()):
+        shift = 0.6 * (number + 0.5) / len(policies) - 0.3  # policies side by side in a group
+        heights = [height[group] - shift for group in values]
+        means = [mean for mean, _, _ in values.values()]
+        lows = [low for _, low, _ in values.values()]
+        highs = [high for _, _, high in values.values()]
+        axis.hlines(heights, lows, highs, color=colours[number], lw=1)
+        axis.scatter(means, heights, s=16, color=colours[number], label=name)
+    axis.set_yticks(list(height.values()), list(groups), fontsize=7)
+    axis.set_xlim(-0.02, 1.02)
+
+
 def dual(curve, best, cost_limit, out_dir):
     """Draw the dual function and what it predicts over lambda.
 
