@@ -490,8 +490,8 @@ while step < steps:
     positions = torch.arange(responses.longest)
     mask = (positions < lengths[:, None]).float().to(world.device)  # (B, R)
 
-    sampled_logps = [torch.tensor(row, device=world.device) for row in sampled_logps]
-    sampled_logps = pad_sequence(sampled_logps, batch_first=True)  # (B, R), by the sampler
+    sampled_logps = [torch.tensor(row) for row in sampled_logps]
+    sampled_logps = pad_sequence(sampled_logps, batch_first=True).to(world.device)  # (B, R)
 
     # 3. log-probabilities of every token, from the training forward
     # The actor's are computed as in step 6, so that the first ratio is 1: without gradients,
