@@ -137,7 +137,7 @@ PRETRAIN_BASE = (
     " --tokenizer={out}/tokenizer --eval_samples=0 --out_dir={out}"
 )
 SFT_OF_BASE = "train_sft.py config/toy/sft.py --init_from={base}/model" + RUN
-ADAPTER = " config/toy/lora.py --lora_rank={rank}"
+ADAPTER = " config/toy/{recipe}.py --lora_rank={rank}"
 COLUMNS = {  # of the table of methods -> the metric, the factor and the format of a number
     "helpful, benign": ("helpfulness_benign", 1, "{:.2f}"),
     "helpful, risky": ("helpfulness_risky", 1, "{:.2f}"),
@@ -280,11 +280,11 @@ def run_adapted(toy, base, folder, seed, rank, name):
     """A stage of the pipeline with adapters of a rank on the base; in full if the rank is 0."""
     os.makedirs(folder, exist_ok=True)
     command = SFT_OF_BASE if name == "sft" else METHODS[name].commands[0]
+    command = command.format(out=folder, seed=seed, name=name, base=base)
     if rank:
-        command += ADAPTER
-    seconds = run_command(
-        command.format(out=folder, seed=seed, name=name, base=base, rank=rank), folder
-    )
+        recipe = "lora_ppo_lag" if name == "ppo_lag" else "lora"
+        command += ADAPTER.format(recipe=recipe, rank=rank)
+    seconds = run_command(command, folder)
     result = {**judge_method(toy, folder, name), "seconds": seconds}
     if name == "sft":
         result.update(read_evaluation(f"{folder}/{name}"))
