@@ -128,8 +128,8 @@ PRETRAINING = (
     " --seed={seed} --out_dir={out}/phf/{name}"
 )
 OBJECTIVES = ("mle", "filter", "conditional", "unlikelihood", "awr", "rwr")
-# Full fine-tuning and adapters, all of one base: it has read pages of questions and answers, but not
-# the chat template. Each of them has a folder rank_{rank}, and rank 0 is full fine-tuning.
+# Full fine-tuning and adapters, all of one base, which has read pages of questions and answers but
+# not the chat template. Each of them has a folder rank_{rank}, and rank 0 is full fine-tuning.
 RANKS = (0, 4, 16)
 ADAPTED = ("sft", "reward", "cost", "ppo_lag")  # each starts from the one before, as in the demo
 PRETRAIN_BASE = (
