@@ -149,7 +149,6 @@ POLICY_COLUMNS = {  # of adapters: the last of PPO-Lag alone
     **COLUMNS,
     "cost, last 20 rollouts": ("cost", 1, "{:.2f}"),
     "lambda": ("lambda", 1, "{:.2f}"),
-    "seconds": ("seconds", 1, "{:.0f}"),
 }
 HELD_OUT_COLUMNS = {  # -> the stage, its metric, the factor and the format of a number
     "SFT, loss": ("sft", "eval_loss", 1, "{:.4f}"),
