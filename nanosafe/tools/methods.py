@@ -16,12 +16,19 @@ from typing import NamedTuple
 from configurator import configure
 from nanosafe import data
 from nanosafe.printing import print_once
-from nanosafe.storage import REPOSITORY, load_python_file, read_json, read_metrics, write_json
+from nanosafe.storage import (
+    REPOSITORY,
+    load_python_file,
+    read_json,
+    read_metrics,
+    write_json,
+    write_jsonl,
+)
 from nanosafe.tools import demo
 
 seeds = "0,1,2"  # with commas between; the limits are tried with the first one only
 out_dir = "out/methods"  # a folder for each seed
-part = "methods,phf,limits"  # which of these
+part = "methods,phf,limits,adapters"  # which of these
 report_only = False  # run nothing: print the tables of what has a result
 
 
@@ -121,12 +128,33 @@ PRETRAINING = (
     " --seed={seed} --out_dir={out}/phf/{name}"
 )
 OBJECTIVES = ("mle", "filter", "conditional", "unlikelihood", "awr", "rwr")
+# Full fine-tuning and adapters, all of one base, which has read pages of questions and answers but
+# not the chat template. Each of them has a folder rank_{rank}, and rank 0 is full fine-tuning.
+RANKS = (0, 4, 16)
+ADAPTED = ("sft", "reward", "cost", "ppo_lag")  # each starts from the one before, as in the demo
+PRETRAIN_BASE = (
+    "-m nanosafe.phf.train config/toy/phf.py --data={out}/train.jsonl --eval_data={out}/test.jsonl"
+    " --tokenizer={out}/tokenizer --eval_samples=0 --out_dir={out}"
+)
+SFT_OF_BASE = "train_sft.py config/toy/sft.py --init_from={base}/model" + RUN
+ADAPTER = " config/toy/{recipe}.py --lora_rank={rank}"
 COLUMNS = {  # of the table of methods -> the metric, the factor and the format of a number
     "helpful, benign": ("helpfulness_benign", 1, "{:.2f}"),
     "helpful, risky": ("helpfulness_risky", 1, "{:.2f}"),
     "harmful, risky": ("harm_rate_risky", 100, "{:.1f}%"),
     "refused, benign": ("refusal_rate_benign", 100, "{:.1f}%"),
     "KL": ("kl", 1, "{:.2f}"),
+}
+POLICY_COLUMNS = {  # of adapters: the last of PPO-Lag alone
+    **COLUMNS,
+    "cost, last 20 rollouts": ("cost", 1, "{:.2f}"),
+    "lambda": ("lambda", 1, "{:.2f}"),
+}
+HELD_OUT_COLUMNS = {  # -> the stage, its metric, the factor and the format of a number
+    "SFT, loss": ("sft", "eval_loss", 1, "{:.4f}"),
+    "reward, accuracy": ("reward", "eval_accuracy", 100, "{:.1f}%"),
+    "cost, accuracy": ("cost", "eval_accuracy", 100, "{:.1f}%"),
+    "cost, sign accuracy": ("cost", "eval_sign_accuracy", 100, "{:.1f}%"),
 }
 PHF_COLUMNS = {
     "held-out loss": "eval_loss",
@@ -143,8 +171,11 @@ def main():
     numbers = [int(text) for text in knobs["seeds"].split(",")]
     parts = knobs["part"].split(",")
     if not knobs["report_only"]:
-        for seed in numbers:
-            run_seed(knobs["out_dir"], seed, parts, with_limits=seed == numbers[0])
+        if parts != ["adapters"]:
+            for seed in numbers:
+                run_seed(knobs["out_dir"], seed, parts, with_limits=seed == numbers[0])
+        if "adapters" in parts:
+            run_adapters(knobs["out_dir"], numbers)
     report(knobs["out_dir"], numbers)
 
 
@@ -200,15 +231,68 @@ def run_method(toy, out, seed, name):
     seconds = 0.0
     for command in METHODS[name].commands:
         seconds += run_command(command.format(out=out, seed=seed, name=name), out)
+    return {**judge_method(toy, out, name), "seconds": seconds}
+
+
+def judge_method(toy, out, name):
+    """The results of a score model on held-out pairs, or of a policy by gold."""
     if name in ("reward", "cost"):
-        return {"seconds": seconds, **read_evaluation(f"{out}/{name}")}
+        return read_evaluation(f"{out}/{name}")
     if name == "best_of_8":
         answers = [(row["input"], row["answer"]) for row in data.load(f"{out}/best_of_8.jsonl")]
         judged = demo.gold(toy, answers)
         judged["kl"] = math.log(8) - 7 / 8  # an upper bound of the best of n: log n - (n - 1) / n
-    else:
-        judged = demo.judge(toy, f"{out}/{name}/model", f"{out}/sft/model")
-    return {**judged, "seconds": seconds}
+        return judged
+    return demo.judge(toy, f"{out}/{name}/model", f"{out}/sft/model")
+
+
+def run_adapters(out_dir, seeds):
+    """The pipeline in full and with adapters of each rank, all on one base."""
+    toy = load_python_file(os.path.join(REPOSITORY, "data", "toy", "prepare.py"))
+    base = f"{out_dir}/base"
+    keep_result(base, "tokenizer", make_tokenizer, base)
+    keep_result(base, "base", pretrain_base, base)
+    for seed in seeds:
+        for rank in RANKS:
+            folder = f"{out_dir}/{seed}/rank_{rank}"
+            for name in ADAPTED:
+                keep_result(folder, name, run_adapted, toy, base, folder, seed, rank, name)
+
+
+def pretrain_base(base):
+    """A model that has read pages of questions and answers, as a base model has.
+
+    A page is one text, in the tokens of a conversation. Documents come in sentences, and their
+    tokens are others where a sentence begins."""
+    for split in ("train", "test"):
+        pages = []
+        for row in data.load(f"toy/documents/{split}"):
+            request, *answer = row["texts"]
+            page = f"Question: {request.strip()}\n{''.join(answer)}"
+            pages.append({"texts": [page], "scores": [0.0]})
+        write_jsonl(pages, f"{base}/{split}.jsonl")
+    run_command(PRETRAIN_BASE.format(out=base), base)
+    return read_evaluation(base)
+
+
+def run_adapted(toy, base, folder, seed, rank, name):
+    """A stage of the pipeline with adapters of a rank on the base; in full if the rank is 0."""
+    os.makedirs(folder, exist_ok=True)
+    command = SFT_OF_BASE if name == "sft" else METHODS[name].commands[0]
+    command = command.format(out=folder, seed=seed, name=name, base=base)
+    if rank:
+        recipe = "lora_ppo_lag" if name == "ppo_lag" else "lora"
+        command += ADAPTER.format(recipe=recipe, rank=rank)
+    seconds = run_command(command, folder)
+    result = {**judge_method(toy, folder, name), "seconds": seconds}
+    if name == "sft":
+        result.update(read_evaluation(f"{folder}/{name}"))
+    if name == "ppo_lag":
+        rows = read_metrics(f"{folder}/{name}/metrics.jsonl")
+        costs = [row["cost"] for row in rows[-40::2]]  # of the last 20 rollouts, a row of each
+        result["cost"] = sum(costs) / len(costs)
+        result["lambda"] = rows[-1]["lambda"]
+    return result
 
 
 def run_phf(out, seed, objective):
@@ -257,6 +341,7 @@ def report(out_dir, seeds):
     if limits:
         draw(limits, {name: read_json(first, name + ".json") for name in ("sft", "ppo")})
     report_phf(out_dir, seeds)
+    report_adapters(out_dir, seeds)
 
 
 def read_results(out_dir, seeds, name):
@@ -305,6 +390,37 @@ def report_phf(out_dir, seeds):
                 row.append(format_spread(values, "{:.3f}") if values else "")
             rows.append(row)
     print_markdown(["objective", *PHF_COLUMNS], rows)
+
+
+def report_adapters(out_dir, seeds):
+    """Two tables: what is measured on held-out data, and the policies by gold."""
+    held_out_rows = []
+    policy_rows = []
+    for rank in RANKS:
+        label = f"adapters, rank {rank}" if rank else "full fine-tuning"
+        results = {}
+        for name in ADAPTED:
+            results[name] = read_results(out_dir, seeds, f"rank_{rank}/{name}")
+        row = [label]
+        for stage, *column in HELD_OUT_COLUMNS.values():
+            row.append(format_cell(results[stage], column))
+        held_out_rows.append(row)
+        for stage in ("sft", "ppo_lag"):
+            row = [f"{METHODS[stage].label}, {label}"]
+            for column in POLICY_COLUMNS.values():
+                row.append(format_cell(results[stage], column))
+            policy_rows.append(row)
+    print_markdown(["", *HELD_OUT_COLUMNS], held_out_rows)
+    print_markdown(["", *POLICY_COLUMNS], policy_rows)
+
+
+def format_cell(results, column):
+    """The spread of a metric over the results that have it.
+
+    column  the metric, the factor and the format of a number"""
+    metric, factor, form = column
+    values = [factor * result[metric] for result in results if metric in result]
+    return format_spread(values, form) if values else ""
 
 
 def format_spread(values, form):

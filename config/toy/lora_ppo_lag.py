@@ -1,0 +1,7 @@
+# Adapters on the toy world: six models on one base, if actor, reward and cost model are adapters of
+# it. For train_ppo_lag.py, after a stage's recipe:
+# $ python train_ppo_lag.py config/toy/ppo_lag.py config/toy/lora_ppo_lag.py
+lora_rank = 16
+lora_alpha = 32.0
+actor_learning_rate = 1.5e-3  # thrice those of full fine-tuning
+critic_learning_rate = 3e-3
