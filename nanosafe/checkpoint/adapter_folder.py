@@ -170,7 +170,7 @@ def choose_targets(path, config, family, targets):
     for name in wanted:
         if name not in names:
             stop(f"lora_targets={targets!r}: {name!r} is none of {path!r}'s {', '.join(names)}")
-    return wanted
+    return [name for name in names if name in wanted]
 
 
 def last_word(module):
@@ -253,8 +253,10 @@ def read_adapter(folder, base, head, score_type):
     pairs = find_pairs(folder)
 
     def choose(module):
-        pair = pairs.get(module)
-        return pair and (pair.A.shape[0], pair.scale)
+        if module not in pairs:
+            return None
+        pair = pairs[module]
+        return pair.A.shape[0], pair.scale
 
     blocks = make_blocks(config, base.family, choose)
     for block in blocks:

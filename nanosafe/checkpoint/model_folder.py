@@ -138,9 +138,10 @@ def load_trained(path, head, placements, bases, lora, vocab_size=0, score_type=N
                 f"{path!r} cannot go on as an adapter: merge it first, with python -m "
                 "nanosafe.checkpoint ADAPTER TARGET"
             )
+        own = model.peft_config
         print_once(
-            f"{path}: its adapter is trained on, with its own rank, alpha and targets, and without "
-            "dropout"
+            f"{path}: its adapter is trained on, with its own rank {own['r']}, alpha "
+            f"{own['lora_alpha']} and targets, and without dropout"
         )
     else:
         base = load_base(path, "auto", bases, placement, vocab_size)
