@@ -1187,7 +1187,7 @@ def test_an_adapter_goes_on_with_its_own_rank_and_targets(world, tmp_path):
     run(*adapter_flags(world, "sft", *small, f"--out_dir={first}"))
     on_first = [f"--init_from={first}/model", "--lora_rank=8", "--max_steps=2"]
     done = run(*adapter_flags(world, "reward", *on_first, f"--out_dir={second}"))
-    assert "its adapter is trained on, with its own rank 2, alpha 16 and targets" in done.stdout
+    assert "its adapter is trained on, with its own rank 2, alpha 16.0 and targets" in done.stdout
     config = read_json(second / "model", "adapter_config.json")
     assert (config["r"], config["lora_alpha"]) == (2, 16)
     assert config["target_modules"] == ["q_proj", "v_proj"]
