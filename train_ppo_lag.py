@@ -4,7 +4,7 @@ PPO-Lagrangian, the algorithm of Safe-RLHF (arXiv:2310.12773). Six models: the a
 are trained; the reference policy, the reward model and the cost model are not. Without a cost model
 this is PPO with four models. With lambda_lr=0 lambda stays as it is: fixed reward shaping. With
 advantage=rloo or grpo there are no critics. With lora_rank the trained models are adapters on a
-frozen base, and so may be the reward and cost models: then six models share one base in memory.
+frozen base; if the reward and cost models are adapters of it, too, all six share it in memory.
 
 On a laptop, after python -m nanosafe.demo:
 $ python train_ppo_lag.py config/toy/ppo_lag.py --out_dir=out/mine
@@ -48,7 +48,7 @@ from nanosafe.inference import (
     response_values,
     warn_beyond_positions,
 )
-from nanosafe.lora import Lora
+from nanosafe.lora import make_lora
 from nanosafe.losses import (
     LOSS_MEANS,
     SURROGATES,
@@ -103,9 +103,9 @@ template = "auto"  # chat template: auto (the actor's own) | safe_rlhf | chatml 
 normalize_reward = False  # use (score - mean) / std with the moments in the reward model's config
 normalize_cost = False  # use score / std with the moments in the cost model's config
 # adapters: low-rank additions to a frozen base, which are trained instead of it (LoRA)
-lora_rank = 0  # of each adapter; 0: the weights themselves are trained
+lora_rank = 0  # of new adapters; 0: no adapters, all weights are trained
 lora_alpha = 32.0  # what an adapter adds is multiplied by lora_alpha / lora_rank
-lora_targets = "all"  # which matrices of a block have one, as q_proj,v_proj; all: all of them
+lora_targets = "all"  # a block's matrices that get one: all, or names as in q_proj,v_proj
 lora_merge = False  # also write the model merged into its base, to model_merged/
 # data
 prompts = "toy/prompts"  # NAME[/SPLIT][:PROPORTION[:PATH]] or a .jsonl, comma separated
@@ -270,8 +270,10 @@ for name, folder in critic_folders.items():
             f"a critic values the actor's tokens, but {folder!r} has another tokenizer than "
             f"{actor_model!r}: set {name}, or advantage=rloo"
         )
-lora = Lora(lora_rank, lora_alpha, lora_targets)
-counts = checkpoint.count_trained_and_frozen(actor_model, lora)
+lora = make_lora(lora_rank, lora_alpha, lora_targets, lora_merge)
+trained_folders = [actor_model, *critic_folders.values()]
+counts = [checkpoint.count_trained_and_frozen(folder, lora) for folder in trained_folders]
+parameters = sum(count.trained for count in counts)
 placements = choose_placements(
     world,
     dtype,
@@ -279,32 +281,32 @@ placements = choose_placements(
     offload,
     use_compile,
     activation_checkpointing,
-    counts.trained * (1 + len(critic_folders)),
-    counts.frozen,
+    parameters,
+    counts[0].frozen,
 )
 bases = {}  # the models in memory, by folder: adapters of one base share it
 
 
-def load_frozen(folder, head, words, score_type=None):
-    """A model that is not trained. words: its tokenizer, whose tokens all need a row."""
+def load_frozen(folder, head, model_tok, score_type=None):
+    """A model that is not trained. model_tok: its tokenizer, whose tokens all need a row."""
     model = checkpoint.load(
         folder,
         head,
         placement=placements.frozen,
-        vocab_size=words.vocab_size,
+        vocab_size=model_tok.vocab_size,
         score_type=score_type,
         bases=bases,
     )
     return model.requires_grad_(False)
 
 
-def load_scorer(folder, words, score_type, normalizes):
+def load_scorer(folder, model_tok, score_type, normalizes):
     """A reward or cost model, or a function. normalizes: by the moments in its config."""
     if names_function(folder):
         if normalizes:
             stop(f"{folder!r} is a function: it has no moments to normalize its scores by")
         return ScoreFunction(folder, world)
-    model = load_frozen(folder, "score", words, score_type)
+    model = load_frozen(folder, "score", model_tok, score_type)
     if normalizes and model.config.var[0] <= 0:
         stop(f"{folder!r} states var={model.config.var[0]}: normalised scores are divided by it")
     model.config.do_normalize = normalizes
@@ -312,7 +314,7 @@ def load_scorer(folder, words, score_type, normalizes):
 
 
 def load_trained(folder, head, score_type=None):
-    """A model to train: with lora_rank an adapter on a model that is there once, in `bases`."""
+    """A model to train: with lora_rank an adapter, whose frozen base is shared through `bases`."""
     return checkpoint.load_trained(
         folder,
         head,
@@ -330,15 +332,15 @@ def make_optimizer(model, weight_decay):
     return optim.make_adamw(model, weight_decay, beta1, beta2, moments, seed, use_compile)
 
 
-def load_words(path):
+def load_scorer_tokenizer(path):
     """A score model's tokenizer, with its own chat template; None of a function or of no model."""
     return load_tokenizer(path) if path and not names_function(path) else None
 
 
+reward_tok = load_scorer_tokenizer(reward_model)
+cost_tok = load_scorer_tokenizer(cost_model)
 # From here on these names are the models, no longer their folders.
 ref = load_frozen(actor_model, "lm", tok)
-reward_tok = load_words(reward_model)
-cost_tok = load_words(cost_model)
 reward_model = load_scorer(reward_model, reward_tok, "reward", normalize_reward)
 if cost_model:
     cost_model = load_scorer(cost_model, cost_tok, "cost", normalize_cost)
@@ -350,7 +352,7 @@ for name, folder in critic_folders.items():
     optimizers[name] = make_optimizer(models[name], critic_weight_decay)
 reward_critic = models.get("reward_critic")
 cost_critic = models.get("cost_critic")
-average = load_trained(actor_model, "lm") if ema else None
+average = load_trained(actor_model, "lm") if ema else None  # of an adapter, a second one
 if average:
     models["model_ema"] = average  # saved with the others; no optimizer moves it
 readers = dict(models)  # of up to max_len tokens
@@ -402,7 +404,7 @@ if resume:
     multiplier.load_state_dict(state["multiplier"])
     reward_moments.load_state_dict(state["moments"])
 print_once(
-    f"{len(optimizers)} x {counts.trained:,} parameters trained, "
+    f"{parameters:,} parameters trained in {len(optimizers)} models, "
     f"{placements.trained.layout}, computing in {placements.trained.compute_dtype}; {rollouts} "
     f"rollouts of {rollout_size} prompts x {num_samples}, {updates} steps of {batch_size} "
     f"responses each over {world.size} ranks, {max_tokens} tokens per forward"

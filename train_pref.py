@@ -46,7 +46,7 @@ from nanosafe.inference import (
     sum_response_logps,
     warn_beyond_positions,
 )
-from nanosafe.lora import Lora
+from nanosafe.lora import make_lora
 from nanosafe.losses import (
     bfpo_loss,
     bso_loss,
@@ -80,9 +80,9 @@ seed = 0  # of the data order, of a new score head or adapter, and of samples
 init_from = "out/demo/sft/model"  # a policy, which gets a new head to score, or a score model
 template = "auto"  # chat template: auto (the model's own) | safe_rlhf | chatml | llama3 | FILE
 # adapters: low-rank additions to a frozen base, which are trained instead of it (LoRA)
-lora_rank = 0  # of each adapter; 0: the weights themselves are trained
+lora_rank = 0  # of new adapters; 0: no adapters, all weights are trained
 lora_alpha = 32.0  # what an adapter adds is multiplied by lora_alpha / lora_rank
-lora_targets = "all"  # which matrices of a block have one, as q_proj,v_proj; all: all of them
+lora_targets = "all"  # a block's matrices that get one: all, or names as in q_proj,v_proj
 lora_merge = False  # also write the model merged into its base, to model_merged/
 # data
 data = "toy/pairs"  # pairs: NAME[/SPLIT][:PROPORTION[:PATH]] or a .jsonl, comma separated
@@ -182,7 +182,7 @@ if eval_data:
     report_shared_prompts(train, held_out)
 datasets = list(filter(None, (train, held_out)))
 
-lora = Lora(lora_rank, lora_alpha, lora_targets)
+lora = make_lora(lora_rank, lora_alpha, lora_targets, lora_merge)
 counts = checkpoint.count_trained_and_frozen(init_from, lora)
 placements = choose_placements(
     world,

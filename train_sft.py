@@ -20,7 +20,7 @@ from nanosafe.data import report_shared_prompts, tokenize
 from nanosafe.data.batching import count_steps, examples_at, plan_micro_batches
 from nanosafe.errors import choose, stop
 from nanosafe.inference import sum_response_logps, warn_beyond_positions
-from nanosafe.lora import Lora
+from nanosafe.lora import make_lora
 from nanosafe.losses import mle_loss
 from nanosafe.model import Config
 from nanosafe.monitor import Monitor, check_sinks
@@ -43,9 +43,9 @@ num_hidden_layers = 4  # from scratch only: blocks
 num_attention_heads = 4  # from scratch only: heads H
 num_key_value_heads = 4  # from scratch only: kv heads K
 # adapters: low-rank additions to a frozen base, which are trained instead of it (LoRA)
-lora_rank = 0  # of each adapter; 0: the weights themselves are trained
+lora_rank = 0  # of new adapters; 0: no adapters, all weights are trained
 lora_alpha = 32.0  # what an adapter adds is multiplied by lora_alpha / lora_rank
-lora_targets = "all"  # which matrices of a block have one, as q_proj,v_proj; all: all of them
+lora_targets = "all"  # a block's matrices that get one: all, or names as in q_proj,v_proj
 lora_merge = False  # also write the model merged into its base, to model_merged/
 # data
 data = "toy/sft"  # demonstrations: NAME[/SPLIT][:PROPORTION[:PATH]] or a .jsonl, comma separated
@@ -109,7 +109,7 @@ shape = Config(
     max_position_embeddings=max(Config.max_position_embeddings, max_len),
     initializer_range=hidden_size**-0.5,  # about 0.02 at 7B's width
 )
-lora = Lora(lora_rank, lora_alpha, lora_targets)
+lora = make_lora(lora_rank, lora_alpha, lora_targets, lora_merge)
 if from_scratch:
     counts = checkpoint.Counts(checkpoint.count_parameters(shape), frozen=0)
 else:

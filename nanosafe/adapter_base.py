@@ -4,14 +4,18 @@ An adapter folder is written by PEFT. It holds only what training has added (ada
 and adapter_model.safetensors or .bin), and it names its base. These functions find the base, for
 all who read a model's folder; checkpoint/adapters.py reads what the adapter adds."""
 
+import json
 import os
+import zlib
 
 from nanosafe.errors import one_line_errors, stop
 from nanosafe.hub import ADAPTER_FILES, find_model
-from nanosafe.storage import read_json
+from nanosafe.printing import print_once, say_once
+from nanosafe.storage import describe_file, read_json
 
 ADAPTER_CONFIG = "adapter_config.json"
-SCORE_CONFIG = "score_config.json"  # what a score model's config.json says beside its base's
+OWN_CONFIG = "nanosafe.json"  # ours: the base's fingerprint, and what only score models state
+MODEL_ENDINGS = ("config.json", "params.json", ".safetensors", ".bin", ".pth")
 WHOLE_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # an index begins with the same words
 
 
@@ -66,6 +70,7 @@ def find_folder(path, name, revision=None):
     for folder in (os.path.join(path, name), name):
         if os.path.isdir(folder):
             return folder
+    print_once(f"{path}: its base {name!r} is no folder here, so it is looked for on the hub")
     folder = find_model(f"{name}@{revision}" if revision else name)
     return folder if os.path.isdir(folder) else None
 
@@ -78,3 +83,23 @@ def find_whole_model(path):
 def list_model_folders(path):
     """The folders that a model's tensors are in: an adapter's own and its base's, or the one."""
     return [path, find_base(path)] if is_adapter(path) else [path]
+
+
+def describe_model_files(folder):
+    """describe_file() of a model folder's config and weights."""
+    names = [name for name in sorted(os.listdir(folder)) if name.endswith(MODEL_ENDINGS)]
+    return [describe_file(folder, name) for name in names]
+
+
+def fingerprint_base(folder):
+    """A number that changes with the config and the weights of a base."""
+    return zlib.crc32(json.dumps(describe_model_files(folder)).encode())
+
+
+def warn_of_another_base(path, base, fingerprint):
+    """Say so if a base is not the one that an adapter was trained on, whose fingerprint is given."""
+    if fingerprint is not None and fingerprint != fingerprint_base(base):
+        say_once(
+            f"warning: {path} was trained on other weights than {base} has now: what it gives "
+            "means nothing on them"
+        )

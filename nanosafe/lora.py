@@ -5,20 +5,25 @@ are trained:
 
     y = W x + s B A x        A (r, in)   B (out, r)   s = alpha / r, or alpha / sqrt(r) (rslora)
 
-B begins at zero, so a new adapter changes nothing. In memory is the base, once, and of each model
-that stands on it megabytes: for PPO-Lag,
+B begins at zero, so a new adapter changes nothing. Memory holds the base once, and some megabytes
+for each model on it. For PPO-Lag these are
 
-    reference     the base                        actor                  the base + an adapter
-    reward model  the base + an adapter + a head  reward critic, cost critic  likewise
-    cost model    likewise
+    reference      what the actor starts from: the base, or the base + a frozen adapter
+    actor          the base + an adapter that is trained
+    reward model   the base + an adapter + a score head, frozen
+    cost model     the base + an adapter + a score head, frozen
+    reward critic  the base + an adapter + a score head, trained
+    cost critic    the base + an adapter + a score head, trained
 
-An AdaptedLLaMA is used as a LLaMA is, and its parameters() are its adapter's alone. They are whole
-on every rank, while the base may be cut into slices.
+An AdaptedLLaMA is used as a LLaMA is, and its parameters() are its adapter's alone. Each process
+has them whole, while the base may be cut into slices.
 
-A block multiplies by the matrices of queries, keys and values at once, and by gate and up at once,
-but adapters are of each of these by itself, as PEFT's are. Side by side they are one pair again:
+A block multiplies by the matrices of queries, keys and values at once, and by gate and up at once.
+PEFT has an adapter for each of these. Stacked in every forward pass, they act as one pair:
 
-    A = [A_q; A_k; A_v]  (3r, in)        B = [s B_q  0  0;  0  s B_k  0;  0  0  s B_v]  (out, 3r)
+    A = [A_q; A_k; A_v]  (R, in)        B = [s B_q  0  0;  0  s B_k  0;  0  0  s B_v]  (out, R)
+
+where R is the sum of the ranks r.
 
 checkpoint/adapter_folder.py reads and writes adapters in PEFT's layout."""
 
@@ -29,11 +34,13 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from nanosafe.errors import stop
+
 MATRICES = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")  # of a block
 
 
 class Lora(NamedTuple):
-    """The adapters that a trainer's knobs ask for."""
+    """The new adapters that a trainer's knobs ask for."""
 
     rank: int  # 0: none, all weights are trained
     alpha: float
@@ -42,6 +49,13 @@ class Lora(NamedTuple):
     @property
     def scale(self):
         return self.alpha / self.rank
+
+
+def make_lora(rank, alpha, targets, merge):
+    """The Lora of a trainer's knobs. Stops where they ask for something that rank=0 does not do."""
+    if rank == 0 and (targets != "all" or merge):
+        stop(f"lora_targets={targets!r} and lora_merge={merge} are for adapters: set lora_rank")
+    return Lora(rank, alpha, targets)
 
 
 class Pair(NamedTuple):
@@ -64,7 +78,7 @@ NO_PAIRS = BlockPairs()
 
 
 class PairShape(NamedTuple):
-    """One adapter of a block's matrix: of the whole of it, or of some of its rows."""
+    """Where the pair of one of PEFT's modules lies in a block's matrix: all of it, or some rows."""
 
     module: str  # as PEFT calls it: model.layers.0.self_attn.q_proj
     rank: int
@@ -72,11 +86,12 @@ class PairShape(NamedTuple):
     inputs: int
     rows: int
     first_row: int  # of the block's matrix: where the module's rows begin
-    order: list = None  # row i of ours is row order[i] of the module's; None: they are in order
+    # Some families order rows otherwise: row i of ours is row order[i] of the module's.
+    order: list = None
 
 
 class MatrixAdapter(nn.Module):
-    """The adapters of one of a block's matrices, trained in float32."""
+    """The adapters of one of a block's matrices, trained in float32 and without the scale."""
 
     def __init__(self, shapes, height):
         """shapes: a PairShape of each, in the order of their rows; height: rows of the matrix."""
@@ -103,22 +118,25 @@ class AdaptedLLaMA(nn.Module):
     """A base with an adapter on it, and perhaps a score head of its own. It is used as a LLaMA is.
 
     base          a LLaMA, frozen, which other adapters stand on too
-    config, head  as of a LLaMA: what the base becomes with the adapter
+    config, head  as of a LLaMA, of the adapted model; the base keeps its own
     blocks        of each layer, a ModuleDict {name of its matrix: MatrixAdapter}
-    peft_config   what its adapter_config.json says"""
+    peft_config   what its adapter_config.json says
+    base_fingerprint  a number that tells the base's weights from others"""
 
-    def __init__(self, base, config, head, blocks, peft_config):
+    def __init__(self, base, config, head, blocks, peft_config, base_fingerprint):
         super().__init__()
-        # Set past nn.Module, which would count the base's parameters among this model's.
+        # This bypasses nn.Module, which would count the base's parameters among this model's.
         object.__setattr__(self, "base", base)
         self.config = config
         self.head = head
         self.blocks = nn.ModuleList(blocks)
         self.peft_config = peft_config
+        self.base_fingerprint = base_fingerprint
         if head != "lm":
             self.score_head = nn.Linear(config.hidden_size, 1, bias=config.score_bias)
-        self.kept_pairs = None  # of a twin for sampling: what block_pairs() returns
-        self.twin = None  # for sampling, on its own base
+        # See for_sampling().
+        self.kept_pairs = None
+        self.twin = None
 
     @property
     def embed_tokens(self):
@@ -142,7 +160,7 @@ class AdaptedLLaMA(nn.Module):
             pairs.append(BlockPairs(**of_block))
         return pairs
 
-    # The verbs of a LLaMA.
+    # The methods of a LLaMA, passed on to the base.
 
     def log_probs(self, batch, temperature=1.0, uniform_weights=False):
         return self.base.log_probs(batch, temperature, uniform_weights, adapter=self)
@@ -170,16 +188,20 @@ class AdaptedLLaMA(nn.Module):
 
     @torch.no_grad()
     def for_sampling(self, base):
-        """This model on a base with whole parameters, its pairs computed once for all steps.
+        """A twin of this model for sampling: its pairs are computed once, and have no gradients.
 
-        On its own base it is the same twin again, with its pairs where they were, so that a CUDA
-        graph which reads them still holds."""
+        base  its base, or one with the same weights that is not cut into slices
+
+        On its own base it is the same twin each time, with its pairs where they were, so that a
+        CUDA graph which reads them still holds."""
         pairs = self.block_pairs(base.embed_tokens.weight.dtype)
         if base is self.base and self.twin is not None:
             for old, new in zip(list_tensors(self.twin.kept_pairs), list_tensors(pairs)):
                 old.copy_(new)
             return self.twin
-        twin = AdaptedLLaMA(base, self.config, "lm", self.blocks, self.peft_config)
+        twin = AdaptedLLaMA(
+            base, self.config, "lm", self.blocks, self.peft_config, self.base_fingerprint
+        )
         twin.kept_pairs = pairs
         if base is self.base:
             object.__setattr__(self, "twin", twin)
@@ -199,7 +221,8 @@ def list_tensors(block_pairs):
 def draw_adapter(blocks, seed):
     """Draw the parameters of a new adapter: each A from U(-1/sqrt(in), 1/sqrt(in)), and B is 0.
 
-    A matrix has its own generator, as in init_from_scratch(): other targets do not change it."""
+    The bound is PEFT's. Each matrix has its own generator, so that other targets do not change
+    what is drawn for it."""
     for block in blocks:
         for matrix in block.values():
             for shape, A, B in zip(matrix.shapes, matrix.A, matrix.B):

@@ -17,6 +17,7 @@ from nanosafe.errors import one_line_errors, stop
 
 REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # scripts, config, data
 CHECKSUMS = "checksums.json"
+TAIL = 2**20  # bytes at the end of a file that describe_file() reads
 CHECKED_ENDINGS = (".safetensors", ".npy", "report.json")  # what replace_folder() sums by default
 
 
@@ -111,6 +112,17 @@ def flush_to_disk(path):
     handle = os.open(path, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)
+
+
+def describe_file(folder, name):
+    """[a file's name, size, CRC-32 of its last TAIL bytes].
+
+    Training moves every tensor, so the end of a file of weights tells it from another's."""
+    path = os.path.join(folder, name)
+    with one_line_errors(path), open(path, "rb") as f:
+        size = f.seek(0, os.SEEK_END)
+        f.seek(max(0, size - TAIL))
+        return [name, size, zlib.crc32(f.read())]
 
 
 def checksum(path):

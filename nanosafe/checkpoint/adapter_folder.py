@@ -1,10 +1,10 @@
-"""Models that are adapters on a shared base (lora.py): made, read from PEFT's folders, written so.
+"""Models that are adapters on a shared base (lora.py): new ones, and PEFT's folders of them.
 
     adapter_config.json  adapter_model.safetensors   PEFT's, with the score head among the tensors
-    score_config.json                                what a score model says beside its base
+    nanosafe.json            which base it was trained on, and a score model's part of config.json
 
-adapters.py reads the same folders and merges them; here nothing is merged. A base in memory is a
-Base, and `bases` {its folder: Base} has all of a process."""
+adapters.py reads the same folders and merges them; here nothing is merged. `bases` maps a base's
+folder to its Base in memory; a process has one such dict."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from nanosafe import parallel
-from nanosafe.adapter_base import ADAPTER_CONFIG, SCORE_CONFIG
+from nanosafe.adapter_base import ADAPTER_CONFIG, OWN_CONFIG
 from nanosafe.checkpoint.adapters import MergedTensor
 from nanosafe.checkpoint.families import META, Family, find_rows
 from nanosafe.checkpoint.folder import list_shapes, make_config
@@ -34,6 +34,7 @@ class Base(NamedTuple):
 
     model: LLaMA
     family: Family  # how its folder names its tensors
+    fingerprint: int  # fingerprint_base() of its folder
 
 
 class Module(NamedTuple):
@@ -111,12 +112,12 @@ def make_blocks(config, family, choose):
 
 
 def new_adapter(path, base, head, lora, score_type, seed):
-    """A new adapter on the base, whose folder is `path`: as yet it changes nothing.
+    """A new adapter on the base, whose folder is `path`. It changes nothing, since B is 0.
 
     lora  the Lora that is asked for
 
-    Its score head is not filled yet."""
-    check_head(path, base, head)
+    The caller fills its score head."""
+    check_can_generate(path, base, head)
     if base.family is META:
         stop(
             f"{path!r} is in Meta's layout, whose matrices PEFT has no names for: convert it "
@@ -139,10 +140,10 @@ def new_adapter(path, base, head, lora, score_type, seed):
         "init_lora_weights": True,
         "use_rslora": False,
     }
-    return AdaptedLLaMA(base.model, config, head, blocks, peft_config)
+    return AdaptedLLaMA(base.model, config, head, blocks, peft_config, base.fingerprint)
 
 
-def check_head(path, base, head):
+def check_can_generate(path, base, head):
     """Stop where a model is to generate text, and its base is a score model, without an LM head."""
     if head != "score" and base.model.head == "score":
         stop(f"{path!r} is a score model: it cannot generate text")
@@ -169,7 +170,7 @@ def choose_targets(path, config, family, targets):
     wanted = [name.strip() for name in targets.split(",")]
     for name in wanted:
         if name not in names:
-            stop(f"lora_targets={targets!r}: {name!r} is none of {path!r}'s {', '.join(names)}")
+            stop(f"lora_targets={targets!r}: {path!r} has {', '.join(names)}, and no {name!r}")
     return [name for name in names if name in wanted]
 
 
@@ -178,7 +179,9 @@ def last_word(module):
 
 
 def count_adapter_parameters(folder, lora):
-    """How many parameters are trained of an adapter, an opened folder's own or a new one on it."""
+    """How many parameters the folder's adapter has, or if it has none, a new one on it.
+
+    A score head is not counted."""
     pairs = find_pairs(folder).values()
     if pairs:
         return sum(pair.A.shape.numel() + pair.B.shape.numel() for pair in pairs)
@@ -207,8 +210,8 @@ def describe_base(path):
 def can_share_base(folder):
     """Whether an opened adapter changes its base by pairs on the matrices of blocks alone.
 
-    Embeddings, norms, biases and LM heads that were trained too are the adapter's own: then the
-    base is not shared, and the adapter is merged."""
+    One that has trained embeddings, norms, biases or an LM head, too, is merged into a copy of its
+    own instead."""
     config = make_config(folder)
     shapes = list_shapes(config, "lm")
     modules = set()
@@ -246,8 +249,8 @@ def find_pairs(folder):
 def read_adapter(folder, base, head, score_type):
     """The AdaptedLLaMA of an opened adapter folder that can share its base.
 
-    Its score head is not read yet."""
-    check_head(folder.path, base, head)
+    The caller fills its score head."""
+    check_can_generate(folder.path, base, head)
     config = make_config(folder, score_type)
     config.vocab_size = base.model.config.vocab_size  # which may have rows for new tokens
     pairs = find_pairs(folder)
@@ -270,7 +273,7 @@ def read_adapter(folder, base, head, score_type):
     inside = os.path.join(folder.path, peft_config["base_model_name_or_path"])
     if os.path.isdir(inside):  # named from where this adapter is; others are elsewhere
         peft_config["base_model_name_or_path"] = os.path.normpath(inside)
-    return AdaptedLLaMA(base.model, config, head, blocks, peft_config)
+    return AdaptedLLaMA(base.model, config, head, blocks, peft_config, base.fingerprint)
 
 
 # ---- an adapter that is written ----
@@ -288,13 +291,15 @@ def write_adapter_folder(model, path, tokenizer, head):
     shutil.rmtree(temporary, ignore_errors=True)
     make_folder(temporary)
     tensors = name_tensors(model)
+    own_config = {"base_fingerprint": model.base_fingerprint}
     peft_config = {**model.peft_config, "task_type": "CAUSAL_LM", "modules_to_save": None}
     if head == "score":
         peft_config.update(task_type="SEQ_CLS", modules_to_save=["classifier", "score"])
         for name, parameter in model.score_head.named_parameters():
             tensors["base_model.model.score." + name] = parameter.detach().cpu()
         values = model.config.to_dict("score")
-        write_json({key: values[key] for key in SCORE_KEYS}, temporary, SCORE_CONFIG)
+        own_config.update({key: values[key] for key in SCORE_KEYS})
+    write_json(own_config, temporary, OWN_CONFIG)
     write_json(peft_config, temporary, ADAPTER_CONFIG)
     if tokenizer is not None:
         tokenizer.save(temporary)

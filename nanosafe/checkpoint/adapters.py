@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 
-from nanosafe.adapter_base import ADAPTER_CONFIG, SCORE_CONFIG
+from nanosafe.adapter_base import ADAPTER_CONFIG, OWN_CONFIG, warn_of_another_base
 from nanosafe.checkpoint.families import name_tensor
 from nanosafe.checkpoint.tensors import FolderReader, LazyTensor, clean_name
 from nanosafe.errors import one_line_errors, stop
@@ -354,7 +354,8 @@ def merge_adapter(path, base):
         del merged[vocabulary.lm_head]  # as in the base's files: the two are tied still
 
     with one_line_errors(path):
-        changes = read_json(path, SCORE_CONFIG)
+        changes = read_json(path, OWN_CONFIG)
+    warn_of_another_base(path, base.path, changes.pop("base_fingerprint", None))
     changes["score_bias"] = "score_head.bias" in merged
     if vocabulary.embedding in stored:
         changes["vocab_size"] = stored[vocabulary.embedding].shape[0]

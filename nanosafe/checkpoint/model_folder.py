@@ -1,6 +1,7 @@
 """Load and save models. What is written is a Hugging Face folder, which transformers and vLLM open.
 
-load   folder on disk -> RowRanges -> this rank's rows; no rank holds a whole model
+load   folder on disk -> RowRanges -> this rank's rows; no rank holds a whole model. With `bases`,
+       adapters stand on a base that is read once (lora.py)
 save   each parameter gathered -> tensors of the folder's family -> files of at most 5 GB"""
 
 import math
@@ -13,7 +14,13 @@ import torch
 from safetensors.torch import save_file
 
 from nanosafe import parallel
-from nanosafe.adapter_base import find_base, find_whole_model, is_adapter, list_model_folders
+from nanosafe.adapter_base import (
+    find_base,
+    find_whole_model,
+    fingerprint_base,
+    is_adapter,
+    list_model_folders,
+)
 from nanosafe.checkpoint import exports
 from nanosafe.checkpoint.adapter_folder import (
     Base,
@@ -44,7 +51,7 @@ from nanosafe.errors import one_line_errors, stop
 from nanosafe.hub import find_model
 from nanosafe.lora import AdaptedLLaMA
 from nanosafe.model import Config, LLaMA
-from nanosafe.printing import print_once
+from nanosafe.printing import print_once, say_once
 from nanosafe.storage import (
     CHECKSUMS,
     find_corrupt_file,
@@ -81,9 +88,9 @@ def load(
     vocab_size  rows that the tokenizer needs; missing ones become the mean of the others
     score_type  "reward", "cost" or "critic", whatever the config says. A script that only reads
                 scores calls check_score_model() first.
-    bases       {folder: Base} of this process, to which this model is added. With it an adapter
-                folder becomes an AdaptedLLaMA, and adapters of one base share it in memory; without
-                it an adapter is merged into a base of its own. Models on a base are frozen."""
+    bases       {folder: Base}, the models in memory that adapters can share; a model is added to
+                it as it is read. An adapter folder then becomes a frozen AdaptedLLaMA on its base.
+                None: an adapter is merged into a base of its own."""
     among_ranks = placement is not None  # else each rank may read another model
     if placement is None:
         placement = parallel.Placement(torch.device(device), dtype=dtype)
@@ -93,12 +100,14 @@ def load(
         model = load_base(path, head, bases, placement, vocab_size, score_type).model
         if model.head == "lm" or score_type in (None, model.config.score_type):
             return model
+        # It is there as a reward model, say, and is wanted as a cost model.
         return load_whole(path, head, placement, vocab_size, score_type, seed, among_ranks)
     folder = open_folder(path)
     if not can_share_base(folder):
         print_once(f"{path} trains more than matrices of blocks: it is merged into its base")
         return load_whole(path, head, placement, vocab_size, score_type, seed, among_ranks)
     base = load_base(find_base(folder.path), "auto", bases, placement, vocab_size)
+    say_that_base_is_shared(find_base(folder.path), base)
     check_for_damage(folder.path, among_ranks=False)
     head = choose_head(folder, head)
     model = read_adapter(folder, base, head, score_type)
@@ -110,7 +119,8 @@ def load_trained(path, head, placements, bases, lora, vocab_size=0, score_type=N
     """The model at `path`, to be trained: a LLaMA, or with lora.rank an adapter on a frozen base.
 
     placements  the parallel.Placements: a base is placed as frozen models are
-    lora        the Lora of a new adapter. The adapter that is at `path` goes on with its own.
+    lora        the Lora of a new adapter. If `path` is an adapter, a copy of it is trained further,
+                with its own rank, alpha and targets.
 
     Other arguments are those of load()."""
     if not lora.rank:
@@ -123,6 +133,13 @@ def load_trained(path, head, placements, bases, lora, vocab_size=0, score_type=N
             seed=seed,
         )
     placement = placements.frozen
+    rows = make_config(open_folder(path)).vocab_size
+    if rows < vocab_size:
+        print_once(
+            f"warning: {path} has no rows for {vocab_size - rows} of the tokenizer's tokens, and "
+            "adapters do not train those that they get: choose a template whose tokens the model "
+            "has, or lora_rank=0"
+        )
     if is_adapter(find_model(path)):
         model = load(
             path,
@@ -135,28 +152,40 @@ def load_trained(path, head, placements, bases, lora, vocab_size=0, score_type=N
         )
         if not isinstance(model, AdaptedLLaMA):
             stop(
-                f"{path!r} cannot go on as an adapter: merge it first, with python -m "
-                "nanosafe.checkpoint ADAPTER TARGET"
+                f"{path!r} has trained more than matrices of blocks, and cannot go on as an adapter: "
+                "merge it first, with python -m nanosafe.checkpoint ADAPTER TARGET"
             )
         own = model.peft_config
         print_once(
-            f"{path}: its adapter is trained on, with its own rank {own['r']}, alpha "
+            f"{path} is an adapter: a copy of it is trained, with its own rank {own['r']}, alpha "
             f"{own['lora_alpha']} and targets, and without dropout"
         )
     else:
         base = load_base(path, "auto", bases, placement, vocab_size)
+        say_that_base_is_shared(path, base)
         model = new_adapter(path, base, head, lora, score_type, seed)
         fill_score_head(model, open_folder(path).tensors, path, seed)
     return model.to(placement.device).requires_grad_(True)
 
 
 def load_base(path, head, bases, placement, vocab_size, score_type=None):
-    """The Base at a path, from `bases` or read into them."""
-    key = os.path.realpath(find_model(path))
-    if key not in bases:
+    """The Base at a path, from `bases` or read into them.
+
+    One that is there and has too few rows for a tokenizer is read again: `head` and `placement` are
+    those of the process's other bases anyway."""
+    folder = find_model(path)
+    key = os.path.realpath(folder)
+    if key not in bases or bases[key].model.config.vocab_size < vocab_size:
         model = load_whole(path, head, placement, vocab_size, score_type)
-        bases[key] = Base(model.requires_grad_(False), open_folder(path).family)
+        family = open_folder(path).family
+        bases[key] = Base(model.requires_grad_(False), family, fingerprint_base(folder))
     return bases[key]
+
+
+def say_that_base_is_shared(path, base):
+    """Say which base adapters stand on: another line than one says that there are two bases."""
+    count = sum(math.prod(parameter.shape) for parameter in base.model.parameters())
+    say_once(f"{path}: {count:,} parameters in memory once, frozen, for all adapters of it")
 
 
 @torch.no_grad()
@@ -275,7 +304,7 @@ class Counts(NamedTuple):
     """How many parameters a training has in memory."""
 
     trained: int
-    frozen: int  # of the base on which an adapter is trained
+    frozen: int  # of the base; 0 without adapters
 
 
 def count_trained_and_frozen(path, lora):

@@ -24,7 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from nanosafe import parallel
-from nanosafe.adapter_base import list_model_folders
+from nanosafe.adapter_base import describe_model_files, list_model_folders
 from nanosafe.checkpoint.tensors import RowRange, copy_rows
 from nanosafe.errors import one_line_errors, stop
 from nanosafe.hub import find_model
@@ -34,6 +34,7 @@ from nanosafe.storage import (
     atomic_write,
     check_link,
     checksum,
+    describe_file,
     find_corrupt_file,
     flush_to_disk,
     make_folder,
@@ -49,8 +50,6 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 RANK_FILE = "rank_"  # what the name of a file of a rank's rows begins with
 RECORD = "record.json"  # what a state was made with
 NODE_TIMEOUT = 120  # seconds in which a file server gives up the locks of a dead node
-MODEL_ENDINGS = ("config.json", "params.json", ".safetensors", ".bin", ".pth")
-TAIL = 2**20  # bytes at the end of a file of weights that its fingerprint reads
 
 
 # ---- save ----
@@ -325,7 +324,9 @@ FIXED_KNOBS = {
     # Shapes do not show these: the same weights compute something else.
     "num_attention_heads",
     "num_key_value_heads",
+    "lora_rank",
     "lora_alpha",
+    "lora_targets",
     # A state has gone on from these, so a new value would be ignored without a word.
     "lambda_init",
     "normalizer_momentum",
@@ -362,8 +363,7 @@ def fingerprint(source):
     elif isinstance(source, str):
         facts = []
         for folder in list_model_folders(find_model(source)):
-            names = [name for name in sorted(os.listdir(folder)) if name.endswith(MODEL_ENDINGS)]
-            facts += [describe_file(folder, name) for name in names]
+            facts += describe_model_files(folder)
     else:
         sums = read_json(source.folder, CHECKSUMS)
         arrays = [
@@ -371,17 +371,6 @@ def fingerprint(source):
         ]
         facts = [[name, sums[name]] for name in arrays]
     return zlib.crc32(json.dumps(facts).encode())
-
-
-def describe_file(folder, name):
-    """[a file's name, size, CRC-32 of its last TAIL bytes].
-
-    Training moves every tensor, so the end of a file of weights tells it from another's."""
-    path = os.path.join(folder, name)
-    with one_line_errors(path), open(path, "rb") as f:
-        size = f.seek(0, os.SEEK_END)
-        f.seek(max(0, size - TAIL))
-        return [name, size, zlib.crc32(f.read())]
 
 
 def check_record(folder, step, saved, record):

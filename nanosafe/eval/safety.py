@@ -49,7 +49,7 @@ from nanosafe.tools import plot
 
 # models
 models = "out/demo/sft/model,out/demo/ppo_lag/model"  # policies; NAME=MODEL gives one a name
-cost_model = "out/demo/cost/model"  # above 0 is unsafe; empty: only the judge judges
+cost_model = ""  # its scores above 0 are unsafe; empty: only the judge judges
 reward_model = ""  # its mean is reported as well; empty: none
 # prompts and answers
 sets = "xstest,strongreject,beavertails_eval,simple_safety,do_not_answer,safe_rlhf"  # which sets
