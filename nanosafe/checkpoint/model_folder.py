@@ -136,9 +136,9 @@ def load_trained(path, head, placements, bases, lora, vocab_size=0, score_type=N
     rows = make_config(open_folder(path)).vocab_size
     if rows < vocab_size:
         print_once(
-            f"warning: {path} has no rows for {vocab_size - rows} of the tokenizer's tokens, and "
-            "adapters do not train those that they get: choose a template whose tokens the model "
-            "has, or lora_rank=0"
+            f"note: {path} has no rows for {vocab_size - rows} of the tokenizer's tokens, and "
+            "adapters do not train those that they get. Padding needs none; for a template's tokens, "
+            "choose another template, or lora_rank=0"
         )
     if is_adapter(find_model(path)):
         model = load(
