@@ -136,7 +136,12 @@ def list_assumptions(run):
     """Sentences about what was planned that the tables do not show."""
     sentences = []
     if run.has_base:
-        standing = [model.name for model in run.models if not model.is_whole]
+        whole = [model.name for model in run.models if model.is_whole]
+        standing = []
+        for model in run.models:
+            # A critic starts from its score model, and stands on the weights of that one.
+            if not model.is_whole and model.name.removesuffix(" critic") not in whole:
+                standing.append(model.name)
         sentences.append(f"on one frozen base: {', '.join(standing)}")
         alone = [model.name for model in run.models if model.is_whole]
         if alone:

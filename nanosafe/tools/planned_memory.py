@@ -76,7 +76,7 @@ class RunMemory(RunSetup):
         parts = [Part("gradients, float32", 4 * trained, "gpus, lora_rank")]
         if self.adapters_trained:
             pairs = self.compute_bytes * self.pair_numbers
-            parts.append(Part("adapters as blocks multiply by them", pairs, "lora_rank"))
+            parts.append(Part("adapters, stacked", pairs, "lora_rank"))
         if not self.is_plain:
             gathered = self.compute_bytes * self.count_gathered_in_training()
             parts.append(Part("gathered weights", gathered, "parallel"))
@@ -185,7 +185,7 @@ class RunMemory(RunSetup):
         pairs = self.pair_numbers if self.trains_adapters else 0
         parts = [
             Part("inference copy", self.compute_bytes * copy, "-"),
-            Part("adapters as blocks multiply by them", self.compute_bytes * pairs, "lora_rank"),
+            Part("adapters, stacked", self.compute_bytes * pairs, "lora_rank"),
         ]
         held = sum(part.bytes for part in [*always, *parts])
         live = self.count_rows(held)
