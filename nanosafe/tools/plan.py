@@ -143,9 +143,13 @@ def list_assumptions(run):
             if not model.is_whole and model.name.removesuffix(" critic") not in whole:
                 standing.append(model.name)
         sentences.append(f"on one frozen base: {', '.join(standing)}")
-        alone = [model.name for model in run.models if model.is_whole]
-        if alone:
-            sentences.append(f"with weights of their own: {', '.join(alone)}")
+        if whole:
+            sentences.append(f"with weights of their own: {', '.join(whole)}")
+        if whole and run.trains_adapters:
+            sentences.append(
+                "trained as adapters of the actor's base (--score_models=adapters), these would "
+                "share it"
+            )
     if run.is_ppo:
         rows = run.count_rows_of_a_rollout()
         sentences.append(
