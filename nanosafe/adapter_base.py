@@ -97,7 +97,7 @@ def fingerprint_base(folder):
 
 
 def warn_of_another_base(path, base, fingerprint):
-    """Say so if a base is not the one that an adapter was trained on, whose fingerprint is given."""
+    """Say so if a base has not the fingerprint of the one that an adapter was trained on."""
     if fingerprint is not None and fingerprint != fingerprint_base(base):
         say_once(
             f"warning: {path} was trained on other weights than {base} has now: what it gives "

@@ -25,7 +25,7 @@ from nanosafe import model as model_room
 from nanosafe.checkpoint import convert, init_from_scratch
 from nanosafe.checkpoint.adapter_folder import parameter_of
 from nanosafe.data.batching import collate
-from nanosafe.lora import AdaptedLLaMA, Lora, MatrixAdapter, PairShape
+from nanosafe.lora import AdaptedLLaMA, Lora, MatrixAdapter, PairShape, make_lora
 from nanosafe.model import LLaMA, RMSNorm
 from nanosafe.storage import read_json, read_jsonl, write_json
 from nanosafe.tools.toy_world import trainer_flags
@@ -438,6 +438,42 @@ def test_a_base_gets_the_rows_that_a_tokenizer_needs(base, tmp_path):
         assert_close(again.logits(batch), model.logits(batch))
 
 
+def test_a_base_that_is_there_with_too_few_rows_is_read_again(base, tmp_path):
+    """Two models on it may have tokenizers of different sizes."""
+    checkpoint.save(fill_adapter(new_adapter(base)), tmp_path / "adapter")
+    bases = {}
+    small = checkpoint.load(tmp_path / "adapter", vocab_size=97, bases=bases)
+    large = checkpoint.load(tmp_path / "adapter", vocab_size=100, bases=bases)
+    assert len(small.embed_tokens.weight) == 97
+    assert len(large.embed_tokens.weight) == 100
+    again = checkpoint.load(tmp_path / "adapter", vocab_size=97, bases=bases)
+    assert again.base is large.base
+
+
+def test_adapters_say_that_they_do_not_train_rows_for_new_tokens(base, capsys):
+    new_adapter(base, vocab_size=100)
+    assert "has no rows for 3 of the tokenizer's tokens" in capsys.readouterr().out
+    new_adapter(base, vocab_size=97)
+    assert "has no rows" not in capsys.readouterr().out
+
+
+def test_an_adapter_notices_that_its_base_has_other_weights_now(base, tmp_path, capsys):
+    checkpoint.save(fill_adapter(new_adapter(base)), tmp_path / "adapter")
+    for bases in (None, {}):
+        checkpoint.load(tmp_path / "adapter", bases=bases)
+    assert "was trained on other weights" not in capsys.readouterr().out
+    shutil.rmtree(base)
+    checkpoint.save(init_from_scratch(small_config(), seed=4), base)
+    checkpoint.load(tmp_path / "adapter")
+    assert f"{base} has now" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("changes", [("q_proj", False), ("all", True)])
+def test_knobs_of_adapters_without_a_rank_are_refused(changes):
+    with pytest.raises(SystemExit, match="set lora_rank"):
+        make_lora(0, 8.0, *changes)
+
+
 # ---- folders ----
 
 
@@ -669,7 +705,7 @@ def refuses(function, *arguments, match, **options):
 
 @pytest.mark.parametrize("targets", ["wqkv", "q_proj,", "", "all-linear", "lm_head", "Q_PROJ"])
 def test_targets_that_are_no_matrices_of_a_block_are_refused(targets, base):
-    words = "lora_targets=.* is none of .*q_proj, k_proj, v_proj, o_proj, gate_proj"
+    words = "lora_targets=.* has q_proj, k_proj, v_proj, o_proj, gate_proj.*and no"
     refuses(new_adapter, base, targets=targets, match=words)
     lora = Lora(4, 8.0, targets)
     refuses(checkpoint.count_trained_and_frozen, base, lora, match=words)
@@ -978,9 +1014,9 @@ def test_a_resumed_run_of_adapters_is_bit_equal(name, trained, world, tmp_path):
 @pytest.mark.parametrize(
     "flag, words",
     [
-        ("--lora_rank=8", "A.0/.* is .*, and .* in the run"),
-        ("--lora_rank=0", "missing"),
-        ("--lora_targets=q_proj", "missing"),
+        ("--lora_rank=8", "lora_rank 4 -> 8"),
+        ("--lora_rank=0", "lora_rank 4 -> 0"),
+        ("--lora_targets=q_proj", "lora_targets 'all' -> 'q_proj'"),
         ("--lora_alpha=8", "lora_alpha 16.0 -> 8.0"),
         ("--init_from={world}/other", "init_from "),
     ],
@@ -1017,11 +1053,11 @@ def test_a_base_that_has_changed_since_the_state_is_refused(
     [
         ("sft", ["--init_from=scratch"], "lora_rank=4 adds to a model that is there"),
         ("sft", ["--init_from={world}/reward"], "is a score model: it cannot generate text"),
-        ("reward", ["--lora_targets=wq"], "'wq' is none of"),
+        ("reward", ["--lora_targets=wq"], "and no 'wq'"),
         ("reward", ["--lora_rank=-1"], "lora_rank=-1 must be at least 0"),
         ("reward", ["--lora_alpha=0"], "lora_alpha=0.0 must be above 0"),
         ("reward", ["--init_from={lora}/llama_modules_to_save"], "merge it first"),
-        ("ppo_lag", ["--lora_targets=W_pack"], "'W_pack' is none of"),
+        ("ppo_lag", ["--lora_targets=W_pack"], "and no 'W_pack'"),
     ],
 )
 def test_what_cannot_be_trained_as_an_adapter_is_refused(
@@ -1187,7 +1223,7 @@ def test_an_adapter_goes_on_with_its_own_rank_and_targets(world, tmp_path):
     run(*adapter_flags(world, "sft", *small, f"--out_dir={first}"))
     on_first = [f"--init_from={first}/model", "--lora_rank=8", "--max_steps=2"]
     done = run(*adapter_flags(world, "reward", *on_first, f"--out_dir={second}"))
-    assert "its adapter is trained on, with its own rank 2, alpha 16.0 and targets" in done.stdout
+    assert "a copy of it is trained, with its own rank 2, alpha 16.0 and targets" in done.stdout
     config = read_json(second / "model", "adapter_config.json")
     assert (config["r"], config["lora_alpha"]) == (2, 16)
     assert config["target_modules"] == ["q_proj", "v_proj"]

@@ -152,8 +152,8 @@ def load_trained(path, head, placements, bases, lora, vocab_size=0, score_type=N
         )
         if not isinstance(model, AdaptedLLaMA):
             stop(
-                f"{path!r} has trained more than matrices of blocks, and cannot go on as an adapter: "
-                "merge it first, with python -m nanosafe.checkpoint ADAPTER TARGET"
+                f"{path!r} has trained more than matrices of blocks, and cannot go on as an "
+                "adapter: merge it first, with python -m nanosafe.checkpoint ADAPTER TARGET"
             )
         own = model.peft_config
         print_once(
