@@ -89,7 +89,7 @@ def turn(x, cos, sin):
     R = cos.shape[-1]
     turning, still = x[..., :R], x[..., R:]
     a, b = turning.chunk(2, dim=-1)
-    turned = (turning * cos).addcmul_(torch.cat((b, a), dim=-1), sin).to(x.dtype)
+    turned = (turning * cos + torch.cat((b, a), dim=-1) * sin).to(x.dtype)
     return torch.cat((turned, still), dim=-1) if still.shape[-1] else turned
 
 

@@ -381,9 +381,9 @@ def split_decode_kernels():
 
 
 def test_a_decode_step_of_a_7b_launches_few_kernels(one_kernel_per_operator):
-    """Without torch.compile: 16 a block, and some 60 for sampling and all that is done once."""
+    """Without torch.compile: 17 a block, and some 60 for sampling and all that is done once."""
     block, outside = split_decode_kernels()
-    assert block.total() <= 16, block
+    assert block.total() <= 17, block
     assert outside.total() <= 64, outside
 
 

@@ -137,8 +137,8 @@ def load_trained(path, head, placements, bases, lora, vocab_size=0, score_type=N
     if rows < vocab_size:
         print_once(
             f"note: {path} has no rows for {vocab_size - rows} of the tokenizer's tokens, and "
-            "adapters do not train those that they get. Padding needs none; for a template's tokens, "
-            "choose another template, or lora_rank=0"
+            "adapters do not train those that they get. Padding needs none; for a template's "
+            "tokens, choose another template, or lora_rank=0"
         )
     if is_adapter(find_model(path)):
         model = load(

@@ -215,7 +215,7 @@ def make_whole_model(config, head, placement, trains):
 
 
 def make_adapter(base, head, rank, fake):
-    opened = adapter_folder.Base(base, FAMILIES["llama"])
+    opened = adapter_folder.Base(base, FAMILIES["llama"], fingerprint=0)
     with fake:
         lora = Lora(rank, 2.0 * rank, "all")
         return adapter_folder.new_adapter("base", opened, head, lora, None, seed=0)
