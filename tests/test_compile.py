@@ -21,6 +21,7 @@ from nanosafe.checkpoint import init_from_scratch
 from nanosafe.data.batching import collate
 from nanosafe.losses import actor_loss, mle_loss
 from nanosafe.model import LLaMA
+from nanosafe.rollout import sample_tokens
 
 CPU = torch.device("cpu")
 WORLD = parallel.World(rank=0, size=1, device=CPU, main=True)
@@ -274,8 +275,15 @@ def test_ppo_lag_runs_with_compiled_blocks_in_bfloat16(trainers, tmp_path, monke
     """The trainer as it runs on a GPU, attention and compilation included: its first ratio is 1.
 
     A block has versions with gradients, without, and with frozen parameters. Each may be compiled
-    twice, where the first micro-batches happen to have equal lengths or as many sequences."""
+    twice, where the first micro-batches happen to have equal lengths or as many sequences. The
+    sampler's steps, which have versions of their own, are not compiled here."""
     compile_with("aot_eager", monkeypatch)
+
+    def plain_decode_step(block, *inputs):
+        return block.forward(*inputs)
+
+    monkeypatch.setattr("nanosafe.model.compiled_decode_step", lambda: plain_decode_step)
+    monkeypatch.setattr("nanosafe.rollout.compiled_sample_tokens", lambda: sample_tokens)
     choose_placements = parallel.choose_placements
 
     def choose_compiled(*arguments):
