@@ -10,7 +10,7 @@ import zlib
 
 from nanosafe.errors import one_line_errors, stop
 from nanosafe.hub import ADAPTER_FILES, find_model
-from nanosafe.printing import print_once, say_once
+from nanosafe.printing import say_once
 from nanosafe.storage import describe_file, read_json
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -70,7 +70,7 @@ def find_folder(path, name, revision=None):
     for folder in (os.path.join(path, name), name):
         if os.path.isdir(folder):
             return folder
-    print_once(f"{path}: its base {name!r} is no folder here, so it is looked for on the hub")
+    say_once(f"{path}: its base {name!r} is no folder here, so it is looked for on the hub")
     folder = find_model(f"{name}@{revision}" if revision else name)
     return folder if os.path.isdir(folder) else None
 

@@ -174,9 +174,6 @@ class AdaptedLLaMA(nn.Module):
     def logits(self, batch):
         return self.base.logits(batch, adapter=self)
 
-    def forward(self, *inputs):
-        return self.base(*inputs, adapter=self)
-
     def hidden_states(self, tokens, layout, caches=None):
         return self.base.hidden_states(tokens, layout, caches, adapter=self)
 
@@ -218,18 +215,21 @@ def list_tensors(block_pairs):
     return tensors
 
 
+def list_pairs(blocks):
+    """Yield (PairShape, A, B) of all modules that have an adapter in the blocks of a model."""
+    for block in blocks:
+        for matrix in block.values():
+            yield from zip(matrix.shapes, matrix.A, matrix.B)
+
+
 def draw_adapter(blocks, seed):
     """Draw the parameters of a new adapter: each A from U(-1/sqrt(in), 1/sqrt(in)), and B is 0.
 
     The bound is PEFT's. Each matrix has its own generator, so that other targets do not change
     what is drawn for it."""
-    for block in blocks:
-        for matrix in block.values():
-            for shape, A, B in zip(matrix.shapes, matrix.A, matrix.B):
-                generator = torch.Generator().manual_seed(
-                    zlib.crc32(f"{seed} {shape.module}".encode())
-                )
-                bound = 1 / math.sqrt(shape.inputs)
-                drawn = torch.empty(A.shape).uniform_(-bound, bound, generator=generator)
-                A.data.copy_(drawn)
-                B.data.zero_()
+    for shape, A, B in list_pairs(blocks):
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {shape.module}".encode()))
+        bound = 1 / math.sqrt(shape.inputs)
+        drawn = torch.empty(A.shape).uniform_(-bound, bound, generator=generator)
+        A.data.copy_(drawn)
+        B.data.zero_()

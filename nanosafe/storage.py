@@ -95,6 +95,12 @@ def make_folder(path):
         os.makedirs(os.path.realpath(path), exist_ok=True)  # a link may lead to no folder yet
 
 
+def make_empty_folder(path):
+    """make_folder(), without what a process that died has left there."""
+    shutil.rmtree(path, ignore_errors=True)
+    make_folder(path)
+
+
 @contextmanager
 def atomic_write(path, mode="w", **options):
     """Open a file for writing. It gets its name when the block has ended and it is on the disk."""

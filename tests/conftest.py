@@ -7,8 +7,10 @@ from functools import cache
 
 import pytest
 import torch
+import torch.distributed as dist
 from launcher import Launcher
 
+from nanosafe import parallel
 from nanosafe.data.examples import make_turns
 from nanosafe.storage import load_python_file
 from nanosafe.tools.toy_world import make_world, rows_of, same_state, small_config, trainer_flags
@@ -31,6 +33,15 @@ LONG_FILES = ("test_readme", "test_reliability", "test_train", "test_methods", "
 def pytest_collection_modifyitems(items):
     """The long files first, so that two processes end together."""
     items.sort(key=lambda item: not item.path.stem.startswith(LONG_FILES))
+
+
+@pytest.fixture(scope="module")
+def end_process_group():
+    """shard_model() makes a process group of one, which ends with the file that asks for this."""
+    yield
+    if dist.is_initialized():
+        parallel.close(end_process=False)
+        parallel.meshes.clear()
 
 
 def encode_texts(texts, tok):

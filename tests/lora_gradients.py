@@ -77,7 +77,7 @@ def accumulate_gradients():
         n = len(examples)
         batch = pairs.batch(examples, "cpu")
         logps, scores = cost.log_probs_and_scores(batch)
-        # A rank without work has a batch of one token and no pair: hence the slice.
+        # A rank without work has a batch of two tokens and no pair: hence the slice.
         end_scores = last_of_each(scores, batch)[: 2 * n]
         safer, unsafer = end_scores.view(2, n)
         loss = cost_loss(safer, unsafer, signs[examples, 0], signs[examples, 1], 0.1)

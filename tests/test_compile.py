@@ -9,7 +9,6 @@ from weakref import WeakSet
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from conftest import rows_of, small_config
 from emulated_varlen import emulate_gpu_attention
 from in_process import run_in_process
@@ -29,6 +28,7 @@ TRAINED = parallel.Placement(CPU, "ddp", torch.float32, torch.bfloat16, use_comp
 FROZEN = TRAINED._replace(dtype=torch.bfloat16)
 LENGTHS = [[40, 31, 9], [17, 44], [25, 60, 3, 8]]  # of the sequences in three micro-batches
 WIDTHS = {"one size": (32, 32, 32), "three sizes": (32, 64, 96)}  # of actor, reward, cost models
+pytestmark = pytest.mark.usefixtures("end_process_group")
 
 
 @pytest.fixture(autouse=True)
@@ -40,15 +40,6 @@ def gpu_attention(monkeypatch):
     with torch._dynamo.config.patch(recompile_limit=8):  # torch's own, which shard_model() raises
         yield
     torch._dynamo.reset()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def end_process_group():
-    """shard_model() makes a process group of one, which ends with this file."""
-    yield
-    if dist.is_initialized():
-        parallel.close(end_process=False)
-        parallel.meshes.clear()
 
 
 def compile_with(backend, monkeypatch):

@@ -7,7 +7,6 @@ import time
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from conftest import rows_of, run, small_config
 from torch._dynamo.utils import counters
 from torch.autograd import DeviceType
@@ -16,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from nanosafe import attention, checkpoint, optim, parallel, rollout
 from nanosafe.checkpoint import init_from_scratch
-from nanosafe.checkpoint.adapter_folder import Base, new_adapter
+from nanosafe.checkpoint.adapter_folder import Base, new_adapter, parameter_of
 from nanosafe.checkpoint.families import FAMILIES
 from nanosafe.data.batching import Batch, collate
 from nanosafe.inference import Responses, response_logps
@@ -27,21 +26,13 @@ from nanosafe.losses import mle_loss
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.usefixtures("end_process_group"),
 ]
 
 GPU = torch.device("cuda", 0)
 BF16 = torch.bfloat16
 MIXED = parallel.Placement(GPU, "ddp", torch.float32, BF16)  # what one GPU trains in
 LENGTHS = [300, 77, 1, 512, 130]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def end_process_group():
-    """shard_model() makes a process group of one, which ends with this file."""
-    yield
-    if dist.is_initialized():
-        parallel.close(end_process=False)
-        parallel.meshes.clear()
 
 
 def make_config(**changes):
@@ -461,8 +452,7 @@ def merged_log_probs(adapted, batch):
     weights = dict(adapted.base.named_parameters())
     for i, pairs in enumerate(adapted.block_pairs(torch.float32)):
         for matrix, pair in pairs._asdict().items():
-            part = "self_attn" if matrix in ("qkv_proj", "o_proj") else "mlp"
-            name = f"layers.{i}.{part}.{matrix}.weight"
+            name = parameter_of(i, matrix)
             weights[name] = weights[name] + pair.B @ pair.A
     return functional_call(adapted.base, weights, tuple(batch))
 

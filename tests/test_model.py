@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import small_config
 from torch import tensor
+from torch.library import Library
 
 from nanosafe import checkpoint, logprobs, rope
 from nanosafe.checkpoint import init_from_scratch
@@ -247,7 +248,7 @@ def multiply_into_float32(x, weight, out_dtype, out):
 @pytest.fixture
 def products_as_on_a_gpu(monkeypatch):
     """Use torch.mm(..., out_dtype=torch.float32), with a kernel that a CPU lacks."""
-    library = torch.library.Library("aten", "IMPL")
+    library = Library("aten", "IMPL")
     for name, function in (
         ("mm.dtype", multiply_to_float32),
         ("mm.dtype_out", multiply_into_float32),

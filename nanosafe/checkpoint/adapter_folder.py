@@ -7,7 +7,6 @@ adapters.py reads the same folders and merges them; here nothing is merged. `bas
 folder to its Base in memory; a process has one such dict."""
 
 import os
-import shutil
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -21,9 +20,16 @@ from nanosafe.checkpoint.families import META, Family, find_rows
 from nanosafe.checkpoint.folder import list_shapes, make_config
 from nanosafe.errors import one_line_errors, stop
 from nanosafe.hub import parse_name
-from nanosafe.lora import MATRICES, AdaptedLLaMA, MatrixAdapter, PairShape, draw_adapter
+from nanosafe.lora import (
+    MATRICES,
+    AdaptedLLaMA,
+    MatrixAdapter,
+    PairShape,
+    draw_adapter,
+    list_pairs,
+)
 from nanosafe.model import LLaMA
-from nanosafe.storage import make_folder, read_json, replace_folder, write_json
+from nanosafe.storage import make_empty_folder, read_json, replace_folder, write_json
 
 # What a score model's config.json says beside the base's.
 SCORE_KEYS = ("score_type", "do_normalize", "normalizer_type", "momentum", "mean", "var")
@@ -262,13 +268,11 @@ def read_adapter(folder, base, head, score_type):
         return pair.A.shape[0], pair.scale
 
     blocks = make_blocks(config, base.family, choose)
-    for block in blocks:
-        for matrix in block.values():
-            for shape, A, B in zip(matrix.shapes, matrix.A, matrix.B):
-                pair = pairs[shape.module]
-                rows = pair.B[:]
-                A.copy_(pair.A[:])
-                B.copy_(rows if shape.order is None else rows[shape.order])
+    for shape, A, B in list_pairs(blocks):
+        pair = pairs[shape.module]
+        rows = pair.B[:]
+        A.copy_(pair.A[:])
+        B.copy_(rows if shape.order is None else rows[shape.order])
     peft_config = read_json(folder.path, ADAPTER_CONFIG)
     inside = os.path.join(folder.path, peft_config["base_model_name_or_path"])
     if os.path.isdir(inside):  # named from where this adapter is; others are elsewhere
@@ -288,8 +292,7 @@ def write_adapter_folder(model, path, tokenizer, head):
         return
     target = os.path.realpath(path)
     temporary = target + ".tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    make_folder(temporary)
+    make_empty_folder(temporary)
     tensors = name_tensors(model)
     own_config = {"base_fingerprint": model.base_fingerprint}
     peft_config = {**model.peft_config, "task_type": "CAUSAL_LM", "modules_to_save": None}
@@ -312,15 +315,13 @@ def write_adapter_folder(model, path, tokenizer, head):
 def name_tensors(model):
     """{PEFT's name: tensor} of all pairs of an AdaptedLLaMA."""
     tensors = {}
-    for block in model.blocks:
-        for matrix in block.values():
-            for shape, A, B in zip(matrix.shapes, matrix.A, matrix.B):
-                rows = B.detach().cpu()
-                if shape.order is not None:
-                    in_module = torch.empty_like(rows)
-                    in_module[shape.order] = rows
-                    rows = in_module
-                prefix = f"base_model.model.{shape.module}"
-                tensors[prefix + ".lora_A.weight"] = A.detach().cpu().contiguous()
-                tensors[prefix + ".lora_B.weight"] = rows.contiguous()
+    for shape, A, B in list_pairs(model.blocks):
+        rows = B.detach().cpu()
+        if shape.order is not None:
+            in_module = torch.empty_like(rows)
+            in_module[shape.order] = rows
+            rows = in_module
+        prefix = f"base_model.model.{shape.module}"
+        tensors[prefix + ".lora_A.weight"] = A.detach().cpu().contiguous()
+        tensors[prefix + ".lora_B.weight"] = rows.contiguous()
     return tensors

@@ -6,7 +6,6 @@ save   each parameter gathered -> tensors of the folder's family -> files of at 
 
 import math
 import os
-import shutil
 import zlib
 from typing import NamedTuple
 
@@ -55,7 +54,7 @@ from nanosafe.printing import print_once, say_once
 from nanosafe.storage import (
     CHECKSUMS,
     find_corrupt_file,
-    make_folder,
+    make_empty_folder,
     read_json,
     replace_folder,
     write_json,
@@ -106,8 +105,9 @@ def load(
     if not can_share_base(folder):
         print_once(f"{path} trains more than matrices of blocks: it is merged into its base")
         return load_whole(path, head, placement, vocab_size, score_type, seed, among_ranks)
-    base = load_base(find_base(folder.path), "auto", bases, placement, vocab_size)
-    say_that_base_is_shared(find_base(folder.path), base)
+    base_path = find_base(folder.path)
+    base = load_base(base_path, "auto", bases, placement, vocab_size)
+    say_that_base_is_shared(base_path, base)
     check_for_damage(folder.path, among_ranks=False)
     head = choose_head(folder, head)
     model = read_adapter(folder, base, head, score_type)
@@ -133,14 +133,15 @@ def load_trained(path, head, placements, bases, lora, vocab_size=0, score_type=N
             seed=seed,
         )
     placement = placements.frozen
-    rows = make_config(open_folder(path)).vocab_size
+    folder = open_folder(path)
+    rows = make_config(folder).vocab_size
     if rows < vocab_size:
         print_once(
             f"note: {path} has no rows for {vocab_size - rows} of the tokenizer's tokens, and "
             "adapters do not train those that they get. Padding needs none; for a template's "
             "tokens, choose another template, or lora_rank=0"
         )
-    if is_adapter(find_model(path)):
+    if is_adapter(folder.path):
         model = load(
             path,
             head,
@@ -164,7 +165,7 @@ def load_trained(path, head, placements, bases, lora, vocab_size=0, score_type=N
         base = load_base(path, "auto", bases, placement, vocab_size)
         say_that_base_is_shared(path, base)
         model = new_adapter(path, base, head, lora, score_type, seed)
-        fill_score_head(model, open_folder(path).tensors, path, seed)
+        fill_score_head(model, folder.tensors, path, seed)
     return model.to(placement.device).requires_grad_(True)
 
 
@@ -309,10 +310,11 @@ class Counts(NamedTuple):
 
 def count_trained_and_frozen(path, lora):
     """The Counts of what load_trained() gives; no weights are read."""
-    parameters = count_parameters(path)
+    folder = open_folder(path)
+    parameters = count_parameters(make_config(folder))
     if not lora.rank:
         return Counts(parameters, 0)
-    return Counts(count_adapter_parameters(open_folder(path), lora), parameters)
+    return Counts(count_adapter_parameters(folder, lora), parameters)
 
 
 # ---- saving ----
@@ -372,8 +374,7 @@ def write_model_folder(path, config, head, weights, tokenizer, dtype, sampling=N
     # Of a symbolic link, the folder that it leads to is written: it may be on another disk.
     target = os.path.realpath(path)
     temporary = target + ".tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    make_folder(temporary)
+    make_empty_folder(temporary)
     tensors = split_parameters(weights, config, dtype)
     if head == "classifier":
         tensors = exports.rename_score_head(tensors)

@@ -37,6 +37,7 @@ from nanosafe.storage import (
     describe_file,
     find_corrupt_file,
     flush_to_disk,
+    make_empty_folder,
     make_folder,
     names_function,
     read_json,
@@ -70,8 +71,7 @@ def save(out_dir, step, models, optimizers, extra, keep=2, record=None):
     temporary = folder + ".tmp"
     is_main = parallel.rank() == 0
     if is_main:
-        shutil.rmtree(temporary, ignore_errors=True)
-        make_folder(temporary)
+        make_empty_folder(temporary)
     parallel.barrier()
     own_sums = {}
     for name, model in models.items():

@@ -10,7 +10,7 @@ from torch.func import functional_call
 
 from nanosafe import optim, parallel, rollout
 from nanosafe.checkpoint import init_from_scratch
-from nanosafe.checkpoint.adapter_folder import Base, new_adapter
+from nanosafe.checkpoint.adapter_folder import Base, new_adapter, parameter_of
 from nanosafe.checkpoint.families import FAMILIES
 from nanosafe.data.batching import Batch
 from nanosafe.lora import Lora
@@ -82,8 +82,7 @@ def compare_adapter(world):
     merged = {name: parameter.clone() for name, parameter in base.named_parameters()}
     for i, pairs in enumerate(adapted.block_pairs(torch.float32)):
         for matrix, pair in pairs._asdict().items():
-            part = "self_attn" if matrix in ("qkv_proj", "o_proj") else "mlp"
-            weight = merged[f"layers.{i}.{part}.{matrix}.weight"]
+            weight = merged[parameter_of(i, matrix)]
             weight += pair.B @ pair.A
     batch = make_batch(LENGTHS, world)
     ours = {"logps": adapted.log_probs(batch)}
