@@ -1018,18 +1018,17 @@ def test_a_resumed_run_of_adapters_is_bit_equal(name, trained, world, tmp_path):
         ("--lora_rank=0", "lora_rank 4 -> 0"),
         ("--lora_targets=q_proj", "lora_targets 'all' -> 'q_proj'"),
         ("--lora_alpha=8", "lora_alpha 16.0 -> 8.0"),
-        ("--init_from={world}/other", "init_from "),
+        ("--init_from={folder}/other", "init_from "),
     ],
 )
 def test_a_run_is_resumed_with_the_adapter_that_it_had(
     flag, words, trained, world, tmp_path, monkeypatch, capsys
 ):
-    if not (world / "other").exists():
-        model = init_from_scratch(checkpoint.load(world / "policy").config, seed=77)
-        checkpoint.save(model, world / "other", tokenizer.load(world / "tokenizer"))
+    model = init_from_scratch(checkpoint.load(world / "policy").config, seed=77)
+    checkpoint.save(model, tmp_path / "other", tokenizer.load(world / "tokenizer"))
     shutil.copytree(trained.sft, tmp_path / "sft")
     flags = adapter_flags(world, "sft", f"--out_dir={tmp_path}/sft", "--resume=True")
-    flags.append(flag.format(world=world))
+    flags.append(flag.format(folder=tmp_path))
     outcome = run_in_process(*flags, monkeypatch=monkeypatch, capsys=capsys, check=False)
     assert re.search(words, outcome.error)
 
