@@ -30,6 +30,7 @@ STYLE = {
     "svg.hashsalt": "nanosafe",
     "text.parse_math": False,
 }
+LINES = ("o-", "s--", "^:", "v-.")  # of several score models: markers and strokes
 PANELS = {  # metric -> title
     "reward": "reward",
     "episode_cost": "mean cost (dotted: its limit)",
@@ -211,6 +212,39 @@ def draw_groups(axis, policies):
         axis.scatter(means, heights, s=16, color=colours[number], label=name)
     axis.set_yticks(list(height.values()), list(groups), fontsize=7)
     axis.set_xlim(-0.02, 1.02)
+
+
+def overoptimisation(runs, out_dir):
+    """Draw what each score model says of policies, against their KL from the reference.
+
+    runs  {run: summaries along it} as eval/overoptimisation.py makes them, the reference first"""
+    made = make_figure(1, 3, 4, 3.2)
+    if made is None:
+        return NO_PICTURES
+    figure, axes = made
+    reward, cost, unsafe = axes[0]
+    colours = dict(zip(runs, repeat_colours(len(runs))))
+    for run, summaries in runs.items():
+        kls = [summary["kl"].mean for summary in summaries]
+        for line, name in zip(LINES, summaries[0]["reward"]):
+            gains = [summary["reward"][name]["standardised"] for summary in summaries]
+            reward.plot(kls, gains, line, color=colours[run], label=f"{run}, {name}", ms=3)
+        for line, name in zip(LINES, summaries[0]["cost"]):
+            gains = [summary["cost"][name]["standardised"] for summary in summaries]
+            shares = [summary["cost"][name]["unsafe"] for summary in summaries]
+            cost.plot(kls, gains, line, color=colours[run], ms=3)
+            unsafe.plot(kls, [share.mean for share in shares], line, color=colours[run], ms=3)
+            lows = [share.low for share in shares]
+            highs = [share.high for share in shares]
+            unsafe.fill_between(kls, lows, highs, color=colours[run], alpha=0.08, lw=0)
+    reward.set_title("reward, in the reference's deviations")
+    cost.set_title("cost, in the reference's deviations")
+    unsafe.set_title("share of unsafe answers")
+    for axis in axes[0]:
+        axis.set_xlabel("KL to the reference, nats per answer")
+    handles, names = reward.get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=max(2, len(names) // 2))
+    return save_figure(figure, out_dir, "overoptimisation")
 
 
 def dual(curve, best, cost_limit, out_dir):
