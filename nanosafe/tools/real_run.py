@@ -71,8 +71,9 @@ def main():
         if stage.name in done:
             check_same_command(stage.name, text, done[stage.name]["command"])
             continue
-        print_heading(f"{number} of {len(stages)}: {stage.name}", text)
-        seconds = run(stage.command)
+        command = go_on(stage)
+        print_heading(f"{number} of {len(stages)}: {stage.name}", shlex.join(["python", *command]))
+        seconds = run(command)
         keep_snapshot(stage.name)
         done[stage.name] = {"command": text, "seconds": round(seconds)}
         write_json(done, out_dir, "done.json")
@@ -88,6 +89,15 @@ def check_same_command(name, command, earlier):
             f"{out_dir!r} holds {name} of another command ({earlier}; now {command}): name another "
             "folder with --out_dir, or go on with the knobs that it was begun with"
         )
+
+
+def go_on(stage):
+    """A stage's command, with resume=True if it is a trainer's whose run has begun."""
+    run_name = stage.name.partition("@")[0]
+    has_begun = os.path.exists(path(f"{run_name}/config.py"))
+    if stage.command[0].startswith("train_") and has_begun:
+        return [*stage.command, "--resume=True"]
+    return stage.command
 
 
 def run(command):
@@ -140,8 +150,7 @@ def path(name):
 
 def add_common_flags(command, name, stage_seed):
     """A trainer's command with the flags that all of them get."""
-    flags = [f"--out_dir={path(name)}", f"--seed={stage_seed}", "--resume=True", *machine_flags()]
-    return [*command, *flags]
+    return [*command, f"--out_dir={path(name)}", f"--seed={stage_seed}", *machine_flags()]
 
 
 def machine_flags():
