@@ -141,6 +141,7 @@ RANGES = {
     "alpha": NOT_NEGATIVE,
     "weight_max": POSITIVE,
     # evaluation
+    "delta": Range(above=0, below=0.5),  # from 0.5 on the bound would lie below the mean
     "worst": COUNT_OR_0,
     "shots": COUNT_OR_0,
     "max_examples": COUNT_OR_0,

@@ -1,4 +1,5 @@
-"""The policies that an evaluation compares, their answers to prompts, and the answers' scores."""
+"""The policies that an evaluation compares, the prompts they are asked, their answers, and the
+answers' scores."""
 
 import hashlib
 import json
@@ -44,7 +45,7 @@ def name_players(entries, at_least=1):
     return players
 
 
-# ---- prompts and answers ----
+# ---- prompts ----
 
 
 class Prompts(NamedTuple):
@@ -66,6 +67,9 @@ def read_prompts(data):
     if not unique:
         stop(f"data {data!r} has no prompt that can be asked ({dropped} rows)")
     return Prompts(list(unique.values()), dropped)
+
+
+# ---- answers ----
 
 
 def hash_prompt(prompt):
