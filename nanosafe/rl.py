@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import torch
 
+from nanosafe.errors import stop
+
 # ---- rewards and costs per token ----
 
 
@@ -38,6 +40,16 @@ def add_final_score(penalty, scores, mask, clip_score):
     is_last = positions == (lengths - 1)[:, None]  # (B, R)
     rewards = torch.where(is_last, penalty + scores[:, None], penalty)
     return torch.where(mask.bool(), rewards.clamp(-clip_score, clip_score), 0.0)
+
+
+def length_penalties(lengths, was_cut, longest, buffer):
+    """How much of the penalty for a long response each gets (B,), from 0 to 1.
+
+    buffer  over the last so many tokens before `longest` it grows from 0 to 1, whether the response
+            ended or not (arXiv:2503.14476 Eq. 13); 0: a response that was cut gets 1, others 0"""
+    if buffer == 0:
+        return was_cut.float()
+    return ((lengths - (longest - buffer)) / buffer).clamp(0, 1)
 
 
 # ---- advantages ----
@@ -100,18 +112,15 @@ def share_of_flat_groups(scores, samples):
     return is_flat.float().mean()
 
 
-def mix_advantages(reward_adv, cost_adv, lambda_):
-    """(A_r - lambda A_c) / (1 + lambda): the Lagrangian's gradient. arXiv:2310.12773 Eq. 29.
+def mix_advantages(reward_adv, cost_advs, lambdas):
+    """(A_r - sum_i lambda_i A_i) / (1 + sum_i lambda_i): the Lagrangian's gradient.
 
-    With several constraints (A_r - sum_i lambda_i A_i) / (1 + sum_i lambda_i): cost_adv is then a
-    list of advantages, and lambda_ a list of as many numbers."""
-    if isinstance(cost_adv, torch.Tensor):
-        cost_adv = [cost_adv]
-        lambda_ = [lambda_]
+    arXiv:2310.12773 Eq. 29, which has one constraint. cost_advs and lambdas: one for each
+    constraint; without any the rewards' advantages are left as they are."""
     mixed = reward_adv
-    for constraint_adv, weight in zip(cost_adv, lambda_, strict=True):
-        mixed = mixed - weight * constraint_adv
-    return mixed / (1 + sum(lambda_))
+    for cost_adv, lambda_ in zip(cost_advs, lambdas, strict=True):
+        mixed = mixed - lambda_ * cost_adv
+    return mixed / (1 + sum(lambdas))
 
 
 def normalize(advantages, mask):
@@ -261,6 +270,33 @@ def constrained_costs(scores, kind):
     if kind == "score":
         return scores
     return torch.where(scores.isnan(), scores, (scores > 0).to(scores.dtype))
+
+
+class Constraint(NamedTuple):
+    """A cost model and its limit."""
+
+    folder: str  # or FILE.py:NAME
+    limit: float
+
+
+def list_constraints(cost_model, cost_limit):
+    """{name: Constraint} of the knobs: "cost", and of more cost models "cost_2" and so on.
+
+    cost_model  folders with commas between; empty: no constraint
+    cost_limit  a limit for all of them, or a list with one for each"""
+    folders = [folder.strip() for folder in cost_model.split(",") if folder.strip()]
+    is_one = isinstance(cost_limit, (int, float))
+    limits = [cost_limit] * len(folders) if is_one else list(cost_limit)
+    if len(limits) != len(folders):
+        stop(
+            f"cost_limit={cost_limit} has {len(limits)} limits for {len(folders)} cost models: "
+            "give one for all, or one for each"
+        )
+    constraints = {}
+    for number, (folder, limit) in enumerate(zip(folders, limits), start=1):
+        name = "cost" if number == 1 else f"cost_{number}"
+        constraints[name] = Constraint(folder, limit)
+    return constraints
 
 
 CONSTRAINTS = ("mean", "prompt")
