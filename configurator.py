@@ -47,6 +47,7 @@ PATHS = {
     "folder",
     "demo",
     "sets_folder",
+    "assignments",
 }
 
 
