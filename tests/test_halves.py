@@ -175,6 +175,8 @@ def test_prompts_near_evaluation_prompts_are_in_no_file(tmp_path, prompts):
     finished = make_halves(tmp_path, make_raw_rows([*prompts, near]))
     assert "1 prompts with 2 pairs are left out" in finished.printed
     assert find_files_of_prompts(read_halves(tmp_path)).keys() == set(prompts)
+    (folder / "test.jsonl").write_bytes(to_lines([{"input": ""}]))
+    assert "a_set/test.jsonl:1: empty" in make_halves(tmp_path, make_raw_rows(prompts)).error
     shutil.rmtree(tmp_path / "sets")
     finished = make_halves(tmp_path, make_raw_rows([*prompts, near]))
     assert "no evaluation prompts" in finished.printed

@@ -61,6 +61,7 @@ def list_categories(categories):
 
 choose("version", version, RELEASES)
 if halves or assignments:
-    prepare_halves(__file__, to_record, config, RELEASES[version])
+    release = RELEASES[version]
+    prepare_halves(__file__, to_record, config, release, assignments, sets_folder)
 else:
     download.prepare(__file__, to_record, config, RELEASES[version])

@@ -13,7 +13,14 @@ import hashlib
 import os
 from collections import Counter
 
-from nanosafe.data.examples import check_input, make_prompt_key, parse_record, require_fields
+from nanosafe.data.examples import (
+    check_input,
+    list_texts,
+    make_prompt_key,
+    parse_record,
+    read_prompt,
+    require_fields,
+)
 from nanosafe.data.near_duplicates import group_near_duplicates
 from nanosafe.data.reader import name_without_compression, read_rows
 from nanosafe.data.spec import COMPRESSED_ENDINGS
@@ -42,30 +49,37 @@ FILES_OF_PROMPTS = {"ppo_prompts": "prompts/train", "heldout_prompts": "prompts/
 PAIR_FIELDS = ("input", "answer", "other_answer", "is_safe", "is_other_safe", "better", "safer")
 
 
-def prepare_halves(script, to_record, config, release):
+def prepare_halves(script, to_record, config, release, assignments, sets_folder):
     """Find or download a release's raw files, and write the halves.
 
-    The arguments are those of download.prepare(); these knobs of the script are read, too:
+    The first four arguments are those of download.prepare().
 
-    assignments  the path of a published split, to be followed instead of making our own
-    sets_folder  the folder of the evaluation prompts, none of which may be in our own halves"""
+    assignments  the path of a published split, to be followed; empty: make our own
+    sets_folder  the folder of the evaluation prompts to keep out of our own; empty: data/safety"""
     if config["holdout"] or config["tokenizer"]:
         stop("the halves have fixed shares and count no tokens: leave out holdout and tokenizer")
-    if config["assignments"]:
-        files = follow_assignments(config["assignments"], config["raw"], to_record)
+    if assignments:
+        files = follow_assignments(assignments, config["raw"], to_record)
     else:
         paths = download.find_release_files(script, config, release)
-        files = divide_pairs(paths, to_record, config["sets_folder"])
+        files = divide_pairs(paths, to_record, sets_folder)
     for name, rows in files.items():
         if not rows:
             stop(f"no row is left for {name}.jsonl: the halves need more pairs than these")
     files["demonstrations/train"] = [make_demonstration(row) for row in files["proxy/train"]]
-    out = os.path.join(download.find_output_folder(script, config, release), "halves")
+    write_halves(files, download.find_output_folder(script, config, release))
+
+
+def write_halves(files, out):
+    """Write {file: its rows} below out/halves, and print what is in each."""
+    paths = {name: os.path.join(out, "halves", name + ".jsonl") for name in files}
+    for path in paths.values():
+        if os.path.exists(path):
+            os.remove(path)  # else a run that is cut would leave files of two different splits
     table = [("", "rows", "prompts", "unsafe answers")]
     for name, rows in files.items():
-        path = os.path.join(out, name + ".jsonl")
-        write_jsonl(rows, path)
-        table.append((path, *describe_rows(rows)))
+        write_jsonl(rows, paths[name])
+        table.append((paths[name], *describe_rows(rows)))
     print(format_table(table))
 
 
@@ -156,10 +170,10 @@ def read_evaluation_prompts(folder):
     for path in paths:
         for row in read_rows(path):
             try:
-                parse_record(row.record, "prompts")
+                prompt = read_prompt(row.record)
             except ValueError as error:
                 stop(f"{row.file}:{row.line}: {error}: run python data/safety/prepare.py again")
-            prompts.append(join_turns(row.record["input"]))
+            prompts.append(join_turns(list_texts(prompt.turns)))
     return prompts
 
 
