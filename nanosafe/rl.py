@@ -8,7 +8,6 @@ before it."""
 import math
 from collections import deque
 from functools import cache
-from statistics import NormalDist
 from typing import NamedTuple
 
 import torch
@@ -311,14 +310,13 @@ def student_density(t, df):
 def student_quantile(p, df):
     """The t with P(T <= t) = p of Student's distribution with a whole number df >= 1.
 
-    By Newton's method. Student's tails are heavier than the normal distribution's, so that its
-    quantile is a start below t, and P(T <= t) is concave above 0, so that no step goes beyond t:
-    the steps end where rounding makes the first one that does not go up."""
+    By Newton's method from 0. P(T <= t) is concave above 0, so that no step goes beyond the t that
+    is sought: the steps end with the first one that, by rounding, does not go up."""
     if not (0 < p < 1 and df >= 1):
         raise ValueError(f"no quantile of Student's distribution: p={p}, df={df}")
     if p < 0.5:
         return -student_quantile(1 - p, df)
-    t = NormalDist().inv_cdf(p)
+    t = 0.0
     while True:
         after_step = t + (p - student_cdf(t, df)) / student_density(t, df)
         if after_step <= t:
