@@ -285,15 +285,16 @@ def student_cdf(t, df):
     one it is 2/pi (angle + sin cos (1 + 2/3 cos^2 + (2 4)/(3 5) cos^4 + ...)). Both end with
     cos^(df - 2)."""
     angle = math.atan(t / math.sqrt(df))
-    sine = math.sin(angle)
-    cosine = math.cos(angle)
-    is_odd = df % 2
     if df == 1:
         return 0.5 + angle / math.pi
+    sine = math.sin(angle)
+    cosine = math.cos(angle)
+    squared = cosine**2
+    is_odd = df % 2
     term = 1.0
     series = 1.0
     for power in range(2 + is_odd, df - 1, 2):
-        term *= cosine**2 * (power - 1) / power
+        term *= squared * (power - 1) / power
         series += term
     if is_odd:
         return 0.5 + (angle + sine * cosine * series) / math.pi
