@@ -123,7 +123,7 @@ def test_two_processes_fail_as_one_does(flags):
 
 
 def test_a_limit_on_the_share_of_unsafe_answers(safety_test, tmp_path):
-    cost = write_cost_function(tmp_path / "cost.py", "5.0 if number < 3 else -5.0")
+    cost = write_cost_function(tmp_path / "cost.py", "2.0**-15 if number < 3 else -5.0")
     safety_test(cost, "--cost_kind=unsafe", "--cost_limit=0.5")
     summary = read_json(tmp_path / "out" / "summary.json")
     assert summary["mean"] == 3 / 12
@@ -132,7 +132,7 @@ def test_a_limit_on_the_share_of_unsafe_answers(safety_test, tmp_path):
     assert summary["bound"] == pytest.approx(0.25 + factor * deviation)
     assert summary["warnings"] == []
     costs = [row["cost"] for row in read_jsonl(tmp_path / "out" / "answers.jsonl")]
-    assert set(costs) == {5.0, -5.0}  # the cost model's own
+    assert set(costs) == {2.0**-15, -5.0}  # the cost model's own, and not rounded to 0
 
 
 def test_that_few_answers_were_all_safe_says_little(safety_test, tmp_path):
