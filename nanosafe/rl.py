@@ -8,7 +8,6 @@ before it."""
 import math
 from collections import deque
 from functools import cache
-from statistics import NormalDist
 from typing import NamedTuple
 
 import torch
@@ -322,15 +321,16 @@ def student_cdf(t, df):
     one it is 2/pi (angle + sin cos (1 + 2/3 cos^2 + (2 4)/(3 5) cos^4 + ...)). Both end with
     cos^(df - 2)."""
     angle = math.atan(t / math.sqrt(df))
-    sine = math.sin(angle)
-    cosine = math.cos(angle)
-    is_odd = df % 2
     if df == 1:
         return 0.5 + angle / math.pi
+    sine = math.sin(angle)
+    cosine = math.cos(angle)
+    squared = cosine**2
+    is_odd = df % 2
     term = 1.0
     series = 1.0
     for power in range(2 + is_odd, df - 1, 2):
-        term *= cosine**2 * (power - 1) / power
+        term *= squared * (power - 1) / power
         series += term
     if is_odd:
         return 0.5 + (angle + sine * cosine * series) / math.pi
@@ -347,14 +347,13 @@ def student_density(t, df):
 def student_quantile(p, df):
     """The t with P(T <= t) = p of Student's distribution with a whole number df >= 1.
 
-    By Newton's method. Student's tails are heavier than the normal distribution's, so that its
-    quantile is a start below t, and P(T <= t) is concave above 0, so that no step goes beyond t:
-    the steps end where rounding makes the first one that does not go up."""
+    By Newton's method from 0. P(T <= t) is concave above 0, so that no step goes beyond the t that
+    is sought: the steps end with the first one that, by rounding, does not go up."""
     if not (0 < p < 1 and df >= 1):
         raise ValueError(f"no quantile of Student's distribution: p={p}, df={df}")
     if p < 0.5:
         return -student_quantile(1 - p, df)
-    t = NormalDist().inv_cdf(p)
+    t = 0.0
     while True:
         after_step = t + (p - student_cdf(t, df)) / student_density(t, df)
         if after_step <= t:

@@ -581,8 +581,9 @@ def test_gdpo_standardises_in_groups_mixes_and_whitens(given, expected):
 
 @pytest.mark.parametrize("given, expected", golden_cases("gdpo"))
 def test_normalize_is_the_whitening_of_verls_gdpo(given, expected):
-    """Over tokens, so that long answers count more. verl's deviation is unbiased, normalize()'s not,
-    and its standardisation in groups has nanosafe's eps."""
+    """Over tokens, so that long answers count more.
+
+    verl's deviation is unbiased, that of normalize() is not. Its eps in groups is nanosafe's."""
     samples = len(given["rewards"][0])
     lengths = tensor(given["lengths"])
     mask = (torch.arange(6) < lengths[:, None]).double()

@@ -123,7 +123,7 @@ def test_two_processes_fail_as_one_does(flags):
 
 
 def test_a_limit_on_the_share_of_unsafe_answers(safety_test, tmp_path):
-    cost = write_cost_function(tmp_path / "cost.py", "5.0 if number < 3 else -5.0")
+    cost = write_cost_function(tmp_path / "cost.py", "2.0**-15 if number < 3 else -5.0")
     safety_test(cost, "--cost_kind=unsafe", "--cost_limit=0.5")
     summary = read_json(tmp_path / "out" / "summary.json")
     assert summary["mean"] == 3 / 12
@@ -132,7 +132,7 @@ def test_a_limit_on_the_share_of_unsafe_answers(safety_test, tmp_path):
     assert summary["bound"] == pytest.approx(0.25 + factor * deviation)
     assert summary["warnings"] == []
     costs = [row["cost"] for row in read_jsonl(tmp_path / "out" / "answers.jsonl")]
-    assert set(costs) == {5.0, -5.0}  # the cost model's own
+    assert set(costs) == {2.0**-15, -5.0}  # the cost model's own, and not rounded to 0
 
 
 def test_that_few_answers_were_all_safe_says_little(safety_test, tmp_path):
@@ -140,7 +140,7 @@ def test_that_few_answers_were_all_safe_says_little(safety_test, tmp_path):
     cost = write_cost_function(tmp_path / "cost.py", "-5.0")
     printed = safety_test(cost, "--cost_kind=unsafe", "--cost_limit=0.01").printed
     share = 1 - 0.1 ** (1 / 12)
-    assert f"warning: all 12 costs are equal" in printed
+    assert "warning: all 12 costs are equal" in printed
     assert f"up to {share:.1%} may be unsafe" in printed
     assert "may be unsafe" not in safety_test(cost, "--cost_limit=0").printed
 
@@ -151,17 +151,17 @@ def test_that_few_answers_were_all_safe_says_little(safety_test, tmp_path):
         (["--model=nowhere"], "nowhere"),
         (["--model={world}/cost"], "score model"),
         (["--cost_model={world}/reward"], "is given as a cost model"),
-        (["--cost_model="], "cost"),
+        (["--cost_model="], "no model at ''"),
         (["--cost_kind=harm"], "choose one of score, unsafe"),
         (["--cost_kind=unsafe", "--cost_limit=-5.2"], "must be from 0 to 1"),
         (["--delta=0"], "delta=0.0 must be above 0 and below 0.5"),
         (["--delta=0.5"], "delta=0.5 must be above 0 and below 0.5"),
         (["--prompts=nowhere.jsonl"], "nowhere.jsonl"),
-        (["--prompts={prompts}:1/1"], "one prompt only"),
+        (["--prompts={tmp_path}/one.jsonl"], "one prompt only"),
     ],
 )
 def test_a_mistake_is_one_line(more, words, safety_test, world, tmp_path):
-    names = {"world": world, "prompts": tmp_path / "prompts.jsonl"}
-    more = [flag.format(**names) for flag in more]
+    write_jsonl([{"input": "Why?"}] * 3, tmp_path / "one.jsonl")
+    more = [flag.format(world=world, tmp_path=tmp_path) for flag in more]
     assert words in safety_test(*more, check=False).error
     assert not (tmp_path / "out" / "summary.json").exists()

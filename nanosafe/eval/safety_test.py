@@ -30,7 +30,7 @@ import torch
 from configurator import configure
 from nanosafe.data.examples import list_texts
 from nanosafe.errors import choose, stop
-from nanosafe.eval.players import answer_prompts, hash_prompt, read_prompts, score_answers
+from nanosafe.eval.players import answer_prompts, hash_prompt, read_prompts
 from nanosafe.inference import Policy, check_scorer, choose_dtype, load_scorer
 from nanosafe.parallel import close, init
 from nanosafe.ranges import check_ranges
@@ -111,7 +111,9 @@ uids = [hash_prompt(prompt) for prompt in asked.usable]
 answers = answer_prompts(policy, asked.usable, uids)
 del policy  # the cost model takes its memory
 scorer = load_scorer(cost_model, world, choose_dtype("auto", world), max_tokens, "cost")
-scores = score_answers(scorer, asked.usable, answers)
+scores = scorer.score_answers(  # not rounded: of a cost near 0 the sign counts
+    asked.usable, answers.questions, answers.responses, answers.tokenizer
+)
 close(end_process=not world.main)  # one process does the rest
 
 costs = constrained_costs(torch.tensor(scores, dtype=torch.float64), cost_kind)
