@@ -245,6 +245,11 @@ for name, (folder, limit) in constraints.items():
             f"cost_kind='unsafe' makes cost_limit a share of answers, so cost_limit={limit} must "
             "be from 0 to 1"
         )
+if pessimism and (pessimism_test == 1 or min(cost_window, rollout_size * num_samples) < 2):
+    stop(
+        f"pessimism={pessimism} needs a deviation of costs, which one answer has not: give "
+        "pessimism_test, cost_window and a rollout 2 answers or more"
+    )
 if kl_target and not kl_coef:
     stop(f"kl_target={kl_target} adapts kl_coef by factors, so kl_coef=0 would stay 0")
 world = init(device, config)
@@ -609,6 +614,8 @@ while step < steps:
         metrics[f"lambda{suffix}"] = lambda_
         metrics[f"episode_cost{suffix}"] = of_constraint.mean_cost
         metrics[f"slack{suffix}"] = slack
+        if pessimism:
+            metrics[f"pessimistic_cost{suffix}"] = of_constraint.pessimistic_cost
         if rollout == 0 and slack > 0:
             monitor.say(
                 f"note: the policy starts {slack:.3g} below cost_limit: PPO-Lag will spend it on "

@@ -111,15 +111,18 @@ def share_of_flat_groups(scores, samples):
     return is_flat.float().mean()
 
 
-def mix_advantages(reward_adv, cost_advs, lambdas):
-    """(A_r - sum_i lambda_i A_i) / (1 + sum_i lambda_i): the Lagrangian's gradient.
+def mix_advantages(reward_adv, cost_adv, lambda_):
+    """(A_r - lambda A_c) / (1 + lambda): the Lagrangian's gradient. arXiv:2310.12773 Eq. 29.
 
-    arXiv:2310.12773 Eq. 29, which has one constraint. cost_advs and lambdas: one for each
-    constraint; without any the rewards' advantages are left as they are."""
+    With several constraints (A_r - sum_i lambda_i A_i) / (1 + sum_i lambda_i): cost_adv is then a
+    list of advantages, and lambda_ a list of as many numbers. Empty lists leave A_r as it is."""
+    if isinstance(cost_adv, torch.Tensor):
+        cost_adv = [cost_adv]
+        lambda_ = [lambda_]
     mixed = reward_adv
-    for cost_adv, lambda_ in zip(cost_advs, lambdas, strict=True):
-        mixed = mixed - lambda_ * cost_adv
-    return mixed / (1 + sum(lambdas))
+    for constraint_adv, weight in zip(cost_adv, lambda_, strict=True):
+        mixed = mixed - weight * constraint_adv
+    return mixed / (1 + sum(lambda_))
 
 
 def normalize(advantages, mask):

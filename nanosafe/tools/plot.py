@@ -323,6 +323,12 @@ def read_rows(folder, name):
     return [row for row in rows if isinstance(row, dict)]
 
 
+def limits_of(run):
+    """A run's limits of the cost, one for each cost model."""
+    limits = run["config"].get("cost_limit", 0.0)
+    return limits if isinstance(limits, list) else [limits]
+
+
 def points_of(run, metric):
     """The (step, value) pairs of a metric in a run."""
     return [(row["step"], row[metric]) for row in run["rows"] if metric in row]
@@ -346,8 +352,8 @@ def draw_curves(runs, out_dir):
             if len(points) > 1:
                 draw_curve(axis, run, points)
                 if metric == "episode_cost":
-                    limit = run["config"].get("cost_limit", 0)
-                    axis.axhline(limit, color=run["colour"], ls=":")
+                    for limit in limits_of(run):
+                        axis.axhline(limit, color=run["colour"], ls=":")
         axis.set_title(PANELS[metric])
         axis.legend(fontsize=7)
     for axis in axes.flat[len(metrics) :]:
@@ -388,7 +394,7 @@ def draw_plane(runs, out_dir):
         hollow = {"facecolors": "white", "edgecolors": colour}
         axis.scatter(costs[:1], rewards[:1], s=50, zorder=3, **hollow)
         axis.scatter(costs[-1:], rewards[-1:], s=50, zorder=3, color=colour)
-        axis.axvline(run["config"].get("cost_limit", 0.0), color=colour, ls=":")
+        axis.axvline(limits_of(run)[0], color=colour, ls=":")
     axis.set(xlabel="cost (dotted: its limit)", ylabel="reward", title="before (hollow) and after")
     axis.legend()
     return save_figure(figure, out_dir, "plane")
