@@ -237,7 +237,7 @@ def check(name, value, config, where):
     """A value from a config file: for a knob that exists, of its default's type (or an int)."""
     wanted = find_type(name, config, where)
     if name in LISTS and isinstance(value, (list, tuple)):
-        return [check(name, item, config, where) for item in value]
+        return check_list(name, value, config, where)
     if wanted is float and type(value) is int:
         value = float(value)
     if wanted is int and type(value) is float and value.is_integer():
@@ -246,6 +246,18 @@ def check(name, value, config, where):
     if type(value) is not wanted or not is_finite:
         stop(f"{where}: {name} must be {wanted.__name__}, given {value!r}")
     return value
+
+
+def check_list(name, values, config, where):
+    """The list of a knob in LISTS from a config file: one number or more."""
+    if not values:
+        stop(f"{where}: {name} must be a number or a list of numbers, given an empty list")
+    checked = []
+    for value in values:
+        if isinstance(value, (list, tuple)):
+            stop(f"{where}: {name} must be a list of numbers, given a list in it: {value!r}")
+        checked.append(check(name, value, config, where))
+    return checked
 
 
 def parse(name, text, config):
@@ -260,8 +272,8 @@ def parse(name, text, config):
     if wanted is str:
         return text
     if name in LISTS and "," in text:
-        return [parse(name, item.strip(), config) for item in text.split(",")]
-    if wanted is bool:
+        value = parse_numbers(text, wanted)
+    elif wanted is bool:
         value = BOOLEANS.get(text.lower())
     else:
         value = parse_number(text, wanted)
@@ -269,6 +281,17 @@ def parse(name, text, config):
         shown = " ".join(text.split())
         stop(f"--{name}={shown}: {name} takes {TYPES[wanted]}")
     return value
+
+
+def parse_numbers(text, wanted):
+    """The list of numbers that a text spells, with commas between; None if one of them is none."""
+    numbers = []
+    for item in text.split(","):
+        number = parse_number(item.strip(), wanted)
+        if number is None:
+            return None
+        numbers.append(number)
+    return numbers
 
 
 def parse_number(text, wanted):
@@ -287,19 +310,26 @@ def parse_number(text, wanted):
 
 
 def expand_home(name, path):
-    """A path in which ~ or ~user at the beginning is replaced by the home folder."""
-    expanded = os.path.expanduser(path)
-    if expanded.startswith("~"):
-        stop(
-            f"{name}={path!r}: no user has this home folder; a name that begins with ~ is ./{path}"
-        )
-    return expanded
+    """A path in which ~ or ~user at the beginning is replaced by the home folder; or several with
+    commas between."""
+    expanded = []
+    for part in path.split(","):
+        expanded.append(os.path.expanduser(part))
+        if expanded[-1].startswith("~"):
+            stop(
+                f"{name}={path!r}: no user has this home folder; a name that begins with ~ is "
+                f"./{part}"
+            )
+    return ",".join(expanded)
 
 
 def find_type(name, config, where):
-    """The type of a knob's default. Stops, with the nearest name, if there is no such knob."""
+    """The type of a knob's default, or of the numbers in the list that a file has put in its place.
+
+    Stops, with the nearest name, if there is no such knob."""
     if name in config:
-        return type(config[name])
+        value = config[name]
+        return type(value[0]) if isinstance(value, list) else type(value)
     nearest = difflib.get_close_matches(name, config, n=1, cutoff=0.5)
     hint = f"did you mean {nearest[0]!r}?" if nearest else "-h lists all knobs"
     stop(f"{where}: unknown knob {name!r}; {hint}")

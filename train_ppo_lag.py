@@ -2,7 +2,8 @@
 
 PPO-Lagrangian, the algorithm of Safe-RLHF (arXiv:2310.12773). Six models: the actor and two critics
 are trained; the reference policy, the reward model and the cost model are not. Without a cost model
-this is PPO with four models. With lambda_lr=0 lambda stays as it is: fixed reward shaping. With
+this is PPO with four models. Each further cost model is a further constraint, with its own limit,
+lambda, critic and metrics. With lambda_lr=0 lambda stays as it is: fixed reward shaping. With
 advantage=rloo or grpo there are no critics. With lora_rank the trained models are adapters on a
 frozen base; if the reward and cost models are adapters of it, too, all six share it in memory.
 
@@ -104,8 +105,7 @@ seed = 0  # of the prompts' order, of the samples, and of new adapters and score
 # models
 actor_model = "out/demo/sft/model"  # the policy to start from, and the reference to stay near to
 reward_model = "out/demo/reward/model"  # scores helpfulness; or FILE.py:NAME, a function
-cost_model = "out/demo/cost/model"  # the same for harm, above 0 is unsafe; A,B: two constraints;
-# empty: plain PPO
+cost_model = "out/demo/cost/model"  # harm, unsafe above 0; A,B: two constraints; empty: plain PPO
 reward_critic = ""  # where the reward critic starts; empty: from the reward model, or the actor
 cost_critic = ""  # where cost critics start; empty: each from its cost model, or the actor
 template = "auto"  # chat template: auto (the actor's own) | safe_rlhf | chatml | llama3 | FILE
@@ -137,7 +137,7 @@ max_tokens = 8192  # packed tokens per forward on one rank: memory, not mathemat
 actor_learning_rate = 1e-5  # peak, after warm-up
 actor_lr_schedule = "cosine"  # cosine | linear | constant
 actor_weight_decay = 0.01  # of AdamW, on matrices
-critic_learning_rate = 5e-6  # of both critics
+critic_learning_rate = 5e-6  # of all critics
 critic_lr_schedule = "constant"  # cosine | linear | constant
 critic_weight_decay = 0.0  # of AdamW, on matrices
 actor_warmup_ratio = 0.03  # share of the steps in which the actor's learning rate rises from 0
@@ -153,15 +153,15 @@ advantage = "gae"  # gae | rloo | grpo; the last two need num_samples > 1 and no
 kl_coef = 0.01  # weight of the KL penalty against the reference, per token
 kl_target = 0.0  # nats per response that kl_coef is adapted to reach; 0: it stays
 kl_horizon = 10000.0  # responses over which it adapts
-normalize_groups = "mixed"  # mixed | each: grpo standardises R - lambda C, or R and C before it
+normalize_groups = "mixed"  # grpo standardises R - lambda C: mixed | R, C: each | and whitens: gdpo
 surrogate = "ppo"  # ppo | gspo (one ratio per response) | cispo (the clipped ratio is a weight)
 clip_ratio = 0.2  # the policy's ratio is clipped to 1 +- this; 0: it is not
 clip_ratio_high = 0.0  # above 1 it is clipped to 1 + this instead; 0: to 1 + clip_ratio
 loss_mean = "response"  # response (tokens, then responses) | token | constant (max_new_tokens)
 is_cap = 0.0  # tokens weigh min(p_trainer / p_sampler, this); 0: all alike; 2 is common
-mask_cut = False  # answers that max_new_tokens cut teach the policy nothing, only the critics
-cut_penalty = 0.0  # what such an answer's reward loses, once scaled
-cut_buffer = 0  # the penalty grows from 0 over so many tokens before max_new_tokens; 0: at the cut
+mask_cut = False  # responses that were cut at their greatest length train the critics only
+cut_penalty = 0.0  # what the reward of such a response loses, after reward_scaling
+cut_buffer = 0  # last tokens before that length over which the penalty grows from 0; 0: it does not
 max_ratio = 0.0  # no step of the actor when its mean ratio is above this; 0: always one
 clip_score = 50.0  # per-token rewards and costs are clipped to +- this, KL included; 0: not
 clip_value = 5.0  # values may move this far from those of the rollout; 0: any far
@@ -176,13 +176,10 @@ ptx_coef = 16.0  # weight of the ptx loss, when there is ptx_data
 ptx_average = False  # halve the sum of actor and ptx gradients, as Safe-RLHF's accumulation does
 # the constraint
 cost_kind = "score"  # score | unsafe: 1 above 0, else 0, so that cost_limit is a share of answers
-cost_limit = 0.0  # the greatest cost allowed, on the scale of cost_kind; the paper's -d; two cost
-# models: 0.0,-1.5 sets a limit for each
+cost_limit = 0.0  # greatest cost allowed, in cost_kind's unit; the paper's -d; 0.0,-1.5: one each
 constraint = "mean"  # mean | prompt: what has to keep it, the mean cost or every answer's (RePO)
-pessimism = (
-    0.0  # hold back for the chance of this size that the true mean is higher (HC-RLHF); 0: no
-)
-pessimism_test = 0  # with pessimism: answers of eval.safety_test at the end, which may err, too
+pessimism = 0.0  # HC-RLHF's delta, the chance that its bound on the mean cost is wrong; 0: no bound
+pessimism_test = 0  # answers that eval.safety_test will judge: the bound allows for its error, too
 cost_scale = 1.0  # costs are multiplied by this before they meet rewards; cost_limit stays
 multiplier = "lagrange"  # lagrange | pid | optimistic | bounded: how lambda follows the cost
 lambda_init = 1.0  # first multiplier
@@ -233,13 +230,15 @@ if advantage != "gae" and (temperature == 0 or top_k == 1):
         f"advantage={advantage!r} compares a prompt's responses with each other, but with "
         f"temperature={temperature} and top_k={top_k} they are all the same"
     )
-if normalize_groups != "mixed" and (advantage != "grpo" or not cost_model):
+constraints = list_constraints(cost_model, cost_limit)
+if normalize_groups != "mixed" and (advantage != "grpo" or not constraints):
     stop(
         f"normalize_groups={normalize_groups!r} standardises rewards and costs: it needs "
         "advantage=grpo and costs"
     )
-constraints = list_constraints(cost_model, cost_limit)
-for name, (folder, limit) in constraints.items():
+cost_folders = []
+for folder, limit in constraints.values():
+    cost_folders.append(folder)
     if cost_kind == "unsafe" and not 0 <= limit <= 1:
         stop(
             f"cost_kind='unsafe' makes cost_limit a share of answers, so cost_limit={limit} must "
@@ -247,8 +246,9 @@ for name, (folder, limit) in constraints.items():
         )
 if pessimism and (pessimism_test == 1 or min(cost_window, rollout_size * num_samples) < 2):
     stop(
-        f"pessimism={pessimism} needs a deviation of costs, which one answer has not: give "
-        "pessimism_test, cost_window and a rollout 2 answers or more"
+        f"pessimism={pessimism} needs the deviation of several costs: cost_window={cost_window}, "
+        f"rollout_size * num_samples={rollout_size * num_samples} and pessimism_test="
+        f"{pessimism_test} must be 2 or more; pessimism_test may be 0"
     )
 if kl_target and not kl_coef:
     stop(f"kl_target={kl_target} adapts kl_coef by factors, so kl_coef=0 would stay 0")
@@ -276,7 +276,7 @@ log_temperature = temperature or 1.0  # greedy responses get the model's own log
 # data
 tok = load_tokenizer(actor_model, template)
 check_scorer(reward_model, "reward")
-for folder, _ in constraints.values():
+for folder in cost_folders:
     check_scorer(folder, "cost")
 check_fits([max_len], max_tokens)
 prompt_data = tokenize(prompts, tok, "prompts", max_len - 1)
@@ -293,9 +293,10 @@ if has_critics:
         critic_folders[f"{name}_critic"] = cost_critic or start
 for name, folder in critic_folders.items():
     if load_tokenizer(folder).fingerprint != tok.fingerprint:
+        knob = "reward_critic" if name == "reward_critic" else "cost_critic"
         stop(
             f"a critic values the actor's tokens, but {folder!r} has another tokenizer than "
-            f"{actor_model!r}: set {name}, or advantage=rloo"
+            f"{actor_model!r}: set {knob}, or advantage=rloo"
         )
 lora = make_lora(lora_rank, lora_alpha, lora_targets, lora_merge)
 trained_folders = [actor_model, *critic_folders.values()]
@@ -407,7 +408,7 @@ for name in constraints:
         pessimism_test=pessimism_test,
     )
 pessimistic_factor = 0.0
-if pessimism:  # of the policy's costs: as for a window of one rollout
+if pessimism:  # for the policy's costs the window is one rollout
     pessimistic_factor = pessimism_factor(pessimism, responses_per_rollout, pessimism_test)
 reward_moments = RunningMeanStd()  # of the rewards, for reward_scaling
 current_kl_coef = kl_coef  # kl_target adapts it
@@ -417,19 +418,23 @@ updates = ppo_epochs * responses_per_rollout // batch_size  # optimizer steps pe
 actor_weight = 0.5 if ptx and ptx_average else 1.0
 rollouts = count_steps(len(prompt_data), rollout_size, epochs, math.ceil(max_steps / updates))
 steps = rollouts * updates
-sources = {"prompts": prompt_data, "ptx_data": ptx, "cost_model": None}
-sources.update(actor_model=actor_model, reward_model=reward_model)
-for name, (folder, _) in constraints.items():
-    sources[f"{name}_model"] = folder
-record = run_state.make_record(config, steps, **sources)
+record = run_state.make_record(
+    config,
+    steps,
+    prompts=prompt_data,
+    ptx_data=ptx,
+    actor_model=actor_model,
+    reward_model=reward_model,
+    cost_model=cost_folders or None,
+)
 step = skips = 0
 if resume:
     state = run_state.load(out_dir, models, optimizers, record)
     step, skips = state["step"], state["skips"]
     if kl_target:
         current_kl_coef = state["kl_coef"]
-    for name in constraints:
-        multipliers[name].load_state_dict(state[name.replace("cost", "multiplier")])
+    for name, own_multiplier in multipliers.items():
+        own_multiplier.load_state_dict(state[name.replace("cost", "multiplier")])
     reward_moments.load_state_dict(state["moments"])
 print_once(
     f"{parameters:,} parameters trained in {len(optimizers)} models, "
@@ -466,8 +471,8 @@ def save_run(step):
         "kl_coef": current_kl_coef,
         "moments": reward_moments.state_dict(),
     }
-    for name, of_constraint in multipliers.items():
-        extra[name.replace("cost", "multiplier")] = of_constraint.state_dict()
+    for name, own_multiplier in multipliers.items():  # multiplier, multiplier_2, ...
+        extra[name.replace("cost", "multiplier")] = own_multiplier.state_dict()
     run_state.save(out_dir, step, models, optimizers, extra, keep, record)
 
 
@@ -564,23 +569,27 @@ while step < steps:
             "their size as it is"
         )
     if cut_penalty:
-        lengths_of = lengths.to(world.device)
-        penalties = length_penalties(lengths_of, ~ended, max_new_tokens, cut_buffer)
+        longest = torch.tensor(limits, device=world.device)
+        penalties = length_penalties(mask.sum(1), ~ended, longest, cut_buffer)
         rewards = rewards - cut_penalty * penalties
-    judged = {"reward": rewards}  # (B,) each
+    per_response = {"reward": rewards}  # (B,) each: what the policy is to learn from
     for name, (_, limit) in constraints.items():
         costs = constrained_costs(scores[name], cost_kind)
         if constraint == "prompt":
             costs = excess_costs(costs, limit)
         multipliers[name].observe(costs.tolist())
-        judged[name] = pessimistic_costs(costs, pessimistic_factor) if pessimism else costs
+        if pessimism:
+            costs = pessimistic_costs(costs, pessimistic_factor)
+        per_response[name] = costs
     shaping = (old_logps, ref_logps, mask, current_kl_coef, score_bound)
     per_token = {"reward": shaped_rewards(rewards, *shaping)}  # (B, R) each
     for name in constraints:  # here the KL penalty has the other sign
-        per_token[name] = shaped_costs(cost_scale * judged[name], *shaping)
+        per_token[name] = shaped_costs(cost_scale * per_response[name], *shaping)
 
-    # 5. advantages: by how much each stream beats its critic's values
-    values, returns, advantages = {}, {}, {}
+    # 5. advantages: how much more reward, and how much more of each cost, than expected
+    values = {}  # (B, R) each; empty without critics
+    returns = {}
+    advantages = {}
     for name, token_scores in per_token.items():
         metrics[f"{name}_with_kl_penalty"] = token_scores.sum(1).mean()
         if has_critics:
@@ -592,34 +601,38 @@ while step < steps:
             metrics[f"{name}_value"] = sequence_mean(values[name], mask)
             metrics[f"{name}_advantage"] = sequence_mean(advantages[name], mask)
         else:
-            advantages[name] = token_scores.sum(1)  # (B,): the group is compared below
-            metrics[f"flat_{name}_groups"] = share_of_flat_groups(judged[name], num_samples)
+            advantages[name] = token_scores.sum(1)  # (B,): compared within groups below
+            metrics[f"flat_{name}_groups"] = share_of_flat_groups(per_response[name], num_samples)
     if normalize_groups != "mixed":
-        # Costs without the KL: it would be all that differs among those of answers that are safe.
+        # Costs are compared without their KL penalty. Among equal costs it would be the only
+        # difference, which standardisation would bring to full size.
         for name in advantages:
-            compared = judged[name] if name in constraints else advantages[name]
+            compared = per_response[name] if name in constraints else advantages[name]
             advantages[name] = group_advantages(compared, mask, num_samples, advantage)
 
     # 6. the multipliers are updated, then costs are weighed against rewards
     policy_learns = rollout >= critic_warmup
     lambdas = []
     for name, (_, limit) in constraints.items():
-        of_constraint = multipliers[name]
-        greatest = 0.0 if constraint == "prompt" else limit  # there, costs are above the limit
-        lambda_ = of_constraint.update(greatest) if policy_learns else of_constraint.value
+        own_multiplier = multipliers[name]
+        if constraint == "prompt":
+            limit = 0.0  # excess_costs() has subtracted the limit from every cost
+        if policy_learns:
+            own_multiplier.update(limit)
+        lambda_ = own_multiplier.value
         lambdas.append(lambda_)
-        slack = greatest - of_constraint.mean_cost
-        suffix = name.removeprefix("cost")  # of a second constraint _2
+        slack = limit - own_multiplier.mean_cost
+        suffix = name.removeprefix("cost")  # empty, _2, _3, ...
         metrics[f"unsafe_rate{suffix}"] = (scores[name] > 0).float().mean()
         metrics[f"lambda{suffix}"] = lambda_
-        metrics[f"episode_cost{suffix}"] = of_constraint.mean_cost
+        metrics[f"episode_cost{suffix}"] = own_multiplier.mean_cost
         metrics[f"slack{suffix}"] = slack
         if pessimism:
-            metrics[f"pessimistic_cost{suffix}"] = of_constraint.pessimistic_cost
+            metrics[f"pessimistic_cost{suffix}"] = own_multiplier.pessimistic_cost
         if rollout == 0 and slack > 0:
             monitor.say(
-                f"note: the policy starts {slack:.3g} below cost_limit: PPO-Lag will spend it on "
-                "reward. Lower cost_limit to keep it as safe as it is."
+                f"note: the policy's {name} starts {slack:.3g} below its limit: PPO-Lag will spend "
+                "it on reward. Lower cost_limit to keep the policy as safe as it is."
             )
     cost_advantages = [advantages[name] for name in constraints]
     mixed = mix_advantages(advantages["reward"], cost_advantages, lambdas)
@@ -653,7 +666,7 @@ while step < steps:
         for k, indices in enumerate(micro_batches):
             rows = [minibatch[i] for i in indices]
             index = copy_to_device(rows, world.device)  # indexing by a list waits for a GPU
-            row_mask = policy_mask[index]
+            row_mask = mask[index]
             share = len(rows) / batch_size
             is_last = k == len(micro_batches) - 1
             batch = responses.pack(rows, world.device)
@@ -664,7 +677,7 @@ while step < steps:
                     logps,
                     old_logps[index],
                     mixed[index],
-                    row_mask,
+                    policy_mask[index],
                     clip_low=ratio_bound,
                     clip_high=upper_ratio_bound,
                     surrogate=surrogate,
@@ -686,7 +699,7 @@ while step < steps:
                 critic = models[f"{name}_critic"]
                 new_values = responses.unpack(critic.scores(batch), batch, rows)
                 loss = critic_loss(
-                    new_values, old_values[index], returns[name][index], mask[index], value_bound
+                    new_values, old_values[index], returns[name][index], row_mask, value_bound
                 )
                 loss = loss * share
                 backward(critic, loss, last=is_last)

@@ -277,14 +277,17 @@ def find_problems(first_rows, last_rows, knobs):
             "kl_coef, or train it on such pairs"
         )
 
-    lambda_ = mean_metric(last_rows, "lambda")
     lambda_max = knobs.get("lambda_max") or 0
-    slack = mean_metric(last_rows, "slack")
-    if lambda_max and lambda_ > 0.999 * lambda_max and slack < 0:
-        problems["lambda"] = (
-            f"lambda is at its cap, {lambda_max:g}, and the cost still {-slack:.3g} above "
-            "cost_limit; raise lambda_max, or allow more: cost_limit"
-        )
+    for name in last_rows[0]:
+        if not name.startswith("lambda"):  # and with several constraints lambda_2, ...
+            continue
+        lambda_ = mean_metric(last_rows, name)
+        slack = mean_metric(last_rows, name.replace("lambda", "slack"))
+        if lambda_max and lambda_ > 0.999 * lambda_max and slack < 0:
+            problems[name] = (
+                f"{name} is at its cap, {lambda_max:g}, and the cost still {-slack:.3g} above "
+                "cost_limit; raise lambda_max, or allow more: cost_limit"
+            )
 
     policy_learns = last_rows[0].get("ratio") != 0  # it is 0 while only critics learn
     ratio = mean_metric(last_rows, "ratio")

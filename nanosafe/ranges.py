@@ -174,8 +174,10 @@ def check_ranges(config):
     """Stop with one line unless every number of a configuration is in its knob's range."""
     for name, value in config.items():
         allowed = RANGES.get(name, ANY)
-        if type(value) in (int, float) and not allowed.contains(value):
-            stop(f"{name}={value!r} must be {allowed.describe()}")
+        numbers = value if isinstance(value, list) else [value]
+        for number in numbers:
+            if type(number) in (int, float) and not allowed.contains(number):
+                stop(f"{name}={value!r} must be {allowed.describe()}")
 
 
 def check_heads(hidden_size, num_attention_heads, num_key_value_heads):

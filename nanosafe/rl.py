@@ -44,8 +44,10 @@ def add_final_score(penalty, scores, mask, clip_score):
 def length_penalties(lengths, was_cut, longest, buffer):
     """How much of the penalty for a long response each gets (B,), from 0 to 1.
 
-    buffer  over the last so many tokens before `longest` it grows from 0 to 1, whether the response
-            ended or not (arXiv:2503.14476 Eq. 13); 0: a response that was cut gets 1, others 0"""
+    lengths, longest  (B,): tokens of each response, and how many it may have at most
+    was_cut           (B,): whether a response was cut there, before it ended
+    buffer            the penalty grows from 0 to 1 over the last so many tokens, whether a response
+                      ended or not (arXiv:2503.14476 Eq. 13); 0: cut responses get 1, others 0"""
     if buffer == 0:
         return was_cut.float()
     return ((lengths - (longest - buffer)) / buffer).clamp(0, 1)
@@ -309,7 +311,8 @@ def excess_costs(costs, limit):
 
     With constraint="prompt" they stand in the place of the costs, and the multiplier's limit is 0:
     every answer has to keep the limit, and one that is safer than that makes up for no other. Their
-    mean is never below 0, so that lambda never falls. A cost that is nan stays nan."""
+    mean is never below 0, so that multipliers that add up, as "lagrange" does, never fall. A cost
+    that is nan stays nan."""
     return (costs - limit).clamp(min=0)
 
 

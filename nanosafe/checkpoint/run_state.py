@@ -346,8 +346,8 @@ def make_record(knobs, steps, **sources):
 
     knobs    the run's configuration
     steps    optimizer steps of the whole run, which its learning rates depend on
-    sources  {knob: what it names}, the Dataset, or the path or name of a model, whose contents must
-             not change; None where there is none"""
+    sources  {knob: what it names}, the Dataset, or the path or name of a model or a list of them,
+             whose contents must not change; None where there is none"""
     recorded = {name: value for name, value in knobs.items() if name not in UNRECORDED_KNOBS}
     contents = {name: fingerprint(source) for name, source in sources.items()}
     day = Clock.now().date().isoformat()
@@ -355,16 +355,16 @@ def make_record(knobs, steps, **sources):
 
 
 def fingerprint(source):
-    """A number that changes with a Dataset's tokens and labels, or with a model folder's config and
-    weights; 0 of None."""
+    """A number that changes with a Dataset's tokens and labels, or with the config and weights of a
+    model folder or of a list of them; 0 of None. A list of one has the number of that one."""
     if source is None:
         return 0
-    if isinstance(source, str) and names_function(source):
-        facts = [describe_file(*os.path.split(source.rpartition(":")[0]))]
-    elif isinstance(source, str):
+    if isinstance(source, str):
+        source = [source]
+    if isinstance(source, list):
         facts = []
-        for folder in list_model_folders(find_model(source)):
-            facts += describe_model_files(folder)
+        for name in source:
+            facts += describe_model(name)
     else:
         sums = read_json(source.folder, CHECKSUMS)
         arrays = [
@@ -372,6 +372,17 @@ def fingerprint(source):
         ]
         facts = [[name, sums[name]] for name in arrays]
     return zlib.crc32(json.dumps(facts).encode())
+
+
+def describe_model(name):
+    """describe_file() of the files of a model, or of the file of FILE.py:NAME."""
+    if names_function(name):
+        path = name.rpartition(":")[0]
+        return [describe_file(*os.path.split(path))]
+    facts = []
+    for folder in list_model_folders(find_model(name)):
+        facts += describe_model_files(folder)
+    return facts
 
 
 def check_record(folder, step, saved, record):

@@ -34,7 +34,9 @@ LINES = ("o-", "s--", "^:", "v-.")  # of several score models: markers and strok
 PANELS = {  # metric -> title
     "reward": "reward",
     "episode_cost": "mean cost (dotted: its limit)",
+    "episode_cost_2": "second mean cost (dotted: its limit)",
     "lambda": "lambda",
+    "lambda_2": "second lambda",
     "kl": "KL to the reference, nats",
     "length": "length, tokens",
     "eos_rate": "ended with EOS",
@@ -323,10 +325,17 @@ def read_rows(folder, name):
     return [row for row in rows if isinstance(row, dict)]
 
 
-def limits_of(run):
-    """A run's limits of the cost, one for each cost model."""
+def find_limit(run, metric):
+    """The limit of a run's episode_cost or episode_cost_2."""
+    if run["config"].get("constraint") == "prompt":
+        return 0.0  # what the trainer counts is the excess over cost_limit
+    return find_cost_limit(run, 1 if metric.endswith("_2") else 0)
+
+
+def find_cost_limit(run, position):
+    """What a run's cost_limit says about the cost model at this position, the first is 0."""
     limits = run["config"].get("cost_limit", 0.0)
-    return limits if isinstance(limits, list) else [limits]
+    return limits[position] if isinstance(limits, list) else limits
 
 
 def points_of(run, metric):
@@ -351,9 +360,8 @@ def draw_curves(runs, out_dir):
             points = points_of(run, metric)
             if len(points) > 1:
                 draw_curve(axis, run, points)
-                if metric == "episode_cost":
-                    for limit in limits_of(run):
-                        axis.axhline(limit, color=run["colour"], ls=":")
+                if metric.startswith("episode_cost"):
+                    axis.axhline(find_limit(run, metric), color=run["colour"], ls=":")
         axis.set_title(PANELS[metric])
         axis.legend(fontsize=7)
     for axis in axes.flat[len(metrics) :]:
@@ -394,7 +402,7 @@ def draw_plane(runs, out_dir):
         hollow = {"facecolors": "white", "edgecolors": colour}
         axis.scatter(costs[:1], rewards[:1], s=50, zorder=3, **hollow)
         axis.scatter(costs[-1:], rewards[-1:], s=50, zorder=3, color=colour)
-        axis.axvline(limits_of(run)[0], color=colour, ls=":")
+        axis.axvline(find_cost_limit(run, 0), color=colour, ls=":")
     axis.set(xlabel="cost (dotted: its limit)", ylabel="reward", title="before (hollow) and after")
     axis.legend()
     return save_figure(figure, out_dir, "plane")
