@@ -529,7 +529,7 @@ while step < steps:
     sampled_logps = pad_sequence(sampled_logps, batch_first=True).to(world.device)  # (B, R)
 
     # 3. log-probabilities of every token, from the training forward
-    # The actor's are computed as in step 6, so that the first ratio is 1: without gradients,
+    # The actor's are computed as in step 7, so that the first ratio is 1: without gradients,
     # compiled blocks round otherwise.
     old_logps = response_logps(
         actor,
@@ -572,7 +572,7 @@ while step < steps:
         longest = torch.tensor(limits, device=world.device)
         penalties = length_penalties(mask.sum(1), ~ended, longest, cut_buffer)
         rewards = rewards - cut_penalty * penalties
-    per_response = {"reward": rewards}  # (B,) each: what the policy is to learn from
+    per_response = {"reward": rewards}  # (B,) each: what the policy learns from
     for name, (_, limit) in constraints.items():
         costs = constrained_costs(scores[name], cost_kind)
         if constraint == "prompt":

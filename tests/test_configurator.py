@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 import configurator
-from nanosafe.ranges import check_heads, check_ranges
+from nanosafe.ranges import RANGES, SHARE, check_heads, check_ranges
 
 SCRIPT = '''"""A script.
 $ python script.py"""
@@ -142,6 +142,7 @@ def script_with_a_folder(script, tmp_path, monkeypatch):
         ("~", "/home/me"),
         ("./~/x", "./~/x"),
         ("a~b", "a~b"),
+        ("~/x,y,~/z", "/home/me/x,y,/home/me/z"),
     ],
 )
 def test_a_tilde_that_begins_a_path_is_the_home_folder(path, folder, script_with_a_folder):
@@ -252,6 +253,92 @@ def test_the_comment_behind_a_default_that_is_not_ascii_is_read_whole(script, tm
     assert '  name = "Überprüfung"   what to call it' in lines
 
 
+# ---- lists ----
+
+
+@pytest.fixture
+def script_with_a_list(script, tmp_path):
+    """The same, with a knob cost_limit in place of learning_rate, which may be a list."""
+    (tmp_path / "script.py").write_text(SCRIPT.replace("learning_rate", "cost_limit"))
+    return script
+
+
+@pytest.mark.parametrize(
+    "arguments, value",
+    [
+        (["--cost_limit=0.5"], "0.5"),
+        (["--cost_limit=0,-1.5"], "[0.0, -1.5]"),
+        (["--cost_limit=1, 2 ,3e0"], "[1.0, 2.0, 3.0]"),
+        (["one.py"], "2.0"),
+        (["list.py"], "[1.0, 2.5]"),
+        (["tuple.py"], "[1.0, 2.5]"),
+        (["list.py", "--cost_limit=7"], "7.0"),
+        (["list.py", "--cost_limit=7,8,9"], "[7.0, 8.0, 9.0]"),
+        (["list.py", "one.py"], "2.0"),
+        (["list.py", "tuple.py"], "[1.0, 2.5]"),
+    ],
+)
+def test_some_numbers_may_be_lists_and_the_last_one_wins(arguments, value, script_with_a_list):
+    files = {
+        "one": "cost_limit = 2\n",
+        "list": "cost_limit = [1, 2.5]\n",
+        "tuple": "cost_limit = 1, 2.5\n",
+    }
+    code, lines = script_with_a_list(*arguments, **files)
+    assert code == 0
+    assert result(lines) == f"{value} 100 run False 200 time"
+
+
+def test_a_saved_list_reads_back_to_the_same_list(script_with_a_list, tmp_path):
+    _, lines = script_with_a_list("--cost_limit=0.1,-2")
+    saved = (tmp_path / "saved.py").read_text()
+    assert "cost_limit = [0.1, -2.0]\n" in saved
+    _, again = script_with_a_list("saved.py")
+    assert result(again) == result(lines)
+    assert (tmp_path / "saved.py").read_text() == saved
+    _, help_lines = script_with_a_list("saved.py", "-h")
+    assert any("cost_limit = [0.1, -2.0]  peak" in line for line in help_lines)
+
+
+@pytest.mark.parametrize(
+    "flag, words",
+    [
+        ("--cost_limit=1,x", "--cost_limit=1,x: cost_limit takes a number"),
+        ("--cost_limit=1,", "--cost_limit=1,: cost_limit takes a number"),
+        ("--cost_limit=,", "cost_limit takes a number"),
+        ("--cost_limit=1,inf", "cost_limit takes a number"),
+        ("--cost_limit=[1,2]", "cost_limit takes a number"),
+        ("--steps=1,2", "steps takes a whole number"),
+    ],
+)
+def test_a_flag_that_is_no_list_of_numbers_stops_with_one_line(flag, words, script_with_a_list):
+    code, lines = script_with_a_list(flag)
+    assert code == 1
+    assert len(lines) == 1
+    assert words in lines[0]
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("cost_limit = []", "given an empty list"),
+        ("cost_limit = [1, 'x']", "cost_limit must be float, given 'x'"),
+        ("cost_limit = [1, True]", "cost_limit must be float, given True"),
+        ("cost_limit = [1, None]", "cost_limit must be float, given None"),
+        ("cost_limit = [1, [2]]", "given a list in it: [2]"),
+        ("cost_limit = [1, float('nan')]", "cost_limit must be float, given nan"),
+        ("cost_limit = {1, 2}", "cost_limit must be float, given {1, 2}"),
+        ("steps = [1, 2]", "steps must be int, given [1, 2]"),
+        ("compile = [True]", "compile must be bool, given [True]"),
+    ],
+)
+def test_a_file_with_a_wrong_list_stops_with_one_line(text, words, script_with_a_list):
+    code, lines = script_with_a_list("c.py", c=text)
+    assert code == 1
+    assert len(lines) == 1
+    assert words in lines[0]
+
+
 @pytest.fixture
 def script_with_shared_knobs(script, tmp_path):
     """The same, for a script that shares the knobs of a module `common`."""
@@ -325,6 +412,16 @@ def test_a_number_outside_its_range_is_refused_with_the_range(name, value, words
         check_ranges({"name": "run", "compile": True, name: value})
     assert f"{name}={value!r} " in stopped.value.code
     assert words in stopped.value.code
+
+
+def test_every_number_of_a_list_is_in_the_range_of_its_knob(monkeypatch):
+    check_ranges({"cost_limit": [-5.2, 0.0]})
+    monkeypatch.setitem(RANGES, "cost_limit", SHARE)
+    check_ranges({"cost_limit": [0.0, 1.0]})
+    with pytest.raises(
+        SystemExit, match=r"cost_limit=\[0.5, 2.0\] must be at least 0 and at most 1"
+    ):
+        check_ranges({"cost_limit": [0.5, 2.0]})
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,29 @@ def test_reward_and_cost_models_may_have_weights_of_their_own(tmp_path, capsys):
     assert "on one frozen base: actor, reward critic, cost critic, reference, reward, cost" in text
 
 
+def test_a_second_cost_model_is_one_more_scorer_and_one_more_critic():
+    one = make_run(1)
+    two = make_run(1, cost_model="absent,also_absent")
+    assert [model.name for model in two.models if model not in one.models] == [
+        "cost_2 critic",
+        "cost_2",
+    ]
+    assert len(two.trained) == len(one.trained) + 1
+    assert len(two.frozen) == len(one.frozen) + 1
+    S = two.count_models(["score"])
+    sizes = {}
+    for planned in (one, two):
+        for part in planned.memory().always:
+            sizes.setdefault(part.name, []).append(part.bytes)
+    assert sizes["frozen models"][1] - sizes["frozen models"][0] == 2 * S
+    assert sizes["AdamW's moments"][1] - sizes["AdamW's moments"][0] == 8 * S
+    without_critics = make_run(1, cost_model="absent,also_absent", advantage="rloo")
+    assert len(without_critics.trained) == 1
+    function = make_run(1, cost_model="absent,score.py:cost", cost_limit="0,0.5")
+    assert len(function.trained) == len(two.trained)
+    assert len(function.frozen) == len(one.frozen)
+
+
 def test_functions_that_score_take_no_memory():
     planned = make_run(1, reward_model="score.py:reward", cost_model="score.py:cost")
     assert planned.frozen == ["lm"]

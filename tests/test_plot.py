@@ -77,6 +77,14 @@ def test_each_fault_is_reported_once_with_advice(ends, words, advice):
     assert 9 <= step < 30 and "\n" not in sentence
 
 
+def test_a_second_lambda_at_its_cap_is_reported_with_its_name():
+    rows = make_rows()
+    for row in rows:
+        row.update({"lambda_2": 5.0, "slack_2": -0.25})
+    (warning,) = warnings_of(rows)
+    assert "lambda_2 is at its cap, 5, and the cost still 0.25 above" in warning[1]
+
+
 def test_a_good_run_gets_no_warning():
     assert warnings_of(make_rows(50, reward=4.0, cost=-3.0, kl=3.0, length=25.0)) == []
 
@@ -227,6 +235,54 @@ def test_curves_are_drawn_and_svg_is_svg(runs, tmp_path):
     for name in ("curves", "plane"):
         assert (out / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
         assert ET.parse(out / f"{name}.svg").getroot().tag.endswith("svg")
+
+
+def dotted_lines_of(folder, monkeypatch):
+    """{title of a panel, or the label of an axis: where its dotted lines are} of a run's pictures."""
+    figures = []
+
+    def keep_figure(figure, out_dir, name):
+        figures.append(figure)
+        return ""
+
+    monkeypatch.setattr(plot, "save_figure", keep_figure)
+    shown = {**plot.read_run(str(folder), "run"), "colour": plot.RED}
+    plot.draw_curves([shown], "")
+    plot.draw_plane([shown], "")
+    found = {}
+    for figure in figures:
+        for axis in figure.axes:
+            positions = []
+            for line in axis.lines:
+                if line.get_linestyle() == ":":
+                    ends = line.get_ydata() if line.get_xdata()[0] == 0 else line.get_xdata()
+                    positions.append(ends[0])
+            if positions:
+                found[axis.get_title()] = positions
+    return found
+
+
+def test_each_of_two_costs_is_drawn_with_its_own_limit(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    rows = make_rows(3)
+    for row in rows:
+        row.update({"cost_2": 7.0, "episode_cost_2": 7.5, "lambda_2": 0.5})
+    write_ppo_run(tmp_path / "two", rows)
+    (tmp_path / "two" / "config.py").write_text("cost_limit = [-1.0, 8.5]\n")
+    assert dotted_lines_of(tmp_path / "two", monkeypatch) == {
+        "mean cost (dotted: its limit)": [-1.0],
+        "second mean cost (dotted: its limit)": [8.5],
+        "before (hollow) and after": [-1.0],
+    }
+
+
+def test_the_excess_over_a_limit_for_every_answer_is_drawn_with_a_limit_of_0(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    write_ppo_run(tmp_path / "run", make_rows(3))
+    (tmp_path / "run" / "config.py").write_text("cost_limit = -1.0\nconstraint = 'prompt'\n")
+    lines = dotted_lines_of(tmp_path / "run", monkeypatch)
+    assert lines["mean cost (dotted: its limit)"] == [0.0]
+    assert lines["before (hollow) and after"] == [-1.0]
 
 
 def test_a_folder_in_the_home_folder_is_written(runs, tmp_path, monkeypatch):
