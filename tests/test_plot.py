@@ -238,7 +238,7 @@ def test_curves_are_drawn_and_svg_is_svg(runs, tmp_path):
 
 
 def dotted_lines_of(folder, monkeypatch):
-    """{title of a panel, or the label of an axis: where its dotted lines are} of a run's pictures."""
+    """{title of a panel: where its dotted lines are} of a run's pictures."""
     figures = []
 
     def keep_figure(figure, out_dir, name):
