@@ -1,5 +1,5 @@
-# PPO-Lag on real prompts: actor, critics, reward and cost model are adapters on one frozen base, the
-# SFT model. For train_ppo_lag.py.
+# PPO-Lag on real prompts: actor, critics, reward and cost model are adapters on one frozen base,
+# which is the SFT model. For train_ppo_lag.py.
 out_dir = "out/real_run/ppo_lag"
 actor_model = "out/real_run/sft/model"
 reward_model = "out/real_run/reward/model"

@@ -124,9 +124,8 @@ def list_stages():
         Stage("cost", train_proxy("cost")),
         Stage("start", measure_start()),
     ]
-    for share in SNAPSHOTS:
+    for steps in list_snapshots():
         for name in RUNS:
-            steps = ppo_steps(share)
             stages.append(Stage(f"{name}@{steps}", train_policy(name, steps)))
     for number in range(judges):
         for kind in ("reward", "cost"):
@@ -194,10 +193,15 @@ def train_judge(kind, number):
     return add_common_flags(command, f"judge_{kind}_{number}", seed + 1 + number)
 
 
-def ppo_steps(share):
-    """So much of a PPO run, in optimizer steps of whole rollouts."""
-    rollouts = max(1, round(PPO_STEPS / UPDATES * scale * share))
-    return UPDATES * rollouts
+def list_snapshots():
+    """The optimizer steps of a PPO run at which its policy is kept: ends of rollouts, the last one
+    that of the run."""
+    snapshots = []
+    for share in SNAPSHOTS:
+        rollouts = max(1, round(PPO_STEPS / UPDATES * scale * share))
+        if UPDATES * rollouts not in snapshots:
+            snapshots.append(UPDATES * rollouts)
+    return snapshots
 
 
 def train_policy(name, steps):
@@ -262,8 +266,7 @@ def measure_start():
 def compare_policies():
     policies = {}
     for name, label in RUNS.items():
-        for share in SNAPSHOTS:
-            steps = ppo_steps(share)
+        for steps in list_snapshots():
             policies[f"{label}@{steps}"] = path(f"{name}@{steps}")
     rewards = {"proxy": path("reward/model"), "judge": path("judge_reward_0/model")}
     costs = {"proxy": path("cost/model"), "judge": path("judge_cost_0/model")}
@@ -355,7 +358,7 @@ def measure_differences():
     rows_of = {}
     for row in read_jsonl(path("policies/answers.jsonl")):
         rows_of.setdefault(row["policy"], []).append(row)
-    last = {name: f"{label}@{ppo_steps(1.0)}" for name, label in RUNS.items()}
+    last = {name: f"{label}@{list_snapshots()[-1]}" for name, label in RUNS.items()}
     compared = [(last["ppo_lag"], "SFT"), (last["ppo"], "SFT"), (last["ppo_lag"], last["ppo"])]
     differences = {}
     for one, other in compared:
