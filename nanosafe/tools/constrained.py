@@ -8,10 +8,9 @@ Each method is tuned first: up to `trials` settings of its own grid run on the t
 choose_setting() takes one of them by gold. The table has that setting on every seed. The picture
 has the first seed, with other values of the method's own trade-off between help and harm.
 
-A method takes `steps` optimizer steps of 64 examples. One that learns from rollouts draws 64 answers
-for each step. One that learns from pairs has as many answers of SFT, drawn once, and learns from 64
-pairs of them in each step. What runs is a command of the README, in a process of its own. It leaves
-a .json with its result and a .log in the folder of its seed, and is not run again."""
+The methods stand in constrained_methods.py. What runs are commands as docs/constrained.md has them,
+each in a process of its own. A run leaves a .json with its result and a .log in the folder of its
+seed, and is not run again. A run that fails is reported, and the next start tries it again."""
 
 import os
 import shutil
@@ -21,20 +20,14 @@ from multiprocessing import get_context
 from typing import NamedTuple
 
 from configurator import configure
-from nanosafe.errors import choose
+from nanosafe.errors import choose, stop
 from nanosafe.printing import format_table, print_once
 from nanosafe.ranges import check_ranges
-from nanosafe.storage import atomic_write, make_folder, read_json
+from nanosafe.storage import atomic_write, make_folder, read_json, write_json
 from nanosafe.tools import plot
+from nanosafe.tools.constrained_methods import FILES_ONLY, METHODS, STAGES
 from nanosafe.tools.toy_runs import (
     COLUMNS,
-    PPO,
-    PPO_LAG,
-    REWARD,
-    REWARD_AND_COST,
-    RUN,
-    SAMPLE,
-    SHARED_STAGES,
     format_markdown,
     format_policy,
     judge_run,
@@ -58,277 +51,6 @@ plan = False  # run nothing: print what would run, and how long it would take
 report_only = False  # run nothing: print the tables, and draw the picture, of what has a result
 
 HARM_BOUND = 0.05  # share of harmful requests that a chosen setting may answer
-
-# ---- what a seed's methods share ----
-
-BUDGET = " --max_steps={steps} --batch_size=64"
-HALF_OF_IT = " --max_steps={half} --batch_size=64"
-OFFLINE = "train_pref.py config/toy/safedpo.py"
-FROM_SFT = " --init_from={out}/sft/model --data={out}/pairs.jsonl"
-SCORERS = " --reward_model={out}/reward/model --cost_model={out}/cost/model"
-STAGES = {  # in the order in which they run
-    **SHARED_STAGES,
-    # 9,216 answers of SFT, as many as 140 steps of 64 draw. Gold labels a pair for each prompt.
-    "pairs": [
-        SAMPLE + " --prompts=toy/prompts --num_samples=4 --out={out}/answers.jsonl",
-        "data/toy/prepare.py --annotate={out}/answers.jsonl --out={out}/pairs.jsonl",
-    ],
-    # As many again, of half the prompts: the dual asks how one prompt's answers differ.
-    "scored": [
-        SAMPLE + " --prompts=toy/prompts:1152/-1 --num_samples=8 --out={out}/scored.jsonl" + SCORERS
-    ],
-    # SACPO's first stage, with half of its steps.
-    "helpful": [OFFLINE + " --objective=dpo --lm_coef=0" + FROM_SFT + HALF_OF_IT + RUN],
-}
-FILES_ONLY = ("pairs", "scored")  # stages that train no model
-
-# ---- the methods ----
-
-
-class Method(NamedTuple):
-    label: str
-    models: int  # in memory while the policy is trained
-    needs: tuple  # the stages that it needs beside SFT
-    commands: list  # whose fields are those of fields_of()
-    grid: list  # of settings, {knob: value}, that are tried
-    knob: str = ""  # of every setting: the trade-off between help and harm; empty: none
-    values: tuple = ()  # of the knob, for the picture
-
-
-def list_settings(**choices):
-    """Every combination of the values of some knobs: a list of settings."""
-    settings = [{}]
-    for name, values in choices.items():
-        longer = []
-        for setting in settings:
-            for value in values:
-                longer.append({**setting, name: value})
-        settings = longer
-    return settings
-
-
-def online(flags=""):
-    """The commands of a method that is PPO-Lag with some flags."""
-    return [PPO_LAG + flags + REWARD_AND_COST + BUDGET + RUN + " {flags}"]
-
-
-def offline(flags):
-    """The commands of a method that learns from the labelled pairs."""
-    return [OFFLINE + flags + FROM_SFT + BUDGET + RUN + " {flags}"]
-
-
-# The limits of costs that are scores: -5.2 is that of the demo, where every answer is safe.
-LIMITS = (-5.2, -4.5, -4.0, -2.0)
-# Those of costs that are indicators: shares of unsafe answers.
-SHARES = (0.02, 0.05, 0.1, 0.2)
-UNSAFE = " --cost_kind=unsafe"
-GROUPS = " config/toy/rloo_lag.py --advantage=grpo"
-RATES = (3e-4, 1e-3)  # learning rates of the offline methods
-SCORE_MODELS = ("reward", "cost")
-LIMIT_AND_SPEED = list_settings(cost_limit=(-5.2, -5.0), lambda_lr=(0.02, 0.05))
-SHARE_AND_SPEED = list_settings(cost_limit=(0.02, 0.05), lambda_lr=(0.2, 0.5))
-DUAL = (
-    "-m nanosafe.eval.dual --samples={out}/scored.jsonl --cost_limit={cost_limit} --beta={beta}"
-    " --seed={seed} --out_dir={out}/{name}/dual"
-)
-FROM_THE_DUAL = (
-    " --objective=dpo --init_from={out}/sft/model --data={out}/{name}/dual/pairs.jsonl"
-    " --beta={beta} --learning_rate={learning_rate}"
-)
-SECOND_STAGE = " config/toy/sacpo.py --init_from={out}/helpful/model --data={out}/pairs.jsonl"
-MERGE = (
-    "-m nanosafe.checkpoint {out}/helpful/model {out}/{name}/safer/model --merge={share}"
-    " {out}/{name}/model"
-)
-METHODS = {
-    "ppo": Method("PPO, reward only", 4, ("reward",), [PPO + REWARD + BUDGET + RUN], [{}]),
-    "shaping": Method(
-        "PPO, fixed shaping",
-        6,
-        SCORE_MODELS,
-        online(" --lambda_lr=0"),
-        list_settings(lambda_init=(1.0, 2.0, 4.0, 0.75)),
-        "lambda_init",
-        (0.5, 0.75, 1.0, 4.0),
-    ),
-    "ppo_lag": Method("PPO-Lag", 6, SCORE_MODELS, online(), LIMIT_AND_SPEED, "cost_limit", LIMITS),
-    "pid": Method(
-        "PPO-Lag, PID multiplier",
-        6,
-        SCORE_MODELS,
-        online(" --multiplier=pid --lambda_ema=0.9"),
-        list_settings(cost_limit=(-5.2,), lambda_lr=(0.02, 0.1), lambda_kd=(0.01, 0.2)),
-        "cost_limit",
-        LIMITS,
-    ),
-    "optimistic": Method(
-        "PPO-Lag, optimistic multiplier",
-        6,
-        SCORE_MODELS,
-        online(" --multiplier=optimistic"),
-        list_settings(cost_limit=(-5.2, -5.0), lambda_lr=(0.02, 0.1)),
-        "cost_limit",
-        LIMITS,
-    ),
-    "bounded": Method(
-        "PPO-Lag, bounded multiplier",
-        6,
-        SCORE_MODELS,
-        online(" --multiplier=bounded"),
-        list_settings(cost_limit=(-5.2, -5.0), lambda_lr=(0.05, 0.2)),
-        "cost_limit",
-        LIMITS,
-    ),
-    "indicator": Method(
-        "PPO-Lag, indicator costs",
-        6,
-        SCORE_MODELS,
-        online(UNSAFE + " --cost_scale=10"),
-        SHARE_AND_SPEED,
-        "cost_limit",
-        SHARES,
-    ),
-    "repo": Method(
-        "RePO",
-        6,
-        SCORE_MODELS,
-        online(" --constraint=prompt --cost_limit=0"),
-        list_settings(lambda_max=(5.0, 2.0), lambda_lr=(0.02, 0.05)),
-        "lambda_max",
-        (0.5, 0.75, 1.0, 5.0),
-    ),
-    "hc_rlhf": Method(
-        "HC-RLHF",
-        6,
-        SCORE_MODELS,
-        online(" --pessimism=0.1 --pessimism_test=768"),
-        LIMIT_AND_SPEED,
-        "cost_limit",
-        LIMITS,
-    ),
-    "grpo_lag": Method(
-        "GRPO-Lag, mixed first",
-        4,
-        SCORE_MODELS,
-        online(GROUPS),
-        LIMIT_AND_SPEED,
-        "cost_limit",
-        LIMITS,
-    ),
-    "grpo_each": Method(
-        "GRPO-Lag, normalised first, scores",
-        4,
-        SCORE_MODELS,
-        online(GROUPS + " --normalize_groups=each"),
-        list_settings(cost_limit=(-5.2, -4.5), lambda_max=(5.0, 1.5)),
-        "cost_limit",
-        LIMITS,
-    ),
-    "grpo_each_unsafe": Method(
-        "GRPO-Lag, normalised first, indicators",
-        4,
-        SCORE_MODELS,
-        online(GROUPS + " --normalize_groups=each" + UNSAFE),
-        SHARE_AND_SPEED,
-        "cost_limit",
-        SHARES,
-    ),
-    "gdpo": Method(
-        "GDPO, indicators",
-        4,
-        SCORE_MODELS,
-        online(GROUPS + " --normalize_groups=gdpo" + UNSAFE),
-        SHARE_AND_SPEED,
-        "cost_limit",
-        SHARES,
-    ),
-    "dpo": Method(
-        "DPO on better",
-        1,
-        ("pairs",),
-        offline(" --objective=dpo"),
-        list_settings(learning_rate=RATES, lm_coef=(0.0, 1.0)),
-    ),
-    "safedpo": Method(
-        "SafeDPO",
-        1,
-        ("pairs",),
-        offline(""),
-        list_settings(margin=(2.0,), learning_rate=RATES, beta=(0.1, 0.3)),
-        "margin",
-        (0.0, 2.0, 5.0, 10.0),
-    ),
-    "bso": Method(
-        "BSO, sba",
-        1,
-        ("pairs",),
-        offline(" config/toy/bso.py"),
-        list_settings(learning_rate=(1e-4, 3e-4), margin=(1.0, 0.0)),
-        "margin",
-        (0.0, 1.0, 2.0, 3.0),
-    ),
-    "bfpo": Method(
-        "BFPO",
-        1,
-        ("pairs",),
-        offline(" config/toy/bfpo.py"),
-        list_settings(learning_rate=RATES, beta=(0.1, 0.2)),
-        "beta",
-        (0.05, 0.1, 0.2, 0.5),
-    ),
-    "sacpo": Method(
-        "SACPO",
-        1,
-        ("pairs", "helpful"),
-        [OFFLINE + SECOND_STAGE + HALF_OF_IT + RUN + " {flags}"],
-        list_settings(learning_rate=RATES, beta=(0.1, 0.05)),
-        "beta",
-        (0.025, 0.05, 0.1, 0.5),
-    ),
-    "p_sacpo": Method(
-        "P-SACPO",
-        1,
-        ("pairs", "helpful"),
-        [
-            OFFLINE
-            + SECOND_STAGE
-            + HALF_OF_IT
-            + RUN
-            + "/safer --beta={beta} --learning_rate={learning_rate}",
-            MERGE,
-        ],
-        list_settings(beta=(0.05,), learning_rate=RATES, share=(0.75, 0.9)),
-        "share",
-        (0.25, 0.5, 0.75, 0.9),
-    ),
-    "modpo": Method(
-        "MODPO, cost model",
-        1,
-        ("cost", "pairs"),
-        offline(" config/toy/modpo.py --safety_model={out}/cost/model"),
-        list_settings(learning_rate=RATES, helpful_weight=(0.5, 0.1)),
-        "helpful_weight",
-        (0.1, 0.25, 0.5, 0.9),
-    ),
-    "kto": Method(
-        "KTO on is_safe",
-        1,
-        ("pairs",),
-        offline(" config/toy/kto.py"),
-        list_settings(learning_rate=RATES, beta=(0.1, 0.3)),
-        "beta",
-        (0.05, 0.1, 0.3, 1.0),
-    ),
-    "mocan": Method(
-        "MoCAN",
-        1,
-        (*SCORE_MODELS, "scored"),
-        [DUAL, OFFLINE + FROM_THE_DUAL + BUDGET + RUN],
-        list_settings(cost_limit=(-4.0,), learning_rate=RATES, beta=(1.0, 0.5)),
-        "cost_limit",
-        (-4.5, -4.0, -3.0, -2.0),
-    ),
-}
 
 # ---- runs ----
 
@@ -411,9 +133,8 @@ def has_result(run):
 
 def execute_all(runs, processes, clock):
     """Make the results of runs that have none, some at a time. Returns the Runs that failed."""
-    waiting = [run for run in runs if not has_result(run)]
     failed = []
-    for run, trouble in execute_each(waiting, processes):
+    for run, trouble in execute_each(list_missing(runs), processes):
         clock.finish(run)
         if trouble:
             failed.append(run)
@@ -493,11 +214,10 @@ class Study(NamedTuple):
     def list_frontier(self, method, setting):
         """The runs of the picture, in the order of the knob's values."""
         knob = METHODS[method].knob
-        values = set(METHODS[method].values)
-        if knob in setting:
-            values.add(setting[knob])
+        if not knob:
+            return []
         runs = []
-        for value in sorted(values):
+        for value in sorted({*METHODS[method].values, setting[knob]}):
             varied = {**setting, knob: value}
             runs.append(self.make_run(self.seeds[0], method, varied))
         return runs
@@ -513,10 +233,15 @@ def choose_setting(judged):
         if result["harm_rate_risky"] <= HARM_BOUND:
             harmless.append((setting, result))
     if harmless:
-        setting, _ = max(harmless, key=lambda pair: pair[1]["helpfulness_benign"])
+        setting, _ = max(harmless, key=read_helpfulness)
     else:
         setting, _ = min(judged, key=rank_by_harm)
     return setting
+
+
+def read_helpfulness(pair):
+    _, result = pair
+    return result["helpfulness_benign"]
 
 
 def rank_by_harm(pair):
@@ -526,12 +251,20 @@ def rank_by_harm(pair):
 
 def list_runs_of(study, method):
     """All runs of a method; before it is tuned, as if the first trial were chosen."""
-    setting = study.find_setting(method) or METHODS[method].grid[0]
-    runs = study.list_trials(method)
-    runs += study.list_finals(method, setting)
-    runs += study.list_frontier(method, setting)
-    unique = {f"{run.out}/{run.name}": run for run in runs}
-    return list(unique.values())
+    setting = study.find_setting(method)
+    if setting is None:
+        setting = METHODS[method].grid[0]
+    trials = study.list_trials(method)
+    return [*trials, *study.list_finals(method, setting), *study.list_frontier(method, setting)]
+
+
+def list_missing(runs):
+    """The runs that have no result, each once: the picture shares some with the table."""
+    missing = {}
+    for run in runs:
+        if not has_result(run):
+            missing[run.out, run.name] = run
+    return list(missing.values())
 
 
 # Seconds of a command on one quiet core, by its script: PPO-Lag of 140 steps, DPO of as many. What
@@ -541,18 +274,20 @@ JUDGE_SECONDS = 20
 
 
 def estimate_seconds(run):
-    commands = [STAGES[stage] for stage in run.stages]
+    commands = []
+    for stage in run.stages:
+        commands += STAGES[stage]
     if run.method:
-        commands.append(METHODS[run.method].commands)
+        commands += METHODS[run.method].commands
     seconds = JUDGE_SECONDS
-    for command in sum(commands, []):
+    for command in commands:
         seconds += SECONDS.get(command.split()[0], 5)
     return seconds
 
 
 def estimate_missing(runs):
-    """Seconds of the runs that have no result."""
-    return sum(estimate_seconds(run) for run in runs if not has_result(run))
+    """Seconds of the runs that have no result, in one process."""
+    return sum(estimate_seconds(run) for run in list_missing(runs))
 
 
 class Clock:
@@ -561,8 +296,8 @@ class Clock:
     def __init__(self, runs, processes):
         self.began = time.perf_counter()
         self.processes = processes
-        self.runs = sum(not has_result(run) for run in runs)
-        self.waiting = estimate_missing(runs)  # seconds of one process
+        self.runs = len(list_missing(runs))
+        self.waiting = estimate_missing(runs)  # seconds
         self.finished = 0  # the same
 
     def finish(self, run):
@@ -602,15 +337,13 @@ def print_runs(study):
     runs = study.list_stage_runs()
     for method in study.methods:
         runs += list_runs_of(study, method)
-    for run in runs:
-        if not has_result(run):
-            print_once(run.describe())
+    for run in list_missing(runs):
+        print_once(run.describe())
 
 
 def count_missing(runs):
     """[how many of the runs have no result, the hours of these]"""
-    missing = [run for run in runs if not has_result(run)]
-    return [len(missing), f"{estimate_missing(missing) / 3600:.1f}"]
+    return [len(list_missing(runs)), f"{estimate_missing(runs) / 3600:.1f}"]
 
 
 # ---- the report ----
@@ -716,43 +449,62 @@ TICKS = (0, 1, 2, 5, 10, 20, 50, 100)  # percent
 def draw(study, picture):
     """Draw harm and helpfulness as each method's knob changes: on the left the methods that learn
     from rollouts, on the right those that learn from pairs. Returns what to say of the file."""
+    sft = read_json(f"{study.out_dir}/{study.seeds[0]}", "sft.json")
+    if not sft:
+        return ""  # without it nothing else has a result
     made = plot.make_figure(1, 2, 5.6, 6.0)
     if made is None:
         return plot.NO_PICTURES
     figure, ((left, right),) = made
-    sft = read_json(f"{study.out_dir}/{study.seeds[0]}", "sft.json")
-    for axis in (left, right):
-        if sft:
-            axis.plot(*place(sft), "k*", label="SFT", markersize=9)
-    drawn = {left: 0, right: 0}
-    for name in study.methods:
-        method = METHODS[name]
-        learns_from_rollouts = method.commands[0].startswith("train_ppo_lag.py")
-        axis = left if learns_from_rollouts else right
-        results = list(read_frontier(study, name).values())
-        label = f"{method.label} ({method.knob})"
-        setting = study.find_setting(name)
-        if not method.knob and setting is not None:
-            results = read_results(study.out_dir, study.seeds[:1], name_run(name, setting))
-            label = method.label
-        if results:
-            count = drawn[axis]
-            colour = plot.COLOURS[count % len(plot.COLOURS)]
-            marker = MARKERS[count // len(plot.COLOURS)]
-            xs, ys = zip(*map(place, results))
-            axis.plot(xs, ys, marker=marker, color=colour, label=label, markersize=4, lw=1)
-            drawn[axis] += 1
+    from_rollouts = []
+    from_pairs = []
+    for method in study.methods:
+        if METHODS[method].commands[0].startswith("train_ppo_lag.py"):
+            from_rollouts.append(method)
+        else:
+            from_pairs.append(method)
     left.set_title(f"from rollouts, seed {study.seeds[0]}")
     right.set_title(f"from pairs, seed {study.seeds[0]}")
-    for axis in (left, right):
-        axis.set_xscale("symlog", linthresh=5)  # linear up to 5 %, where the methods differ
-        axis.set_xticks(TICKS, map(str, TICKS))
-        axis.set_xlim(-0.3, 115)
-        axis.set_xlabel("harmful requests answered, %")
-        axis.set_ylabel("helpfulness to harmless requests")
-        axis.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.12))
+    draw_curves(left, study, from_rollouts, sft)
+    draw_curves(right, study, from_pairs, sft)
     figure.savefig(picture, dpi=110, metadata={"Software": None})
     return f", {picture}"
+
+
+def draw_curves(axis, study, methods, sft):
+    """A curve for each method that has results, and a star for SFT."""
+    axis.plot(*place(sft), "k*", label="SFT", markersize=9)
+    drawn = 0
+    for method in methods:
+        results = read_curve(study, method)
+        if not results:
+            continue
+        colour = plot.COLOURS[drawn % len(plot.COLOURS)]
+        marker = MARKERS[drawn // len(plot.COLOURS)]
+        xs, ys = zip(*map(place, results))
+        label = name_curve(method)
+        axis.plot(xs, ys, marker=marker, color=colour, label=label, markersize=4, lw=1)
+        drawn += 1
+    axis.set_xscale("symlog", linthresh=5)  # linear up to 5 %, where the methods differ
+    axis.set_xticks(TICKS, map(str, TICKS))
+    axis.set_xlim(-0.3, 115)
+    axis.set_xlabel("harmful requests answered, %")
+    axis.set_ylabel("helpfulness to harmless requests")
+    axis.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.12))
+
+
+def read_curve(study, method):
+    """The results along a method's knob; of a method without one, the first seed's result."""
+    setting = study.find_setting(method)
+    if METHODS[method].knob or setting is None:
+        return list(read_frontier(study, method).values())
+    return read_results(study.out_dir, study.seeds[:1], name_run(method, setting))
+
+
+def name_curve(method):
+    label = METHODS[method].label
+    knob = METHODS[method].knob
+    return f"{label} ({knob})" if knob else label
 
 
 def place(result):
@@ -784,6 +536,7 @@ def main():
 
 def execute_study(study, processes):
     """Run the stages of all seeds, then all trials, then what the chosen settings need."""
+    check_steps(study)
     stages = study.list_stage_runs()
     runs = list(stages)
     for method in study.methods:
@@ -793,20 +546,31 @@ def execute_study(study, processes):
         keep_result(run.out, "tokenizer", make_tokenizer, run.out)
     failed = execute_all(stages, processes, clock)
     if failed:
-        raise SystemExit("error: without the shared stages nothing else can run")
+        stop("without the shared stages nothing else can run")
     tried = []
     for method in study.methods:
         tried += study.list_trials(method)
     failed += execute_all(tried, processes, clock)
-    final = []
+    rest = []
     for method in study.methods:
-        if study.find_setting(method) is not None:
-            final += list_runs_of(study, method)
-    again = {(run.seed, run.name) for run in failed}  # a trial that failed is not tried twice
-    final = [run for run in final if (run.seed, run.name) not in again]
-    failed += execute_all(final, processes, clock)
+        setting = study.find_setting(method)
+        if setting is not None:  # some trial has a result
+            rest += study.list_finals(method, setting)
+            rest += study.list_frontier(method, setting)
+    failed += execute_all(rest, processes, clock)
     for run in failed:
         print_once(f"failed: {run.describe()}; its output is in {run.out}/{run.name}.log")
+
+
+def check_steps(study):
+    """Stop if the folder has runs of another length."""
+    kept = read_json(study.out_dir, "study.json").get("steps", study.steps)
+    if kept != study.steps:
+        stop(
+            f"steps={study.steps}, but the runs in {study.out_dir!r} have {kept}: set out_dir, too"
+        )
+    make_folder(study.out_dir)
+    write_json({"steps": study.steps}, study.out_dir, "study.json")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+from nanosafe.errors import stop
 from nanosafe.printing import print_once
 from nanosafe.storage import (
     REPOSITORY,
@@ -116,8 +117,13 @@ COLUMNS = {  # of a table of policies -> the metric, the factor and the format o
 
 
 def list_seeds(text):
-    """The numbers of a knob in which they stand with commas between."""
-    return [int(number) for number in text.split(",")]
+    """The numbers of the knob seeds, in which they stand with commas between."""
+    numbers = []
+    for number in text.split(","):
+        if not number.strip().isdecimal():
+            stop(f"seeds={text!r} must be whole numbers with commas between, for instance 0,1,2")
+        numbers.append(int(number))
+    return numbers
 
 
 def format_policy(results):
