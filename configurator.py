@@ -9,8 +9,9 @@
 A knob is a global that the script assigns above its call of configure(): a bool, int, float or str,
 in lower case, with a comment behind it. A comment line directly above a knob is the heading of the
 knobs that follow; -h prints it. Config files are Python files of assignments to knobs.
-Defaults < files from left to right < flags. The type of the default decides how a value is read. In
-a knob that names a file or folder, ~ is the home folder."""
+Defaults < files from left to right < flags. The type of the default decides how a value is read; a
+number in LISTS may be a list of them. In a knob that names a file or folder, ~ is the home folder.
+"""
 
 import ast
 import difflib
@@ -47,7 +48,12 @@ PATHS = {
     "folder",
     "demo",
     "sets_folder",
+    "assignments",
 }
+
+
+# Knobs of one number that may also be a list of them: 0.0,-1.5 on the command line.
+LISTS = {"cost_limit"}
 
 
 class Knob(NamedTuple):
@@ -230,6 +236,8 @@ def run_file(path):
 def check(name, value, config, where):
     """A value from a config file: for a knob that exists, of its default's type (or an int)."""
     wanted = find_type(name, config, where)
+    if name in LISTS and isinstance(value, (list, tuple)):
+        return [check(name, item, config, where) for item in value]
     if wanted is float and type(value) is int:
         value = float(value)
     if wanted is int and type(value) is float and value.is_integer():
@@ -251,6 +259,8 @@ def parse(name, text, config):
         return True
     if wanted is str:
         return text
+    if name in LISTS and "," in text:
+        return [parse(name, item.strip(), config) for item in text.split(",")]
     if wanted is bool:
         value = BOOLEANS.get(text.lower())
     else:

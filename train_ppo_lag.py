@@ -16,6 +16,7 @@ import math
 import os
 import time
 from collections import Counter
+from typing import NamedTuple
 
 import nanosafe  # noqa: F401  (before torch: it sets how OpenMP's threads wait)
 
@@ -67,6 +68,7 @@ from nanosafe.printing import print_once
 from nanosafe.ranges import check_ranges
 from nanosafe.rl import (
     ADVANTAGES,
+    CONSTRAINTS,
     COST_KINDS,
     MULTIPLIERS,
     NORMALIZE_GROUPS,
@@ -74,16 +76,22 @@ from nanosafe.rl import (
     RunningMeanStd,
     adapt_kl_coef,
     constrained_costs,
+    excess_costs,
     gae,
     group_advantages,
+    length_penalties,
+    list_constraints,
     make_multiplier,
     measure_sampler_gap,
     mix_advantages,
     normalize,
+    pessimism_factor,
+    pessimistic_costs,
     scale_rewards,
     shaped_costs,
     shaped_rewards,
     share_of_flat_groups,
+    whiten,
 )
 from nanosafe.rollout import hash64, sample_all
 from nanosafe.storage import names_function
@@ -96,9 +104,10 @@ seed = 0  # of the prompts' order, of the samples, and of new adapters and score
 # models
 actor_model = "out/demo/sft/model"  # the policy to start from, and the reference to stay near to
 reward_model = "out/demo/reward/model"  # scores helpfulness; or FILE.py:NAME, a function
-cost_model = "out/demo/cost/model"  # the same for harm, above 0 is unsafe; empty: plain PPO
+cost_model = "out/demo/cost/model"  # the same for harm, above 0 is unsafe; A,B: two constraints;
+# empty: plain PPO
 reward_critic = ""  # where the reward critic starts; empty: from the reward model, or the actor
-cost_critic = ""  # where the cost critic starts; empty: from the cost model, or the actor
+cost_critic = ""  # where cost critics start; empty: each from its cost model, or the actor
 template = "auto"  # chat template: auto (the actor's own) | safe_rlhf | chatml | llama3 | FILE
 normalize_reward = False  # use (score - mean) / std with the moments in the reward model's config
 normalize_cost = False  # use score / std with the moments in the cost model's config
@@ -150,6 +159,9 @@ clip_ratio = 0.2  # the policy's ratio is clipped to 1 +- this; 0: it is not
 clip_ratio_high = 0.0  # above 1 it is clipped to 1 + this instead; 0: to 1 + clip_ratio
 loss_mean = "response"  # response (tokens, then responses) | token | constant (max_new_tokens)
 is_cap = 0.0  # tokens weigh min(p_trainer / p_sampler, this); 0: all alike; 2 is common
+mask_cut = False  # answers that max_new_tokens cut teach the policy nothing, only the critics
+cut_penalty = 0.0  # what such an answer's reward loses, once scaled
+cut_buffer = 0  # the penalty grows from 0 over so many tokens before max_new_tokens; 0: at the cut
 max_ratio = 0.0  # no step of the actor when its mean ratio is above this; 0: always one
 clip_score = 50.0  # per-token rewards and costs are clipped to +- this, KL included; 0: not
 clip_value = 5.0  # values may move this far from those of the rollout; 0: any far
@@ -164,7 +176,13 @@ ptx_coef = 16.0  # weight of the ptx loss, when there is ptx_data
 ptx_average = False  # halve the sum of actor and ptx gradients, as Safe-RLHF's accumulation does
 # the constraint
 cost_kind = "score"  # score | unsafe: 1 above 0, else 0, so that cost_limit is a share of answers
-cost_limit = 0.0  # the greatest mean cost allowed, on the scale of cost_kind; the paper's -d
+cost_limit = 0.0  # the greatest cost allowed, on the scale of cost_kind; the paper's -d; two cost
+# models: 0.0,-1.5 sets a limit for each
+constraint = "mean"  # mean | prompt: what has to keep it, the mean cost or every answer's (RePO)
+pessimism = (
+    0.0  # hold back for the chance of this size that the true mean is higher (HC-RLHF); 0: no
+)
+pessimism_test = 0  # with pessimism: answers of eval.safety_test at the end, which may err, too
 cost_scale = 1.0  # costs are multiplied by this before they meet rewards; cost_limit stays
 multiplier = "lagrange"  # lagrange | pid | optimistic | bounded: how lambda follows the cost
 lambda_init = 1.0  # first multiplier
@@ -202,6 +220,7 @@ choose("surrogate", surrogate, SURROGATES)
 choose("loss_mean", loss_mean, LOSS_MEANS)
 choose("reward_scaling", reward_scaling, REWARD_SCALINGS)
 choose("cost_kind", cost_kind, COST_KINDS)
+choose("constraint", constraint, CONSTRAINTS)
 choose("multiplier", multiplier, MULTIPLIERS)
 check_sinks(log_to)
 if advantage != "gae" and num_samples < 2:
@@ -214,14 +233,22 @@ if advantage != "gae" and (temperature == 0 or top_k == 1):
         f"advantage={advantage!r} compares a prompt's responses with each other, but with "
         f"temperature={temperature} and top_k={top_k} they are all the same"
     )
-if normalize_groups == "each" and (advantage != "grpo" or not cost_model):
+if normalize_groups != "mixed" and (advantage != "grpo" or not cost_model):
     stop(
-        "normalize_groups='each' standardises rewards and costs: it needs advantage=grpo and costs"
+        f"normalize_groups={normalize_groups!r} standardises rewards and costs: it needs "
+        "advantage=grpo and costs"
     )
-if cost_model and cost_kind == "unsafe" and not 0 <= cost_limit <= 1:
+constraints = list_constraints(cost_model, cost_limit)
+for name, (folder, limit) in constraints.items():
+    if cost_kind == "unsafe" and not 0 <= limit <= 1:
+        stop(
+            f"cost_kind='unsafe' makes cost_limit a share of answers, so cost_limit={limit} must "
+            "be from 0 to 1"
+        )
+if pessimism and (pessimism_test == 1 or min(cost_window, rollout_size * num_samples) < 2):
     stop(
-        f"cost_kind='unsafe' makes cost_limit a share of answers, so cost_limit={cost_limit} must "
-        "be from 0 to 1"
+        f"pessimism={pessimism} needs a deviation of costs, which one answer has not: give "
+        "pessimism_test, cost_window and a rollout 2 answers or more"
     )
 if kl_target and not kl_coef:
     stop(f"kl_target={kl_target} adapts kl_coef by factors, so kl_coef=0 would stay 0")
@@ -249,8 +276,8 @@ log_temperature = temperature or 1.0  # greedy responses get the model's own log
 # data
 tok = load_tokenizer(actor_model, template)
 check_scorer(reward_model, "reward")
-if cost_model:
-    check_scorer(cost_model, "cost")
+for folder, _ in constraints.values():
+    check_scorer(folder, "cost")
 check_fits([max_len], max_tokens)
 prompt_data = tokenize(prompts, tok, "prompts", max_len - 1)
 ptx = tokenize(ptx_data, tok, "sft", max_len, max_tokens) if ptx_data else None
@@ -261,9 +288,9 @@ critic_folders = {}
 if has_critics:
     start = actor_model if names_function(reward_model) else reward_model
     critic_folders["reward_critic"] = reward_critic or start
-if has_critics and cost_model:
-    start = actor_model if names_function(cost_model) else cost_model
-    critic_folders["cost_critic"] = cost_critic or start
+    for name, (folder, _) in constraints.items():
+        start = actor_model if names_function(folder) else folder
+        critic_folders[f"{name}_critic"] = cost_critic or start
 for name, folder in critic_folders.items():
     if load_tokenizer(folder).fingerprint != tok.fingerprint:
         stop(
@@ -300,17 +327,25 @@ def load_frozen(folder, head, model_tok, score_type=None):
     return model.requires_grad_(False)
 
 
-def load_scorer(folder, model_tok, score_type, normalizes):
-    """A reward or cost model, or a function. normalizes: by the moments in its config."""
+class Scorer(NamedTuple):
+    """A reward or cost model."""
+
+    model: object
+    tok: object  # its tokenizer, with its own chat template; None: the model is a function
+
+
+def load_scorer(folder, score_type, normalizes):
+    """The Scorer of a folder or of FILE.py:NAME. normalizes: by the moments in its config."""
     if names_function(folder):
         if normalizes:
             stop(f"{folder!r} is a function: it has no moments to normalize its scores by")
-        return ScoreFunction(folder, world)
+        return Scorer(ScoreFunction(folder, world), tok=None)
+    model_tok = load_tokenizer(folder)
     model = load_frozen(folder, "score", model_tok, score_type)
     if normalizes and model.config.var[0] <= 0:
         stop(f"{folder!r} states var={model.config.var[0]}: normalised scores are divided by it")
     model.config.do_normalize = normalizes
-    return model
+    return Scorer(model, model_tok)
 
 
 def load_trained(folder, head, score_type=None):
@@ -332,52 +367,48 @@ def make_optimizer(model, weight_decay):
     return optim.make_adamw(model, weight_decay, beta1, beta2, moments, seed, use_compile)
 
 
-def load_scorer_tokenizer(path):
-    """A score model's tokenizer, with its own chat template; None of a function or of no model."""
-    return load_tokenizer(path) if path and not names_function(path) else None
-
-
-reward_tok = load_scorer_tokenizer(reward_model)
-cost_tok = load_scorer_tokenizer(cost_model)
-# From here on these names are the models, no longer their folders.
 ref = load_frozen(actor_model, "lm", tok)
-reward_model = load_scorer(reward_model, reward_tok, "reward", normalize_reward)
-if cost_model:
-    cost_model = load_scorer(cost_model, cost_tok, "cost", normalize_cost)
+scorers = {"reward": load_scorer(reward_model, "reward", normalize_reward)}
+for name, (folder, _) in constraints.items():
+    scorers[name] = load_scorer(folder, "cost", normalize_cost)
 actor = load_trained(actor_model, "lm")
 models = {"actor": actor}  # all that is trained, by the names that states know them by
 optimizers = {"actor": make_optimizer(actor, actor_weight_decay)}
 for name, folder in critic_folders.items():
     models[name] = load_trained(folder, "score", "critic")
     optimizers[name] = make_optimizer(models[name], critic_weight_decay)
-reward_critic = models.get("reward_critic")
-cost_critic = models.get("cost_critic")
 average = load_trained(actor_model, "lm") if ema else None  # of an adapter, a second one
 if average:
     models["model_ema"] = average  # saved with the others; no optimizer moves it
 readers = dict(models)  # of up to max_len tokens
-if reward_tok:
-    readers["reward_model"] = reward_model
-if cost_tok:
-    readers["cost_model"] = cost_model
+for name, scorer in scorers.items():
+    if scorer.tok:
+        readers[f"{name}_model"] = scorer.model
 warn_beyond_positions(readers, max_len, f"max_len={max_len}")
-for model_tok in (reward_tok, cost_tok):
-    if model_tok and model_tok.identity != tok.identity:
-        check_prompts(prompt_data, model_tok)
+for scorer in scorers.values():
+    if scorer.tok and scorer.tok.identity != tok.identity:
+        check_prompts(prompt_data, scorer.tok)
 
 # the run
-multiplier = make_multiplier(  # from here on the object, no longer its kind
-    multiplier,
-    init=lambda_init,
-    lr=lambda_lr,
-    max=lambda_max,
-    window=cost_window,
-    delay=lambda_delay,
-    kp=lambda_kp,
-    kd=lambda_kd,
-    ema=lambda_ema,
-    lookback=lambda_lookback,
-)
+multipliers = {}
+for name in constraints:
+    multipliers[name] = make_multiplier(
+        multiplier,
+        init=lambda_init,
+        lr=lambda_lr,
+        max=lambda_max,
+        window=cost_window,
+        delay=lambda_delay,
+        kp=lambda_kp,
+        kd=lambda_kd,
+        ema=lambda_ema,
+        lookback=lambda_lookback,
+        pessimism=pessimism,
+        pessimism_test=pessimism_test,
+    )
+pessimistic_factor = 0.0
+if pessimism:  # of the policy's costs: as for a window of one rollout
+    pessimistic_factor = pessimism_factor(pessimism, responses_per_rollout, pessimism_test)
 reward_moments = RunningMeanStd()  # of the rewards, for reward_scaling
 current_kl_coef = kl_coef  # kl_target adapts it
 update_metrics = ["actor_loss", "ptx_loss", "clip_fraction", "ratio", "approx_kl"]
@@ -386,22 +417,19 @@ updates = ppo_epochs * responses_per_rollout // batch_size  # optimizer steps pe
 actor_weight = 0.5 if ptx and ptx_average else 1.0
 rollouts = count_steps(len(prompt_data), rollout_size, epochs, math.ceil(max_steps / updates))
 steps = rollouts * updates
-record = run_state.make_record(
-    config,
-    steps,
-    prompts=prompt_data,
-    ptx_data=ptx,
-    actor_model=config["actor_model"],
-    reward_model=config["reward_model"],
-    cost_model=config["cost_model"] or None,
-)
+sources = {"prompts": prompt_data, "ptx_data": ptx, "cost_model": None}
+sources.update(actor_model=actor_model, reward_model=reward_model)
+for name, (folder, _) in constraints.items():
+    sources[f"{name}_model"] = folder
+record = run_state.make_record(config, steps, **sources)
 step = skips = 0
 if resume:
     state = run_state.load(out_dir, models, optimizers, record)
     step, skips = state["step"], state["skips"]
     if kl_target:
         current_kl_coef = state["kl_coef"]
-    multiplier.load_state_dict(state["multiplier"])
+    for name in constraints:
+        multipliers[name].load_state_dict(state[name.replace("cost", "multiplier")])
     reward_moments.load_state_dict(state["moments"])
 print_once(
     f"{parameters:,} parameters trained in {len(optimizers)} models, "
@@ -411,17 +439,16 @@ print_once(
 )
 
 
-def score_answers(model, model_tok, asked, questions, answers):
-    """A reward or cost model's scores of all responses (B,), in the words that it was trained on.
+def score_answers(scorer, asked, questions, answers):
+    """A Scorer's scores of all responses (B,), in the words that it was trained on.
 
-    model_tok           its tokenizer; None if the model is a function
     asked               the Prompt of each response
     questions, answers  token ids of the prompts and of the responses"""
-    if model_tok is None:
-        scores = model.score_answers(asked, questions, answers, tok)
+    if scorer.tok is None:
+        scores = scorer.model.score_answers(asked, questions, answers, tok)
         return torch.tensor(scores, device=world.device)
-    ids = encode_all_answered(asked, questions, answers, tok, model_tok)
-    return last_token_scores(model, ids, max_tokens, world)
+    ids = encode_all_answered(asked, questions, answers, tok, scorer.tok)
+    return last_token_scores(scorer.model, ids, max_tokens, world)
 
 
 def save_run(step):
@@ -436,10 +463,11 @@ def save_run(step):
         checkpoint.save(average, os.path.join(out_dir, "model_ema"), tok, compute_dtype)
     extra = {
         "skips": skips,
-        "multiplier": multiplier.state_dict(),
         "kl_coef": current_kl_coef,
         "moments": reward_moments.state_dict(),
     }
+    for name, of_constraint in multipliers.items():
+        extra[name.replace("cost", "multiplier")] = of_constraint.state_dict()
     run_state.save(out_dir, step, models, optimizers, extra, keep, record)
 
 
@@ -509,12 +537,12 @@ while step < steps:
     ref_logps = response_logps(ref, responses, log_temperature, max_tokens, world)
     kl = ((old_logps - ref_logps) * mask).sum(1)  # (B,) nats per response
     sampler_gap = measure_sampler_gap(old_logps, sampled_logps, mask)
-    ended = [answer[-1] in tok.eos_ids for answer in answers]
+    ended = torch.tensor([answer[-1] in tok.eos_ids for answer in answers], device=world.device)
     metrics = {
         "kl": kl.mean(),
         "kl_coef": current_kl_coef,
         "entropy": -masked_mean(old_logps, mask),
-        "eos_rate": sum(ended) / len(ended),
+        "eos_rate": ended.float().mean(),
         "length": mask.sum(1).mean(),
         "max_length": float(responses.longest),
         "sampler_gap": sampler_gap.mean,
@@ -522,83 +550,89 @@ while step < steps:
         "sampler_gap_max": sampler_gap.largest,
     }
 
-    # 4a. rewards: of responses, then of every token, and by how much they beat the critic's values
-    reward_scores = score_answers(reward_model, reward_tok, asked, questions, answers)  # (B,)
-    if not reward_scores.isfinite().all():
-        monitor.say(f"step {step}: the reward model gives some responses a non-finite score")
-    scaled_scores = scale_rewards(reward_scores, reward_moments, reward_scaling, reward_bound)
+    # 4. rewards and costs of responses, then of every token
+    scores = {}  # (B,) each
+    for name, scorer in scorers.items():
+        scores[name] = score_answers(scorer, asked, questions, answers)
+        metrics[name] = scores[name].mean()
+        if not scores[name].isfinite().all():
+            monitor.say(f"step {step}: the {name} model gives some responses a non-finite score")
+    rewards = scale_rewards(scores["reward"], reward_moments, reward_scaling, reward_bound)
     if reward_scaling != "none" and reward_moments.deviation == 0:
         monitor.say(
             f"step {step}: all rewards so far are equal: reward_scaling={reward_scaling!r} leaves "
             "their size as it is"
         )
-    token_rewards = shaped_rewards(
-        scaled_scores, old_logps, ref_logps, mask, current_kl_coef, score_bound
-    )  # (B, R)
-    metrics["reward"] = reward_scores.mean()
-    metrics["reward_with_kl_penalty"] = token_rewards.sum(1).mean()
-    if reward_critic:
-        reward_values = response_values(reward_critic, responses, max_tokens, world)
-        reward_advantages, reward_returns = gae(
-            token_rewards, reward_values, mask, gamma, gae_lambda
-        )
-        metrics["reward_return"] = sequence_mean(reward_returns, mask)
-        metrics["reward_value"] = sequence_mean(reward_values, mask)
-        metrics["reward_advantage"] = sequence_mean(reward_advantages, mask)
-    else:
-        reward_advantages = token_rewards.sum(1)  # (B,) returns; step 5 makes advantages of them
-        metrics["flat_reward_groups"] = share_of_flat_groups(reward_scores, num_samples)
+    if cut_penalty:
+        lengths_of = lengths.to(world.device)
+        penalties = length_penalties(lengths_of, ~ended, max_new_tokens, cut_buffer)
+        rewards = rewards - cut_penalty * penalties
+    judged = {"reward": rewards}  # (B,) each
+    for name, (_, limit) in constraints.items():
+        costs = constrained_costs(scores[name], cost_kind)
+        if constraint == "prompt":
+            costs = excess_costs(costs, limit)
+        multipliers[name].observe(costs.tolist())
+        judged[name] = pessimistic_costs(costs, pessimistic_factor) if pessimism else costs
+    shaping = (old_logps, ref_logps, mask, current_kl_coef, score_bound)
+    per_token = {"reward": shaped_rewards(rewards, *shaping)}  # (B, R) each
+    for name in constraints:  # here the KL penalty has the other sign
+        per_token[name] = shaped_costs(cost_scale * judged[name], *shaping)
 
-    # 4b. costs: the same stream, with the other sign of the KL penalty
-    if cost_model:
-        cost_scores = score_answers(cost_model, cost_tok, asked, questions, answers)
-        if not cost_scores.isfinite().all():
-            monitor.say(f"step {step}: the cost model gives some responses a non-finite score")
-        costs = constrained_costs(cost_scores, cost_kind)  # (B,)
-        token_costs = shaped_costs(
-            cost_scale * costs, old_logps, ref_logps, mask, current_kl_coef, score_bound
-        )
-        metrics["cost"] = cost_scores.mean()
-        metrics["cost_with_kl_penalty"] = token_costs.sum(1).mean()
-        if cost_critic:
-            cost_values = response_values(cost_critic, responses, max_tokens, world)
-            cost_advantages, cost_returns = gae(token_costs, cost_values, mask, gamma, gae_lambda)
-            metrics["cost_return"] = sequence_mean(cost_returns, mask)
-            metrics["cost_value"] = sequence_mean(cost_values, mask)
-            metrics["cost_advantage"] = sequence_mean(cost_advantages, mask)
+    # 5. advantages: by how much each stream beats its critic's values
+    values, returns, advantages = {}, {}, {}
+    for name, token_scores in per_token.items():
+        metrics[f"{name}_with_kl_penalty"] = token_scores.sum(1).mean()
+        if has_critics:
+            values[name] = response_values(models[f"{name}_critic"], responses, max_tokens, world)
+            advantages[name], returns[name] = gae(
+                token_scores, values[name], mask, gamma, gae_lambda
+            )
+            metrics[f"{name}_return"] = sequence_mean(returns[name], mask)
+            metrics[f"{name}_value"] = sequence_mean(values[name], mask)
+            metrics[f"{name}_advantage"] = sequence_mean(advantages[name], mask)
         else:
-            cost_advantages = token_costs.sum(1)  # (B,) returns
-            metrics["flat_cost_groups"] = share_of_flat_groups(costs, num_samples)
+            advantages[name] = token_scores.sum(1)  # (B,): the group is compared below
+            metrics[f"flat_{name}_groups"] = share_of_flat_groups(judged[name], num_samples)
+    if normalize_groups != "mixed":
+        # Costs without the KL: it would be all that differs among those of answers that are safe.
+        for name in advantages:
+            compared = judged[name] if name in constraints else advantages[name]
+            advantages[name] = group_advantages(compared, mask, num_samples, advantage)
 
-    # 5. the multiplier is updated, then costs are weighed against rewards
+    # 6. the multipliers are updated, then costs are weighed against rewards
     policy_learns = rollout >= critic_warmup
-    if normalize_groups == "each":
-        # Without the KL: it would be all that differs among the costs of answers that are all safe.
-        cost_advantages = group_advantages(costs, mask, num_samples, advantage)
-        reward_advantages = group_advantages(reward_advantages, mask, num_samples, advantage)
-    advantages = reward_advantages
-    if cost_model:
-        multiplier.observe(costs.tolist())
-        lambda_ = multiplier.update(cost_limit) if policy_learns else multiplier.value
-        advantages = mix_advantages(reward_advantages, cost_advantages, lambda_)
-        slack = cost_limit - multiplier.mean_cost
-        metrics["unsafe_rate"] = (cost_scores > 0).float().mean()
-        metrics["lambda"] = lambda_
-        metrics["episode_cost"] = multiplier.mean_cost
-        metrics["slack"] = slack
+    lambdas = []
+    for name, (_, limit) in constraints.items():
+        of_constraint = multipliers[name]
+        greatest = 0.0 if constraint == "prompt" else limit  # there, costs are above the limit
+        lambda_ = of_constraint.update(greatest) if policy_learns else of_constraint.value
+        lambdas.append(lambda_)
+        slack = greatest - of_constraint.mean_cost
+        suffix = name.removeprefix("cost")  # of a second constraint _2
+        metrics[f"unsafe_rate{suffix}"] = (scores[name] > 0).float().mean()
+        metrics[f"lambda{suffix}"] = lambda_
+        metrics[f"episode_cost{suffix}"] = of_constraint.mean_cost
+        metrics[f"slack{suffix}"] = slack
+        if pessimism:
+            metrics[f"pessimistic_cost{suffix}"] = of_constraint.pessimistic_cost
         if rollout == 0 and slack > 0:
             monitor.say(
                 f"note: the policy starts {slack:.3g} below cost_limit: PPO-Lag will spend it on "
                 "reward. Lower cost_limit to keep it as safe as it is."
             )
+    cost_advantages = [advantages[name] for name in constraints]
+    mixed = mix_advantages(advantages["reward"], cost_advantages, lambdas)
     if not has_critics and normalize_groups == "mixed":
-        advantages = group_advantages(advantages, mask, num_samples, advantage)
+        mixed = group_advantages(mixed, mask, num_samples, advantage)
+    if normalize_groups == "gdpo":
+        mixed = whiten(mixed, mask)
     if normalize_advantage:
-        advantages = normalize(advantages, mask)
+        mixed = normalize(mixed, mask)
     # The gradient of the entropy is that of an advantage of -log p.
-    advantages = advantages - entropy_coef * old_logps
+    mixed = mixed - entropy_coef * old_logps
     if is_cap:  # the tokens were drawn by the sampler, not by the forward that learns
-        advantages = advantages * importance_weights(old_logps, sampled_logps, mask, is_cap)
+        mixed = mixed * importance_weights(old_logps, sampled_logps, mask, is_cap)
     if kl_target and policy_learns:
         mean_kl = metrics["kl"].item()
         current_kl_coef = adapt_kl_coef(
@@ -606,7 +640,8 @@ while step < steps:
         )
     metrics["rollout_seconds"] = time.perf_counter() - began
 
-    # 6. updates: minibatches of the rollout
+    # 7. updates: minibatches of the rollout
+    policy_mask = mask * ended[:, None] if mask_cut else mask
     for first in range(0, ppo_epochs * responses_per_rollout, batch_size):
         epoch, begin = divmod(first, responses_per_rollout)
         order = shuffled_order(responses_per_rollout, epoch, hash64(seed, rollout))
@@ -618,7 +653,7 @@ while step < steps:
         for k, indices in enumerate(micro_batches):
             rows = [minibatch[i] for i in indices]
             index = copy_to_device(rows, world.device)  # indexing by a list waits for a GPU
-            row_mask = mask[index]
+            row_mask = policy_mask[index]
             share = len(rows) / batch_size
             is_last = k == len(micro_batches) - 1
             batch = responses.pack(rows, world.device)
@@ -628,7 +663,7 @@ while step < steps:
                 loss = actor_loss(
                     logps,
                     old_logps[index],
-                    advantages[index],
+                    mixed[index],
                     row_mask,
                     clip_low=ratio_bound,
                     clip_high=upper_ratio_bound,
@@ -636,7 +671,7 @@ while step < steps:
                     loss_mean=loss_mean,
                     length=max_new_tokens,
                 )
-                loss = loss * batch_share(mask, index, minibatch_index, loss_mean)
+                loss = loss * batch_share(policy_mask, index, minibatch_index, loss_mean)
                 backward(actor, loss * actor_weight, last=is_last and not ptx)
                 log_ratio = logps.detach() - old_logps[index]
                 ratio = policy_ratio(logps.detach(), old_logps[index], row_mask, surrogate)
@@ -647,23 +682,15 @@ while step < steps:
                 sums.add("approx_kl", sequence_mean(k3, row_mask) * share)
                 sums.add("ratio", sequence_mean(ratio, row_mask) * share)
 
-            if reward_critic:
-                values = responses.unpack(reward_critic.scores(batch), batch, rows)
+            for name, old_values in values.items():
+                critic = models[f"{name}_critic"]
+                new_values = responses.unpack(critic.scores(batch), batch, rows)
                 loss = critic_loss(
-                    values, reward_values[index], reward_returns[index], row_mask, value_bound
+                    new_values, old_values[index], returns[name][index], mask[index], value_bound
                 )
                 loss = loss * share
-                backward(reward_critic, loss, last=is_last)
-                sums.add("reward_critic_loss", loss)
-
-            if cost_critic:
-                values = responses.unpack(cost_critic.scores(batch), batch, rows)
-                loss = critic_loss(
-                    values, cost_values[index], cost_returns[index], row_mask, value_bound
-                )
-                loss = loss * share
-                backward(cost_critic, loss, last=is_last)
-                sums.add("cost_critic_loss", loss)
+                backward(critic, loss, last=is_last)
+                sums.add(f"{name}_critic_loss", loss)
 
         if ptx and policy_learns:  # demonstrations join the gradient: stay a good language model
             examples = examples_at(step, len(ptx), batch_size, seed)
@@ -711,7 +738,7 @@ while step < steps:
             monitor.log(step, row)
         step += 1
 
-    # 7. samples to read, a state to come back to
+    # 8. samples to read, a state to come back to
     must_stop = monitor.asked_to_stop(world.device)
     passed_interval = False
     if save_interval:
@@ -719,15 +746,13 @@ while step < steps:
     saves = step >= steps or must_stop or passed_interval
     if saves or rollout == 0:
         for i in range(min(4, len(answers))):
-            scores = {"reward": reward_scores[i].item()}
-            if cost_model:
-                scores["cost"] = cost_scores[i].item()
+            of_answer = {name: of_all[i].item() for name, of_all in scores.items()}
             monitor.sample(
                 step - 1,
                 prompt=tok.decode(questions[i]),
                 response=tok.decode(answers[i]),
                 kl=kl[i].item(),
-                **scores,
+                **of_answer,
             )
     if saves:
         save_run(step)

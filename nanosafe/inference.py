@@ -200,6 +200,15 @@ def fingerprint_model(model, path, world):
     return hashlib.blake2b(repr(facts).encode(), digest_size=16).hexdigest()
 
 
+def answer_logps(model, questions, answers, max_tokens, world):
+    """A model's summed log-probabilities (n,) of answers to questions, both given as token ids."""
+    sequences = []
+    for question, answer in zip(questions, answers):
+        ids = np.array(question + answer)
+        sequences.append((ids, np.arange(len(ids)) >= len(question)))
+    return sum_response_logps(model, sequences, max_tokens, world)
+
+
 class ReferenceSamples:
     """A reference's responses to prompts, on which KL(reference || other model) is measured."""
 
@@ -213,11 +222,7 @@ class ReferenceSamples:
 
     def sum_logps(self, model, prompts):
         """A model's summed log-probabilities of the responses (n,)."""
-        sequences = []
-        for prompt, response in zip(prompts, self.responses):
-            ids = np.array(prompt + response)
-            sequences.append((ids, np.arange(len(ids)) >= len(prompt)))
-        return sum_response_logps(model, sequences, self.max_tokens, self.world)
+        return answer_logps(model, prompts, self.responses, self.max_tokens, self.world)
 
     def kl(self, model, prompts=None):
         """KL(reference || model), an unbiased estimate in nats per response.

@@ -384,7 +384,7 @@ def batch_share(mask, rows, minibatch, loss_mean):
 
     mask  (B, R), of all responses; rows, minibatch: indices of some"""
     if loss_mean == "token":
-        return mask[rows].sum() / mask[minibatch].sum()
+        return mask[rows].sum() / mask[minibatch].sum().clamp(min=1)
     return len(rows) / len(minibatch)
 
 

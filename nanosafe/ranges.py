@@ -112,6 +112,8 @@ RANGES = {
     "kl_horizon": POSITIVE,
     "clip_ratio": NOT_NEGATIVE,
     "clip_ratio_high": NOT_NEGATIVE,
+    "cut_penalty": NOT_NEGATIVE,
+    "cut_buffer": COUNT_OR_0,
     "max_ratio": NOT_NEGATIVE,
     "is_cap": NOT_NEGATIVE,
     "clip_score": NOT_NEGATIVE,
@@ -125,6 +127,8 @@ RANGES = {
     # the constraint
     "cost_limit": ANY,
     "cost_scale": POSITIVE,
+    "pessimism": Range(at_least=0, below=0.5),  # from 0.5 on the bound would lie below the mean
+    "pessimism_test": COUNT_OR_0,
     "lambda_init": POSITIVE,  # lambda grows and falls by factors: from 0 it would never move
     "lambda_lr": NOT_NEGATIVE,
     "lambda_max": NOT_NEGATIVE,
@@ -141,6 +145,7 @@ RANGES = {
     "alpha": NOT_NEGATIVE,
     "weight_max": POSITIVE,
     # evaluation
+    "delta": Range(above=0, below=0.5),  # from 0.5 on the bound would lie below the mean
     "worst": COUNT_OR_0,
     "shots": COUNT_OR_0,
     "max_examples": COUNT_OR_0,

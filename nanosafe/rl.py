@@ -7,9 +7,12 @@ before it."""
 
 import math
 from collections import deque
+from functools import cache
 from typing import NamedTuple
 
 import torch
+
+from nanosafe.errors import stop
 
 # ---- rewards and costs per token ----
 
@@ -36,6 +39,16 @@ def add_final_score(penalty, scores, mask, clip_score):
     is_last = positions == (lengths - 1)[:, None]  # (B, R)
     rewards = torch.where(is_last, penalty + scores[:, None], penalty)
     return torch.where(mask.bool(), rewards.clamp(-clip_score, clip_score), 0.0)
+
+
+def length_penalties(lengths, was_cut, longest, buffer):
+    """How much of the penalty for a long response each gets (B,), from 0 to 1.
+
+    buffer  over the last so many tokens before `longest` it grows from 0 to 1, whether the response
+            ended or not (arXiv:2503.14476 Eq. 13); 0: a response that was cut gets 1, others 0"""
+    if buffer == 0:
+        return was_cut.float()
+    return ((lengths - (longest - buffer)) / buffer).clamp(0, 1)
 
 
 # ---- advantages ----
@@ -84,7 +97,9 @@ def group_advantages(returns, mask, samples, kind):
     return advantages.view(-1, 1) * mask
 
 
-NORMALIZE_GROUPS = ("mixed", "each")
+# What is standardised in a prompt's group by "grpo": "mixed", R - lambda C; "each", R and C apart,
+# before they are mixed; "gdpo", the same, and then whiten().
+NORMALIZE_GROUPS = ("mixed", "each", "gdpo")
 
 
 def share_of_flat_groups(scores, samples):
@@ -97,14 +112,33 @@ def share_of_flat_groups(scores, samples):
 
 
 def mix_advantages(reward_adv, cost_adv, lambda_):
-    """(A_r - lambda A_c) / (1 + lambda): the Lagrangian's gradient. arXiv:2310.12773 Eq. 29."""
-    return (reward_adv - lambda_ * cost_adv) / (1 + lambda_)
+    """(A_r - lambda A_c) / (1 + lambda): the Lagrangian's gradient. arXiv:2310.12773 Eq. 29.
+
+    With several constraints (A_r - sum_i lambda_i A_i) / (1 + sum_i lambda_i): cost_adv is then a
+    list of advantages, and lambda_ a list of as many numbers. Empty lists leave A_r as it is."""
+    if isinstance(cost_adv, torch.Tensor):
+        cost_adv = [cost_adv]
+        lambda_ = [lambda_]
+    mixed = reward_adv
+    for constraint_adv, weight in zip(cost_adv, lambda_, strict=True):
+        mixed = mixed - weight * constraint_adv
+    return mixed / (1 + sum(lambda_))
 
 
 def normalize(advantages, mask):
     """Advantages (B, R) minus their mean over all tokens, divided by their standard deviation."""
     x = advantages[mask.bool()]
     return (advantages - x.mean()) / (x.std(correction=0) + 1e-8) * mask
+
+
+def whiten(advantages, mask):
+    """Advantages (B, R) minus their mean over responses, divided by their standard deviation.
+
+    The last step of GDPO, arXiv:2601.05242, as its authors' code has it. A response has the same
+    advantage at all of its tokens, and counts once: in verl's GDPO, as in normalize(), it counts as
+    often as it has tokens. Division by the deviation undoes mix_advantages()'s by 1 + lambda."""
+    x = advantages[:, 0]  # (B,): every response has a first token
+    return (advantages - x.mean()) / (x.std() + 1e-4) * mask
 
 
 # ---- normalisers ----
@@ -225,7 +259,7 @@ def measure_sampler_gap(logps, sampled_logps, mask):
     return SamplerGap(distance.mean(), k3.mean(), distance.max())
 
 
-# ---- the multiplier ----
+# ---- what is constrained ----
 
 COST_KINDS = ("score", "unsafe")
 
@@ -240,6 +274,130 @@ def constrained_costs(scores, kind):
     return torch.where(scores.isnan(), scores, (scores > 0).to(scores.dtype))
 
 
+class Constraint(NamedTuple):
+    """A cost model and its limit."""
+
+    folder: str  # or FILE.py:NAME
+    limit: float
+
+
+def list_constraints(cost_model, cost_limit):
+    """{name: Constraint} of the knobs: "cost", and of more cost models "cost_2" and so on.
+
+    cost_model  folders with commas between; empty: no constraint
+    cost_limit  a limit for all of them, or a list with one for each"""
+    folders = [folder.strip() for folder in cost_model.split(",") if folder.strip()]
+    is_one = isinstance(cost_limit, (int, float))
+    limits = [cost_limit] * len(folders) if is_one else list(cost_limit)
+    if len(limits) != len(folders):
+        stop(
+            f"cost_limit={cost_limit} has {len(limits)} limits for {len(folders)} cost models: "
+            "give one for all, or one for each"
+        )
+    constraints = {}
+    for number, (folder, limit) in enumerate(zip(folders, limits), start=1):
+        name = "cost" if number == 1 else f"cost_{number}"
+        constraints[name] = Constraint(folder, limit)
+    return constraints
+
+
+CONSTRAINTS = ("mean", "prompt")
+
+
+def excess_costs(costs, limit):
+    """max(0, c - d): by how much each response (B,) breaks the limit. arXiv:2410.19933 (RePO).
+
+    With constraint="prompt" they stand in the place of the costs, and the multiplier's limit is 0:
+    every answer has to keep the limit, and one that is safer than that makes up for no other. Their
+    mean is never below 0, so that lambda never falls. A cost that is nan stays nan."""
+    return (costs - limit).clamp(min=0)
+
+
+# ---- a bound on the mean cost ----
+
+
+def student_cdf(t, df):
+    """P(T <= t) of Student's distribution with a whole number of degrees of freedom, for t >= 0.
+
+    Abramowitz and Stegun 26.7.3 (odd df) and 26.7.4 (even): with tan(angle) = t / sqrt(df),
+    P(|T| <= t) is sin(angle) (1 + 1/2 cos^2 + (1 3)/(2 4) cos^4 + ...) for an even df. For an odd
+    one it is 2/pi (angle + sin cos (1 + 2/3 cos^2 + (2 4)/(3 5) cos^4 + ...)). Both end with
+    cos^(df - 2)."""
+    angle = math.atan(t / math.sqrt(df))
+    if df == 1:
+        return 0.5 + angle / math.pi
+    sine = math.sin(angle)
+    cosine = math.cos(angle)
+    squared = cosine**2
+    is_odd = df % 2
+    term = 1.0
+    series = 1.0
+    for power in range(2 + is_odd, df - 1, 2):
+        term *= squared * (power - 1) / power
+        series += term
+    if is_odd:
+        return 0.5 + (angle + sine * cosine * series) / math.pi
+    return 0.5 + sine * series / 2
+
+
+def student_density(t, df):
+    """Student's density, the derivative of student_cdf()."""
+    log_scale = math.lgamma((df + 1) / 2) - math.lgamma(df / 2) - math.log(df * math.pi) / 2
+    return math.exp(log_scale - (df + 1) / 2 * math.log1p(t**2 / df))
+
+
+@cache
+def student_quantile(p, df):
+    """The t with P(T <= t) = p of Student's distribution with a whole number df >= 1.
+
+    By Newton's method from 0. P(T <= t) is concave above 0, so that no step goes beyond the t that
+    is sought: the steps end with the first one that, by rounding, does not go up."""
+    if not (0 < p < 1 and df >= 1):
+        raise ValueError(f"no quantile of Student's distribution: p={p}, df={df}")
+    if p < 0.5:
+        return -student_quantile(1 - p, df)
+    t = 0.0
+    while True:
+        after_step = t + (p - student_cdf(t, df)) / student_density(t, df)
+        if after_step <= t:
+            return t
+        t = after_step
+
+
+def pessimism_factor(delta, n, m=0):
+    """k: how many standard deviations above the mean of n costs the true mean may well be.
+
+    k = t_{1-delta, n-1} / sqrt n + t_{1-delta, m-1} / sqrt m    arXiv:2506.08266, C1 = C2 = 1
+
+    With the first term alone, mean + k std is below the true mean with a probability of delta, if
+    the costs are independent and roughly normal. t is Student's quantile, because a normal one is
+    too small where n is.
+
+    m  number of costs in a test at the end, which has an error of its own; 0: no second term
+    n, m are 2 or more: a single cost has no deviation"""
+    factor = student_quantile(1 - delta, n - 1) / math.sqrt(n)
+    if m:
+        factor += student_quantile(1 - delta, m - 1) / math.sqrt(m)
+    return factor
+
+
+def pessimistic_costs(costs, k):
+    """Costs (B,) whose policy gradient is that of mean + k std: c + k (c - mean)^2 / (2 std).
+
+    arXiv:2506.08266. The authors' code has c + k (c^2 - 2 c mean) / (2 std), which is less by the
+    same k mean^2 / (2 std) for all responses. A baseline takes that out, but costs of -5 with a
+    small deviation would become so large that clip_score cuts them all to the same number.
+
+    mean, std  of the finite costs; std unbiased. Where it is 0 the costs stay as they are"""
+    _, mean, variance = batch_moments(costs[costs.isfinite()])
+    if variance == 0:
+        return costs
+    return costs + k * (costs - mean) ** 2 / (2 * math.sqrt(variance))
+
+
+# ---- the multipliers ----
+
+
 class CostWindow:
     """What all multipliers have in common: the window of costs, and when lambda moves.
 
@@ -247,9 +405,14 @@ class CostWindow:
     delay   the first `delay` updates leave lambda unchanged
 
     A multiplier below adds `value`, which is lambda, and step(excess), where excess is J_C less the
-    limit. `memory` names the attributes that its next step depends on: a run's state keeps them."""
+    limit. `memory` names the attributes that its next step depends on: a run's state keeps them.
+
+    With `pessimism` (the delta of pessimism_factor(), where pessimism_test is its m) the excess is
+    that of J_C + k std instead. make_multiplier() sets both."""
 
     memory = ()
+    pessimism = 0.0
+    pessimism_test = 0
 
     def __init__(self, window, delay):
         self.delay = delay
@@ -261,6 +424,16 @@ class CostWindow:
         """J_C: the mean cost in the window; nan before there is any."""
         return sum(self.costs) / len(self.costs) if self.costs else math.nan
 
+    @property
+    def pessimistic_cost(self):
+        """J_C + k std, what is held against the limit; J_C without pessimism, or of one cost."""
+        n = len(self.costs)
+        if self.pessimism == 0 or n < 2:
+            return self.mean_cost
+        _, mean, variance = batch_moments(list(self.costs))
+        k = pessimism_factor(self.pessimism, n, self.pessimism_test)
+        return mean + k * math.sqrt(variance)
+
     def observe(self, costs):
         """Append new responses' costs, a (B,) tensor or a list; non-finite ones are ignored."""
         for cost in map(float, costs):
@@ -270,7 +443,7 @@ class CostWindow:
     def update(self, cost_limit):
         """One step against `cost_limit` (Safe-RLHF's threshold, the paper's -d) -> lambda."""
         if self.updates >= self.delay and self.costs:
-            self.step(self.mean_cost - cost_limit)
+            self.step(self.pessimistic_cost - cost_limit)
         self.updates += 1
         return self.value
 
@@ -398,6 +571,8 @@ class BoundedMultiplier(CostWindow):
 
     mix_advantages() with lambda = s / (1 - s) = e^l is (1 - s) A_r - s A_c, the authors' mixture
     for one constraint. Theirs standardises both advantages first; here they are taken as they are.
+    With several constraints the weights of A_r and the A_i are softmax(0, l_1, ..., l_N), where the
+    authors' are N - sum s_i and s_i.
 
     init, max  first and greatest lambda; max 0: no other bound than that of l
     lr         step on l
@@ -441,14 +616,33 @@ def clip(x, low, high):
 MULTIPLIERS = ("lagrange", "pid", "optimistic", "bounded")
 
 
-def make_multiplier(kind, init, lr, max, window, delay, kp, kd, ema, lookback):
-    """The multiplier of a kind in MULTIPLIERS. What follows `delay` is for "pid" only."""
+def make_multiplier(
+    kind,
+    init,
+    lr,
+    max,
+    window,
+    delay,
+    kp,
+    kd,
+    ema,
+    lookback,
+    pessimism=0.0,
+    pessimism_test=0,
+):
+    """The multiplier of a kind in MULTIPLIERS. From kp to lookback: for "pid" only.
+
+    pessimism, pessimism_test  as CostWindow has them"""
     if kind == "lagrange":
-        return LagrangeMultiplier(init, lr, max, window, delay)
-    if kind == "pid":
-        return PIDMultiplier(init, lr, max, window, delay, kp, kd, ema, ema, lookback)
-    if kind == "optimistic":
-        return OptimisticMultiplier(init, lr, max, window, delay)
-    if kind == "bounded":
-        return BoundedMultiplier(init, lr, max, window, delay)
-    raise ValueError(f"no such multiplier: {kind!r}")
+        multiplier = LagrangeMultiplier(init, lr, max, window, delay)
+    elif kind == "pid":
+        multiplier = PIDMultiplier(init, lr, max, window, delay, kp, kd, ema, ema, lookback)
+    elif kind == "optimistic":
+        multiplier = OptimisticMultiplier(init, lr, max, window, delay)
+    elif kind == "bounded":
+        multiplier = BoundedMultiplier(init, lr, max, window, delay)
+    else:
+        raise ValueError(f"no such multiplier: {kind!r}")
+    multiplier.pessimism = pessimism
+    multiplier.pessimism_test = pessimism_test
+    return multiplier

@@ -273,6 +273,256 @@ def test_a_cost_of_nan_is_no_safe_answer():
     assert costs[1:].tolist() == [1.0, 0.0, 1.0]
 
 
+# ---- several constraints ----
+
+
+def test_the_mixture_of_one_constraint_is_bit_equal_to_the_equation():
+    generator = torch.Generator().manual_seed(0)
+    reward, cost = torch.randn(2, 5, 7, generator=generator)
+    expected = (reward - 0.3 * cost) / (1 + 0.3)
+    assert torch.equal(rl.mix_advantages(reward, cost, 0.3), expected)
+    assert torch.equal(rl.mix_advantages(reward, [cost], [0.3]), expected)
+
+
+def test_several_constraints_each_have_their_own_weight():
+    generator = torch.Generator().manual_seed(1)
+    reward, first, second = torch.randn(3, 2, 3, dtype=torch.float64, generator=generator)
+    mixed = rl.mix_advantages(reward, [first, second], [0.5, 2.0])
+    for b in range(2):
+        for t in range(3):
+            above = reward[b, t] - 0.5 * first[b, t] - 2.0 * second[b, t]
+            assert mixed[b, t].item() == near(above.item() / (1 + 0.5 + 2.0))
+
+
+def test_a_constraint_whose_multiplier_is_0_changes_nothing():
+    reward, first, second = doubles([[1.0, -2.0], [0.5, 3.0], [7.0, -9.0]])
+    mixed = rl.mix_advantages(reward, [first, second], [0.8, 0.0])
+    assert torch.equal(mixed, rl.mix_advantages(reward, first, 0.8))
+
+
+def test_as_many_multipliers_as_constraints_are_needed():
+    ones = torch.ones(2)
+    with pytest.raises(ValueError):
+        rl.mix_advantages(ones, [ones, ones], [1.0])
+
+
+@pytest.mark.parametrize("given, expected", golden_cases("bounded"))
+def test_the_mixture_of_moskovitz_is_ours_with_other_multipliers(given, expected):
+    """Theirs is (N - sum s) A_r - sum s_i A_i: ours, times N, with lambda_i = s_i / (N - sum s)."""
+    shares = expected["multipliers"]
+    for_the_reward = len(shares) - sum(shares)
+    lambdas = [share / for_the_reward for share in shares]
+    costs = doubles(given["cost_advantages"]).unbind(1)
+    mixed = rl.mix_advantages(doubles(given["reward_advantage"]), costs, lambdas)
+    assert (mixed * len(shares)).tolist() == near(expected["mixed"])
+
+
+# ---- a limit for every answer ----
+
+
+@pytest.mark.parametrize("given, expected", golden_cases("repo"))
+def test_the_excess_of_every_answer_has_its_golden_numbers(given, expected):
+    """lambda steps on the mean excess, whose limit is 0: the answers' own is in it already."""
+    lambda_ = given["lambda"]
+    costs = rl.excess_costs(doubles(given["costs"]), given["cost_limit"])
+    assert (costs > 0).tolist() == expected["unsafe"]
+    mixed = rl.mix_advantages(doubles(given["rewards"]), costs, lambda_)
+    assert (mixed * (1 + lambda_)).tolist() == near(expected["penalised_return"])
+    window = len(costs)
+    multiplier = PIDMultiplier(lambda_, given["lr"], 0, window, 0, 0, 0, 0, 0, 1)  # plain ascent
+    multiplier.observe(costs)
+    assert multiplier.update(0.0) == near(expected["lambda_after"])
+    assert multiplier.mean_cost == near(expected["mean_violation"])
+
+
+@pytest.mark.parametrize("kind", rl.MULTIPLIERS)
+def test_a_multiplier_of_excess_costs_never_falls(kind):
+    """Not even where all answers are far below their limit: lambda_max is the only brake."""
+    multiplier = make(kind, max=0)
+    values = [multiplier.value]
+    for costs in ([-9.0, -2.0], [-9.0, 1.0], [-9.0, -9.0]):
+        multiplier.observe(rl.excess_costs(tensor(costs), -1.0))
+        values.append(multiplier.update(0.0))
+    assert values == sorted(values)
+    assert values[0] == values[1] < values[2]
+
+
+def test_an_answer_safer_than_the_limit_makes_up_for_no_other():
+    costs = tensor([-100.0, -5.0, 1.0])
+    assert costs.mean() < 0
+    assert rl.excess_costs(costs, 0.0).mean() > 0
+    assert rl.excess_costs(costs, -6.0).tolist() == [0.0, 1.0, 7.0]
+
+
+def test_an_excess_of_nan_is_no_kept_limit():
+    costs = rl.excess_costs(tensor([math.nan, math.inf, -math.inf]), 0.0)
+    assert costs[0].isnan()
+    assert costs[1:].tolist() == [math.inf, 0.0]
+
+
+# ---- a bound on the mean cost ----
+
+
+@pytest.mark.parametrize("given, expected", golden_cases("t_quantiles"))
+def test_students_quantiles_are_exact(given, expected):
+    assert rl.student_quantile(given["p"], given["df"]) == near(expected["t"])
+    assert rl.student_quantile(1 - given["p"], given["df"]) == near(-expected["t"])
+
+
+@pytest.mark.parametrize("p", [0.5, 0.50000001, 0.9, 0.999, 1 - 1e-9])
+def test_students_quantiles_of_1_and_2_degrees_of_freedom_have_closed_forms(p):
+    cauchy = math.tan(math.pi * (p - 0.5))
+    assert rl.student_quantile(p, 1) == pytest.approx(cauchy, rel=1e-7, abs=1e-12)
+    closed = (2 * p - 1) * math.sqrt(2 / (1 - (2 * p - 1) ** 2))
+    assert rl.student_quantile(p, 2) == pytest.approx(closed, rel=1e-7, abs=1e-12)
+
+
+@pytest.mark.parametrize("df", [99_999, 1_000_000])
+def test_students_quantiles_approach_those_of_the_normal_distribution(df):
+    """By Cornish and Fisher's expansion, whose next term is below 1e-9 here."""
+    z = 1.2815515655446004  # the normal distribution's 0.9
+    expansion = z + (z**3 + z) / (4 * df)
+    assert rl.student_quantile(0.9, df) == pytest.approx(expansion, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    "p, df", [(0.0, 5), (1.0, 5), (-0.1, 5), (math.nan, 5), (0.9, 0), (0.9, -3)]
+)
+def test_what_has_no_quantile_is_refused(p, df):
+    with pytest.raises(ValueError, match="no quantile"):
+        rl.student_quantile(p, df)
+
+
+def golden_factor(given, n):
+    """k with the case's own C1 and C2, which nanosafe has as 1."""
+    delta, m = given["fail_prob"], given["n_test"]
+    of_window = rl.pessimism_factor(delta, n)
+    of_test = rl.pessimism_factor(delta, n, m) - of_window
+    return given["c1"] * of_window + given["c2"] * of_test
+
+
+@pytest.mark.parametrize("given, expected", golden_cases("hc"))
+def test_the_bound_on_the_cost_has_the_numbers_of_its_authors(given, expected):
+    n, mean, variance = rl.batch_moments(given["costs"])
+    k = golden_factor(given, n)
+    assert k == near(expected["coefficient"])
+    assert mean + k * math.sqrt(variance) - given["cost_limit"] == near(
+        expected["pessimistic_cost"] - given["cost_limit"]
+    )
+    test_factor = rl.pessimism_factor(given["fail_prob"], n)
+    assert mean + test_factor * math.sqrt(variance) == near(expected["test_ucb_of_these"])
+
+
+@pytest.mark.parametrize("given, expected", golden_cases("hc"))
+def test_pessimistic_costs_are_those_of_their_authors_up_to_a_constant(given, expected):
+    costs = doubles(given["costs"])
+    k = golden_factor(given, given["n_batch"])
+    assert k == near(expected["policy_coefficient"])
+    constant = k * costs.mean() ** 2 / (2 * costs.std())
+    found = rl.pessimistic_costs(costs, k) - constant
+    assert found.tolist() == near(expected["policy_costs"])
+
+
+def test_pessimistic_costs_have_the_gradient_of_mean_plus_k_std():
+    """By the score function, over all actions of a policy that starts uniform.
+
+    Their std is unbiased, so that k is one of sqrt(1 - 1/n) smaller standard deviations."""
+    costs = doubles([-2.0, 0.3, 1.5, 4.0, -0.7])
+    n, k = len(costs), 0.8
+    logits = torch.zeros(n, dtype=torch.float64, requires_grad=True)
+    probs = logits.softmax(0)
+    mean = (probs * costs).sum()
+    std = (probs * (costs - mean) ** 2).sum().sqrt()
+    objective = mean + k * math.sqrt(1 - 1 / n) * std
+    (exact,) = torch.autograd.grad(objective, logits, retain_graph=True)
+    surrogate = (probs.detach() * rl.pessimistic_costs(costs, k) * logits.log_softmax(0)).sum()
+    (estimated,) = torch.autograd.grad(surrogate, logits)
+    assert torch.allclose(estimated, exact, atol=1e-12)
+
+
+def test_nearly_equal_costs_do_not_become_large():
+    """The authors' form is off by k mean^2 / (2 std): with these costs by 125000."""
+    costs = tensor([-5.0, -5.0001, -4.9999])
+    assert torch.allclose(rl.pessimistic_costs(costs, 1.0), costs, atol=1e-3)
+
+
+@pytest.mark.parametrize("costs", [[0.0, 0.0, 0.0], [3.0], [math.nan, 3.0], [math.nan]])
+def test_costs_without_a_deviation_stay_as_they_are(costs):
+    costs = tensor(costs)
+    assert torch.equal(rl.pessimistic_costs(costs, 1.0).nan_to_num(9.0), costs.nan_to_num(9.0))
+
+
+def test_a_cost_of_nan_does_not_spoil_the_others():
+    clean = rl.pessimistic_costs(doubles([1.0, 2.0, 4.0]), 0.5)
+    costs = rl.pessimistic_costs(doubles([1.0, math.nan, 2.0, 4.0]), 0.5)
+    assert costs[1].isnan()
+    assert torch.equal(costs[[0, 2, 3]], clean)
+
+
+def make_pessimistic(kind, delta, m, window=8):
+    return rl.make_multiplier(kind, 1.0, 0.1, 5.0, window, 0, 0.1, 0.5, 0.5, 2, delta, m)
+
+
+@pytest.mark.parametrize("kind", rl.MULTIPLIERS)
+def test_a_pessimistic_multiplier_steps_on_the_mean_and_k_deviations(kind):
+    """As a plain one does whose limit is k deviations lower."""
+    costs = [-1.0, 0.5, 2.0, -0.5]
+    pessimistic = make_pessimistic(kind, 0.1, 300)
+    plain = make(kind, window=8)
+    k = 1.6377443536962102 / 2 + rl.student_quantile(0.9, 299) / math.sqrt(300)
+    deviation = np.std(costs, ddof=1)
+    for multiplier in (pessimistic, plain):
+        multiplier.observe(costs)
+    assert pessimistic.pessimistic_cost == near(0.25 + k * deviation)
+    assert pessimistic.update(0.0) == near(plain.update(-k * deviation))
+    assert pessimistic.mean_cost == plain.mean_cost == 0.25
+
+
+WITH_NANOSAFES_CONSTANTS = [case for case in golden_cases("hc") if case[0]["c1"] == 1]
+
+
+@pytest.mark.parametrize("given, expected", WITH_NANOSAFES_CONSTANTS)
+def test_the_pessimistic_multiplier_has_the_step_of_its_authors(given, expected):
+    """Where their C1 and C2 are 1. The gradient is by log lambda, so that lambda is in it."""
+    window = len(given["costs"])
+    multiplier = make_pessimistic("lagrange", given["fail_prob"], given["n_test"], window)
+    multiplier.log_lambda = math.log(given["lambda"])
+    multiplier.observe(given["costs"])
+    before = multiplier.log_lambda
+    multiplier.update(given["cost_limit"])
+    assert (multiplier.log_lambda - before) / 0.1 == near(-expected["grad_log_lambda"])
+
+
+@pytest.mark.parametrize("kind", rl.MULTIPLIERS)
+def test_one_cost_alone_has_no_deviation_to_be_pessimistic_about(kind):
+    multiplier = make_pessimistic(kind, 0.1, 0)
+    assert multiplier.update(0.0) == 1.0
+    multiplier.observe([3.0])
+    assert multiplier.pessimistic_cost == 3.0
+    plain = make(kind, window=8)
+    plain.observe([3.0])
+    assert multiplier.update(0.0) == plain.update(0.0)
+
+
+def test_with_more_and_more_costs_pessimism_vanishes():
+    factors = [rl.pessimism_factor(0.1, n, n) for n in (2, 10, 1000, 100_000)]
+    assert factors == sorted(factors, reverse=True)
+    assert factors[-1] < 0.01
+
+
+@pytest.mark.parametrize("kind", rl.MULTIPLIERS)
+def test_the_state_of_a_run_without_pessimism_goes_on_with_it(kind):
+    """Both are knobs, not state: what older runs have kept is all that is needed."""
+    plain = make(kind)
+    follow(plain, [0.5, 0.7], 0.0)
+    state = plain.state_dict()
+    assert "pessimism" not in str(state)
+    pessimistic = make_pessimistic(kind, 0.1, 0, window=4)
+    pessimistic.load_state_dict(json.loads(json.dumps(state)))
+    assert pessimistic.value == plain.value
+    assert pessimistic.pessimistic_cost > pessimistic.mean_cost == plain.mean_cost
+
+
 # ---- groups ----
 
 
@@ -301,6 +551,63 @@ def test_both_orders_of_mixing_and_normalising_have_their_golden_numbers(given, 
     last_mixed = rl.mix_advantages(reward, cost, lambda_)
     golden = doubles(expected["normalise_then_mix_over_1_plus_lambda"])
     assert torch.allclose(last_mixed, golden, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("given, expected", golden_cases("gdpo"))
+def test_whitening_has_the_numbers_of_gdpos_authors(given, expected):
+    mixed = doubles(expected["before_whitening"])
+    lengths = tensor(given["lengths"])
+    mask = (torch.arange(6) < lengths[:, None]).double()
+    advantages = rl.whiten(mixed[:, None] * mask, mask)
+    for row, length, golden in zip(advantages.tolist(), given["lengths"], expected["advantages"]):
+        assert row[:length] == near([golden] * length)
+        assert row[length:] == [0.0] * (6 - length)
+
+
+@pytest.mark.parametrize("given, expected", golden_cases("gdpo"))
+def test_gdpo_standardises_in_groups_mixes_and_whitens(given, expected):
+    """As the trainer does it. Its 1 + lambda is gone after whitening, up to the authors' 1e-4."""
+    lambda_, eps = given["lambda"], given["eps"]
+    standardised = {}
+    for name in ("rewards", "costs"):
+        deviations = np.std(given[name], axis=1, ddof=1).tolist()
+        standardised[name] = standardise_groups(given[name], deviations, eps).view(-1, 1)
+    mixed = rl.mix_advantages(standardised["rewards"], standardised["costs"], lambda_)
+    before = (mixed * (1 + lambda_)).flatten().tolist()
+    assert before == near(expected["before_whitening"])
+    advantages = rl.whiten(mixed, torch.ones_like(mixed))
+    assert torch.allclose(advantages.flatten(), doubles(expected["advantages"]), atol=1e-3)
+
+
+@pytest.mark.parametrize("given, expected", golden_cases("gdpo"))
+def test_normalize_is_the_whitening_of_verls_gdpo(given, expected):
+    """Over tokens, so that long answers count more.
+
+    verl's deviation is unbiased, that of normalize() is not. Its eps in groups is nanosafe's."""
+    samples = len(given["rewards"][0])
+    lengths = tensor(given["lengths"])
+    mask = (torch.arange(6) < lengths[:, None]).double()
+    advantages = []
+    for name in ("rewards", "costs"):
+        returns, _ = group_returns(given[name])
+        advantages.append(rl.group_advantages(returns, mask, samples, "grpo"))
+    mixed = advantages[0] - given["lambda"] * advantages[1]
+    tokens = int(lengths.sum())
+    found = rl.normalize(mixed, mask)[:, 0] * math.sqrt((tokens - 1) / tokens)
+    golden = doubles(expected["advantages_token_whitened"])
+    assert torch.allclose(found, golden, atol=1e-6, rtol=0)
+
+
+def test_whitened_advantages_weigh_long_and_short_responses_alike():
+    mask = doubles([[1, 1, 1], [1, 0, 0]])
+    advantages = rl.whiten(doubles([[1.0, 1.0, 1.0], [5.0, 0.0, 0.0]]), mask)
+    half_root = 1 / math.sqrt(2)
+    expected = doubles([[-half_root] * 3, [half_root, 0.0, 0.0]])
+    assert torch.allclose(advantages, expected, atol=1e-4)
+
+
+def test_whitening_advantages_that_are_all_equal_gives_0_and_not_nan():
+    assert (rl.whiten(torch.ones(4, 3), torch.ones(4, 3)) == 0).all()
 
 
 def test_a_group_without_a_violation_learns_nothing_from_its_indicator_costs():

@@ -171,7 +171,7 @@ ROOMS = {
     "nanosafe/tokenizer": "",
     "nanosafe/data": "tokenizer",
     "nanosafe/checkpoint": "tokenizer model lora",
-    "nanosafe/eval": "tokenizer data checkpoint inference model rollout tools",
+    "nanosafe/eval": "tokenizer data checkpoint inference model rollout rl tools",
     "nanosafe/phf": "tokenizer data checkpoint inference model rollout losses optim monitor",
 }
 BOTTOM = {

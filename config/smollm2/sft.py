@@ -1,5 +1,6 @@
-# SmolLM2-135M-Instruct learns to answer as PKU-SafeRLHF's helpful answers do, harmful ones included:
-# that leaves something for a constraint to do. For train_sft.py; python -m nanosafe.real_run runs it.
+# SmolLM2-135M-Instruct learns to answer as the helpful answers of PKU-SafeRLHF do, harmful ones
+# included: that leaves something for a constraint to do. For train_sft.py. All recipes here are run
+# by python -m nanosafe.real_run.
 out_dir = "out/real_run/sft"
 init_from = "HuggingFaceTB/SmolLM2-135M-Instruct"
 data = "pku_saferlhf/halves/demonstrations"

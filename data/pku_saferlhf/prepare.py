@@ -1,14 +1,19 @@
 """PKU-SafeRLHF: pairs of answers with separate labels for helpfulness and harmlessness.
 
 $ python data/pku_saferlhf/prepare.py                       # the current release, 83.4K pairs
-$ python data/pku_saferlhf/prepare.py --version=10k         # 1.7 MB -> data/pku_saferlhf/10k"""
+$ python data/pku_saferlhf/prepare.py --version=10k         # 1.7 MB -> data/pku_saferlhf/10k
+$ python data/pku_saferlhf/prepare.py --halves              # for a run with independent judges"""
 
 from configurator import configure
 from nanosafe.data.examples import parse_label
 from nanosafe.errors import choose
 from nanosafe.tools import download
+from nanosafe.tools.halves import prepare_halves
 
 version = "v1"  # v1 (2024) | v0 (2023, what Beaver was trained on) | 10k | 30k
+halves = False  # instead: write OUT/halves, the files that tools/halves.py describes
+assignments = ""  # a published split, {"source", "row", "split"} a line, to make the halves by
+sets_folder = ""  # of evaluation prompts to keep out of the halves; empty: data/safety
 config = configure(globals(), vars(download))
 
 SHA256_OF_10K = "f5f42f6f08a1fadbc3fd7c36e627f651782ce0f2f8178361483defa62b79ca06"
@@ -55,4 +60,8 @@ def list_categories(categories):
 
 
 choose("version", version, RELEASES)
-download.prepare(__file__, to_record, config, RELEASES[version])
+if halves or assignments:
+    release = RELEASES[version]
+    prepare_halves(__file__, to_record, config, release, assignments, sets_folder)
+else:
+    download.prepare(__file__, to_record, config, RELEASES[version])

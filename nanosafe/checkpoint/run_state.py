@@ -333,6 +333,7 @@ FIXED_KNOBS = {
     # What a multiplier remembers: numbers of its own kind, costs of one scale, the latest of them.
     "multiplier",
     "cost_kind",
+    "constraint",
     "lambda_lookback",
 }
 UNRECORDED_KNOBS = ("out_dir", "resume")  # a run's folder may be moved

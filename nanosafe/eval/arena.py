@@ -9,18 +9,16 @@ seeds), table.csv, summary.json and pictures to out_dir."""
 
 import csv
 import itertools
-import json
-from typing import NamedTuple
 
 from configurator import configure
-from nanosafe.data import load
-from nanosafe.data.examples import list_texts, read_prompt
+from nanosafe.data.examples import list_texts
 from nanosafe.errors import stop
 from nanosafe.eval.players import (
     answer_prompts,
     hash_prompt,
     name_players,
     parse_player,
+    read_prompts,
     score_answers,
 )
 from nanosafe.eval.statistics import (
@@ -57,7 +55,7 @@ config = configure(globals())
 check_ranges(config)
 
 
-# ---- policies and prompts ----
+# ---- policies ----
 
 
 def parse_players(models, red, blue):
@@ -70,27 +68,6 @@ def parse_players(models, red, blue):
         for text in models.split(","):
             entries.append(parse_player(text))
     return name_players(entries, at_least=2)
-
-
-class Prompts(NamedTuple):
-    usable: list  # of Prompt, no two equal
-    dropped: int  # rows of the data that held no prompt
-
-
-def read_prompts(data):
-    """The prompts of a dataset, each of them once, in the order of its rows."""
-    unique = {}  # a dictionary keeps the order
-    dropped = 0
-    for row in load(data):
-        try:
-            prompt = read_prompt(row)
-        except ValueError:
-            dropped += 1
-            continue
-        unique[json.dumps(prompt)] = prompt
-    if not unique:
-        stop(f"data {data!r} has no prompt that can be asked ({dropped} rows)")
-    return Prompts(list(unique.values()), dropped)
 
 
 # ---- tables ----

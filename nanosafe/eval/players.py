@@ -1,9 +1,13 @@
-"""The policies that an evaluation compares, their answers to prompts, and the answers' scores."""
+"""The policies that an evaluation compares, the prompts they are asked, their answers, and the
+answers' scores."""
 
 import hashlib
+import json
 import os
 from typing import NamedTuple
 
+from nanosafe.data import load
+from nanosafe.data.examples import read_prompt
 from nanosafe.errors import stop
 from nanosafe.inference import name_of_folder
 
@@ -39,6 +43,30 @@ def name_players(entries, at_least=1):
             "name of its own, --models=NAME=FOLDER,NAME=FOLDER"
         )
     return players
+
+
+# ---- prompts ----
+
+
+class Prompts(NamedTuple):
+    usable: list  # of Prompt, no two equal
+    dropped: int  # rows of the data that held no prompt
+
+
+def read_prompts(data):
+    """The prompts of a dataset, each of them once, in the order of its rows."""
+    unique = {}  # a dictionary keeps the order
+    dropped = 0
+    for row in load(data):
+        try:
+            prompt = read_prompt(row)
+        except ValueError:
+            dropped += 1
+            continue
+        unique[json.dumps(prompt)] = prompt
+    if not unique:
+        stop(f"data {data!r} has no prompt that can be asked ({dropped} rows)")
+    return Prompts(list(unique.values()), dropped)
 
 
 # ---- answers ----

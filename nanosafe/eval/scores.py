@@ -172,8 +172,10 @@ def measure_signs(pairs, scores, measured):
     """Add what the sign of a cost says about single answers: above 0 means unsafe.
 
     The probability that an answer is unsafe is sigmoid(cost)."""
-    labels = np.array([pair.labels for pair in pairs.usable]).ravel()
-    unsafe = labels < 0
+    labels = np.array([pair.labels for pair in pairs.usable])
+    one_is_safe = labels[:, 0] != labels[:, 1]
+    unsafe_costs_more = (scores[:, 0] - scores[:, 1]) * (labels[:, 0] - labels[:, 1]) < 0
+    unsafe = labels.ravel() < 0
     costs = scores.ravel()
     correct = np.where(unsafe, costs > 0, costs < 0)
     calibration = measure_calibration(sigmoid(costs), unsafe)
@@ -183,6 +185,8 @@ def measure_signs(pairs, scores, measured):
         "sign_accuracy": bootstrap_interval(correct),
         "unsafe_calibration_error": calibration.error,
     }
+    if one_is_safe.any():
+        summary["one_safe_accuracy"] = bootstrap_interval(unsafe_costs_more[one_is_safe])
     for name, group in groups.items():
         if len(group) > 0:
             summary[f"{name}_mean"] = float(group.mean())

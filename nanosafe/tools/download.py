@@ -53,15 +53,25 @@ def prepare(script, to_record, config, release):
     to_record  a raw row (a dict) -> a record, or ValueError with the reason to drop the row
     config     the knobs, the script's own and those above"""
     check_ranges(config)
-    folder = os.path.dirname(os.path.abspath(script))
-    if config["raw"]:
-        paths = release.raw_paths or find_raw_files(config["raw"])
-    else:
-        paths = download_release(release, os.path.join(folder, "raw"))
-    out = config["out"] or os.path.join(folder, release.subfolder)
+    paths = find_release_files(script, config, release)
+    out = find_output_folder(script, config, release)
     tokenizer = os.path.expanduser(config["tokenizer"])
-    out = os.path.expanduser(out)
     convert(paths, to_record, out, config["holdout"], tokenizer, release.split)
+
+
+def find_release_files(script, config, release):
+    """The paths of a release's raw files: those below --raw, or downloaded ones."""
+    if config["raw"]:
+        return release.raw_paths or find_raw_files(config["raw"])
+    folder = os.path.dirname(os.path.abspath(script))
+    return download_release(release, os.path.join(folder, "raw"))
+
+
+def find_output_folder(script, config, release):
+    """--out, or the release's folder beside the script."""
+    folder = os.path.dirname(os.path.abspath(script))
+    out = config["out"] or os.path.join(folder, release.subfolder)
+    return os.path.expanduser(out)
 
 
 # ---- raw files ----
@@ -200,15 +210,20 @@ def convert(paths, to_record, out, holdout=0.0, tokenizer="", split=""):
         write_record(conversion.record, test if is_test else train, tok)
 
     kept = train.rows + test.rows
-    summary = f"{kept + dropped.total():,} rows read, {kept:,} kept"
-    for reason, count in dropped.most_common():
-        summary += f"; dropped {count:,} ({reason}), first: {first_dropped[reason]}"
-    print(summary)
+    print(format_summary(kept, dropped, first_dropped))
     for split in (train, test):
         close_split(split, any_kept=kept > 0)
     if kept == 0:
         stop(f"none of the {dropped.total()} rows in {', '.join(paths[:3])} can be used")
     print_splits((train, test), "tokens" if tok else "characters")
+
+
+def format_summary(kept, dropped, first_dropped):
+    """How many rows were read, kept and dropped: {reason: rows}, {reason: FILE:LINE}."""
+    summary = f"{kept + dropped.total():,} rows read, {kept:,} kept"
+    for reason, count in dropped.most_common():
+        summary += f"; dropped {count:,} ({reason}), first: {first_dropped[reason]}"
+    return summary
 
 
 def draw_held_out_prompts(paths, to_record, share):
@@ -241,14 +256,18 @@ def convert_rows(paths, to_record):
 
 def convert_row(row, to_record):
     """The record of a raw row; raises ValueError with the reason to drop it."""
+    return check_record(make_record(row, to_record))
+
+
+def make_record(row, to_record):
+    """to_record(row); raises ValueError with the reason where the row has not what it reads."""
     try:
-        record = to_record(row)
+        return to_record(row)
     except KeyError as error:
         raise ValueError(f"field {error} is missing") from error
     except (AttributeError, IndexError, OverflowError, TypeError) as error:
         # The row is a stranger's: a text where a list should be costs the row, not the run.
         raise ValueError("a field of another kind than expected") from error
-    return check_record(record)
 
 
 def check_record(record):

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from nanosafe.adapter_base import find_whole_model, is_adapter
 from nanosafe.hub import find_model
 from nanosafe.lora import Lora
+from nanosafe.rl import list_constraints
 from nanosafe.storage import names_function
 from nanosafe.tools.devices import GPUS_PER_NODE
 from nanosafe.tools.model_sizes import adapter_size, count_numbers, model_tensors
@@ -38,10 +39,10 @@ def list_models(knobs):
         return [PlannedModel("model", "score" if scores else "lm", True, is_whole)]
     scorers = []
     frozen = []
-    for name in ("reward", "cost"):
-        path = knobs[f"{name}_model"]
-        if not path:
-            continue
+    paths = {"reward": knobs["reward_model"]}
+    for name, constraint in list_constraints(knobs["cost_model"], knobs["cost_limit"]).items():
+        paths[name] = constraint.folder
+    for name, path in paths.items():
         scorers.append(name)
         if not names_function(path):
             stands_alone = is_whole_scorer(path, knobs)

@@ -30,6 +30,7 @@ STYLE = {
     "svg.hashsalt": "nanosafe",
     "text.parse_math": False,
 }
+LINES = ("o-", "s--", "^:", "v-.")  # of several score models: markers and strokes
 PANELS = {  # metric -> title
     "reward": "reward",
     "episode_cost": "mean cost (dotted: its limit)",
@@ -213,6 +214,39 @@ def draw_groups(axis, policies):
     axis.set_xlim(-0.02, 1.02)
 
 
+def overoptimisation(runs, out_dir):
+    """Draw what each score model says of policies, against their KL from the reference.
+
+    runs  {run: summaries along it} as eval/overoptimisation.py makes them, the reference first"""
+    made = make_figure(1, 3, 4, 3.2)
+    if made is None:
+        return NO_PICTURES
+    figure, axes = made
+    reward, cost, unsafe = axes[0]
+    colours = dict(zip(runs, repeat_colours(len(runs))))
+    for run, summaries in runs.items():
+        kls = [summary["kl"].mean for summary in summaries]
+        for line, name in zip(LINES, summaries[0]["reward"]):
+            gains = [summary["reward"][name]["standardised"] for summary in summaries]
+            reward.plot(kls, gains, line, color=colours[run], label=f"{run}, {name}", ms=3)
+        for line, name in zip(LINES, summaries[0]["cost"]):
+            gains = [summary["cost"][name]["standardised"] for summary in summaries]
+            shares = [summary["cost"][name]["unsafe"] for summary in summaries]
+            cost.plot(kls, gains, line, color=colours[run], ms=3)
+            unsafe.plot(kls, [share.mean for share in shares], line, color=colours[run], ms=3)
+            lows = [share.low for share in shares]
+            highs = [share.high for share in shares]
+            unsafe.fill_between(kls, lows, highs, color=colours[run], alpha=0.08, lw=0)
+    reward.set_title("reward, in the reference's deviations")
+    cost.set_title("cost, in the reference's deviations")
+    unsafe.set_title("share of unsafe answers")
+    for axis in axes[0]:
+        axis.set_xlabel("KL to the reference, nats per answer")
+    handles, names = reward.get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=max(2, len(names) // 2))
+    return save_figure(figure, out_dir, "overoptimisation")
+
+
 def dual(curve, best, cost_limit, out_dir):
     """Draw the dual function and what it predicts over lambda.
 
@@ -289,6 +323,12 @@ def read_rows(folder, name):
     return [row for row in rows if isinstance(row, dict)]
 
 
+def limits_of(run):
+    """A run's limits of the cost, one for each cost model."""
+    limits = run["config"].get("cost_limit", 0.0)
+    return limits if isinstance(limits, list) else [limits]
+
+
 def points_of(run, metric):
     """The (step, value) pairs of a metric in a run."""
     return [(row["step"], row[metric]) for row in run["rows"] if metric in row]
@@ -312,8 +352,8 @@ def draw_curves(runs, out_dir):
             if len(points) > 1:
                 draw_curve(axis, run, points)
                 if metric == "episode_cost":
-                    limit = run["config"].get("cost_limit", 0)
-                    axis.axhline(limit, color=run["colour"], ls=":")
+                    for limit in limits_of(run):
+                        axis.axhline(limit, color=run["colour"], ls=":")
         axis.set_title(PANELS[metric])
         axis.legend(fontsize=7)
     for axis in axes.flat[len(metrics) :]:
@@ -354,7 +394,7 @@ def draw_plane(runs, out_dir):
         hollow = {"facecolors": "white", "edgecolors": colour}
         axis.scatter(costs[:1], rewards[:1], s=50, zorder=3, **hollow)
         axis.scatter(costs[-1:], rewards[-1:], s=50, zorder=3, color=colour)
-        axis.axvline(run["config"].get("cost_limit", 0.0), color=colour, ls=":")
+        axis.axvline(limits_of(run)[0], color=colour, ls=":")
     axis.set(xlabel="cost (dotted: its limit)", ylabel="reward", title="before (hollow) and after")
     axis.legend()
     return save_figure(figure, out_dir, "plane")
