@@ -1,6 +1,7 @@
 """The command that makes docs/constrained.md's table: what it runs, chooses, keeps and draws."""
 
 import os
+import re
 from collections import Counter
 
 import pytest
@@ -106,10 +107,6 @@ def test_a_seed_s_picture_has_the_chosen_value_among_the_others(tmp_path):
     assert study.list_finals("safedpo", setting)[0] in runs  # which is run once for both
 
 
-# The trainer's knobs that methods of the table are about to use.
-ANNOUNCED = {"constraint", "pessimism", "pessimism_test"}
-
-
 def find_script(words):
     """A command's script below the repository's root, and the words behind it."""
     if words[0] != "-m":
@@ -138,8 +135,7 @@ def check_command(command):
             values.update(configurator.run_file(os.path.join(ROOT, word)))
         elif knobs and word.startswith("--"):
             name, _, text = word[2:].partition("=")
-            if name not in ANNOUNCED - knobs.keys():
-                values[name] = configurator.parse(name, text, knobs)
+            values[name] = configurator.parse(name, text, knobs)
     for name, value in values.items():
         configurator.check(name, value, knobs, command)
     check_ranges(values)
@@ -162,20 +158,39 @@ def test_every_command_of_a_shared_stage_knows_its_flags(stage):
         check_command(command.format(**fields))
 
 
-def list_commands_of_the_page():
+def list_code_of_the_page():
+    """The lines of docs/constrained.md that are equations, code or commands."""
     with open(os.path.join(ROOT, "docs", "constrained.md")) as page:
         lines = page.read().splitlines()
+    return [line.strip() for line in lines if line.startswith("    ")]
+
+
+def list_commands_of_the_page():
     commands = []
-    for line in lines:
-        if line.startswith("    python "):
+    for line in list_code_of_the_page():
+        if line.startswith("python "):
             command, _, _ = line.partition("  # ")
-            commands.append(command.removeprefix("    python ").strip())
+            commands.append(command.removeprefix("python ").strip())
     return commands
 
 
 @pytest.mark.parametrize("command", list_commands_of_the_page())
 def test_every_command_of_the_page_knows_its_flags(command):
     check_command(command)
+
+
+def test_every_line_of_code_of_the_page_stands_in_a_script():
+    sources = []
+    for path in ("train_ppo_lag.py", "train_pref.py", "nanosafe/eval/dual.py"):
+        with open(os.path.join(ROOT, path)) as file:
+            sources.append("".join(file.read().split()))  # without white space
+    found = 0
+    for line in list_code_of_the_page():
+        if re.fullmatch(r"[\w\[\]]+ = [\w.]+\(.*\)", line):
+            code = "".join(line.split()).removesuffix("...)")
+            assert any(code in source for source in sources), line
+            found += 1
+    assert found >= 15
 
 
 def test_every_method_has_the_same_budget_of_updates(tmp_path):
