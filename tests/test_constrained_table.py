@@ -5,13 +5,13 @@ import re
 from collections import Counter
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run
 from in_process import run_in_process
 from test_house import CONFIGURED, knobs_of
 
 import configurator
 from nanosafe.ranges import check_ranges
-from nanosafe.storage import read_json, write_json
+from nanosafe.storage import read_json, read_jsonl, write_json, write_jsonl
 from nanosafe.tools import constrained, toy_runs
 from nanosafe.tools.constrained import METHODS, STAGES, Run, Study, choose_setting
 
@@ -156,6 +156,42 @@ def test_every_command_of_a_shared_stage_knows_its_flags(stage):
     fields = {**constrained.fields_of(Run("out/3", 3, 140, stages=(stage,))), "name": stage}
     for command in STAGES[stage]:
         check_command(command.format(**fields))
+
+
+@pytest.fixture(scope="module")
+def seed_folder(world, tmp_path_factory):
+    """A folder of a seed with all that methods need, of small random models and few rows."""
+    folder = tmp_path_factory.mktemp("seed")
+    for stage, model in {"sft": "policy", "reward": "reward", "cost": "cost"}.items():
+        os.makedirs(folder / stage)
+        os.symlink(world / model, folder / stage / "model")
+    os.makedirs(folder / "helpful")
+    os.symlink(world / "policy", folder / "helpful" / "model")
+    pairs = read_jsonl(world / "data" / "pairs" / "train.jsonl")
+    write_jsonl(pairs[:200], folder / "pairs.jsonl")
+    scored = []
+    for number, pair in enumerate(pairs[:100]):
+        answers = [f"{pair['answer']} {k}" for k in range(4)]
+        costs = [-6.0, -5.0 + number / 100, 5.0, 6.0]
+        row = {"input": pair["input"], "answers": answers, "costs": costs}
+        scored.append({**row, "scores": [1.0, 2.0, 3.0, 4.0]})
+    write_jsonl(scored, folder / "scored.jsonl")
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_trains_a_policy(name, world, seed_folder):
+    data = world / "data"
+    shorter = {
+        "train_ppo_lag.py": ["--max_new_tokens=8", f"--prompts={data}/prompts/train.jsonl"],
+        "train_pref.py": [f"--eval_data={data}/reward/test.jsonl:9/-1", "--eval_samples=2"],
+    }
+    policy = Run(str(seed_folder), 3, 2, name, METHODS[name].grid[0])
+    for command in METHODS[name].commands:
+        words = command.format(**constrained.fields_of(policy)).split()
+        run(*words, *shorter.get(words[0], []))
+    assert os.path.exists(f"{seed_folder}/{policy.name}/model/config.json")
 
 
 def list_code_of_the_page():
