@@ -167,6 +167,9 @@ RANGES = {
     "kills": COUNT_OR_0,
     "soak": NOT_NEGATIVE,
     "grow": COUNT_OR_0,
+    "tuning_seed": Range(at_least=0, at_most=2**63 - 1),
+    "trials": COUNT,
+    "processes": COUNT,
 }
 
 
