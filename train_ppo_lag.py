@@ -45,6 +45,7 @@ from nanosafe.inference import (
     check_scorer,
     encode_all_answered,
     last_token_scores,
+    list_constraints,
     response_logps,
     response_values,
     warn_beyond_positions,
@@ -80,7 +81,6 @@ from nanosafe.rl import (
     gae,
     group_advantages,
     length_penalties,
-    list_constraints,
     make_multiplier,
     measure_sampler_gap,
     mix_advantages,
@@ -179,9 +179,7 @@ cost_kind = "score"  # score | unsafe: 1 above 0, else 0, so that cost_limit is 
 cost_limit = 0.0  # the greatest cost allowed, on the scale of cost_kind; the paper's -d; two cost
 # models: 0.0,-1.5 sets a limit for each
 constraint = "mean"  # mean | prompt: what has to keep it, the mean cost or every answer's (RePO)
-pessimism = (
-    0.0  # hold back for the chance of this size that the true mean is higher (HC-RLHF); 0: no
-)
+pessimism = 0.0  # HC-RLHF: the limit holds but for a chance of this size; 0: on average
 pessimism_test = 0  # with pessimism: answers of eval.safety_test at the end, which may err, too
 cost_scale = 1.0  # costs are multiplied by this before they meet rewards; cost_limit stays
 multiplier = "lagrange"  # lagrange | pid | optimistic | bounded: how lambda follows the cost
@@ -524,7 +522,7 @@ while step < steps:
     sampled_logps = pad_sequence(sampled_logps, batch_first=True).to(world.device)  # (B, R)
 
     # 3. log-probabilities of every token, from the training forward
-    # The actor's are computed as in step 6, so that the first ratio is 1: without gradients,
+    # The actor's are computed as in step 7, so that the first ratio is 1: without gradients,
     # compiled blocks round otherwise.
     old_logps = response_logps(
         actor,

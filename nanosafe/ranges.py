@@ -146,6 +146,8 @@ RANGES = {
     "weight_max": POSITIVE,
     # evaluation
     "delta": Range(above=0, below=0.5),  # from 0.5 on the bound would lie below the mean
+    "scale": PROBABILITY,
+    "judges": COUNT,
     "worst": COUNT_OR_0,
     "shots": COUNT_OR_0,
     "max_examples": COUNT_OR_0,

@@ -1,4 +1,4 @@
-"""nanosafe.eval.overoptimisation: policies by proxy and judge, against their KL from a reference."""
+"""nanosafe.eval.overoptimisation: policies by proxy and judge, against their KL."""
 
 import csv
 import json

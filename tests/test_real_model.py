@@ -217,7 +217,7 @@ def write_halves(folder, toy):
 
 
 def test_the_real_run_in_its_short_form(smollm2, toy, tmp_path):
-    """A stranger's first minutes: every stage once, the tables at the end, and nothing done twice."""
+    """A stranger's first minutes: each stage once, tables at the end, and nothing done twice."""
     write_halves(tmp_path, toy)
     command = ["-m", "nanosafe.real_run", f"--model={smollm2}", "--scale=0.02", "--judges=1"]
     printed = run(*command, cwd=tmp_path).stdout

@@ -33,12 +33,13 @@ scale = 1.0  # share of the pairs, of PPO's steps and of the held-out prompts: l
 model = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the instruct model to start from
 judges = 3  # reward and cost models of the other half, each pair with a seed of its own
 # machine
-dtype = (
-    "auto"  # auto | bfloat16 | float32: as the trainers have it; bfloat16 needs a CPU made for it
-)
+dtype = "auto"  # auto | bfloat16 | float32: what is computed in; some CPUs are fast at bfloat16
 # more yardsticks
 rm_bench = ""  # a folder with RM-Bench's files, which judges are tested on as well; empty: none
 sets_folder = ""  # the folder of data/safety/prepare.py's sets, for eval.safety; empty: none
+
+config = configure(globals())
+check_ranges(config)
 
 RECIPES = "config/smollm2"
 HALVES = "pku_saferlhf/halves"
@@ -384,7 +385,4 @@ def print_differences(differences):
     print("\n" + format_table(table))
 
 
-if __name__ == "__main__":
-    config = configure(globals())
-    check_ranges(config)
-    main()
+main()
