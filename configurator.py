@@ -48,6 +48,7 @@ PATHS = {
     "folder",
     "demo",
     "sets_folder",
+    "rm_bench",
     "assignments",
 }
 

@@ -370,6 +370,33 @@ class Policy:
             )
 
 
+class Constraint(NamedTuple):
+    """A cost model and its limit."""
+
+    folder: str  # or FILE.py:NAME
+    limit: float
+
+
+def list_constraints(cost_model, cost_limit):
+    """{name: Constraint} of the knobs: "cost", and of more cost models "cost_2" and so on.
+
+    cost_model  folders with commas between; empty: no constraint
+    cost_limit  a limit for all of them, or a list with one for each"""
+    folders = [folder.strip() for folder in cost_model.split(",") if folder.strip()]
+    is_one = isinstance(cost_limit, (int, float))
+    limits = [cost_limit] * len(folders) if is_one else list(cost_limit)
+    if len(limits) != len(folders):
+        stop(
+            f"cost_limit={cost_limit} has {len(limits)} limits for {len(folders)} cost models: "
+            "give one for all, or one for each"
+        )
+    constraints = {}
+    for number, (folder, limit) in enumerate(zip(folders, limits), start=1):
+        name = "cost" if number == 1 else f"cost_{number}"
+        constraints[name] = Constraint(folder, limit)
+    return constraints
+
+
 def check_scorer(path, score_type):
     """Stop unless a path names a score model of this type, or a function."""
     if names_function(path):

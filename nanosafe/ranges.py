@@ -146,6 +146,8 @@ RANGES = {
     "weight_max": POSITIVE,
     # evaluation
     "delta": Range(above=0, below=0.5),  # from 0.5 on the bound would lie below the mean
+    "scale": PROBABILITY,
+    "judges": COUNT,
     "worst": COUNT_OR_0,
     "shots": COUNT_OR_0,
     "max_examples": COUNT_OR_0,
@@ -167,6 +169,9 @@ RANGES = {
     "kills": COUNT_OR_0,
     "soak": NOT_NEGATIVE,
     "grow": COUNT_OR_0,
+    "tuning_seed": Range(at_least=0, at_most=2**63 - 1),
+    "trials": COUNT,
+    "processes": COUNT,
 }
 
 

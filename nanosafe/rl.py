@@ -12,8 +12,6 @@ from typing import NamedTuple
 
 import torch
 
-from nanosafe.errors import stop
-
 # ---- rewards and costs per token ----
 
 
@@ -274,33 +272,6 @@ def constrained_costs(scores, kind):
     if kind == "score":
         return scores
     return torch.where(scores.isnan(), scores, (scores > 0).to(scores.dtype))
-
-
-class Constraint(NamedTuple):
-    """A cost model and its limit."""
-
-    folder: str  # or FILE.py:NAME
-    limit: float
-
-
-def list_constraints(cost_model, cost_limit):
-    """{name: Constraint} of the knobs: "cost", and of more cost models "cost_2" and so on.
-
-    cost_model  folders with commas between; empty: no constraint
-    cost_limit  a limit for all of them, or a list with one for each"""
-    folders = [folder.strip() for folder in cost_model.split(",") if folder.strip()]
-    is_one = isinstance(cost_limit, (int, float))
-    limits = [cost_limit] * len(folders) if is_one else list(cost_limit)
-    if len(limits) != len(folders):
-        stop(
-            f"cost_limit={cost_limit} has {len(limits)} limits for {len(folders)} cost models: "
-            "give one for all, or one for each"
-        )
-    constraints = {}
-    for number, (folder, limit) in enumerate(zip(folders, limits), start=1):
-        name = "cost" if number == 1 else f"cost_{number}"
-        constraints[name] = Constraint(folder, limit)
-    return constraints
 
 
 CONSTRAINTS = ("mean", "prompt")

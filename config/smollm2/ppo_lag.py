@@ -1,5 +1,5 @@
-# PPO-Lag on real prompts: actor, critics, reward and cost model are adapters on one frozen base, the
-# SFT model. For train_ppo_lag.py.
+# PPO-Lag on real prompts: actor, critics, reward and cost model are adapters on one frozen base,
+# which is the SFT model. For train_ppo_lag.py.
 out_dir = "out/real_run/ppo_lag"
 actor_model = "out/real_run/sft/model"
 reward_model = "out/real_run/reward/model"
@@ -10,7 +10,7 @@ max_len = 256
 max_new_tokens = 128
 max_tokens = 2048
 epochs = 10.0
-max_steps = 80  # 40 rollouts
+max_steps = 64  # 32 rollouts
 rollout_size = 64
 batch_size = 32  # two updates for each rollout
 kl_coef = 0.05

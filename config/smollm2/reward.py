@@ -1,5 +1,6 @@
-# Which of two answers is more helpful: the proxy, which trains the policy. An adapter on the SFT
-# model, as all models after it are, so that PPO-Lag holds the large weights once. For train_pref.py.
+# Which of two answers is more helpful: the proxy, which trains the policy. It is an adapter on the
+# SFT model, as all models after it are, so that PPO-Lag holds the large weights once. For
+# train_pref.py.
 objective = "reward"
 out_dir = "out/real_run/reward"
 init_from = "out/real_run/sft/model"

@@ -5,14 +5,14 @@ $ python -m nanosafe.eval.overoptimisation --reference=SFT=out/demo/sft/model \\
       --reward_models=proxy=out/demo/reward/model,judge=out/judge/reward/model \\
       --cost_models=proxy=out/demo/cost/model,judge=out/judge/cost/model
 
-A policy that is trained on a reward model long enough pleases the model and no longer what the model
-stands for (arXiv:2210.10760). A judge of the same kind, trained on other data, shows from where on.
-The further a policy is from the reference, in nats of KL, the less the two agree.
+A policy that is trained on a reward model for long enough pleases the model, and no longer what the
+model stands for (arXiv:2210.10760). A judge of the same kind, trained on other data, shows from
+which distance on: the picture has what each of them says over the KL from the reference.
 
-NAME@STEP=FOLDER in --models names a policy at an earlier step of its run: those of one NAME are
-joined by a line. All policies answer a prompt with the same random numbers. What a policy answered
-is kept in out_dir with its scores, so that the same command goes on where it was. Writes
-answers.jsonl, table.csv, summary.json and a picture."""
+NAME@STEP=FOLDER in --models is a policy at some step of its run; those of one NAME are joined by a
+line. All policies answer a prompt with the same random numbers. What a policy answered is kept in
+out_dir with its scores, so that the same command goes on where it was. Writes answers.jsonl,
+table.csv, summary.json and a picture."""
 
 import csv
 import hashlib
@@ -232,7 +232,9 @@ def join_runs(summaries):
 
 
 def report(rows_of):
-    """Write all files, and print what they say. rows_of: {policy: its rows}, the reference first."""
+    """Write all files, and print what they say.
+
+    rows_of  {policy: its rows}, the reference first"""
     origin = next(iter(rows_of.values()))
     summaries = {name: summarize(rows, origin) for name, rows in rows_of.items()}
     all_rows = [row for rows in rows_of.values() for row in rows]

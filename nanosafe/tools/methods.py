@@ -8,23 +8,36 @@ It runs the commands that the README shows, each in a process of its own, with o
 
 import math
 import os
-import subprocess
-import sys
-import time
 from typing import NamedTuple
 
 from configurator import configure
 from nanosafe import data
-from nanosafe.printing import print_once
-from nanosafe.storage import (
-    REPOSITORY,
-    load_python_file,
-    read_json,
-    read_metrics,
-    write_json,
-    write_jsonl,
-)
+from nanosafe.storage import REPOSITORY, read_json, read_metrics, write_jsonl
 from nanosafe.tools import demo
+from nanosafe.tools.toy_runs import (
+    COLUMNS,
+    PPO,
+    PPO_LAG,
+    PREFERENCES,
+    REWARD,
+    REWARD_AND_COST,
+    RUN,
+    SAMPLE,
+    SHARED_STAGES,
+    format_cell,
+    format_markdown,
+    format_policy,
+    format_spread,
+    judge_run,
+    keep_result,
+    list_seeds,
+    load_toy,
+    make_tokenizer,
+    read_evaluation,
+    read_results,
+    run_command,
+    run_commands,
+)
 
 seeds = "0,1,2"  # with commas between; the limits are tried with the first one only
 out_dir = "out/methods"  # a folder for each seed
@@ -37,17 +50,8 @@ class Method(NamedTuple):
     commands: list[str]
 
 
-# {out} is the folder of a seed, {name} the method's: its model is in {out}/{name}/model.
-RUN = " --seed={seed} --out_dir={out}/{name}"
-PREFERENCES = "train_pref.py config/toy/{name}.py --init_from={out}/sft/model"
-PPO = "train_ppo_lag.py config/toy/ppo.py"
-PPO_LAG = "train_ppo_lag.py config/toy/ppo_lag.py"
-REWARD = " --actor_model={out}/sft/model --reward_model={out}/reward/model"
-REWARD_AND_COST = REWARD + " --cost_model={out}/cost/model"
-SAMPLE_8 = (
-    "sample.py --model={out}/sft/model --prompts=toy/prompts --num_samples=8 --max_new_tokens=64"
-    " --reward_model={out}/reward/model --seed={seed}"
-)
+# The fields of commands are those of toy_runs.py.
+SAMPLE_8 = SAMPLE + " --prompts=toy/prompts --num_samples=8 --reward_model={out}/reward/model"
 BEST_OF_8 = SAMPLE_8.replace("toy/prompts", "toy/prompts/test")
 SAMPLE_AGAIN = (
     "sample.py --model={out}/ppo_lag/model --prompts=toy/prompts --num_samples=4"
@@ -67,9 +71,9 @@ PPO_LAG_AGAIN = (
     " --cost_model={out}/round2/cost/model"
 )
 METHODS = {
-    "sft": Method("SFT", ["train_sft.py config/toy/sft.py --tokenizer={out}/tokenizer" + RUN]),
-    "reward": Method("", [PREFERENCES + RUN]),
-    "cost": Method("", [PREFERENCES + RUN]),
+    "sft": Method("SFT", SHARED_STAGES["sft"]),
+    "reward": Method("", SHARED_STAGES["reward"]),
+    "cost": Method("", SHARED_STAGES["cost"]),
     "best_of_8": Method(
         "best of 8 samples", [BEST_OF_8 + " --write=sft --out={out}/best_of_8.jsonl"]
     ),
@@ -138,13 +142,6 @@ PRETRAIN_BASE = (
 )
 SFT_OF_BASE = "train_sft.py config/toy/sft.py --init_from={base}/model" + RUN
 ADAPTER = " config/toy/{recipe}.py --lora_rank={rank}"
-COLUMNS = {  # of the table of methods -> the metric, the factor and the format of a number
-    "helpful, benign": ("helpfulness_benign", 1, "{:.2f}"),
-    "helpful, risky": ("helpfulness_risky", 1, "{:.2f}"),
-    "harmful, risky": ("harm_rate_risky", 100, "{:.1f}%"),
-    "refused, benign": ("refusal_rate_benign", 100, "{:.1f}%"),
-    "KL": ("kl", 1, "{:.2f}"),
-}
 POLICY_COLUMNS = {  # of adapters: the last of PPO-Lag alone
     **COLUMNS,
     "cost, last 20 rollouts": ("cost", 1, "{:.2f}"),
@@ -168,7 +165,7 @@ PHF_COLUMNS = {
 
 def main():
     knobs = configure(globals())
-    numbers = [int(text) for text in knobs["seeds"].split(",")]
+    numbers = list_seeds(knobs["seeds"])
     parts = knobs["part"].split(",")
     if not knobs["report_only"]:
         if parts != ["adapters"]:
@@ -185,10 +182,10 @@ def main():
 def run_seed(out_dir, seed, parts, with_limits):
     """Run what has no result yet."""
     out = f"{out_dir}/{seed}"
-    toy = load_python_file(os.path.join(REPOSITORY, "data", "toy", "prepare.py"))
+    toy = load_toy()
     keep_result(out, "tokenizer", make_tokenizer, out)
     for name in METHODS:
-        if "methods" in parts or name in ("sft", "reward", "cost"):
+        if "methods" in parts or name in SHARED_STAGES:
             keep_result(out, name, run_method, toy, out, seed, name)
     if "phf" in parts:
         for objective in OBJECTIVES:
@@ -198,57 +195,25 @@ def run_seed(out_dir, seed, parts, with_limits):
             keep_result(out, f"limit_{limit}", run_limit, toy, out, limit)
 
 
-def keep_result(out, name, function, *arguments):
-    """Write what a function returns to out/name.json, unless that exists."""
-    if not os.path.exists(os.path.join(out, name + ".json")):
-        print_once(f"{time.strftime('%H:%M')} {out} {name}")
-        result = function(*arguments)
-        os.makedirs(out, exist_ok=True)
-        write_json(result, out, name + ".json")
-
-
-def run_command(command, out):
-    """Run a command of the README, with its output in out/log.txt; returns its seconds."""
-    began = time.perf_counter()
-    words = command.split()
-    if words[0] != "-m":
-        words[0] = os.path.join(REPOSITORY, words[0])
-    environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": REPOSITORY}
-    with open(os.path.join(out, "log.txt"), "a") as log:
-        log.write(f"\n$ python {command}\n")
-        log.flush()
-        done = subprocess.run([sys.executable, *words], stdout=log, stderr=log, env=environment)
-    if done.returncode:
-        raise SystemExit(f"error: python {command} failed: see {log.name}")
-    return time.perf_counter() - began
-
-
-def make_tokenizer(out):
-    return {"vocab": len(demo.prepare(out).ASKS)}
-
-
 def run_method(toy, out, seed, name):
-    seconds = 0.0
-    for command in METHODS[name].commands:
-        seconds += run_command(command.format(out=out, seed=seed, name=name), out)
+    log = f"{out}/log.txt"
+    seconds = run_commands(METHODS[name].commands, log, out=out, seed=seed, name=name)
     return {**judge_method(toy, out, name), "seconds": seconds}
 
 
 def judge_method(toy, out, name):
-    """The results of a score model on held-out pairs, or of a policy by gold."""
-    if name in ("reward", "cost"):
-        return read_evaluation(f"{out}/{name}")
+    """judge_run(), also of the answers that are the best of 8."""
     if name == "best_of_8":
         answers = [(row["input"], row["answer"]) for row in data.load(f"{out}/best_of_8.jsonl")]
         judged = demo.gold(toy, answers)
         judged["kl"] = math.log(8) - 7 / 8  # an upper bound of the best of n: log n - (n - 1) / n
         return judged
-    return demo.judge(toy, f"{out}/{name}/model", f"{out}/sft/model")
+    return judge_run(toy, out, name)
 
 
 def run_adapters(out_dir, seeds):
     """The pipeline in full and with adapters of each rank, all on one base."""
-    toy = load_python_file(os.path.join(REPOSITORY, "data", "toy", "prepare.py"))
+    toy = load_toy()
     base = f"{out_dir}/base"
     keep_result(base, "tokenizer", make_tokenizer, base)
     keep_result(base, "base", pretrain_base, base)
@@ -271,19 +236,18 @@ def pretrain_base(base):
             page = f"Question: {request.strip()}\n{''.join(answer)}"
             pages.append({"texts": [page], "scores": [0.0]})
         write_jsonl(pages, f"{base}/{split}.jsonl")
-    run_command(PRETRAIN_BASE.format(out=base), base)
+    run_command(PRETRAIN_BASE.format(out=base), f"{base}/log.txt")
     return read_evaluation(base)
 
 
 def run_adapted(toy, base, folder, seed, rank, name):
     """A stage of the pipeline with adapters of a rank on the base; in full if the rank is 0."""
-    os.makedirs(folder, exist_ok=True)
     command = SFT_OF_BASE if name == "sft" else METHODS[name].commands[0]
     command = command.format(out=folder, seed=seed, name=name, base=base)
     if rank:
         recipe = "lora_ppo_lag" if name == "ppo_lag" else "lora"
         command += ADAPTER.format(recipe=recipe, rank=rank)
-    seconds = run_command(command, folder)
+    seconds = run_command(command, f"{folder}/log.txt")
     result = {**judge_method(toy, folder, name), "seconds": seconds}
     if name == "sft":
         result.update(read_evaluation(f"{folder}/{name}"))
@@ -299,21 +263,15 @@ def run_phf(out, seed, objective):
     command = PRETRAINING.format(out=out, seed=seed, name=objective)
     if objective != "mle":
         command += f" --reference={out}/phf/mle/model"
-    run_command(command, out)
+    run_command(command, f"{out}/log.txt")
     return read_evaluation(f"{out}/phf/{objective}")
-
-
-def read_evaluation(folder):
-    """The metrics of held-out data in the last row of a run."""
-    row = read_metrics(os.path.join(folder, "metrics.jsonl"))[-1]
-    return {name: value for name, value in row.items() if name.startswith("eval_")}
 
 
 def run_limit(toy, out, limit):
     """PPO-Lag under another limit. The error is that of the means of 16 rollouts each, since
     neighbouring rollouts are alike."""
     name = f"limit_{limit}"
-    run_command(LIMITED.format(out=out, limit=limit, name=name), out)
+    run_command(LIMITED.format(out=out, limit=limit, name=name), f"{out}/log.txt")
     rows = read_metrics(f"{out}/{name}/metrics.jsonl")
     rows = rows[-160::2]  # one of the last 80 rollouts each
     means = []
@@ -322,7 +280,7 @@ def run_limit(toy, out, limit):
     mean = sum(means) / len(means)
     squares = sum((x - mean) ** 2 for x in means)
     return {
-        **demo.judge(toy, f"{out}/{name}/model", f"{out}/sft/model"),
+        **judge_run(toy, out, name),
         "cost": mean,
         "error": math.sqrt(squares / (len(means) - 1) / len(means)),
         "lambda": sum(row["lambda"] for row in rows) / len(rows),
@@ -344,23 +302,14 @@ def report(out_dir, seeds):
     report_adapters(out_dir, seeds)
 
 
-def read_results(out_dir, seeds, name):
-    """The results of all seeds that have one."""
-    results = [read_json(f"{out_dir}/{seed}", name + ".json") for seed in seeds]
-    return [result for result in results if result]
-
-
 def report_methods(out_dir, seeds):
     rows = []
     for name, method in METHODS.items():
         results = read_results(out_dir, seeds, name)
         if method.label and results:
-            row = [method.label]
-            for metric, factor, form in COLUMNS.values():
-                row.append(format_spread([factor * result[metric] for result in results], form))
             seconds = sum(result["seconds"] for result in results) / len(results)
-            rows.append([*row, f"{seconds:.0f}"])
-    print_markdown(["method", *COLUMNS, "seconds"], rows)
+            rows.append([method.label, *format_policy(results), f"{seconds:.0f}"])
+    print(format_markdown(["method", *COLUMNS, "seconds"], rows))
 
 
 def report_limits(limits):
@@ -376,7 +325,7 @@ def report_limits(limits):
         ]
         rows.append(row)
     head = ["cost_limit", "mean cost, last 80 rollouts", "lambda"]
-    print_markdown([*head, "helpful, benign", "harmful, risky", "refused, benign"], rows)
+    print(format_markdown([*head, "helpful, benign", "harmful, risky", "refused, benign"], rows))
 
 
 def report_phf(out_dir, seeds):
@@ -389,7 +338,7 @@ def report_phf(out_dir, seeds):
                 values = [result[metric] for result in results if metric in result]
                 row.append(format_spread(values, "{:.3f}") if values else "")
             rows.append(row)
-    print_markdown(["objective", *PHF_COLUMNS], rows)
+    print(format_markdown(["objective", *PHF_COLUMNS], rows))
 
 
 def report_adapters(out_dir, seeds):
@@ -410,29 +359,8 @@ def report_adapters(out_dir, seeds):
             for column in POLICY_COLUMNS.values():
                 row.append(format_cell(results[stage], column))
             policy_rows.append(row)
-    print_markdown(["", *HELD_OUT_COLUMNS], held_out_rows)
-    print_markdown(["", *POLICY_COLUMNS], policy_rows)
-
-
-def format_cell(results, column):
-    """The spread of a metric over the results that have it.
-
-    column  the metric, the factor and the format of a number"""
-    metric, factor, form = column
-    values = [factor * result[metric] for result in results if metric in result]
-    return format_spread(values, form) if values else ""
-
-
-def format_spread(values, form):
-    """The mean, the least and the greatest of some values."""
-    mean = sum(values) / len(values)
-    return f"{form.format(mean)} ({form.format(min(values))} to {form.format(max(values))})"
-
-
-def print_markdown(head, rows):
-    print(f"\n| {' | '.join(head)} |\n|{'---|' * len(head)}")
-    for row in rows:
-        print(f"| {' | '.join(str(cell) for cell in row)} |")
+    print(format_markdown(["", *HELD_OUT_COLUMNS], held_out_rows))
+    print(format_markdown(["", *POLICY_COLUMNS], policy_rows))
 
 
 def draw(limits, policies):

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from nanosafe.adapter_base import find_whole_model, is_adapter
 from nanosafe.hub import find_model
+from nanosafe.inference import list_constraints
 from nanosafe.lora import Lora
-from nanosafe.rl import list_constraints
 from nanosafe.storage import names_function
 from nanosafe.tools.devices import GPUS_PER_NODE
 from nanosafe.tools.model_sizes import adapter_size, count_numbers, model_tensors

@@ -33,18 +33,19 @@ scale = 1.0  # share of the pairs, of PPO's steps and of the held-out prompts: l
 model = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the instruct model to start from
 judges = 3  # reward and cost models of the other half, each pair with a seed of its own
 # machine
-dtype = (
-    "auto"  # auto | bfloat16 | float32: as the trainers have it; bfloat16 needs a CPU made for it
-)
+dtype = "auto"  # auto | bfloat16 | float32: what is computed in; some CPUs are fast at bfloat16
 # more yardsticks
 rm_bench = ""  # a folder with RM-Bench's files, which judges are tested on as well; empty: none
 sets_folder = ""  # the folder of data/safety/prepare.py's sets, for eval.safety; empty: none
 
+config = configure(globals())
+check_ranges(config)
+
 RECIPES = "config/smollm2"
 HALVES = "pku_saferlhf/halves"
 PROXY_PAIRS = 1500  # as the recipes have it, like the numbers below
-JUDGE_PAIRS = 3000
-PPO_STEPS = 80
+JUDGE_PAIRS = 2000
+PPO_STEPS = 64
 UPDATES = 2  # optimizer steps of a rollout: a run can be left and gone on with between rollouts
 SNAPSHOTS = (0.1, 0.3, 0.6, 1.0)  # shares of a PPO run's steps at which the policy is kept
 HELD_OUT_PROMPTS = 256
@@ -124,9 +125,8 @@ def list_stages():
         Stage("cost", train_proxy("cost")),
         Stage("start", measure_start()),
     ]
-    for share in SNAPSHOTS:
+    for steps in list_snapshots():
         for name in RUNS:
-            steps = ppo_steps(share)
             stages.append(Stage(f"{name}@{steps}", train_policy(name, steps)))
     for number in range(judges):
         for kind in ("reward", "cost"):
@@ -194,10 +194,15 @@ def train_judge(kind, number):
     return add_common_flags(command, f"judge_{kind}_{number}", seed + 1 + number)
 
 
-def ppo_steps(share):
-    """So much of a PPO run, in optimizer steps of whole rollouts."""
-    rollouts = max(1, round(PPO_STEPS / UPDATES * scale * share))
-    return UPDATES * rollouts
+def list_snapshots():
+    """The optimizer steps of a PPO run at which its policy is kept: ends of rollouts, the last one
+    that of the run."""
+    snapshots = []
+    for share in SNAPSHOTS:
+        rollouts = max(1, round(PPO_STEPS / UPDATES * scale * share))
+        if UPDATES * rollouts not in snapshots:
+            snapshots.append(UPDATES * rollouts)
+    return snapshots
 
 
 def train_policy(name, steps):
@@ -262,8 +267,7 @@ def measure_start():
 def compare_policies():
     policies = {}
     for name, label in RUNS.items():
-        for share in SNAPSHOTS:
-            steps = ppo_steps(share)
+        for steps in list_snapshots():
             policies[f"{label}@{steps}"] = path(f"{name}@{steps}")
     rewards = {"proxy": path("reward/model"), "judge": path("judge_reward_0/model")}
     costs = {"proxy": path("cost/model"), "judge": path("judge_cost_0/model")}
@@ -355,7 +359,7 @@ def measure_differences():
     rows_of = {}
     for row in read_jsonl(path("policies/answers.jsonl")):
         rows_of.setdefault(row["policy"], []).append(row)
-    last = {name: f"{label}@{ppo_steps(1.0)}" for name, label in RUNS.items()}
+    last = {name: f"{label}@{list_snapshots()[-1]}" for name, label in RUNS.items()}
     compared = [(last["ppo_lag"], "SFT"), (last["ppo"], "SFT"), (last["ppo_lag"], last["ppo"])]
     differences = {}
     for one, other in compared:
@@ -381,7 +385,4 @@ def print_differences(differences):
     print("\n" + format_table(table))
 
 
-if __name__ == "__main__":
-    config = configure(globals())
-    check_ranges(config)
-    main()
+main()
