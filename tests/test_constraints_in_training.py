@@ -380,7 +380,8 @@ def standardise(values):
 @pytest.mark.parametrize("order", ["each", "gdpo"])
 def test_rewards_and_costs_are_standardised_in_their_groups_one_by_one(order, train, other_cost):
     """And gdpo's mixture once more over the whole rollout. The KL counts in the reward only."""
-    flags = [f"--cost_model={other_cost},{LENGTH}", "--cost_limit=0,0.1", "--lambda_lr=0.5"]
+    costs = [f"--cost_model={other_cost},{LENGTH}", "--cost_limit=0,0.1"]
+    flags = [*costs, "--lambda_lr=0.5", "--kl_coef=5"]
     done = train(*GROUPS, f"--normalize_groups={order}", *flags, "--max_steps=4")
     lambdas = [multiplier.value for multiplier in done["multipliers"].values()]
     assert lambdas[0] != lambdas[1]
