@@ -71,6 +71,7 @@ yes = False  # do not ask whether to spend the money
 # machine
 max_tokens = 8192  # packed tokens per forward when answers are scored
 device = "auto"  # auto | cpu | cuda
+dtype = "auto"  # what is computed in: auto | bfloat16 | float32
 config = configure(globals())
 check_ranges(config)
 
@@ -183,7 +184,7 @@ class Samples:
 
 def digest_policy(folder, world):
     """A text that changes with a policy's files and with how its answers are sampled."""
-    facts = [fingerprint_model(None, folder, world), seed, temperature, max_new_tokens]
+    facts = [fingerprint_model(None, folder, world), seed, temperature, max_new_tokens, dtype]
     return hashlib.blake2b(json.dumps(facts).encode(), digest_size=8).hexdigest()
 
 
@@ -194,7 +195,8 @@ def answer_items(name, folder, items, world):
     prompts = {hash_prompt(item.prompt): item.prompt for item in items}
     missing = [uid for uid in prompts if uid not in samples.by_uid]
     if missing:
-        policy = Policy(folder, world, max_new_tokens, temperature=temperature, seed=seed)
+        sampling = {"temperature": temperature, "seed": seed}
+        policy = Policy(folder, world, max_new_tokens, dtype=dtype, **sampling)
     step = PORTION * world.size
     for start in range(0, len(missing), step):
         uids = missing[start : start + step]
@@ -449,7 +451,7 @@ for name, folder in players.items():
 for kind, folder in scorers.items():
     if not folder:
         continue
-    scorer = load_scorer(folder, world, choose_dtype("auto", world), max_tokens, kind)
+    scorer = load_scorer(folder, world, choose_dtype(dtype, world), max_tokens, kind)
     for name in players:
         scores = score_answers(scorer, prompts, answers[name])
         for row, score in zip(rows[name], scores):

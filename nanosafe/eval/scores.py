@@ -39,6 +39,7 @@ worst = 3  # mistakes to print, the hardest first
 # machine
 max_tokens = 8192  # packed tokens per forward
 device = "auto"  # auto | cpu | cuda
+dtype = "auto"  # what is computed in: auto | bfloat16 | float32
 config = configure(globals())
 check_ranges(config)
 
@@ -336,7 +337,7 @@ choose("objective", objective, ("auto", "reward", "cost"))
 make_folder(out_dir)
 world = init(device, config)
 asked_type = None if objective == "auto" else objective
-scorer = ScoreModel(model, world, choose_dtype("auto", world), max_tokens, asked_type)
+scorer = ScoreModel(model, world, choose_dtype(dtype, world), max_tokens, asked_type)
 objective = scorer.model.config.score_type
 pairs = read_pairs(data, objective, scorer.tok, max_len)
 

@@ -44,10 +44,10 @@ check_ranges(config)
 RECIPES = "config/smollm2"
 HALVES = "pku_saferlhf/halves"
 PROXY_PAIRS = 1500  # as the recipes have it, like the numbers below
-JUDGE_PAIRS = 2000
-PPO_STEPS = 64
+JUDGE_PAIRS = 1500
+PPO_STEPS = 48
 UPDATES = 2  # optimizer steps of a rollout: a run can be left and gone on with between rollouts
-SNAPSHOTS = (0.1, 0.3, 0.6, 1.0)  # shares of a PPO run's steps at which the policy is kept
+SNAPSHOTS = (0.15, 0.5, 1.0)  # shares of a PPO run's steps at which the policy is kept
 HELD_OUT_PROMPTS = 256
 PROMPTS_PER_SET = 60  # of the field's safety prompts
 MAX_NEW_TOKENS = 128
@@ -136,9 +136,8 @@ def list_stages():
     for name in list_scorers():
         stages.append(Stage(f"scores_{name}", test_scorer(name)))
     if rm_bench:
-        for name in list_scorers():
-            if "reward" in name:
-                stages.append(Stage(f"rm_bench_{name}", test_on_rm_bench(name)))
+        for name in ("reward", "judge_reward_0"):
+            stages.append(Stage(f"rm_bench_{name}", test_on_rm_bench(name)))
     if sets_folder:
         stages.append(Stage("safety", ask_safety_sets()))
     return stages
@@ -172,7 +171,6 @@ def train_scorer(kind, recipes, half, pairs):
     command += recipes
     if scale < 1:
         command.append(f"--data={HALVES}/{half}:{max(8, round(pairs * scale))}/-1")
-        command.append(f"--eval_data={held_out_pairs()}")
     return command
 
 
@@ -183,6 +181,8 @@ def held_out_pairs():
 
 def train_proxy(kind):
     command = train_scorer(kind, [], "proxy", PROXY_PAIRS)
+    if scale < 1:
+        command.append(f"--eval_data={held_out_pairs()}")
     command.append(f"--init_from={path('sft/model')}")
     return add_common_flags(command, kind, seed)
 
@@ -278,7 +278,7 @@ def test_scorer(name):
     """The command that tests a score model on the held-out pairs of both halves."""
     command = ["-m", "nanosafe.eval.scores", f"--model={path(name)}/model"]
     command += [f"--data={held_out_pairs()}", f"--out_dir={path('scores')}/{name}"]
-    return command
+    return command + machine_flags()
 
 
 def test_on_rm_bench(name):
@@ -288,7 +288,7 @@ def test_on_rm_bench(name):
             files.append(os.path.join(rm_bench, file))
     command = ["-m", "nanosafe.eval.scores", f"--model={path(name)}/model", "--objective=reward"]
     command += [f"--data={','.join(files)}", f"--out_dir={path('rm_bench')}/{name}"]
-    return command
+    return command + machine_flags()
 
 
 def ask_safety_sets():
@@ -305,7 +305,7 @@ def ask_safety_sets():
         f"--max_new_tokens={MAX_NEW_TOKENS}",
         f"--out_dir={path('safety')}",
     ]
-    return command
+    return command + machine_flags()
 
 
 # ---- what the results say ----
