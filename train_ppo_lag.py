@@ -67,7 +67,7 @@ from nanosafe.losses import (
 from nanosafe.monitor import Monitor, check_sinks
 from nanosafe.parallel import MetricSums, backward, choose_placements, init
 from nanosafe.printing import print_once
-from nanosafe.ranges import check_ranges
+from nanosafe.ranges import check_cost_limit, check_ranges
 from nanosafe.rl import (
     ADVANTAGES,
     CONSTRAINTS,
@@ -239,11 +239,7 @@ if normalize_groups != "mixed" and (advantage != "grpo" or not constraints):
 cost_folders = []
 for folder, limit in constraints.values():
     cost_folders.append(folder)
-    if cost_kind == "unsafe" and not 0 <= limit <= 1:
-        stop(
-            f"cost_kind='unsafe' makes cost_limit a share of answers, so cost_limit={limit} must "
-            "be from 0 to 1"
-        )
+    check_cost_limit(cost_kind, limit)
 if pessimism and (pessimism_test == 1 or min(cost_window, rollout_size * num_samples) < 2):
     stop(
         f"pessimism={pessimism} needs the deviation of several costs: cost_window={cost_window}, "

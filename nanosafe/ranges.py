@@ -185,6 +185,15 @@ def check_ranges(config):
                 stop(f"{name}={value!r} must be {allowed.describe()}")
 
 
+def check_cost_limit(cost_kind, cost_limit):
+    """Stop with one line unless the limit of indicator costs is a share."""
+    if cost_kind == "unsafe" and not 0 <= cost_limit <= 1:
+        stop(
+            f"cost_kind='unsafe' makes cost_limit a share of answers, so cost_limit={cost_limit} "
+            "must be from 0 to 1"
+        )
+
+
 def check_heads(hidden_size, num_attention_heads, num_key_value_heads):
     """Stop with one line unless a new model's width can be cut into its heads."""
     if num_attention_heads % (num_key_value_heads or num_attention_heads):

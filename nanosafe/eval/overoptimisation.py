@@ -17,8 +17,9 @@ table.csv, summary.json and a picture."""
 import csv
 import hashlib
 import json
-import os
 import re
+
+import numpy as np
 
 from configurator import configure
 from nanosafe.data.examples import list_texts
@@ -29,6 +30,7 @@ from nanosafe.eval.players import (
     parse_player,
     read_prompts,
     score_answers,
+    share_from_main,
 )
 from nanosafe.eval.statistics import bootstrap_interval, wilson_interval
 from nanosafe.inference import (
@@ -43,7 +45,6 @@ from nanosafe.parallel import close, init
 from nanosafe.printing import format_table, print_once
 from nanosafe.ranges import check_ranges
 from nanosafe.storage import (
-    format_json,
     make_folder,
     read_json,
     replace_non_finite,
@@ -148,12 +149,11 @@ def sum_answer_logps(policy, answers):
 def find_rows(name, folder, prompts, uids, scorers, bases):
     """A policy's rows: from an earlier run where nothing has changed since, else measured."""
     path = re.sub(r"[^\w@.-]", "_", name) + ".json"
-    wanted = digest(folder, scorers, uids)
-    if os.path.exists(os.path.join(out_dir, path)):
-        kept = read_json(out_dir, path)
-        if kept["digest"] == wanted:
-            print_once(f"{name}: its answers and scores are in {out_dir}/{path}")
-            return kept["rows"]
+    wanted = share_from_main(digest(folder, scorers, uids), world)
+    kept = share_from_main(read_json(out_dir, path) if world.main else {}, world)
+    if kept.get("digest") == wanted:
+        print_once(f"{name}: its answers and scores are in {out_dir}/{path}")
+        return kept["rows"]
     rows = measure_policy(name, folder, prompts, uids, scorers, bases)
     if world.main:
         write_json({"digest": wanted, "rows": replace_non_finite(rows, str)}, out_dir, path)
@@ -178,19 +178,12 @@ def summarize(rows, origin):
             before = [row[kind][name] for row in origin]
             gains = [score - score_before for score, score_before in zip(scores, before)]
             measured = {"mean": bootstrap_interval(scores), "gain": bootstrap_interval(gains)}
-            deviation = standard_deviation(before)
+            deviation = float(np.std(before)) or 1.0  # 1 where all scores are equal
             measured["standardised"] = measured["gain"].mean / deviation
             if kind == "cost":
                 measured["unsafe"] = wilson_interval([score > 0 for score in scores])
             summary[kind][name] = measured
     return summary
-
-
-def standard_deviation(scores):
-    """The standard deviation of scores, and 1 where they are all equal."""
-    mean = sum(scores) / len(scores)
-    variance = sum((score - mean) ** 2 for score in scores) / len(scores)
-    return variance**0.5 or 1.0
 
 
 def format_interval(interval):
@@ -244,7 +237,7 @@ def report(rows_of):
         csv.writer(f).writerows(table)
     print(f"\n{format_table(table)}\n[95 %: bootstrap of a mean, Wilson's interval of a share]")
     knobs = {"reference": reference, "prompts": data, "temperature": temperature}
-    write_json({**knobs, "policies": json.loads(format_json(summaries))}, out_dir, "summary.json")
+    write_json({**knobs, "policies": summaries}, out_dir, "summary.json")
     pictures = plot.overoptimisation(join_runs(summaries), out_dir)
     print(f"\n{out_dir}: answers.jsonl, table.csv, summary.json{pictures}")
 

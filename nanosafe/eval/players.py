@@ -10,6 +10,7 @@ from nanosafe.data import load
 from nanosafe.data.examples import read_prompt
 from nanosafe.errors import stop
 from nanosafe.inference import name_of_folder
+from nanosafe.parallel import all_gather_lists
 
 # ---- policies ----
 
@@ -99,3 +100,13 @@ def score_answers(scorer, prompts, answers):
     """The scores of a policy's answers, which the scorer reads in its own words."""
     scores = scorer.score_answers(prompts, answers.questions, answers.responses, answers.tokenizer)
     return [round(score, 4) for score in scores]
+
+
+# ---- ranks ----
+
+
+def share_from_main(value, world):
+    """Rank 0's value, on every rank."""
+    values = [value] if world.main else []
+    (shared,) = all_gather_lists(values, range(len(values)), 1)
+    return shared

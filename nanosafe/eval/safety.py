@@ -36,11 +36,12 @@ from nanosafe.eval.players import (
     name_players,
     parse_player,
     score_answers,
+    share_from_main,
 )
 from nanosafe.eval.rubrics import SYSTEM, find_rubric
 from nanosafe.eval.statistics import bootstrap_interval, wilson_interval
 from nanosafe.inference import Policy, check_scorer, choose_dtype, fingerprint_model, load_scorer
-from nanosafe.parallel import all_gather_lists, close, init
+from nanosafe.parallel import close, init
 from nanosafe.printing import format_table, print_once
 from nanosafe.ranges import check_ranges
 from nanosafe.storage import format_json, make_folder, read_jsonl, write_json, write_jsonl
@@ -143,13 +144,6 @@ def spread(items, count):
 
 
 # ---- answers ----
-
-
-def share_from_main(value, world):
-    """Rank 0's value, on every rank."""
-    values = [value] if world.main else []
-    (shared,) = all_gather_lists(values, range(len(values)), 1)
-    return shared
 
 
 class Samples:

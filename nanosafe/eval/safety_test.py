@@ -33,7 +33,7 @@ from nanosafe.errors import choose, stop
 from nanosafe.eval.players import answer_prompts, hash_prompt, read_prompts
 from nanosafe.inference import Policy, check_scorer, choose_dtype, load_scorer
 from nanosafe.parallel import close, init
-from nanosafe.ranges import check_ranges
+from nanosafe.ranges import check_cost_limit, check_ranges
 from nanosafe.rl import COST_KINDS, batch_moments, constrained_costs, pessimism_factor
 from nanosafe.storage import make_folder, write_json, write_jsonl
 
@@ -95,11 +95,7 @@ def list_warnings(result):
 
 # ---- run ----
 choose("cost_kind", cost_kind, COST_KINDS)
-if cost_kind == "unsafe" and not 0 <= cost_limit <= 1:
-    stop(
-        f"cost_kind='unsafe' makes cost_limit a share of answers, so cost_limit={cost_limit} must "
-        "be from 0 to 1"
-    )
+check_cost_limit(cost_kind, cost_limit)
 make_folder(out_dir)
 world = init(device, config)
 check_scorer(cost_model, "cost")

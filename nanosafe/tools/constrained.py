@@ -26,6 +26,7 @@ from nanosafe.ranges import check_ranges
 from nanosafe.storage import atomic_write, make_folder, read_json, write_json
 from nanosafe.tools import plot
 from nanosafe.tools.constrained_methods import FILES_ONLY, METHODS, STAGES
+from nanosafe.tools.demo import load_toy
 from nanosafe.tools.toy_runs import (
     COLUMNS,
     format_markdown,
@@ -33,7 +34,6 @@ from nanosafe.tools.toy_runs import (
     judge_run,
     keep_result,
     list_seeds,
-    load_toy,
     make_tokenizer,
     read_results,
     run_commands,

@@ -29,8 +29,8 @@ from nanosafe.checkpoint import run_state
 from nanosafe.errors import stop
 from nanosafe.printing import format_table
 from nanosafe.ranges import check_ranges
-from nanosafe.storage import REPOSITORY, load_python_file, write_json
-from nanosafe.tools.demo import judge
+from nanosafe.storage import REPOSITORY, write_json
+from nanosafe.tools.demo import judge, load_toy
 from nanosafe.tools.toy_world import make_world, rows_of, same_state, trainer_flags
 
 kills = 50  # of each trainer
@@ -139,10 +139,6 @@ def make_toy_world(out):
     os.environ["NANOSAFE_CACHE"] = os.path.join(out, "cache")
     world = make_world(load_toy(), Path(out, "world"))
     return {name: [str(word) for word in words] for name, words in trainer_flags(world).items()}
-
-
-def load_toy():
-    return load_python_file(os.path.join(REPOSITORY, "data", "toy", "prepare.py"))
 
 
 def kill_trainer(command, folder, kills, seed, log):

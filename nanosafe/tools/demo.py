@@ -78,9 +78,7 @@ def main(out_dir, seed):
 
 def prepare(out_dir):
     """Write the toy world's data and train a tokenizer; returns data/toy/prepare.py as a module."""
-    toy = load_python_file(
-        os.path.join(REPOSITORY, "data", "toy", "prepare.py")
-    )  # data/ is no package
+    toy = load_toy()
     print_heading("prepare the data", "python data/toy/prepare.py")
     toy.main()
     print_heading("train a tokenizer on the demonstrations")
@@ -90,6 +88,11 @@ def prepare(out_dir):
     tok = train_tokenizer(texts, 900, os.path.join(out_dir, "tokenizer"))
     print(f"{tok.vocab_size} pieces in {out_dir}/tokenizer")
     return toy
+
+
+def load_toy():
+    """data/toy/prepare.py as a module: data/ is no package."""
+    return load_python_file(os.path.join(REPOSITORY, "data", "toy", "prepare.py"))
 
 
 def write_demonstration(row):
@@ -124,12 +127,21 @@ def train_tokenizer(texts, vocab_size, path):
 def train(stage, out_dir, seed):
     """Run a stage's script with its recipe, in place of an earlier run of it."""
     shutil.rmtree(os.path.join(out_dir, stage), ignore_errors=True)
-    script, *arguments = command_of(stage, out_dir, seed)
-    command = shlex.join(["python", script, *arguments])
+    words = command_of(stage, out_dir, seed)
+    command = shlex.join(["python", *words])
     print_heading(stage, command)
-    done = subprocess.run([sys.executable, os.path.join(REPOSITORY, script), *arguments])
+    done = run_python(words)
     if done.returncode:
         raise SystemExit(f"error: the command above failed: {command}")
+
+
+def run_python(words, **options):
+    """Run `python WORDS`, a script of the repository or -m and a module, as one would there.
+
+    options  of subprocess.run()"""
+    if words[0] != "-m":
+        words = [os.path.join(REPOSITORY, words[0]), *words[1:]]
+    return subprocess.run([sys.executable, *words], **options)
 
 
 def command_of(stage, out_dir, seed):

@@ -31,7 +31,6 @@ from nanosafe.tools.toy_runs import (
     judge_run,
     keep_result,
     list_seeds,
-    load_toy,
     make_tokenizer,
     read_evaluation,
     read_results,
@@ -182,7 +181,7 @@ def main():
 def run_seed(out_dir, seed, parts, with_limits):
     """Run what has no result yet."""
     out = f"{out_dir}/{seed}"
-    toy = load_toy()
+    toy = demo.load_toy()
     keep_result(out, "tokenizer", make_tokenizer, out)
     for name in METHODS:
         if "methods" in parts or name in SHARED_STAGES:
@@ -213,7 +212,7 @@ def judge_method(toy, out, name):
 
 def run_adapters(out_dir, seeds):
     """The pipeline in full and with adapters of each rank, all on one base."""
-    toy = load_toy()
+    toy = demo.load_toy()
     base = f"{out_dir}/base"
     keep_result(base, "tokenizer", make_tokenizer, base)
     keep_result(base, "base", pretrain_base, base)

@@ -13,18 +13,16 @@ to held-out prompts. What is done is not done again: its command stands in done.
 import os
 import shlex
 import shutil
-import subprocess
-import sys
 import time
 from typing import NamedTuple
 
 from configurator import configure
 from nanosafe.errors import stop
+from nanosafe.eval.statistics import bootstrap_interval
 from nanosafe.printing import format_table
 from nanosafe.ranges import check_ranges
-from nanosafe.eval.statistics import bootstrap_interval
 from nanosafe.storage import REPOSITORY, make_folder, read_json, read_jsonl, write_json
-from nanosafe.tools.demo import print_heading
+from nanosafe.tools.demo import print_heading, run_python
 
 # run
 out_dir = "out/real_run"  # the folder of all stages, to go on in
@@ -104,11 +102,7 @@ def go_on(stage):
 def run(command):
     """Run `python COMMAND`; returns its seconds. Stops with one line if it fails."""
     began = time.perf_counter()
-    words = list(command)
-    if words[0] != "-m":
-        words[0] = os.path.join(REPOSITORY, words[0])
-    environment = {**os.environ, "PYTHONPATH": REPOSITORY}
-    finished = subprocess.run([sys.executable, *words], env=environment)
+    finished = run_python(command, env={**os.environ, "PYTHONPATH": REPOSITORY})
     if finished.returncode:
         stop(f"the command above failed: {shlex.join(['python', *command])}")
     return time.perf_counter() - began

@@ -5,15 +5,12 @@ A command is a text with fields: {out} is the folder of a seed, and {name} is th
 whose model is in {out}/{name}/model."""
 
 import os
-import subprocess
-import sys
 import time
 
 from nanosafe.errors import stop
 from nanosafe.printing import print_once
 from nanosafe.storage import (
     REPOSITORY,
-    load_python_file,
     make_folder,
     read_json,
     read_metrics,
@@ -50,14 +47,11 @@ def run_command(command, log):
     Stops if the command fails."""
     print_once(f"$ python {command}")
     began = time.perf_counter()
-    words = command.split()
-    if words[0] != "-m":
-        words[0] = os.path.join(REPOSITORY, words[0])
     environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": REPOSITORY}
     with open(log, "a") as file:
         file.write(f"\n$ python {command}\n")
         file.flush()
-        done = subprocess.run([sys.executable, *words], stdout=file, stderr=file, env=environment)
+        done = demo.run_python(command.split(), stdout=file, stderr=file, env=environment)
     if done.returncode:
         raise SystemExit(f"error: python {command} failed: see {log}")
     return time.perf_counter() - began
@@ -80,11 +74,6 @@ def read_results(out_dir, seeds, name):
     """The results of all seeds that have one."""
     results = [read_json(f"{out_dir}/{seed}", name + ".json") for seed in seeds]
     return [result for result in results if result]
-
-
-def load_toy():
-    """data/toy/prepare.py as a module: data/ is no package."""
-    return load_python_file(os.path.join(REPOSITORY, "data", "toy", "prepare.py"))
 
 
 def make_tokenizer(out):
