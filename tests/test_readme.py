@@ -56,7 +56,9 @@ def has_knobs(line):
 
 
 def can_run_here(line):
-    """Whether a command needs no more than the demo's models: no 7B model, download or server."""
+    """Whether a command needs no more than the demo's models: no 7B model, download or server.
+
+    tests/test_real_model.py has a short form of real_run, which downloads its model."""
     _, arguments = parse_command(line)
     name = name_of(line)
     names_a_large_model = "beaver_7b" in line or "models/" in line or "smol" in line.lower()
@@ -67,7 +69,9 @@ def can_run_here(line):
         return False
     if name == "prepare":
         return "--annotate=" in line
-    if name in ("demo", "judge") or (line.startswith("torchrun") and "config/toy" not in line):
+    if name in ("demo", "judge", "real_run"):
+        return False
+    if line.startswith("torchrun") and "config/toy" not in line:
         return False
     return not names_a_large_model and not has_placeholders
 
