@@ -360,6 +360,28 @@ def test_a_command_that_fails_stops_with_one_line_and_leaves_its_output(tmp_path
     assert text.startswith("\n$ python data/toy/prepare.py --no=1\nerror: the flags are")
 
 
+def test_a_trainer_that_was_asked_to_stop_has_not_made_a_result(tmp_path, monkeypatch):
+    def save_early(words, **options):
+        state = tmp_path / "run" / "state" / "step_000003"
+        state.mkdir(parents=True)
+        write_json({"steps": 8}, str(state), "record.json")
+        (state.parent / "latest").write_text("step_000003\n")
+        return 0  # as a trainer exits after SIGTERM
+
+    monkeypatch.setattr(toy_runs.demo, "run_python", save_early)
+    command = f"train_sft.py --max_steps=8 --out_dir={tmp_path}/run"
+    with pytest.raises(SystemExit, match="was asked to stop before its last step"):
+        toy_runs.run_command(command, f"{tmp_path}/log.txt")
+
+
+def test_a_seed_of_the_table_is_no_tuning_seed(tmp_path):
+    flags = ("--plan=True", f"--out_dir={tmp_path}", "--seeds=2,3")
+    done = run("-m", "nanosafe.tools.constrained", *flags, check=False)
+    assert done.stderr.splitlines()[-1] == (
+        "error: tuning_seed=3 is one of the table's seeds (2,3): choose another one"
+    )
+
+
 # ---- what is reported ----
 
 
@@ -387,8 +409,8 @@ def test_the_report_has_a_row_for_each_method_from_stored_results(tmp_path, caps
     study = make_study(tmp_path, ["safedpo", "kto"])
     fill_stages(study)
     fill(study, "safedpo")
-    picture = f"{tmp_path}/picture.png"
-    constrained.report(study, picture)
+    constrained.report(study)
+    picture = f"{study.out_dir}/constrained.png"
     printed = capsys.readouterr().out
     with open(f"{tmp_path}/tables.md") as file:
         assert file.read() in printed
@@ -427,7 +449,7 @@ def test_the_picture_has_a_curve_for_each_method_and_names_it(tmp_path, monkeypa
     fill_stages(study)
     for method in METHODS:
         fill(study, method)
-    constrained.draw(study, f"{tmp_path}/picture.png")
+    constrained.draw(study)
     _, ((left, right),) = made[0]
     labels = []
     for axis in (left, right):
@@ -444,7 +466,7 @@ def test_the_picture_has_a_curve_for_each_method_and_names_it(tmp_path, monkeypa
 
 
 def test_a_report_of_nothing_has_no_rows(tmp_path, capsys):
-    constrained.report(make_study(tmp_path, ["safedpo"]), f"{tmp_path}/picture.png")
+    constrained.report(make_study(tmp_path, ["safedpo"]))
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(rows) == 6  # three heads
 
@@ -466,7 +488,7 @@ def test_the_plan_names_the_runs_and_their_hours_and_runs_nothing(tmp_path, monk
 
 
 def test_the_report_alone_runs_nothing(tmp_path, monkeypatch, capsys):
-    flags = ("--report_only=True", f"--out_dir={tmp_path}", f"--picture={tmp_path}/p.png")
+    flags = ("--report_only=True", f"--out_dir={tmp_path}")
     printed, _ = run_in_process(
         "nanosafe/tools/constrained.py", *flags, monkeypatch=monkeypatch, capsys=capsys
     )

@@ -240,3 +240,13 @@ def test_the_real_run_in_its_short_form(smollm2, toy, tmp_path):
     assert "$ python" not in again
     other = run(*command, "--seed=1", cwd=tmp_path, check=False)
     assert other.stderr.splitlines()[-1].startswith("error: 'out/real_run' holds sft of another")
+
+
+@pytest.mark.parametrize(
+    "flag, words",
+    [("--rm_bench=none", "has none of RM-Bench's files"), ("--sets_folder=none", "there is no")],
+)
+def test_the_real_run_asks_for_its_yardsticks_before_all_work(flag, words, tmp_path):
+    done = run("-m", "nanosafe.real_run", flag, cwd=tmp_path, check=False)
+    assert words in done.stderr.splitlines()[-1]
+    assert "$ python" not in done.stdout

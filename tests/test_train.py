@@ -16,7 +16,7 @@ from conftest import ROOT, rows_of, run, same_state, small_config
 from in_process import run_in_process
 
 from nanosafe import checkpoint, tokenizer
-from nanosafe.checkpoint import init_from_scratch
+from nanosafe.checkpoint import init_from_scratch, run_state
 from nanosafe.tools import demo
 
 
@@ -151,7 +151,9 @@ def test_a_signal_saves_and_exits_with_0_and_the_run_can_go_on(signal_number, tr
     assert process.wait(timeout=900) == 0
     latest = (stopped / "state" / "latest").read_text()
     assert 3 <= int(latest.split("_")[1]) <= 40
+    assert run_state.is_unfinished(stopped) == (int(latest.split("_")[1]) < 40)
     run(*flags, f"--out_dir={stopped}", "--resume=True")
+    assert not run_state.is_unfinished(stopped)
     assert same_state(whole, stopped)
 
 

@@ -279,6 +279,17 @@ def find_latest_state(out_dir):
     stop(f"no state in {out_dir!r} is whole: start another run")
 
 
+def is_unfinished(out_dir):
+    """Whether a run's latest state stands before its last step.
+
+    A trainer that is asked to stop saves a state and exits with 0: its status does not tell."""
+    latest = read_latest(out_dir)
+    if latest not in list_states(out_dir):
+        return False
+    folder = os.path.join(out_dir, "state", latest)
+    return read_step(latest) < read_json(folder, RECORD).get("steps", 0)
+
+
 def list_states(out_dir):
     """The names of a run's states, the earliest first."""
     root = os.path.join(out_dir, "state")

@@ -22,6 +22,7 @@ import re
 import numpy as np
 
 from configurator import configure
+from nanosafe.checkpoint.run_state import fingerprint
 from nanosafe.data.examples import list_texts
 from nanosafe.eval.players import (
     answer_prompts,
@@ -46,6 +47,7 @@ from nanosafe.printing import format_table, print_once
 from nanosafe.ranges import check_ranges
 from nanosafe.storage import (
     make_folder,
+    names_function,
     read_json,
     replace_non_finite,
     write_json,
@@ -61,9 +63,9 @@ reward_models = "proxy=out/demo/reward/model"  # who scores helpfulness; NAME=MO
 cost_models = "proxy=out/demo/cost/model"  # who scores harm, above 0 is unsafe
 # prompts and answers
 data = "toy/prompts/test"  # the prompts: NAME[/SPLIT][:PROPORTION[:PATH]] or a .jsonl
-out_dir = "out/overoptimisation"  # folder to write to, and to go on in
+out_dir = "out/overoptimisation"  # folder to write to; what is measured there is not again
 max_new_tokens = 512  # longest answer
-temperature = 1.0  # 0: always the likeliest token; the KL is that of temperature 1
+temperature = 1.0  # 0: always the likeliest token; only at 1 is "KL" an estimate of the KL
 seed = 0  # an answer's random numbers depend on its prompt's text and on this
 # machine
 max_tokens = 8192  # packed tokens per forward when answers are scored
@@ -87,7 +89,7 @@ def list_named(text):
 def name_scorers(kind, text):
     """{(kind, name): folder} of the score models of a kind, each of which must be one."""
     scorers = {}
-    for name, folder in name_players(list_named(text)).items():
+    for name, folder in name_players(list_named(text), knob=f"{kind}_models").items():
         check_scorer(folder, kind)
         scorers[kind, name] = folder
     return scorers
@@ -95,9 +97,12 @@ def name_scorers(kind, text):
 
 def digest(folder, scorers, uids):
     """A text that changes with a policy's files, its prompts, and whatever its rows depend on."""
-    facts = [
-        fingerprint_model(None, path, world) for path in (folder, reference, *scorers.values())
-    ]
+    facts = []
+    for path in (folder, reference, *scorers.values()):
+        if names_function(path):
+            facts.append(fingerprint(path))
+        else:
+            facts.append(fingerprint_model(None, path, world))
     facts += [list(scorers), uids, seed, temperature, max_new_tokens, dtype]
     return hashlib.blake2b(json.dumps(facts).encode(), digest_size=8).hexdigest()
 
@@ -215,7 +220,7 @@ def tabulate(summaries):
 
 
 def join_runs(summaries):
-    """{run: the summaries along it, by KL}: the reference, then a run's policies as they come."""
+    """{run: the summaries along it}: the reference, then the run's policies as they were named."""
     origin, *others = summaries
     runs = {}
     for name in others:
@@ -224,10 +229,11 @@ def join_runs(summaries):
     return runs
 
 
-def report(rows_of):
+def report(rows_of, dropped):
     """Write all files, and print what they say.
 
-    rows_of  {policy: its rows}, the reference first"""
+    rows_of  {policy: its rows}, the reference first
+    dropped  how many rows of the data held no prompt"""
     origin = next(iter(rows_of.values()))
     summaries = {name: summarize(rows, origin) for name, rows in rows_of.items()}
     all_rows = [row for rows in rows_of.values() for row in rows]
@@ -235,9 +241,18 @@ def report(rows_of):
     table = tabulate(summaries)
     with open(f"{out_dir}/table.csv", "w", encoding="utf-8", newline="") as f:
         csv.writer(f).writerows(table)
-    print(f"\n{format_table(table)}\n[95 %: bootstrap of a mean, Wilson's interval of a share]")
-    knobs = {"reference": reference, "prompts": data, "temperature": temperature}
-    write_json({**knobs, "policies": summaries}, out_dir, "summary.json")
+    print(f"\n{format_table(table)}")
+    print(f"{len(origin)} prompts [95 %: bootstrap of a mean, Wilson's interval of a share]")
+    if dropped:
+        print(f"{dropped} rows of the data hold no prompt and are left out")
+    facts = {
+        "reference": reference,
+        "data": data,
+        "temperature": temperature,
+        "prompts": len(origin),
+        "dropped": dropped,
+    }
+    write_json({**facts, "policies": summaries}, out_dir, "summary.json")
     pictures = plot.overoptimisation(join_runs(summaries), out_dir)
     print(f"\n{out_dir}: answers.jsonl, table.csv, summary.json{pictures}")
 
@@ -250,12 +265,12 @@ make_folder(out_dir)
 world = init(device, config)
 for folder in policies.values():
     load_tokenizer(folder)  # stops here, before any work, where a folder is no model
-prompts = read_prompts(data).usable
+prompts, dropped = read_prompts(data)
 uids = [hash_prompt(prompt) for prompt in prompts]
 bases = {}
 rows_of = {}
 for name, folder in policies.items():
     rows_of[name] = find_rows(name, folder, prompts, uids, scorers, bases)
 if world.main:
-    report(rows_of)
+    report(rows_of, dropped)
 close()

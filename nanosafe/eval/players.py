@@ -31,9 +31,10 @@ def parse_player(text):
     return name, os.path.expanduser(folder)
 
 
-def name_players(entries, at_least=1):
+def name_players(entries, at_least=1, knob="models"):
     """{name: model folder} of pairs of a name, perhaps "", and a folder.
 
+    knob  which one they were given by
     Stops with one line if two have the same name, or if there are fewer than `at_least`."""
     players = {}
     for name, folder in entries:
@@ -41,7 +42,7 @@ def name_players(entries, at_least=1):
     if len(players) < max(at_least, len(entries)):
         stop(
             f"{len(entries)} folders, {len(players)} names ({', '.join(players)}): give each a "
-            "name of its own, --models=NAME=FOLDER,NAME=FOLDER"
+            f"name of its own, --{knob}=NAME=FOLDER,NAME=FOLDER"
         )
     return players
 

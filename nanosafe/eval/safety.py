@@ -1,8 +1,8 @@
 """Policies answer the field's sets of safety prompts, and what is unsafe or refused is counted.
 
 $ python data/safety/prepare.py                       # the sets, once
-$ python -m nanosafe.eval.safety --models=SFT=out/demo/sft/model,PPO-Lag=out/demo/ppo_lag/model
-$ python -m nanosafe.eval.safety --models=... --sets=xstest,strongreject --judge=gpt-4o
+$ python -m nanosafe.eval.safety --models=out/demo/ppo_lag/model --cost_model=out/demo/cost/model
+$ python -m nanosafe.eval.safety --models=A=...,B=... --sets=xstest,strongreject --judge=gpt-4o
 
 A cost model says which answers are unsafe. Refusals are counted only with --judge, a language model
 at an address as eval.judge takes it, which judges each set by its own rubric (rubrics.py). Answers
@@ -38,7 +38,7 @@ from nanosafe.eval.players import (
     score_answers,
     share_from_main,
 )
-from nanosafe.eval.rubrics import SYSTEM, find_rubric
+from nanosafe.eval.rubrics import SETS, SYSTEM, find_rubric
 from nanosafe.eval.statistics import bootstrap_interval, wilson_interval
 from nanosafe.inference import Policy, check_scorer, choose_dtype, fingerprint_model, load_scorer
 from nanosafe.parallel import close, init
@@ -56,7 +56,7 @@ reward_model = ""  # its mean is reported as well; empty: none
 sets = "xstest,strongreject,beavertails_eval,simple_safety,do_not_answer,safe_rlhf"  # which sets
 sets_folder = ""  # the folder that prepare.py wrote them to; empty: data/safety
 max_per_set = 0  # prompts of each set, evenly spread over its rows; 0: all
-out_dir = "out/safety"  # folder to write to, and to go on in
+out_dir = "out/safety"  # folder to write to; answers and replies that are there are not asked for
 max_new_tokens = 512  # longest answer
 temperature = 0.0  # of the answers; 0: always the likeliest token
 seed = 0  # an answer's random numbers depend on its prompt's text and on this
@@ -76,10 +76,9 @@ dtype = "auto"  # what is computed in: auto | bfloat16 | float32
 config = configure(globals())
 check_ranges(config)
 
-SETS = ("xstest", "strongreject", "beavertails_eval", "simple_safety", "do_not_answer", "safe_rlhf")
 PORTION = 128  # prompts of a rank that are answered before the answers are written to the disk
 UNSAFE = "unsafe (cost model)"
-PRINTED = (  # the measures in the printed table and, the last one of a set, in the picture
+PRINTED = (  # measures of the printed table; the picture has the last of them that a set has
     UNSAFE,
     "unsafe (judge)",
     "refusal (judge)",
@@ -194,7 +193,8 @@ def answer_items(name, folder, items, world):
     step = PORTION * world.size
     for start in range(0, len(missing), step):
         uids = missing[start : start + step]
-        policy.name = f"{name}, {len(samples.by_uid)} of {len(prompts)} answers are here"
+        answered = len(prompts) - len(missing) + start
+        policy.name = f"{name}, {answered} of {len(prompts)} answers are here"
         samples.add(uids, answer_prompts(policy, [prompts[uid] for uid in uids], uids))
     rows = [samples.by_uid[hash_prompt(item.prompt)] for item in items]
     questions = [row["question"] for row in rows]

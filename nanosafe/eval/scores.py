@@ -138,14 +138,14 @@ class Measured(NamedTuple):
     curves: dict  # {name: bins of a calibration}
 
 
-def measure_accuracy(pairs, correct):
-    """The share of pairs (n,) that are right, with an interval over rows.
+def average_over_rows(pairs, values):
+    """The mean of a value of each pair (n,), with an interval over rows.
 
     The nine pairs of a row of RM-Bench are no independent ones: each row counts by its mean."""
-    outcomes_of_row = {}
-    for pair, outcome in zip(pairs, correct):
-        outcomes_of_row.setdefault(pair.row, []).append(float(outcome))
-    means = [sum(outcomes) / len(outcomes) for outcomes in outcomes_of_row.values()]
+    values_of_row = {}
+    for pair, value in zip(pairs, values):
+        values_of_row.setdefault(pair.row, []).append(float(value))
+    means = [sum(values) / len(values) for values in values_of_row.values()]
     return bootstrap_interval(means)
 
 
@@ -158,10 +158,10 @@ def measure_margins(pairs, scores, margins):
     summary = {
         "pairs": len(pairs.usable),
         "dropped": pairs.dropped,
-        "accuracy": measure_accuracy(pairs.usable, correct),
+        "accuracy": average_over_rows(pairs.usable, correct),
         "log_loss": float(np.logaddexp(0, -margins).mean()),
         "calibration_error": calibration.error,
-        "margin": bootstrap_interval(margins),
+        "margin": average_over_rows(pairs.usable, margins),
         "score_mean": scores.mean(),
         "score_std": scores.std(),
     }
@@ -179,11 +179,12 @@ def measure_signs(pairs, scores, measured):
     unsafe = labels.ravel() < 0
     costs = scores.ravel()
     correct = np.where(unsafe, costs > 0, costs < 0)
+    share_of_pair = correct.reshape(-1, 2).mean(axis=1)  # its two answers are not independent
     calibration = measure_calibration(sigmoid(costs), unsafe)
     groups = {"safe": costs[~unsafe], "unsafe": costs[unsafe]}
     summary = {
         **measured.summary,
-        "sign_accuracy": bootstrap_interval(correct),
+        "sign_accuracy": average_over_rows(pairs.usable, share_of_pair),
         "unsafe_calibration_error": calibration.error,
     }
     if one_is_safe.any():
@@ -245,7 +246,7 @@ def measure_groups(pairs, margins):
     measured = {}
     for group in sorted(members):
         indices = members[group]
-        mean, low, high = measure_accuracy([pairs[i] for i in indices], margins[indices] > 0)
+        mean, low, high = average_over_rows([pairs[i] for i in indices], margins[indices] > 0)
         numbers = {"pairs": len(indices), "accuracy": mean, "low": low, "high": high}
         measured[group.describe()] = numbers
     return measured

@@ -39,8 +39,7 @@ from nanosafe.tools.toy_runs import (
     run_commands,
 )
 
-out_dir = "out/constrained"  # the folder for a folder of each seed, and tables.md
-picture = "docs/constrained.png"  # the frontier, drawn with matplotlib
+out_dir = "out/constrained"  # the folder for a folder of each seed, tables.md and constrained.png
 seeds = "0,1,2"  # of the table, with commas between; the picture has the first one
 tuning_seed = 3  # of the trials
 trials = 4  # settings of each method that are tried, at most
@@ -268,21 +267,24 @@ def list_missing(runs):
 
 
 # Seconds of a command on one quiet core, by its script: PPO-Lag of 140 steps, DPO of as many. What
-# is not here takes a few seconds.
+# is not here takes a few seconds. With fewer steps it is less, but not for the shared stages.
+FULL_STEPS = 140
 SECONDS = {"train_ppo_lag.py": 200, "train_pref.py": 90, "train_sft.py": 60, "sample.py": 60}
 JUDGE_SECONDS = 20
 
 
 def estimate_seconds(run):
-    commands = []
-    for stage in run.stages:
-        commands += STAGES[stage]
-    if run.method:
-        commands += METHODS[run.method].commands
     seconds = JUDGE_SECONDS
-    for command in commands:
-        seconds += SECONDS.get(command.split()[0], 5)
+    for stage in run.stages:
+        seconds += sum(map(estimate_command, STAGES[stage]))
+    if run.method:
+        of_commands = sum(map(estimate_command, METHODS[run.method].commands))
+        seconds += of_commands * run.steps / FULL_STEPS
     return seconds
+
+
+def estimate_command(command):
+    return SECONDS.get(command.split()[0], 5)
 
 
 def estimate_missing(runs):
@@ -298,13 +300,18 @@ class Clock:
         self.processes = processes
         self.runs = len(list_missing(runs))
         self.waiting = estimate_missing(runs)  # seconds
-        self.finished = 0  # the same
+        self.finished = 0  # seconds of the estimate, of what has run
 
     def finish(self, run):
         seconds = estimate_seconds(run)
         self.runs -= 1
         self.waiting -= seconds
         self.finished += seconds
+
+    def replan(self, runs):
+        """Count anew what is left: the chosen settings are known now."""
+        self.runs = len(list_missing(runs))
+        self.waiting = estimate_missing(runs)
 
     def describe(self):
         pace = 1 / self.processes  # seconds of the wall for a second of the estimate
@@ -349,7 +356,7 @@ def count_missing(runs):
 # ---- the report ----
 
 
-def report(study, picture):
+def report(study):
     """Print the tables, write them to tables.md, and draw the picture."""
     tables = [tabulate_policies(study), tabulate_trials(study), tabulate_frontier(study)]
     text = "\n".join(tables)
@@ -358,7 +365,7 @@ def report(study, picture):
     path = f"{study.out_dir}/tables.md"
     with atomic_write(path) as f:
         f.write(text + "\n")
-    print_once(f"{path}{draw(study, picture)}")
+    print_once(f"{path}{draw(study)}")
 
 
 def tabulate_policies(study):
@@ -446,7 +453,7 @@ MARKERS = "osD^"  # one for each time that the colours have been used
 TICKS = (0, 1, 2, 5, 10, 20, 50, 100)  # percent
 
 
-def draw(study, picture):
+def draw(study):
     """Draw harm and helpfulness as each method's knob changes: on the left the methods that learn
     from rollouts, on the right those that learn from pairs. Returns what to say of the file."""
     sft = read_json(f"{study.out_dir}/{study.seeds[0]}", "sft.json")
@@ -467,6 +474,7 @@ def draw(study, picture):
     right.set_title(f"from pairs, seed {study.seeds[0]}")
     draw_curves(left, study, from_rollouts, sft)
     draw_curves(right, study, from_pairs, sft)
+    picture = f"{study.out_dir}/constrained.png"
     figure.savefig(picture, dpi=110, metadata={"Software": None})
     return f", {picture}"
 
@@ -520,10 +528,12 @@ def main():
     check_ranges(config)
     names = list(METHODS)
     if methods:
-        names = methods.split(",")
+        names = [name.strip() for name in methods.split(",")]
     for name in names:
         choose("methods", name, METHODS)
     study = Study(out_dir, names, list_seeds(seeds), tuning_seed, trials, steps)
+    if tuning_seed in study.seeds:
+        stop(f"tuning_seed={tuning_seed} is one of the table's seeds ({seeds}): choose another one")
     if not report_only:
         print_plan(study, processes)
     if plan:
@@ -531,7 +541,7 @@ def main():
         return
     if not report_only:
         execute_study(study, processes)
-    report(study, picture)
+    report(study)
 
 
 def execute_study(study, processes):
@@ -557,6 +567,7 @@ def execute_study(study, processes):
         if setting is not None:  # some trial has a result
             rest += study.list_finals(method, setting)
             rest += study.list_frontier(method, setting)
+    clock.replan(rest)
     failed += execute_all(rest, processes, clock)
     for run in failed:
         print_once(f"failed: {run.describe()}; its output is in {run.out}/{run.name}.log")

@@ -18,6 +18,7 @@ from sentencepiece import SentencePieceTrainer
 
 from configurator import configure
 from nanosafe import data, tokenizer
+from nanosafe.checkpoint import run_state
 from nanosafe.data.examples import Prompt, make_turns
 from nanosafe.inference import Policy, ReferenceSamples
 from nanosafe.parallel import init
@@ -130,18 +131,31 @@ def train(stage, out_dir, seed):
     words = command_of(stage, out_dir, seed)
     command = shlex.join(["python", *words])
     print_heading(stage, command)
-    done = run_python(words)
-    if done.returncode:
+    if run_python(words):
         raise SystemExit(f"error: the command above failed: {command}")
+    check_finished(os.path.join(out_dir, stage))
 
 
 def run_python(words, **options):
     """Run `python WORDS`, a script of the repository or -m and a module, as one would there.
 
-    options  of subprocess.run()"""
+    options  of subprocess.Popen()
+    Returns its exit status. Ctrl-C reaches the script as well: it is left the time to save what it
+    has, and then this stops."""
     if words[0] != "-m":
         words = [os.path.join(REPOSITORY, words[0]), *words[1:]]
-    return subprocess.run([sys.executable, *words], **options)
+    with subprocess.Popen([sys.executable, *words], **options) as process:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            process.wait()
+            raise SystemExit("error: interrupted: give the same command again to go on") from None
+
+
+def check_finished(folder):
+    """Stop if a trainer's run in `folder` was asked to stop before its last step."""
+    if run_state.is_unfinished(folder):
+        raise SystemExit(f"error: the run in {folder!r} was asked to stop before its last step")
 
 
 def command_of(stage, out_dir, seed):

@@ -226,12 +226,19 @@ def overoptimisation(runs, out_dir):
     figure, axes = made
     reward, cost, unsafe = axes[0]
     colours = dict(zip(runs, repeat_colours(len(runs))))
+    styles = {}  # a score model's name stands for the same line in all panels
+    for kind in ("reward", "cost"):
+        for name in next(iter(runs.values()))[0][kind]:
+            styles.setdefault(name, LINES[len(styles) % len(LINES)])
     for run, summaries in runs.items():
         kls = [summary["kl"].mean for summary in summaries]
-        for line, name in zip(LINES, summaries[0]["reward"]):
+        for name, line in styles.items():  # the legend's lines
+            unsafe.plot([], [], line, color=colours[run], label=f"{run}, {name}", ms=3)
+        for name in summaries[0]["reward"]:
             gains = [summary["reward"][name]["standardised"] for summary in summaries]
-            reward.plot(kls, gains, line, color=colours[run], label=f"{run}, {name}", ms=3)
-        for line, name in zip(LINES, summaries[0]["cost"]):
+            reward.plot(kls, gains, styles[name], color=colours[run], ms=3)
+        for name in summaries[0]["cost"]:
+            line = styles[name]
             gains = [summary["cost"][name]["standardised"] for summary in summaries]
             shares = [summary["cost"][name]["unsafe"] for summary in summaries]
             cost.plot(kls, gains, line, color=colours[run], ms=3)
@@ -244,7 +251,7 @@ def overoptimisation(runs, out_dir):
     unsafe.set_title("share of unsafe answers")
     for axis in axes[0]:
         axis.set_xlabel("KL to the reference, nats per answer")
-    handles, names = reward.get_legend_handles_labels()
+    handles, names = unsafe.get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=max(2, len(names) // 2))
     return save_figure(figure, out_dir, "overoptimisation")
 

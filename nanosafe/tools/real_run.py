@@ -6,9 +6,10 @@ $ python -m nanosafe.real_run --scale=0.02 --out_dir=out/real_run_short   # minu
 
 It runs the trainers with the recipes in config/smollm2/, and prints each command: SFT, a reward and
 a cost model (the proxies), PPO-Lag and PPO, which are kept at several steps; then judges, which are
-a reward and a cost model trained on the other half of the data, for each of several seeds. At the
-end the judges are tested on held-out pairs, and proxies and judges score what every policy answers
-to held-out prompts. What is done is not done again: its command stands in done.json."""
+a reward and a cost model trained on the other half of the data, for each of several seeds. The
+proxies and the first judge score what every policy answers to held-out prompts, and all score
+models are tested on held-out pairs. What is done is not done again: its command stands in
+done.json."""
 
 import os
 import shlex
@@ -17,23 +18,25 @@ import time
 from typing import NamedTuple
 
 from configurator import configure
+from nanosafe.data.spec import FILE_ENDINGS
 from nanosafe.errors import stop
+from nanosafe.eval.rubrics import SETS
 from nanosafe.eval.statistics import bootstrap_interval
 from nanosafe.printing import format_table
 from nanosafe.ranges import check_ranges
 from nanosafe.storage import REPOSITORY, make_folder, read_json, read_jsonl, write_json
-from nanosafe.tools.demo import print_heading, run_python
+from nanosafe.tools.demo import check_finished, print_heading, run_python
 
 # run
-out_dir = "out/real_run"  # the folder of all stages, to go on in
-seed = 0  # of all stages but the judges, which have seed + 1 and so on
-scale = 1.0  # share of the pairs, of PPO's steps and of the held-out prompts: less is faster
+out_dir = "out/real_run"  # the folder of all stages; a run that was stopped there goes on
+seed = 0  # of the training of all models but the judges, which have seed + 1 and so on
+scale = 1.0  # share of all data, of PPO's steps and of the prompts at the end: less is faster
 model = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the instruct model to start from
 judges = 3  # reward and cost models of the other half, each pair with a seed of its own
 # machine
 dtype = "auto"  # auto | bfloat16 | float32: what is computed in; some CPUs are fast at bfloat16
 # more yardsticks
-rm_bench = ""  # a folder with RM-Bench's files, which judges are tested on as well; empty: none
+rm_bench = ""  # a folder with RM-Bench's files, to test two reward models on; empty: none
 sets_folder = ""  # the folder of data/safety/prepare.py's sets, for eval.safety; empty: none
 
 config = configure(globals())
@@ -44,7 +47,7 @@ HALVES = "pku_saferlhf/halves"
 PROXY_PAIRS = 1500  # as the recipes have it, like the numbers below
 JUDGE_PAIRS = 1500
 PPO_STEPS = 48
-UPDATES = 2  # optimizer steps of a rollout: a run can be left and gone on with between rollouts
+UPDATES = 2  # optimizer steps of a rollout: a run can stop and resume only between rollouts
 SNAPSHOTS = (0.15, 0.5, 1.0)  # shares of a PPO run's steps at which the policy is kept
 HELD_OUT_PROMPTS = 256
 PROMPTS_PER_SET = 60  # of the field's safety prompts
@@ -62,6 +65,7 @@ class Stage(NamedTuple):
 def main():
     """Run what is not done yet, then print what the results say."""
     began = time.perf_counter()
+    check_yardsticks()
     make_folder(out_dir)
     stages = list_stages()
     done = read_json(out_dir, "done.json")
@@ -73,13 +77,24 @@ def main():
         command = go_on(stage)
         print_heading(f"{number} of {len(stages)}: {stage.name}", shlex.join(["python", *command]))
         seconds = run(command)
-        keep_snapshot(stage.name)
+        if "@" in stage.name:
+            keep_snapshot(stage.name)
         done[stage.name] = {"command": text, "seconds": round(seconds)}
         write_json(done, out_dir, "done.json")
     report(done)
     print(
         f"\n{time.perf_counter() - began:.0f} s; {out_dir}: summary.json and a folder of each stage"
     )
+
+
+def check_yardsticks():
+    """Stop before all work if what is needed at its end is not there."""
+    if rm_bench and not list_rm_bench_files():
+        stop(f"rm_bench={rm_bench!r} has none of RM-Bench's files: no {' or '.join(FILE_ENDINGS)}")
+    for name in SETS if sets_folder else ():
+        file = os.path.join(sets_folder, name, "test.jsonl")
+        if not os.path.exists(file):
+            stop(f"there is no {file!r}: data/safety/prepare.py writes it to sets_folder")
 
 
 def check_same_command(name, command, earlier):
@@ -92,19 +107,28 @@ def check_same_command(name, command, earlier):
 
 def go_on(stage):
     """A stage's command, with resume=True if it is a trainer's whose run has begun."""
-    run_name = stage.name.partition("@")[0]
-    has_begun = os.path.exists(path(f"{run_name}/config.py"))
-    if stage.command[0].startswith("train_") and has_begun:
+    if is_trainer(stage.command) and os.path.exists(f"{find_out_dir(stage.command)}/config.py"):
         return [*stage.command, "--resume=True"]
     return stage.command
 
 
+def is_trainer(command):
+    return command[0].startswith("train_")
+
+
+def find_out_dir(command):
+    """The folder that a trainer's command names."""
+    folders = [word for word in command if word.startswith("--out_dir=")]
+    return folders[-1].removeprefix("--out_dir=")
+
+
 def run(command):
-    """Run `python COMMAND`; returns its seconds. Stops with one line if it fails."""
+    """Run `python COMMAND`; returns its seconds. Stops with one line if it does not run through."""
     began = time.perf_counter()
-    finished = run_python(command, env={**os.environ, "PYTHONPATH": REPOSITORY})
-    if finished.returncode:
+    if run_python(command, env={**os.environ, "PYTHONPATH": REPOSITORY}):
         stop(f"the command above failed: {shlex.join(['python', *command])}")
+    if is_trainer(command):
+        check_finished(find_out_dir(command))
     return time.perf_counter() - began
 
 
@@ -158,7 +182,10 @@ def train_sft():
 
 
 def train_scorer(kind, recipes, half, pairs):
-    """The command of a reward or cost model, without what tells proxy from judge."""
+    """The part of a reward or cost model's command that proxies and judges share.
+
+    recipes  those after reward.py and cost.py; half: of the data, "proxy" or "judge"; pairs: of it,
+             as the recipe has it"""
     command = ["train_pref.py", f"{RECIPES}/reward.py"]
     if kind == "cost":
         command.append(f"{RECIPES}/cost.py")
@@ -212,11 +239,10 @@ def train_policy(name, steps):
 
 
 def keep_snapshot(name):
-    """Keep the policy of a PPO run at the step where it stands, named RUN@STEP."""
-    run_name, at, _ = name.partition("@")
-    if at:
-        shutil.rmtree(path(name), ignore_errors=True)
-        shutil.copytree(path(f"{run_name}/model"), path(name))
+    """Keep the policy of a PPO run at the step where it stands; its name is RUN@STEP."""
+    run_name, _ = name.split("@")
+    shutil.rmtree(path(name), ignore_errors=True)
+    shutil.copytree(path(f"{run_name}/model"), path(name))
 
 
 # ---- the evaluations ----
@@ -253,9 +279,11 @@ def join(named):
 
 
 def measure_start():
-    """The command that says how unsafe the policy is before PPO, which cost_limit is set by."""
-    proxies = {"proxy": path("reward/model")}, {"proxy": path("cost/model")}
-    return compare({"instruct": model}, *proxies, "start")
+    """The command that says how unsafe the policy is before PPO: the recipe's cost_limit has to be
+    below its mean cost, or there is nothing to do."""
+    rewards = {"proxy": path("reward/model")}
+    costs = {"proxy": path("cost/model")}
+    return compare({"instruct": model}, rewards, costs, "start")
 
 
 def compare_policies():
@@ -276,13 +304,19 @@ def test_scorer(name):
 
 
 def test_on_rm_bench(name):
-    files = []
-    for file in sorted(os.listdir(rm_bench)):
-        if ".json" in file:
-            files.append(os.path.join(rm_bench, file))
     command = ["-m", "nanosafe.eval.scores", f"--model={path(name)}/model", "--objective=reward"]
-    command += [f"--data={','.join(files)}", f"--out_dir={path('rm_bench')}/{name}"]
+    files = ",".join(list_rm_bench_files())
+    command += [f"--data={files}", f"--out_dir={path('rm_bench')}/{name}"]
     return command + machine_flags()
+
+
+def list_rm_bench_files():
+    """RM-Bench's parts. Its folder also has a file of all of them, which would count them twice."""
+    files = []
+    for name in sorted(os.listdir(rm_bench) if os.path.isdir(rm_bench) else []):
+        if name.endswith(FILE_ENDINGS) and not name.startswith("total_dataset"):
+            files.append(os.path.join(rm_bench, name))
+    return files
 
 
 def ask_safety_sets():
@@ -306,18 +340,20 @@ def ask_safety_sets():
 
 
 def report(done):
-    """Print the tables of docs/real_run.md, and write what they hold to summary.json."""
+    """Print how good the score models are and what PPO and PPO-Lag have changed, and write it to
+    summary.json. The tables of policies, of RM-Bench and of the safety sets are in the folders of
+    their stages."""
     accuracies = {
         name: read_json(path(f"scores/{name}"), "summary.json") for name in list_scorers()
     }
     print_accuracies(accuracies)
     agreements = measure_agreements()
     for kind, agreement in agreements.items():
-        print(f"{kind}: proxy and judge order {agreement:.1%} of the held-out pairs alike")
+        print(f"{kind}: proxy and judge 0 order {agreement:.1%} of the held-out pairs alike")
     differences = measure_differences()
     print_differences(differences)
     hours = sum(stage["seconds"] for stage in done.values()) / 3600
-    print(f"all stages: {hours:.1f} hours")
+    print(f"all stages: {hours:.1f} hours, without the attempts that were stopped")
     summary = {"accuracies": accuracies, "agreements": agreements, "differences": differences}
     write_json({**summary, "stages": done}, out_dir, "summary.json")
 
@@ -334,7 +370,7 @@ def print_accuracies(accuracies):
 
 
 def measure_agreements():
-    """{kind: share of the held-out pairs that proxy and judge order alike}."""
+    """{kind: share of the held-out pairs that the proxy and judge 0 order alike}."""
     agreements = {}
     for kind in ("reward", "cost"):
         margins = []
@@ -349,7 +385,9 @@ def measure_agreements():
 
 
 def measure_differences():
-    """{"PPO-Lag less SFT": {"cost, judge": (mean, low, high)}} over the same held-out prompts."""
+    """{"PPO-Lag@48 less SFT": {"cost, judge": (mean, low, high)}} over the same held-out prompts.
+
+    The judge is judge 0."""
     rows_of = {}
     for row in read_jsonl(path("policies/answers.jsonl")):
         rows_of.setdefault(row["policy"], []).append(row)

@@ -42,18 +42,23 @@ def run_commands(commands, log, **fields):
 
 
 def run_command(command, log):
-    """Print and run a command, with its output at the end of the file `log`; returns its seconds.
+    """Print and run a command on one thread, with its output at the end of the file `log`.
 
-    Stops if the command fails."""
+    Returns its seconds. Stops if the command fails, or is stopped before it is through."""
     print_once(f"$ python {command}")
     began = time.perf_counter()
-    environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": REPOSITORY}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": REPOSITORY}
+    words = command.split()
     with open(log, "a") as file:
         file.write(f"\n$ python {command}\n")
         file.flush()
-        done = demo.run_python(command.split(), stdout=file, stderr=file, env=environment)
-    if done.returncode:
+        failed = demo.run_python(words, stdout=file, stderr=file, env=environment)
+    if failed:
         raise SystemExit(f"error: python {command} failed: see {log}")
+    if words[0].startswith("train_"):
+        for word in words:
+            if word.startswith("--out_dir="):
+                demo.check_finished(word.removeprefix("--out_dir="))
     return time.perf_counter() - began
 
 
