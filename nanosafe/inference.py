@@ -184,15 +184,21 @@ def cached_reference_logps(model, path, dataset, max_tokens, world):
 
 
 def fingerprint_model(model, path, world):
-    """A text that changes with a model's files, the device and what is computed in."""
-    path = find_model(path)
+    """A text that changes with a model's files, the device and what is computed in.
+
+    Of FILE.py:NAME, a function that scores, it is that of its file and name."""
+    if names_function(path):
+        folders = [path.rpartition(":")[0]]
+    else:
+        path = find_model(path)
+        folders = list_model_folders(path)
     placement = getattr(model, "placement", None)
     facts = [
         os.path.realpath(path),
         world.device.type,
         str(placement and placement.compute_dtype),
     ]
-    for folder in list_model_folders(path):
+    for folder in folders:
         names = sorted(os.listdir(folder)) if os.path.isdir(folder) else [""]
         for name in names:
             status = os.stat(os.path.join(folder, name) if name else folder)

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from conftest import ROOT
 from in_process import run_in_process
 
 from nanosafe import checkpoint, tokenizer
@@ -149,3 +150,14 @@ def test_a_policy_is_no_score_model(measure, world):
     outcome, _ = measure(f"--cost_models=proxy={world}/policy", check=False)
     assert "is no score model" in outcome.error or "policy" in outcome.error
     assert "Traceback" not in outcome.error
+
+
+def test_a_function_may_score_and_is_named_in_the_tables(measure, policies):
+    function = f"{ROOT}/nanosafe/score_functions.py:measure_length"
+    flags = (f"--models=Run@1={policies['Run@1']}", f"--reward_models=length={function}")
+    first, out = measure(*flags)
+    assert "reward, length" in first.printed
+    assert "3 prompts [95 %" in first.printed
+    assert json.loads((out / "summary.json").read_text())["dropped"] == 0
+    again, _ = measure(*flags)
+    assert "Run@1: its answers and scores are in" in again.printed

@@ -22,7 +22,6 @@ import re
 import numpy as np
 
 from configurator import configure
-from nanosafe.checkpoint.run_state import fingerprint
 from nanosafe.data.examples import list_texts
 from nanosafe.eval.players import (
     answer_prompts,
@@ -47,7 +46,6 @@ from nanosafe.printing import format_table, print_once
 from nanosafe.ranges import check_ranges
 from nanosafe.storage import (
     make_folder,
-    names_function,
     read_json,
     replace_non_finite,
     write_json,
@@ -99,10 +97,7 @@ def digest(folder, scorers, uids):
     """A text that changes with a policy's files, its prompts, and whatever its rows depend on."""
     facts = []
     for path in (folder, reference, *scorers.values()):
-        if names_function(path):
-            facts.append(fingerprint(path))
-        else:
-            facts.append(fingerprint_model(None, path, world))
+        facts.append(fingerprint_model(None, path, world))
     facts += [list(scorers), uids, seed, temperature, max_new_tokens, dtype]
     return hashlib.blake2b(json.dumps(facts).encode(), digest_size=8).hexdigest()
 

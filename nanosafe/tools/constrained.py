@@ -266,8 +266,8 @@ def list_missing(runs):
     return list(missing.values())
 
 
-# Seconds of a command on one quiet core, by its script: PPO-Lag of 140 steps, DPO of as many. What
-# is not here takes a few seconds. With fewer steps it is less, but not for the shared stages.
+# Seconds of a command on one quiet core, by its script, for a method of FULL_STEPS. What is not
+# here takes a few seconds. Shared stages take as long with any number of steps.
 FULL_STEPS = 140
 SECONDS = {"train_ppo_lag.py": 200, "train_pref.py": 90, "train_sft.py": 60, "sample.py": 60}
 JUDGE_SECONDS = 20
@@ -298,20 +298,19 @@ class Clock:
     def __init__(self, runs, processes):
         self.began = time.perf_counter()
         self.processes = processes
+        self.finished = 0  # seconds of the estimate, of what has run
+        self.count(runs)
+
+    def count(self, runs):
+        """Note what is left; once the settings are chosen, this is known better."""
         self.runs = len(list_missing(runs))
         self.waiting = estimate_missing(runs)  # seconds
-        self.finished = 0  # seconds of the estimate, of what has run
 
     def finish(self, run):
         seconds = estimate_seconds(run)
         self.runs -= 1
         self.waiting -= seconds
         self.finished += seconds
-
-    def replan(self, runs):
-        """Count anew what is left: the chosen settings are known now."""
-        self.runs = len(list_missing(runs))
-        self.waiting = estimate_missing(runs)
 
     def describe(self):
         pace = 1 / self.processes  # seconds of the wall for a second of the estimate
@@ -567,7 +566,7 @@ def execute_study(study, processes):
         if setting is not None:  # some trial has a result
             rest += study.list_finals(method, setting)
             rest += study.list_frontier(method, setting)
-    clock.replan(rest)
+    clock.count(rest)
     failed += execute_all(rest, processes, clock)
     for run in failed:
         print_once(f"failed: {run.describe()}; its output is in {run.out}/{run.name}.log")

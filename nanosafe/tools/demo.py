@@ -152,6 +152,15 @@ def run_python(words, **options):
             raise SystemExit("error: interrupted: give the same command again to go on") from None
 
 
+def find_run_folder(words):
+    """The folder that a trainer's command names by --out_dir; "" if the command is no trainer's."""
+    if words[0].startswith("train_"):
+        for word in words:
+            if word.startswith("--out_dir="):
+                return word.removeprefix("--out_dir=")
+    return ""
+
+
 def check_finished(folder):
     """Stop if a trainer's run in `folder` was asked to stop before its last step."""
     if run_state.is_unfinished(folder):

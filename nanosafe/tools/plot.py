@@ -232,16 +232,14 @@ def overoptimisation(runs, out_dir):
             styles.setdefault(name, LINES[len(styles) % len(LINES)])
     for run, summaries in runs.items():
         kls = [summary["kl"].mean for summary in summaries]
-        for name, line in styles.items():  # the legend's lines
-            unsafe.plot([], [], line, color=colours[run], label=f"{run}, {name}", ms=3)
-        for name in summaries[0]["reward"]:
-            gains = [summary["reward"][name]["standardised"] for summary in summaries]
-            reward.plot(kls, gains, styles[name], color=colours[run], ms=3)
+        for kind, axis in (("reward", reward), ("cost", cost)):
+            for name in summaries[0][kind]:
+                gains = [summary[kind][name]["standardised"] for summary in summaries]
+                label = f"{run}, {name}"
+                axis.plot(kls, gains, styles[name], color=colours[run], label=label, ms=3)
         for name in summaries[0]["cost"]:
             line = styles[name]
-            gains = [summary["cost"][name]["standardised"] for summary in summaries]
             shares = [summary["cost"][name]["unsafe"] for summary in summaries]
-            cost.plot(kls, gains, line, color=colours[run], ms=3)
             unsafe.plot(kls, [share.mean for share in shares], line, color=colours[run], ms=3)
             lows = [share.low for share in shares]
             highs = [share.high for share in shares]
@@ -251,8 +249,12 @@ def overoptimisation(runs, out_dir):
     unsafe.set_title("share of unsafe answers")
     for axis in axes[0]:
         axis.set_xlabel("KL to the reference, nats per answer")
-    handles, names = unsafe.get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=max(2, len(names) // 2))
+    lines = {}  # by label: a score model may be in one panel only
+    for axis in (reward, cost):
+        handles, labels = axis.get_legend_handles_labels()
+        lines.update(zip(labels, handles))
+    columns = max(2, len(lines) // 2)
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=columns)
     return save_figure(figure, out_dir, "overoptimisation")
 
 

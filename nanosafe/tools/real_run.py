@@ -25,7 +25,7 @@ from nanosafe.eval.statistics import bootstrap_interval
 from nanosafe.printing import format_table
 from nanosafe.ranges import check_ranges
 from nanosafe.storage import REPOSITORY, make_folder, read_json, read_jsonl, write_json
-from nanosafe.tools.demo import check_finished, print_heading, run_python
+from nanosafe.tools.demo import check_finished, find_run_folder, print_heading, run_python
 
 # run
 out_dir = "out/real_run"  # the folder of all stages; a run that was stopped there goes on
@@ -91,10 +91,11 @@ def check_yardsticks():
     """Stop before all work if what is needed at its end is not there."""
     if rm_bench and not list_rm_bench_files():
         stop(f"rm_bench={rm_bench!r} has none of RM-Bench's files: no {' or '.join(FILE_ENDINGS)}")
-    for name in SETS if sets_folder else ():
-        file = os.path.join(sets_folder, name, "test.jsonl")
-        if not os.path.exists(file):
-            stop(f"there is no {file!r}: data/safety/prepare.py writes it to sets_folder")
+    if sets_folder:
+        for name in SETS:
+            file = os.path.join(sets_folder, name, "test.jsonl")
+            if not os.path.exists(file):
+                stop(f"there is no {file!r}: data/safety/prepare.py writes it to sets_folder")
 
 
 def check_same_command(name, command, earlier):
@@ -107,19 +108,10 @@ def check_same_command(name, command, earlier):
 
 def go_on(stage):
     """A stage's command, with resume=True if it is a trainer's whose run has begun."""
-    if is_trainer(stage.command) and os.path.exists(f"{find_out_dir(stage.command)}/config.py"):
+    folder = find_run_folder(stage.command)
+    if folder and os.path.exists(f"{folder}/config.py"):
         return [*stage.command, "--resume=True"]
     return stage.command
-
-
-def is_trainer(command):
-    return command[0].startswith("train_")
-
-
-def find_out_dir(command):
-    """The folder that a trainer's command names."""
-    folders = [word for word in command if word.startswith("--out_dir=")]
-    return folders[-1].removeprefix("--out_dir=")
 
 
 def run(command):
@@ -127,8 +119,9 @@ def run(command):
     began = time.perf_counter()
     if run_python(command, env={**os.environ, "PYTHONPATH": REPOSITORY}):
         stop(f"the command above failed: {shlex.join(['python', *command])}")
-    if is_trainer(command):
-        check_finished(find_out_dir(command))
+    folder = find_run_folder(command)
+    if folder:
+        check_finished(folder)
     return time.perf_counter() - began
 
 

@@ -55,10 +55,9 @@ def run_command(command, log):
         failed = demo.run_python(words, stdout=file, stderr=file, env=environment)
     if failed:
         raise SystemExit(f"error: python {command} failed: see {log}")
-    if words[0].startswith("train_"):
-        for word in words:
-            if word.startswith("--out_dir="):
-                demo.check_finished(word.removeprefix("--out_dir="))
+    folder = demo.find_run_folder(words)
+    if folder:
+        demo.check_finished(folder)
     return time.perf_counter() - began
 
 
