@@ -28,7 +28,7 @@ from nanosafe.hub import find_model
 from nanosafe.parallel import all_reduce_sum, any_rank
 from nanosafe.printing import print_once
 from nanosafe.rollout import sample_all
-from nanosafe.storage import atomic_write, load_function, names_function
+from nanosafe.storage import atomic_write, load_function, names_function, split_function
 from nanosafe.tokenizer.special_tokens import control_token_ids
 
 # ---- a rollout's responses, token by token ----
@@ -188,7 +188,8 @@ def fingerprint_model(model, path, world):
 
     Of FILE.py:NAME, a function that scores, it is that of its file and name."""
     if names_function(path):
-        folders = [path.rpartition(":")[0]]
+        file, _ = split_function(path)
+        folders = [file]
     else:
         path = find_model(path)
         folders = list_model_folders(path)

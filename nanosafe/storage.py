@@ -209,9 +209,15 @@ def names_function(text):
     return ".py:" in text
 
 
+def split_function(text):
+    """The file and the name in FILE.py:NAME."""
+    path, _, name = text.rpartition(":")
+    return path, name
+
+
 def load_function(text):
     """The function that FILE.py:NAME names."""
-    path, _, name = text.rpartition(":")
+    path, name = split_function(text)
     function = getattr(load_python_file(path), name, None)
     if not callable(function):
         stop(f"{path!r} has no function {name!r}")

@@ -43,6 +43,7 @@ from nanosafe.storage import (
     read_json,
     replace_folder,
     replace_non_finite,
+    split_function,
     write_json,
 )
 from nanosafe.tokenizer.chat_template import Clock
@@ -388,7 +389,7 @@ def fingerprint(source):
 def describe_model(name):
     """describe_file() of the files of a model, or of the file of FILE.py:NAME."""
     if names_function(name):
-        path = name.rpartition(":")[0]
+        path, _ = split_function(name)
         return [describe_file(*os.path.split(path))]
     facts = []
     for folder in list_model_folders(find_model(name)):
