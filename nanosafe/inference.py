@@ -531,7 +531,9 @@ class ScoreModel:
             self.warned = warn_beyond_positions(models, max(lengths), "a text to score")
         scores = torch.zeros(len(ids), device=self.world.device)
         (micro_batches,) = plan_micro_batches(lengths, max(self.max_tokens, *lengths), 1)
-        for rows in micro_batches[self.world.rank :: self.world.size]:
+        own = micro_batches[self.world.rank :: self.world.size]
+        quiet = not self.world.main
+        for rows in tqdm(own, desc="scores", leave=False, delay=3, disable=quiet):
             no_targets = [[0] * lengths[i] for i in rows]
             batch = collate([ids[i] for i in rows], no_targets, self.world.device)
             index = copy_to_device(rows, self.world.device)
