@@ -142,6 +142,11 @@ def encode_all_answered(prompts, questions, answers, source, target):
     return ids
 
 
+def show_progress(micro_batches, name, world):
+    """A rank's micro-batches, with a bar on rank 0 if they take longer than three seconds."""
+    return tqdm(micro_batches, desc=name, leave=False, delay=3, disable=not world.main)
+
+
 # ---- a reference's log-probabilities, and the distance from it ----
 
 
@@ -154,8 +159,7 @@ def sum_response_logps(model, sequences, max_tokens, world):
     out = torch.zeros(len(sequences), device=world.device)
     longest_forward = max(max_tokens, *lengths)
     micro_batches = plan_micro_batches(lengths, longest_forward, world.size)[world.rank]
-    quiet = not world.main
-    for rows in tqdm(micro_batches, desc="log-probs", leave=False, delay=3, disable=quiet):
+    for rows in show_progress(micro_batches, "log-probs", world):
         ids = [sequences[i][0] for i in rows]
         masks = [sequences[i][1] for i in rows]
         batch = collate(ids, masks, world.device)
@@ -532,8 +536,7 @@ class ScoreModel:
         scores = torch.zeros(len(ids), device=self.world.device)
         (micro_batches,) = plan_micro_batches(lengths, max(self.max_tokens, *lengths), 1)
         own = micro_batches[self.world.rank :: self.world.size]
-        quiet = not self.world.main
-        for rows in tqdm(own, desc="scores", leave=False, delay=3, disable=quiet):
+        for rows in show_progress(own, "scores", self.world):
             no_targets = [[0] * lengths[i] for i in rows]
             batch = collate([ids[i] for i in rows], no_targets, self.world.device)
             index = copy_to_device(rows, self.world.device)
