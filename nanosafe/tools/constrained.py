@@ -269,8 +269,8 @@ def list_missing(runs):
 # Seconds of a command on one quiet core, by its script, for a method of FULL_STEPS. What is not
 # here takes a few seconds. Shared stages take as long with any number of steps.
 FULL_STEPS = 140
-SECONDS = {"train_ppo_lag.py": 200, "train_pref.py": 90, "train_sft.py": 60, "sample.py": 60}
-JUDGE_SECONDS = 20
+SECONDS = {"train_ppo_lag.py": 90, "train_pref.py": 45, "train_sft.py": 30, "sample.py": 25}
+JUDGE_SECONDS = 8
 
 
 def estimate_seconds(run):

@@ -82,8 +82,9 @@ UNSAFE = " --cost_kind=unsafe"
 GROUPS = " config/toy/rloo_lag.py --advantage=grpo"
 RATES = (3e-4, 1e-3)  # learning rates of the offline methods
 SCORE_MODELS = ("reward", "cost")
-LIMIT_AND_SPEED = list_settings(cost_limit=(-5.2, -5.0), lambda_lr=(0.02, 0.05))
-SHARE_AND_SPEED = list_settings(cost_limit=(0.02, 0.05), lambda_lr=(0.2, 0.5))
+# A run from rollouts takes twice as long as one from pairs: two settings are tried, not four.
+LIMIT_AND_SPEED = list_settings(cost_limit=(-5.2,), lambda_lr=(0.02, 0.05))
+SHARE_AND_SPEED = list_settings(cost_limit=(0.02,), lambda_lr=(0.2, 0.5))
 DUAL = (
     "-m nanosafe.eval.dual --samples={out}/scored.jsonl --cost_limit={cost_limit} --beta={beta}"
     " --seed={seed} --out_dir={out}/{name}/dual"
@@ -104,7 +105,7 @@ METHODS = {
         6,
         SCORE_MODELS,
         online(" --lambda_lr=0"),
-        list_settings(lambda_init=(1.0, 2.0, 4.0, 0.75)),
+        list_settings(lambda_init=(1.0, 2.0)),
         "lambda_init",
         (0.5, 0.75, 1.0, 4.0),
     ),
@@ -114,7 +115,7 @@ METHODS = {
         6,
         SCORE_MODELS,
         online(" --multiplier=pid --lambda_ema=0.9 --lambda_kd=0.2"),
-        list_settings(cost_limit=(-5.2,), lambda_lr=(0.02, 0.1), lambda_kp=(0.1, 0.5)),
+        list_settings(cost_limit=(-5.2,), lambda_lr=(0.02,), lambda_kp=(0.1, 0.5)),
         "cost_limit",
         LIMITS,
     ),
@@ -123,7 +124,7 @@ METHODS = {
         6,
         SCORE_MODELS,
         online(" --multiplier=optimistic"),
-        list_settings(cost_limit=(-5.2, -5.0), lambda_lr=(0.02, 0.1)),
+        list_settings(cost_limit=(-5.2,), lambda_lr=(0.02, 0.1)),
         "cost_limit",
         LIMITS,
     ),
@@ -132,7 +133,7 @@ METHODS = {
         6,
         SCORE_MODELS,
         online(" --multiplier=bounded"),
-        list_settings(cost_limit=(-5.2, -5.0), lambda_lr=(0.05, 0.2)),
+        list_settings(cost_limit=(-5.2,), lambda_lr=(0.05, 0.2)),
         "cost_limit",
         LIMITS,
     ),
@@ -150,7 +151,7 @@ METHODS = {
         6,
         SCORE_MODELS,
         online(" --constraint=prompt --cost_limit=0"),
-        list_settings(lambda_max=(5.0, 2.0), lambda_lr=(0.02, 0.05)),
+        list_settings(lambda_max=(5.0,), lambda_lr=(0.02, 0.05)),
         "lambda_max",
         (0.5, 0.75, 1.0, 5.0),
     ),
@@ -164,7 +165,7 @@ METHODS = {
         LIMITS,
     ),
     "grpo_lag": Method(
-        "GRPO-Lag, mixed first",
+        "GRPO-Lag, mixed first, scores",
         4,
         SCORE_MODELS,
         online(GROUPS),
@@ -177,9 +178,18 @@ METHODS = {
         4,
         SCORE_MODELS,
         online(GROUPS + " --normalize_groups=each"),
-        list_settings(cost_limit=(-5.2, -4.5), lambda_max=(5.0, 1.5)),
+        list_settings(cost_limit=(-5.2,), lambda_max=(5.0, 1.5)),
         "cost_limit",
         LIMITS,
+    ),
+    "grpo_unsafe": Method(
+        "GRPO-Lag, mixed first, indicators",
+        4,
+        SCORE_MODELS,
+        online(GROUPS + UNSAFE + " --cost_scale=10"),
+        SHARE_AND_SPEED,
+        "cost_limit",
+        SHARES,
     ),
     "grpo_each_unsafe": Method(
         "GRPO-Lag, normalised first, indicators",
