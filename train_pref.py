@@ -374,7 +374,10 @@ def judge_pairs(dataset, examples, batch, labels):
             safety_rewards = beta * (safety_rewards - ref_logps)
         loss = modpo_loss(*four, *safety_rewards, helpful_weight, beta)
     if lm_coef:
-        loss = loss - lm_coef * mean_or_zero(zero_outside(1 - unsafe[0], four_per_token[0]))
+        # Where the first response is unsafe, as in BFPO's pairs, the second one should win.
+        second = zero_outside(1 - unsafe[1], four_per_token[1])
+        winner = torch.where(unsafe[0].bool(), second, four_per_token[0])
+        loss = loss - lm_coef * mean_or_zero(winner)
     implied_rewards = beta * (logps - ref_logps)
     if objective in ("simpo", "orpo") or (objective == "ipo" and not sum_logps):
         implied_rewards = implied_rewards / lengths

@@ -240,19 +240,36 @@ def without(flags, name):
     return [flag for flag in flags if not flag.startswith(f"--{name}=")]
 
 
-def test_the_likelihood_of_an_unsafe_chosen_answer_is_not_added(pref, tmp_path):
-    pair = {"answer": "Yes.", "other_answer": "No.", "better": True, "is_other_safe": True}
-    losses = {}
-    for is_safe in (True, False):
-        rows = [{"input": f"q {i}", **pair, "is_safe": is_safe} for i in range(8)]
-        path = write_jsonl(tmp_path / f"pairs_{is_safe}.jsonl", rows)
+def test_the_likelihood_is_added_of_the_answer_that_should_win_if_it_is_safe(
+    pref, world, tmp_path
+):
+    """BFPO's pairs are ordered by helpfulness: an unsafe first answer should lose to a safe one."""
+    answers = {"answer": "Yes.", "other_answer": "No, I will not."}
+    tok = tokenizer.load(world / "policy")
+    policy = checkpoint.load(world / "policy")
+    added = {}
+    for safe in ((True, True), (True, False), (False, True), (False, False)):
+        flags_of_pair = {"better": True, "is_safe": safe[0], "is_other_safe": safe[1]}
+        rows = [{"input": "q", **answers, **flags_of_pair}] * 4
+        path = write_jsonl(tmp_path / f"pairs_{len(added)}.jsonl", rows)
+        losses = []
         for coef in (0, 1):
-            out = tmp_path / f"{is_safe}_{coef}"
+            out = tmp_path / f"{len(added)}_{coef}"
             flags = ["--objective=bfpo", f"--data={path}", "--eval_data=", f"--lm_coef={coef}"]
-            run(*pref, *flags, "--max_steps=1", f"--out_dir={out}")
-            losses[is_safe, coef] = last_row(out)["loss"]
-    assert losses[False, 1] == losses[False, 0]
-    assert losses[True, 1] > losses[True, 0] + 1  # a random model's loss per token
+            run(*pref, *flags, "--batch_size=4", "--max_steps=1", f"--out_dir={out}")
+            losses.append(last_row(out)["loss"])
+        added[safe] = losses[1] - losses[0]
+    dataset = data.tokenize(str(path), tok, "reward", 200)
+    per_token = []
+    for part in range(2):
+        ids, mask = dataset.sequence(0, part)
+        logps = policy.log_probs(collate([ids], [mask], "cpu"))
+        per_token.append(-logps.sum().item() / int(mask.sum()))
+    assert abs(per_token[0] - per_token[1]) > 0.01
+    assert added[True, True] == pytest.approx(per_token[0], rel=1e-3)
+    assert added[True, False] == pytest.approx(per_token[0], rel=1e-3)
+    assert added[False, True] == pytest.approx(per_token[1], rel=1e-3)
+    assert added[False, False] == 0
 
 
 @pytest.mark.parametrize("judge", ["cost", pytest.param("policy", marks=slow)])

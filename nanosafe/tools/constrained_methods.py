@@ -91,7 +91,7 @@ DUAL = (
 )
 FROM_THE_DUAL = (
     " --objective=dpo --init_from={out}/sft/model --data={out}/{name}/dual/pairs.jsonl"
-    " --beta={beta} --learning_rate={learning_rate}"
+    " --beta={beta} --learning_rate={learning_rate} --lm_coef={lm_coef}"
 )
 SECOND_STAGE = " config/toy/sacpo.py --init_from={out}/helpful/model --data={out}/pairs.jsonl"
 MERGE = (
@@ -291,7 +291,7 @@ METHODS = {
         1,
         (*SCORE_MODELS, "scored"),
         [DUAL, OFFLINE + FROM_THE_DUAL + BUDGET + RUN],
-        list_settings(cost_limit=(-4.0, -4.5), learning_rate=RATES, beta=(1.0,)),
+        list_settings(cost_limit=(-4.5,), learning_rate=RATES, beta=(1.0,), lm_coef=(0.0, 1.0)),
         "cost_limit",
         (-4.5, -4.0, -3.0, -2.0),
     ),
