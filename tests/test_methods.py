@@ -240,9 +240,7 @@ def without(flags, name):
     return [flag for flag in flags if not flag.startswith(f"--{name}=")]
 
 
-def test_the_likelihood_is_added_of_the_answer_that_should_win_if_it_is_safe(
-    pref, world, tmp_path
-):
+def test_the_likelihood_is_added_of_the_answer_that_should_win_if_it_is_safe(pref, world, tmp_path):
     """BFPO's pairs are ordered by helpfulness: an unsafe first answer should lose to a safe one."""
     answers = {"answer": "Yes.", "other_answer": "No, I will not."}
     tok = tokenizer.load(world / "policy")
