@@ -483,7 +483,7 @@ def test_the_plan_names_the_runs_and_their_hours_and_runs_nothing(tmp_path, monk
     assert "seed 3: safedpo/margin=2.0+learning_rate=0.0003+beta=0.3\n" in printed
     runs = [line for line in printed.splitlines() if line.startswith("seed ")]
     assert len(runs) == 4 + 2 + 3 + 3
-    assert "\nabout 0.4 h with processes=1" in printed
+    assert "\nabout 0.2 h with processes=1" in printed
     assert not out.exists()
 
 
