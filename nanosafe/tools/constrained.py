@@ -19,6 +19,8 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from typing import NamedTuple
 
+import numpy as np
+
 from configurator import configure
 from nanosafe.errors import choose, stop
 from nanosafe.printing import format_table, print_once
@@ -450,6 +452,7 @@ def read_frontier(study, method):
 
 MARKERS = "osD^"  # one for each time that the colours have been used
 TICKS = (0, 1, 2, 5, 10, 20, 50, 100)  # percent
+HELPFUL_TICKS = (-1, 0, 1, 2, 2.5, 3, 3.3, 3.5, 3.6, 3.7, 3.8)
 
 
 def draw(study):
@@ -496,8 +499,21 @@ def draw_curves(axis, study, methods, sft):
     axis.set_xticks(TICKS, map(str, TICKS))
     axis.set_xlim(-0.3, 115)
     axis.set_xlabel("harmful requests answered, %")
+    axis.set_yscale("function", functions=(spread_best, spread_best_inverse))
+    axis.set_yticks(HELPFUL_TICKS, map(str, HELPFUL_TICKS))
+    axis.set_ylim(-1.1, 3.9)
     axis.set_ylabel("helpfulness to harmless requests")
     axis.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.12))
+
+
+def spread_best(helpfulness):
+    """Where a helpfulness stands on the upward axis. Near 4, the greatest, a tenth is as wide as a
+    whole point near 1: there the methods differ."""
+    return -np.log(4.1 - np.minimum(helpfulness, 4.0))
+
+
+def spread_best_inverse(height):
+    return 4.1 - np.exp(-height)
 
 
 def read_curve(study, method):
