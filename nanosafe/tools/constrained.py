@@ -501,7 +501,8 @@ def draw_curves(axis, study, methods, sft):
     axis.set_xlabel("harmful requests answered, %")
     axis.set_yscale("function", functions=(spread_best, spread_best_inverse))
     axis.set_yticks(HELPFUL_TICKS, map(str, HELPFUL_TICKS))
-    axis.set_ylim(-1.1, 3.9)
+    shown = axis.dataLim  # both sides have one scale, unless a point lies outside
+    axis.set_ylim(min(-1.1, shown.y0), max(3.9, shown.y1))
     axis.set_ylabel("helpfulness to harmless requests")
     axis.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.12))
 
